@@ -1,0 +1,334 @@
+"""The command line: parse, call, print.  A wrong input is one message and exit code 2; a bug is a traceback."""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evomerge import __version__
+from evomerge.errors import EvomergeError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Search for the best way to merge fine-tuned language models, and prove the result.",
+)
+
+Trials = Annotated[int | None, typer.Option(min=1, help="End after this many trials, the baselines included.")]
+Timeout = Annotated[str | None, typer.Option(help="End after this much search in all: 8h, 90m, 1h30m.")]
+Until = Annotated[str | None, typer.Option(help="End at this local time: 07:00.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
+def search(
+    config: Annotated[Path, typer.Argument(help="A search configuration (YAML).")],
+    trials: Trials = None,
+    timeout: Timeout = None,
+    until: Until = None,
+    run: Annotated[Path | None, typer.Option(help="The run folder (default: runs/NAME).")] = None,
+) -> None:
+    """Start a search: propose, merge, score, and judge the winner at the end."""
+    from evomerge.config import load_config
+    from evomerge.evaluate.tasks import open_tasks
+    from evomerge.search.run import create_run
+    from evomerge.search.scorer import open_config_models
+
+    loaded = with_budget(load_config(config), trials, timeout)
+    folder = run or Path("runs") / loaded.name
+    # All that can be wrong with the inputs is said before there is a run folder.
+    open_config_models(loaded)
+    open_tasks(loaded.tasks)
+    created = create_run(loaded, config, folder)
+    print(f"run folder: {folder}", flush=True)
+    run_search(created, until)
+
+
+@app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
+def resume(
+    run: RunFolder,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    until: Until = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
+    ] = False,
+) -> None:
+    """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
+    from evomerge.config import dump_config
+    from evomerge.files import write_text
+    from evomerge.search.run import check_unchanged, open_run
+
+    opened = open_run(run)
+    config = check_unchanged(opened, accept_changes)
+    if trials is not None or timeout is not None:
+        write_text(opened.config_file, dump_config(with_budget(config, trials, timeout)))
+    run_search(opened, until)
+
+
+@app.command(epilog="Example: evomerge status runs/quickstart --timing")
+def status(
+    run: RunFolder,
+    timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
+) -> None:
+    """Best so far, trials, rate, time left, and the verdict if there is one."""
+    from evomerge.report.status import read_status
+    from evomerge.report.terminal import print_status
+    from evomerge.search.run import open_run
+
+    print_status(read_status(open_run(run)), timing)
+
+
+@app.command(epilog="Example: evomerge report runs/quickstart")
+def report(run: RunFolder) -> None:
+    """Write report.html of a finished run again."""
+    from evomerge.report.html import write_report
+    from evomerge.search.run import open_run
+
+    opened = open_run(run)
+    if not opened.verdict_file.exists():
+        raise EvomergeError(f"{run}: has no verdict yet; go on with `evomerge resume {run}`")
+    write_report(opened)
+    print(opened.report_file)
+
+
+@app.command(epilog="Example: evomerge export runs/quickstart --out merged/")
+def export(
+    run: RunFolder,
+    out: Out,
+    trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of what is recommended.")] = None,
+) -> None:
+    """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
+    from evomerge.report.card import results_section
+    from evomerge.search.export import recipe_of_trial, recommended_recipe
+    from evomerge.search.run import open_run
+
+    opened = open_run(run)
+    if trial is None:
+        recipe, verdict = recommended_recipe(opened)
+        print(verdict["sentence"])
+        results = results_section(verdict)
+    else:
+        recipe, results = (
+            recipe_of_trial(opened, trial),
+            f"Trial {trial} of the search; not judged on the holdout.\n",
+        )
+    write_model(recipe, out, results, opened.config().device)
+
+
+@app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
+def merge(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], out: Out, device: Device = "auto") -> None:
+    """Materialise a recipe as a model folder."""
+    from evomerge.merge.recipe import load_recipe
+
+    write_model(load_recipe(recipe), out, "", device)
+
+
+@app.command(epilog="Example: evomerge reproduce merged/recipe.yaml --out again/ --check merged/")
+def reproduce(
+    recipe: Annotated[Path, typer.Argument(help="The recipe.yaml of an exported model.")],
+    out: Out,
+    check: Annotated[Path | None, typer.Option(help="The model folder to compare with, byte by byte.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Make an exported model again from the same inputs and compare every byte."""
+    from evomerge.merge.export import differences
+    from evomerge.merge.recipe import check_fingerprints, load_recipe
+
+    loaded = load_recipe(recipe)
+    if check is not None and not (check / "config.json").is_file():
+        raise EvomergeError(f"{check}: not a model folder (it has no config.json)")
+    check_fingerprints(loaded)
+    made = write_model(loaded, out, "", device)
+    if found := [
+        f"{n}: not the bytes that the recipe records" for n, d in loaded.outputs.items() if made.outputs.get(n) != d
+    ]:
+        print("\n".join(found))
+    if check is not None:
+        found += (lines := [f"{d.name}: {d.what}" for d in differences(check, out)])
+        print("\n".join(lines) if lines else f"the bytes agree: {check} and {out}")
+    elif loaded.outputs and not found:
+        print("the bytes agree with the recipe's SHA-256 sums")
+    if found:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: evomerge inspect models/base models/math models/code")
+def inspect(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    sources: Annotated[list[str], typer.Argument(help="Fine-tunes or LoRA adapters of it.")],
+) -> None:
+    """Whether these models can be merged, and what to expect."""
+    from evomerge.report.inspection import print_inspection
+    from evomerge.sources.locate import locate
+    from evomerge.sources.open import open_models
+
+    names = {f"{Path(s).name}": locate(s) for s in sources}
+    if len(names) < len(sources):
+        raise EvomergeError("two of the sources have the same folder name; give each its own")
+    models = open_models(locate(base), names, strict=False)
+    if not print_inspection(models):
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: evomerge evaluate merged/ --tasks evals/tiny/rev.yaml --tasks evals/tiny/sort.yaml")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model or a LoRA adapter: a folder or a hub id.")],
+    tasks: Annotated[list[str], typer.Option("--tasks", help="A task file, a folder of them, or an lm-eval task.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if MODEL is an adapter.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first items of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens per forward.")] = 4096,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
+) -> None:
+    """Score one model with the search's own engine; the numbers are lm-eval's."""
+    from evomerge.config import TaskConfig
+    from evomerge.device import TORCH_DTYPES, resolve_device
+    from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.standalone import evaluate_model
+    from evomerge.evaluate.tasks import open_tasks, task_files
+    from evomerge.files import write_text
+    from evomerge.merge.live import open_live_model
+    from evomerge.report.terminal import print_results
+    from evomerge.sources.locate import locate
+
+    if dtype not in TORCH_DTYPES:
+        raise EvomergeError(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    where = resolve_device(device)
+    opened = open_tasks([TaskConfig(task=t, num_fewshot=num_fewshot) for name in tasks for t in task_files(name)])
+    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
+    clock = Clock()
+    results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock)
+    print_results(results, clock)
+    if output is not None:
+        content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
+        write_text(output, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def with_budget(config: Any, trials: int | None, timeout: str | None) -> Any:
+    """The configuration with the budget of the command line, where it gives one."""
+    from pydantic import ValidationError
+
+    from evomerge.config import BudgetConfig
+
+    if trials is None and timeout is None:
+        return config
+    try:
+        budget = BudgetConfig.model_validate({"trials": trials, "timeout": timeout})
+    except ValidationError as error:
+        raise EvomergeError(f"--timeout: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    return config.model_copy(update={"budget": budget})
+
+
+def deadline_of(until: str | None) -> float | None:
+    """`07:00` as the next moment with that local time, in seconds since the epoch."""
+    if until is None:
+        return None
+    try:
+        wanted = datetime.strptime(until, "%H:%M")
+    except ValueError:
+        raise EvomergeError(f"--until: {until!r} is not a time of day; write 07:00") from None
+    now = datetime.now()
+    moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
+    return (moment if moment > now else moment + timedelta(days=1)).timestamp()
+
+
+def run_search(run: Any, until: str | None) -> None:
+    """Search, show, report; on an interrupt say how to go on and leave with the signal's exit code."""
+    from evomerge.report.html import write_report
+    from evomerge.report.status import read_status
+    from evomerge.report.terminal import SearchView, print_status
+    from evomerge.search.loop import Interrupted, Limits, StopSignal
+    from evomerge.search.loop import search as search_loop
+    from evomerge.search.run import only_driver
+
+    deadline = deadline_of(until)
+    budget = run.config().budget
+    limits = Limits(trials=budget.trials, seconds=budget.timeout, deadline=deadline)
+    view, stop = SearchView(), StopSignal()
+    with only_driver(run), stop.installed():
+        try:
+            search_loop(run, limits, view, stop)
+        except Interrupted as interrupt:
+            view.close()
+            print(f"stopped by {interrupt}; nothing finished is lost. Go on with: evomerge resume {run.folder}")
+            raise typer.Exit(128 + (stop.received or signal.SIGINT)) from None
+        finally:
+            view.close()
+        write_report(run)
+    print_status(read_status(run), timing=False)
+    print(f"report: {run.report_file}")
+    print(f"export: evomerge export {run.folder} --out merged/")
+
+
+def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
+    """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
+    from evomerge.device import resolve_device
+    from evomerge.merge.bank import Bank
+    from evomerge.merge.card import model_card
+    from evomerge.merge.export import export as export_model
+    from evomerge.merge.export import total_bytes
+    from evomerge.merge.recipe import model_folders
+    from evomerge.report.terminal import byte_progress
+    from evomerge.sources.open import open_models
+
+    base, sources = model_folders(recipe)
+    bank = Bank(open_models(base, sources), resolve_device(device))
+    started = time.monotonic()
+    with byte_progress("merging", total_bytes(recipe, bank)) as progress:
+        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), progress)
+    print(f"wrote {out} in {time.monotonic() - started:.1f} s")
+    return signed
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except EvomergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if message := full_disk(error):
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Libraries wrap 'no space left' each in their own error; the person needs one message."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if "disk is full" in text or "No space left on device" in text or "os error 28" in text:
+            return "the disk is full; nothing that was finished is lost. Free some space and run the command again"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The search configuration: one YAML file, checked as a whole before anything is loaded."""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from evomerge.errors import EvomergeError
+from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe import Dtype
+from evomerge.sources.anatomy import Component
+from evomerge.sources.locate import looks_like_hub_id
+
+Granularity = Literal["model", "depth", "group", "layer"]
+SMOOTH_METRICS = ("gold_logprob", "gold_prob")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SourceConfig(Strict):
+    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    path: str
+    role: Literal["specialist", "generalist"] | None = None
+
+
+class Axis(Strict):
+    """One knob of the space: bounds (low = high fixes it) and, if it differs from the space's, how fine it is."""
+
+    low: float
+    high: float
+    granularity: Granularity | None = None
+    components: list[Component] | None = None
+
+    @model_validator(mode="after")
+    def bounds_in_order(self) -> "Axis":
+        if self.low > self.high:
+            raise ValueError(f"impossible bounds: low {self.low:g} is above high {self.high:g}")
+        return self
+
+
+def axis(value: object) -> object:
+    """`0.5` and `true` fix a knob, `[0, 1]` bounds it, a mapping says more."""
+    if isinstance(value, (bool, int, float)):
+        return {"low": float(value), "high": float(value)}
+    if isinstance(value, list) and len(value) == 2:
+        return {"low": value[0], "high": value[1]}
+    return value
+
+
+AxisValue = Annotated[Axis, BeforeValidator(axis)]
+
+
+class SpaceConfig(Strict):
+    """Which coefficients may move.
+
+    granularity: one value for the model, `knots` along the depth with straight lines between, `groups` of layers,
+    or one per layer.  components: those with coefficients of their own; the others share one.  A knob that is
+    not named keeps its default.  sources: knobs that differ for one source.
+    """
+
+    granularity: Granularity = "model"
+    knots: int = Field(default=3, ge=2, le=64)
+    groups: int = Field(default=4, ge=1, le=256)
+    components: list[Component] = []
+    weight: AxisValue | None = None
+    density: AxisValue | None = None
+    lambda_: AxisValue | None = Field(default=None, alias="lambda")
+    t: AxisValue | None = None
+    normalize: bool | None = None
+    rescale: bool | None = None
+    sources: dict[str, dict[str, AxisValue]] = {}
+
+    def axes(self) -> dict[str, Axis]:
+        """The knobs that the file names, switches included, by the recipe's names."""
+        given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
+        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
+            if switch is not None:
+                given[name] = Axis(low=float(switch), high=float(switch))
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class TaskConfig(Strict):
+    """One lm-eval task.
+
+    task: a YAML file or the name of one of lm-eval's own.  weight: its share in the score.  objective: the metric
+    that the search climbs (default: `metric`); any per-item metric of the task, or the gold answer's
+    log-probability `gold_logprob` or probability `gold_prob`.  metric: what the verdict is about (default: the
+    task's first).  gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
+    """
+
+    task: str
+    weight: float = Field(default=1.0, gt=0)
+    objective: str | None = None
+    metric: str | None = None
+    gold: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+    @property
+    def is_file(self) -> bool:
+        return self.task.endswith((".yaml", ".yml"))
+
+
+Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["train", "validation", "test"]
+
+
+class SplitsConfig(Strict):
+    """How items are dealt, per task: a count, a share of the items, or the task's own split of that name."""
+
+    search: Share = 0.4
+    selection: Share = 0.2
+    holdout: Share = 0.4
+
+    @model_validator(mode="after")
+    def fit(self) -> "SplitsConfig":
+        dealt = (self.search, self.selection, self.holdout)
+        shares = [s for s in dealt if isinstance(s, float)]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"the shares add up to {sum(shares):g}, which is more than 1")
+        named = [s for s in dealt if isinstance(s, str)]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"two splits use the task's split {max(named, key=named.count)!r}; they must not share items"
+            )
+        return self
+
+
+class SamplerConfig(Strict):
+    """Who proposes.  sigma0 (first step, as a share of the bounds) and population concern cma-es only."""
+
+    name: Literal["cma-es", "tpe", "nsga-ii", "gp", "qmc", "random"] = "cma-es"
+    sigma0: float = Field(default=0.2, gt=0, le=1)
+    population: int | None = Field(default=None, ge=4)
+
+
+def duration(value: object) -> object:
+    """`8h`, `90m`, `45s` and `1h30m` as seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.strip())
+    if not match or not value.strip():
+        raise ValueError(f"{value!r} is not a duration; write 8h, 90m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+
+
+class BudgetConfig(Strict):
+    """When the search ends: after `trials` trials or `timeout`, whichever comes first."""
+
+    trials: int | None = Field(default=None, ge=1)
+    timeout: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def ends(self) -> "BudgetConfig":
+        if self.trials is None and self.timeout is None:
+            self.trials = 100
+        return self
+
+
+class SearchConfig(Strict):
+    """A whole search.  Relative paths count from the folder of the file (here they are absolute already)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    base: str
+    sources: list[SourceConfig] = Field(min_length=1)
+    method: str
+    space: SpaceConfig = SpaceConfig()
+    tasks: list[TaskConfig] = Field(min_length=1)
+    splits: SplitsConfig = SplitsConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: str = "auto"
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=4096, ge=64)
+    storage: str | None = None
+
+
+def method_problems(config: SearchConfig) -> list[str]:
+    """What does not fit the merge method: its name, the number of sources, knobs and bounds."""
+    method = METHODS.get(config.method)
+    if method is None:
+        return [f"method: {config.method!r} is not one of {', '.join(METHODS)}"]
+    problems = []
+    least, most = method.sources
+    if not least <= len(config.sources) <= (most or len(config.sources)):
+        problems.append(f"sources: {config.method} takes {least} to {most}, here are {len(config.sources)}")
+    names = [s.name for s in config.sources]
+    problems += [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    given = {("space", knob): a for knob, a in config.space.axes().items()}
+    for source, knobs in config.space.sources.items():
+        if source not in names:
+            problems.append(f"space.sources.{source}: there is no source of that name; there are {', '.join(names)}")
+        given |= {(f"space.sources.{source}", knob): a for knob, a in knobs.items()}
+    for (where, name), bounds in given.items():
+        knob = method.knobs.get(name)
+        if knob is None or (where != "space" and not knob.each):
+            allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
+            problems.append(f"{where}.{name}: not a coefficient of {config.method}; allowed: {allowed}")
+        elif bounds.low < knob.low or bounds.high > knob.high:
+            problems.append(
+                f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} leave {knob.low:g} to {knob.high:g}"
+            )
+        elif name == "density" and bounds.low <= 0:
+            problems.append(f"{where}.{name}: a density of 0 keeps nothing; the lower bound must be above 0")
+    for name, knob in method.knobs.items():
+        if knob.default is None and ("space", name) not in given:
+            lacking = [n for n in names if (f"space.sources.{n}", name) not in given] if knob.each else ["all"]
+            if lacking:
+                problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
+    if not any(a.low < a.high for a in given.values()) and not problems:
+        problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
+    return problems
+
+
+def path_problems(config: SearchConfig) -> list[str]:
+    """Models and task files that are not there, and tasks that the search could not tell apart."""
+    problems = []
+    models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for where, path in models:
+        if not Path(path).is_dir() and not looks_like_hub_id(path):
+            problems.append(f"{where}: no such folder: {path}")
+    for i, task in enumerate(config.tasks):
+        if task.is_file and not Path(task.task).is_file():
+            problems.append(f"tasks.{i}.task: no such file: {task.task}")
+    names = [task.task for task in config.tasks]
+    problems += [f"tasks: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return problems
+
+
+def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Turn the file's relative paths into absolute ones; hub ids and lm-eval's task names stay."""
+
+    def absolute(text: object) -> object:
+        if not isinstance(text, str):
+            return text
+        path = folder / Path(text).expanduser()
+        if path.exists() or not looks_like_hub_id(text):
+            return str(path.resolve())
+        return text
+
+    content = dict(content)
+    if "base" in content:
+        content["base"] = absolute(content["base"])
+    if isinstance(content.get("sources"), list):
+        content["sources"] = [
+            {**s, "path": absolute(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
+        ]
+    if isinstance(content.get("tasks"), list):
+        content["tasks"] = [
+            {**t, "task": str((folder / t["task"]).resolve())}
+            if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
+            else t
+            for t in content["tasks"]
+        ]
+    return content
+
+
+def readable(error: dict[str, Any]) -> str:
+    """One pydantic error as a line: YAML path, what is wrong, the value."""
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    shown = repr(error.get("input"))
+    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
+
+
+def parse_config(content: Any, origin: Path) -> SearchConfig:
+    """Check parsed YAML as a search configuration; all problems are reported together.
+
+    origin: the file, named in the error; relative paths count from its folder.
+    """
+    if not isinstance(content, dict):
+        raise EvomergeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
+    content = absolute_paths(content, origin.parent.resolve())
+    problems: list[str] = []
+    try:
+        config = SearchConfig.model_validate(content)
+        problems = method_problems(config) + path_problems(config)
+    except ValidationError as error:
+        problems = [readable(dict(e)) for e in error.errors()]
+        # What is well-formed is checked all the same, so that one run of the command tells everything.
+        bad = {e["loc"][0] for e in error.errors() if e["loc"]}
+        rest = {k: v for k, v in content.items() if k not in bad}
+        stand_ins = {"name": "x", "base": str(origin.parent), "method": "", "tasks": [{"task": "x"}]}
+        stand_ins["sources"] = [{"name": "x", "path": str(origin.parent)}]
+        try:
+            partial = SearchConfig.model_validate({**stand_ins, **rest})
+            if not bad & {"method", "sources", "space"}:
+                problems += method_problems(partial)
+            problems += path_problems(partial)
+        except ValidationError:
+            pass
+    if problems:
+        raise EvomergeError(f"{origin}: {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+    return config
+
+
+def load_config(path: Path) -> SearchConfig:
+    """Read a search configuration.  EvomergeError lists every problem with its YAML path."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvomergeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvomergeError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise EvomergeError(f"{path}: not YAML: {error}") from error
+    return parse_config(content, path)
+
+
+def dump_config(config: SearchConfig) -> str:
+    """The configuration as YAML that `load_config` reads back, with absolute paths."""
+    text: str = yaml.safe_dump(config.model_dump(by_alias=True, exclude_none=True), sort_keys=False, width=110)
+    return text
+
+
+def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
+    """Where two configurations differ in what decides a study's results, as `key: old -> new` lines.
+
+    The budget may change, and so may where the work is done (`device`, `batch_tokens` stay part of the results).
+    """
+    before, after = flatten(old.model_dump(exclude={"budget"})), flatten(new.model_dump(exclude={"budget"}))
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "(absent)") != after.get(key, "(absent)")
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+    if isinstance(value, list):
+        return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): value}

@@ -1,0 +1,75 @@
+"""Item scores: lm-eval's own metrics one item at a time, and the two smooth ones that guide a search."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.tasks import Item, Task
+
+ItemMetrics = dict[str, list[Any]]
+"""Metric name -> one raw value per item, as lm-eval's `process_results` gives it."""
+
+
+def lm_eval_metrics(task: Task, items: Sequence[Item], instances: Sequence[list[Any]]) -> ItemMetrics:
+    """Run lm-eval's filters and metrics over answered instances.
+
+    instances: per item, its lm-eval requests with `resps` set.  The first filter's metrics have plain names, those
+    of further filters `metric,filter`.
+    """
+    flat = [instance for group in instances for instance in group]
+    for instance in flat:
+        instance.filtered_resps = {}  # a filter keeps an old answer otherwise
+    for ensemble in task.lm._filters:
+        ensemble.apply(flat)
+    found: ItemMetrics = {}
+    for number, name in enumerate(task.filters):
+        for item, group in zip(items, instances, strict=True):
+            values = task.lm.process_results(item.doc, [i.filtered_resps[name] for i in group])
+            for metric, value in values.items():
+                found.setdefault(metric if number == 0 else f"{metric},{name}", []).append(value)
+    return found
+
+
+def gold_metrics(logprobs: Sequence[float]) -> ItemMetrics:
+    """gold_logprob: the log-probability of the gold answer, in nats.  gold_prob: the probability itself."""
+    return {"gold_logprob": list(logprobs), "gold_prob": [math.exp(min(0.0, x)) for x in logprobs]}
+
+
+def gold_choice(task: Task, doc: dict[str, Any]) -> int:
+    """The index of the gold choice of a multiple-choice document (the first, if it has several)."""
+    gold = task.lm.doc_to_text(doc) if task.lm.multiple_input else task.lm.doc_to_target(doc)
+    if isinstance(gold, list):
+        gold = gold[0]
+    return gold if isinstance(gold, int) else int(task.lm.doc_to_choice(doc).index(gold))
+
+
+def item_score(task: Task, metric: str, value: Any) -> float:
+    """One raw value as a number, the higher the better.
+
+    Perplexities count as bits (or nats a word) per item; a Brier score as the item's squared error.
+    EvomergeError for metrics that exist for a whole task alone (f1, mcc).
+    """
+    plain = metric.split(",")[0]
+    if isinstance(value, tuple) and plain in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        loglikelihood, count = value
+        score: float = -loglikelihood / max(1, count) / (math.log(2) if plain == "bits_per_byte" else 1.0)
+    elif isinstance(value, tuple) and plain == "brier_score":
+        gold, probabilities = value
+        score = sum((float(p) - (k == gold)) ** 2 for k, p in enumerate(probabilities))
+    elif plain == "perplexity":
+        score = -float(value)
+    else:
+        try:
+            score = float(value)
+        except (TypeError, ValueError) as error:
+            raise EvomergeError(f"task {task.name}: the metric {metric!r} has no value per item") from error
+    return score if task.higher_is_better(metric) else -score
+
+
+def aggregate(task: Task, metric: str, values: Sequence[Any]) -> float:
+    """A metric over all items, by lm-eval's own aggregation (the mean for the smooth ones)."""
+    aggregation = task.lm.aggregation().get(metric.split(",")[0])
+    if aggregation is None:
+        return sum(map(float, values)) / len(values)
+    return float(aggregation(list(values)))

@@ -1,0 +1,34 @@
+"""Score one model on whole tasks, as `lm_eval` would: the road of `evomerge evaluate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.metrics import ItemMetrics, aggregate
+from evomerge.evaluate.tasks import Task, items_of
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """metrics: aggregated by lm-eval's own aggregation.  items: how many were scored.  raw: per-item values."""
+
+    task: str
+    items: int
+    metrics: dict[str, float]
+    raw: ItemMetrics
+
+
+def evaluate_model(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], batch_tokens: int, limit: int | None, clock: Clock
+) -> list[TaskResult]:
+    """Every metric of every task on the items that lm-eval would take (the first `limit` of them)."""
+    engine = Engine(model, tokenizer, batch_tokens)
+    results = []
+    for task in tasks:
+        items = items_of(task, task.lm.eval_docs)[:limit]
+        found = engine.score(engine.prepare(task, items, everything=True), clock)
+        metrics = {metric: aggregate(task, metric, values) for metric, values in found.items()}
+        results.append(TaskResult(task.name, len(items), metrics, found))
+    return results

@@ -1,0 +1,163 @@
+"""Write a merged model: a folder that `from_pretrained` opens, with the recipe that makes it again."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from evomerge.device import TORCH_DTYPES
+from evomerge.errors import EvomergeError
+from evomerge.files import new_folder, sha256, write_text
+from evomerge.merge.bank import Bank
+from evomerge.merge.materialise import NotFinite, materialise_tensor
+from evomerge.merge.recipe import Recipe, dump_recipe
+from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.locate import fingerprint
+
+SHARD_BYTES = 4 << 30
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
+    """Floating tensors take the recipe's type, tables of integers keep theirs."""
+    return TORCH_DTYPES[recipe.dtype] if stored.is_floating_point else stored
+
+
+def plan_shards(recipe: Recipe, bank: Bank, limit: int = SHARD_BYTES) -> list[list[str]]:
+    """Tensor names per file, in the base's order, each file at most `limit` bytes unless one tensor is larger."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in bank.names:
+        info = bank.models.base.tensors[name]
+        size = info.bytes // info.dtype.itemsize * output_dtype(recipe, info.dtype).itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def total_bytes(recipe: Recipe, bank: Bank) -> int:
+    """How many bytes of weights a recipe makes."""
+    tensors = bank.models.base.tensors.values()
+    return sum(t.bytes // t.dtype.itemsize * output_dtype(recipe, t.dtype).itemsize for t in tensors)
+
+
+def export(
+    recipe: Recipe,
+    bank: Bank,
+    folder: Path,
+    card: Callable[[Recipe], str],
+    progress: Callable[[int], None] = lambda done: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Recipe:
+    """Write the model of `recipe` to the new folder `folder` and return the recipe with all SHA-256 sums.
+
+    Weights (sharded), config, generation config, tokenizer, chat template, README.md (`card`) and recipe.yaml.
+    progress: called with the number of bytes written so far.  EvomergeError if the folder is not empty, the
+    disk is full, or the merge is not finite.
+    """
+    base = bank.models.base
+    shards = plan_shards(recipe, bank, shard_bytes)
+    with new_folder(folder) as aside:
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for name in names:
+                info = base.tensors[name]
+                tensors[name] = torch.empty(info.shape, dtype=output_dtype(recipe, info.dtype))
+                merge_to_host(recipe, bank, name, tensors[name])
+                total += tensors[name].nbytes
+                progress(total)
+            write_tensors(tensors, aside / file)
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        config = {k: v for k, v in base.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
+        write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
+        for name in COPIED:
+            if (base.path / name).exists():
+                shutil.copyfile(base.path / name, aside / name)
+        signed = recipe.model_copy(deep=True)
+        signed.base.sha256 = fingerprint(base.path)
+        for source in signed.sources:
+            source.sha256 = fingerprint(bank.models.sources[source.name].path)
+        signed.outputs = fingerprint(aside)
+        write_text(aside / "README.md", card(signed))
+        write_text(aside / "recipe.yaml", dump_recipe(signed))
+    return signed
+
+
+def merge_to_host(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> None:
+    """Merge on the bank's device into host memory.  EvomergeError if the result is not finite."""
+    work = out if bank.device.type == "cpu" else torch.empty_like(out, device=bank.device)
+    try:
+        materialise_tensor(recipe, bank, name, work)
+    except NotFinite as error:
+        raise EvomergeError(f"this recipe makes no usable model: {error}") from error
+    if work is not out:
+        out.copy_(work)
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Save a safetensors file; the library's own error for a full disk becomes an OSError again."""
+    needed = sum(t.nbytes for t in tensors.values())
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:
+        raise EvomergeError(
+            f"{file}: the disk is full ({needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free); "
+            "nothing that was finished is lost. Free some space and try again"
+        )
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor or file in which two exported models differ."""
+
+    name: str
+    what: str
+
+
+def differences(first: Path, second: Path) -> list[Difference]:
+    """Compare two model folders byte by byte: every tensor, then config and tokenizer files."""
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    found = [Difference(name, f"only in {first}") for name in a.tensors.keys() - b.tensors.keys()]
+    found += [Difference(name, f"only in {second}") for name in b.tensors.keys() - a.tensors.keys()]
+    for name in a.tensors.keys() & b.tensors.keys():
+        x, y = a.read(name), b.read(name)
+        if x.dtype != y.dtype or x.shape != y.shape:
+            found.append(Difference(name, f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"))
+        elif (differs := differing_bytes(x, y)) > 0:
+            found.append(Difference(name, f"{differs:,} of {x.nbytes:,} bytes differ"))
+    for name in ("config.json", *COPIED):
+        here, there = first / name, second / name
+        if here.exists() != there.exists() or (here.exists() and sha256(here) != sha256(there)):
+            found.append(Difference(name, "the files differ"))
+    return sorted(found, key=lambda d: d.name)
+
+
+def differing_bytes(x: torch.Tensor, y: torch.Tensor) -> int:
+    a, b = x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8)
+    return int((a != b).sum())

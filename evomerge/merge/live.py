@@ -1,0 +1,115 @@
+"""The live model: one model in memory whose weights every candidate overwrites in place."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.errors import EvomergeError
+from evomerge.merge.bank import Bank
+from evomerge.merge.materialise import materialise
+from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.open import open_models
+
+# transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
+EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
+
+
+def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model as transformers builds it from a folder, on the device, ready to be scored or overwritten.
+
+    EvomergeError if transformers cannot open it (unknown architecture, missing code).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise EvomergeError(f"{path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> the live parameter (or its part) that holds this tensor.  Tied weights appear once.
+
+    EvomergeError if a parameter of the model would be left as it was.
+    """
+    parameters = {name: p.data for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    found: dict[str, torch.Tensor] = {}
+    for name in bank.names:
+        tensor = live_tensor(name, parameters, prefix)
+        if tensor is not None:
+            found[name] = tensor
+        elif not (name in buffers or prefix + name in buffers or is_tied_copy(name, bank) or is_old_buffer(name)):
+            raise EvomergeError(
+                f"{bank.models.base.path}: transformers' {type(model).__name__} has no parameter for the tensor {name}"
+            )
+    covered = sum(t.numel() for t in found.values())
+    total = sum(p.numel() for p in parameters.values())
+    if covered != total:
+        raise EvomergeError(
+            f"{bank.models.base.path}: its files hold {covered:,} of the {total:,} weights of "
+            f"transformers' {type(model).__name__}; the checkpoint is incomplete"
+        )
+    return found
+
+
+def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
+    """The part of the live model that a checkpoint tensor becomes, None if there is none.
+
+    Older checkpoints miss the model's prefix (`h.0.` for `transformer.h.0.`) or still have it on the head.
+    """
+    for candidate in (name, prefix + name, name.replace("embed_out.", "lm_head.")):
+        if candidate in parameters:
+            return parameters[candidate]
+    moved = name.replace(".block_sparse_moe.", ".mlp.")
+    if moved in parameters:
+        return parameters[moved]
+    if match := EXPERT.match(moved):
+        block, index, part = match["block"], int(match["index"]), match["part"]
+        if part in ("w2", "down_proj"):
+            stacked = parameters.get(f"{block}.experts.down_proj")  # (experts, hidden, inner)
+            return None if stacked is None else stacked[index]
+        stacked = parameters.get(f"{block}.experts.gate_up_proj")  # (experts, 2 inner, hidden)
+        if stacked is not None:
+            inner = stacked.shape[1] // 2
+            return stacked[index, :inner] if part in ("w1", "gate_proj") else stacked[index, inner:]
+    return None
+
+
+def is_tied_copy(name: str, bank: Bank) -> bool:
+    """A head that the file stores although the model ties it to the embedding."""
+    return name in ("lm_head.weight", "embed_out.weight") and bank.models.base.ties_head
+
+
+def is_old_buffer(name: str) -> bool:
+    """Tables that old checkpoints store and transformers now computes: causal masks and rotary frequencies."""
+    return name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
+
+
+def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """A model to score and its tokenizer.  An adapter is merged onto `base` by the ordinary road.
+
+    EvomergeError if the folder is an adapter and no base is given.
+    """
+    from transformers import AutoTokenizer
+
+    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    if not is_adapter:
+        open_checkpoint(folder)  # says what is wrong with the files before transformers tries
+        return load_live_model(folder, dtype, device), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if base is None:
+        raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
+    bank = Bank(open_models(base, {"source": folder}), device)
+    model = load_live_model(base, dtype, device)
+    source = RecipeSource(name="source", path=str(folder))
+    recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source])
+    materialise(recipe, bank, destinations(model, bank))
+    return model, AutoTokenizer.from_pretrained(base, local_files_only=True)

@@ -1,0 +1,51 @@
+"""dare_linear and dare_ties: drop at random and rescale (Yu et al. 2024; mergekit `dare_linear`, `dare_ties`).
+
+Each element of a task vector is kept with probability `density` and, with `rescale`, divided by it, so that its
+expectation stays; dare_ties then elects signs as ties does.
+
+    out = b + lambda * sum_i w_i m_i d_i / density_i          with `normalize`: / sum_i w_i (of the agreeing)
+
+Different from mergekit on purpose: the masks are a hash of (seed, tensor, source, element), so they do not depend
+on device, order or process, and the mask at density 0.4 lies inside the mask at 0.5; `rescale` divides by the
+density as the paper does, where mergekit restores the L1 norm of the task vector.
+"""
+
+from evomerge.merge.plan import Gram, Knob, Knobs, Method, SparseBlend, share
+
+KNOBS = {
+    "weight": Knob(None, each=True),
+    "density": Knob(1.0, 0.0, 1.0, each=True),
+    "lambda": Knob(1.0),
+    "normalize": Knob(0.0, 0.0, 1.0, switch=True),
+    "rescale": Knob(1.0, 0.0, 1.0, switch=True),
+}
+
+
+def plan(knobs: Knobs, elect: bool) -> SparseBlend:
+    """Random masks, gain 1 / density.  Without election the divisor is one number and goes into the scale."""
+    weights, density = knobs.each["weight"], knobs.each["density"]
+    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
+    if normalize and not elect:
+        scale, normalize = scale / share(sum(weights)), False
+    rescale = bool(knobs.shared["rescale"])
+    return SparseBlend(
+        weights=weights,
+        density=density,
+        keep="random",
+        gains=tuple(1.0 / p if rescale and p > 0 else 1.0 for p in density),
+        elect=elect,
+        normalize=normalize,
+        scale=scale,
+    )
+
+
+def plan_linear(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
+    return plan(knobs, elect=False)
+
+
+def plan_ties(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
+    return plan(knobs, elect=True)
+
+
+LINEAR = Method("dare_linear", KNOBS, plan_linear)
+TIES = Method("dare_ties", KNOBS, plan_ties)

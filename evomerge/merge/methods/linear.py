@@ -1,0 +1,18 @@
+"""linear: the weighted average of the sources (model soups: Wortsman et al. 2022; mergekit `linear`).
+
+    out = sum_i w_i x_i / sum_i w_i          without `normalize`: no divisor
+
+The uniform soup is `linear` with equal weights.
+"""
+
+from evomerge.merge.plan import Blend, Gram, Knob, Knobs, Method, share
+
+
+def plan(knobs: Knobs, gram: Gram | None = None) -> Blend:
+    """Weights of the sources, divided by their sum if `normalize`."""
+    weights = knobs.each["weight"]
+    divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0
+    return Blend(tuple(w / divisor for w in weights))
+
+
+METHOD = Method("linear", {"weight": Knob(1.0, each=True), "normalize": Knob(1.0, 0.0, 1.0, switch=True)}, plan)

@@ -1,0 +1,38 @@
+"""ties: trim, elect sign, merge what agrees (Yadav et al. 2023; mergekit `ties`).
+
+Trim each task vector to its `density` share of largest magnitude, k = max(1, floor(density n)); elect for every
+element the sign of the weighted sum (a sum of 0 counts as +); average the weighted values of that sign.
+
+    out = b + lambda * sum_agreeing w_i d_i / sum_agreeing w_i          without `normalize`: no divisor
+
+Different from mergekit on purpose: elements as large as the k-th are all kept (`torch.topk` picks some of them in
+an order that depends on the device), so that the same recipe gives the same bits everywhere.
+"""
+
+from evomerge.merge.plan import Gram, Knob, Knobs, Method, SparseBlend
+
+
+def plan(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
+    """Trimming by magnitude, election, division by the agreeing weights."""
+    weights = knobs.each["weight"]
+    return SparseBlend(
+        weights=weights,
+        density=knobs.each["density"],
+        keep="top",
+        gains=(1.0,) * len(weights),
+        elect=True,
+        normalize=bool(knobs.shared["normalize"]),
+        scale=knobs.shared["lambda"],
+    )
+
+
+METHOD = Method(
+    "ties",
+    {
+        "weight": Knob(None, each=True),
+        "density": Knob(1.0, 0.0, 1.0, each=True),
+        "lambda": Knob(1.0),
+        "normalize": Knob(1.0, 0.0, 1.0, switch=True),
+    },
+    plan,
+)

@@ -1,0 +1,173 @@
+"""report.html: the verdict, the table, the road to the best score, the winner's coefficients; one file, no network."""
+
+import html
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import plotly.graph_objects as go
+import plotly.io
+from optuna.trial import TrialState
+
+from evomerge.files import write_text
+from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe import Recipe, load_recipe
+from evomerge.report.status import Status, read_status
+from evomerge.search.run import Run
+from evomerge.sources.anatomy import Component, Place, layer_count
+from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.locate import locate
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
+h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem}
+.verdict{padding:1rem 1.2rem;border-radius:.5rem;font-size:1.1rem}
+.yes{background:#e2f4e8;border-left:.4rem solid #2b8a4b}.no{background:#fdf1dc;border-left:.4rem solid #c47f0a}
+table{border-collapse:collapse;width:100%} th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #dde3e8}
+th:first-child,td:first-child{text-align:left} tr.candidate{font-weight:600;background:#f3f7fb}
+small,.dim{color:#67747f} td small{display:block}
+"""
+PALETTE = {"parent": "#8a97a3", "uniform": "#c47f0a", "recommended": "#7a5bb5"}
+
+
+def write_report(run: Run) -> None:
+    """Write the report of a run that has a verdict."""
+    status = read_status(run)
+    assert status.verdict is not None, "a report needs a verdict"
+    recipe = load_recipe(run.folder / "winner.yaml")
+    layers = layer_count(list(open_checkpoint(locate(recipe.base.path)).tensors))
+    figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
+    write_text(run.report_file, page(status, status.verdict, figures))
+
+
+def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, str, go.Figure]]) -> str:
+    name = html.escape(status.config.name)
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>evomerge: {name}</title><style>{STYLE}</style>",
+        f"<h1>{name}</h1>",
+        f"<p class=dim>{html.escape(summary(status))}</p>",
+        f"<p class='verdict {'yes' if verdict['winner'] else 'no'}'>{html.escape(verdict['sentence'])}</p>",
+        "<h2>Holdout scores</h2>",
+        score_table(verdict),
+        f"<p class=dim>{html.escape(explanation(verdict))}</p>",
+    ]
+    for number, (title, text, figure) in enumerate(figures):
+        drawn = plotly.io.to_html(
+            figure,
+            include_plotlyjs=number == 0,
+            full_html=False,
+            config={"displaylogo": False, "responsive": True},
+        )
+        parts += [f"<h2>{html.escape(title)}</h2>", f"<p class=dim>{html.escape(text)}</p>", drawn]
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def summary(status: Status) -> str:
+    config = status.config
+    failed = status.count(TrialState.FAIL)
+    return (
+        f"{config.method} of {len(config.sources)} sources; {config.sampler.name}, seed {config.seed}; "
+        f"{status.count(TrialState.COMPLETE)} trials" + (f", {failed} failed" if failed else "")
+    )
+
+
+def explanation(verdict: dict[str, Any]) -> str:
+    items = "; ".join(
+        f"{name}: {t['metric']} on {t['items']['holdout']} items "
+        f"(searched on {t['items']['search']} by {t['objective']})"
+        for name, t in verdict["tasks"].items()
+    )
+    text = (
+        "Mean over tasks, 95% bootstrap intervals over items; differences are paired. "
+        f"{items}. The chosen candidate is {verdict['chosen']['name']}, picked among {len(verdict['finalists'])} finalists on the selection split."
+    )
+    if verdict["holdout_uses"] > 1:
+        text += f" The holdout items have judged {verdict['holdout_uses']} candidates; the intervals flatter."
+    return text
+
+
+def score_table(verdict: dict[str, Any]) -> str:
+    tasks = list(verdict["tasks"])
+    head = "".join(f"<th>{html.escape(t)}</th>" for t in tasks)
+    score = verdict["score"]
+    title = "winner" if verdict["winner"] else "candidate"
+    rows = [table_row(title, "candidate", score["value"], spread(score), verdict["holdout"]["winner"], tasks)]
+    for c in verdict["comparisons"]:
+        d = c["difference"]
+        gap = f"{title} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+        rows.append(table_row(c["name"], c["kind"], c["score"], gap, verdict["holdout"][c["name"]], tasks))
+    return f"<table><tr><th></th><th>mean</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def table_row(
+    name: str, kind: str, mean: float, note: str, scores: dict[str, dict[str, float]], tasks: list[str]
+) -> str:
+    cells = "".join(f"<td>{scores[t]['value']:.3f}<small>{spread(scores[t])}</small></td>" for t in tasks)
+    return (
+        f"<tr class={kind}><td>{html.escape(name)}</td>"
+        f"<td>{mean:.3f}<small>{html.escape(note)}</small></td>{cells}</tr>"
+    )
+
+
+def spread(span: dict[str, float]) -> str:
+    return f"[{span['low']:.3f}, {span['high']:.3f}]"
+
+
+def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
+    """Every finished trial, the best so far, and the baselines."""
+    complete = [t for t in status.trials if t.state == TrialState.COMPLETE and t.value is not None]
+    values = [float(t.value or 0.0) for t in complete]
+    best = [max(values[: i + 1]) for i in range(len(values))]
+    numbers = [t.number for t in complete]
+    names = [status.baselines.get(n, "") for n in numbers]
+    figure = go.Figure()
+    searched = [i for i, name in enumerate(names) if not name]
+    known = [i for i, name in enumerate(names) if name]
+    figure.add_scatter(
+        x=[numbers[i] for i in searched], y=[values[i] for i in searched], mode="markers", name="trial",
+        marker={"color": "#9db7d1", "size": 6},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[numbers[i] for i in known], y=[values[i] for i in known], text=[names[i] for i in known], mode="markers",
+        name="baseline", marker={"color": PALETTE["uniform"], "size": 9, "symbol": "diamond"},
+    )  # fmt: skip
+    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"color": "#1f5f99", "shape": "hv"})
+    ordered = sorted(values)
+    floor = ordered[len(ordered) // 10] if ordered else 0.0
+    top = max(values, default=1.0)
+    margin = (top - floor) * 0.08 or 0.1
+    figure.update_layout(
+        xaxis_title="trial", yaxis_title="objective on the search items", yaxis_range=[floor - margin, top + margin],
+        height=380, margin={"t": 20, "r": 20}, template="plotly_white",
+    )  # fmt: skip
+    return "Best score over trials", "The axis begins at the worst tenth; lower trials are cut off.", figure
+
+
+def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.Figure]]:
+    """A heat map per knob of the winner that is not a switch: rows source and component, columns layers."""
+    shown: list[Component] = [c for c in get_args(Component) if c not in ("embedding", "head", "other")]
+    figures = []
+    for name, knob in METHODS[recipe.method].knobs.items():
+        if knob.switch:
+            continue
+        rows: dict[str, list[float]] = {}
+        for component in shown:
+            for i, source in enumerate(recipe.sources if knob.each else [None]):
+                title = f"{source.name} · {component}" if source else component
+                places = [Place(layer, component) for layer in range(layers)]
+                known = [recipe.knobs(p, layers) for p in places]
+                rows[title] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
+        ordered = sorted(rows)
+        flat = [x for row in rows.values() for x in row]
+        figure = go.Figure(
+            go.Heatmap(
+                z=[rows[r] for r in ordered], x=list(range(layers)), y=ordered, colorscale="RdBu", zmid=0.0,
+                zmin=-max(map(abs, flat), default=1.0), zmax=max(map(abs, flat), default=1.0), reversescale=True,
+                texttemplate="%{z:.2f}" if layers <= 12 else None, colorbar={"title": name},
+            )
+        )  # fmt: skip
+        figure.update_layout(
+            xaxis_title="layer", height=120 + 26 * len(ordered), margin={"t": 20, "l": 150}, template="plotly_white",
+            xaxis={"dtick": 1 if layers <= 16 else 5}, yaxis={"autorange": "reversed"},
+        )  # fmt: skip
+        figures.append((f"{name} of the chosen candidate", f"Method {recipe.method}, by layer and component.", figure))
+    return figures

@@ -1,0 +1,58 @@
+"""What `evomerge inspect` shows: anatomy, compatibility, and how far the sources are from the base."""
+
+import numpy as np
+from rich.table import Table
+
+from evomerge.merge.statistics import gram_matrix
+from evomerge.report.terminal import console
+from evomerge.sources.anatomy import layer_count, place
+from evomerge.sources.open import Models
+
+
+def print_inspection(models: Models) -> bool:
+    """Print the findings; whether the models can be merged."""
+    base = models.base
+    names = list(base.tensors)
+    parameters = sum(int(np.prod(t.shape)) for t in base.tensors.values())
+    console.print(
+        f"base: {base.config.get('model_type')}, {parameters / 1e6:.1f}M parameters, {layer_count(names)} layers, "
+        f"{len(names)} tensors"
+    )
+    for note in models.compatibility.notes:
+        console.print(f"note: {note}", markup=False)
+    for problem in models.compatibility.problems:
+        console.print(f"problem: {problem}", markup=False)
+    if models.compatibility.problems:
+        console.print("these models cannot be merged")
+        return False
+    console.print(distance_table(models))
+    console.print("these models can be merged")
+    return True
+
+
+def distance_table(models: Models) -> Table:
+    """Per source: the length of its task vector as a share of the base, by component, and the cosine between
+    task vectors (near 0: the skills hardly touch; near 1: they are the same change)."""
+    sources = list(models.sources)
+    components = sorted({place(n).component for n in models.base.tensors})
+    squares = {(s, c): 0.0 for s in sources for c in components}
+    base_squares = dict.fromkeys(components, 0.0)
+    products = np.zeros((len(sources), len(sources)))
+    for name, info in models.base.tensors.items():
+        if not info.dtype.is_floating_point:
+            continue
+        base = models.base.read(name)
+        deltas = [models.sources[s].read(name).float() - base.float() for s in sources]
+        gram = gram_matrix([base, *deltas])
+        component = place(name).component
+        base_squares[component] += gram[0, 0]
+        products += gram[1:, 1:]
+        for i, s in enumerate(sources):
+            squares[s, component] += gram[i + 1, i + 1]
+    table = Table("source", *(f"|d|/|b| {c}" for c in components), *(f"cos {s}" for s in sources))
+    for i, s in enumerate(sources):
+        shares = [f"{(squares[s, c] / base_squares[c]) ** 0.5:.2%}" if base_squares[c] else "-" for c in components]
+        lengths = np.sqrt(products[i, i] * products.diagonal())
+        cosines = [f"{p / n:+.2f}" if n else "-" for p, n in zip(products[i], lengths, strict=True)]
+        table.add_row(s, *shares, *cosines)
+    return table

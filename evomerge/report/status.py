@@ -1,0 +1,71 @@
+"""What a run folder says of itself: read only, at any time, also while the search runs."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from evomerge.config import SearchConfig
+from evomerge.search.loop import trial_seconds
+from evomerge.search.run import Run
+from evomerge.search.study import FINISHED, open_study
+
+PARTS = ("propose", "merge", "forward", "score", "store")
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run.
+
+    best: the best finished trial.  seconds: mean per finished trial.  timing: mean seconds per part of a trial;
+    `other` is what no part accounts for.
+    """
+
+    config: SearchConfig
+    trials: list[FrozenTrial]
+    best: FrozenTrial | None
+    seconds: float
+    timing: dict[str, float]
+    verdict: dict[str, Any] | None
+    baselines: dict[int, str] = field(default_factory=dict)
+
+    def count(self, state: TrialState) -> int:
+        return sum(t.state == state for t in self.trials)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of search left by the budget, None if it cannot be told yet."""
+        finished = [t for t in self.trials if t.state in FINISHED]
+        budget, estimates = self.config.budget, []
+        if budget.trials is not None and self.seconds:
+            estimates.append(max(0, budget.trials - len(finished)) * self.seconds)
+        if budget.timeout is not None:
+            estimates.append(max(0.0, budget.timeout - sum(map(trial_seconds, finished))))
+        return min(estimates) if estimates and self.verdict is None else None
+
+
+def read_status(run: Run) -> Status:
+    """The status of a run.  EvomergeError if its study cannot be read."""
+    config = run.config()
+    study = open_study(run.storage_url(config), config.name, create=False)
+    trials = study.get_trials(deepcopy=False)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    finished = [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
+    best = max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
+    verdict = json.loads(run.verdict_file.read_text(encoding="utf-8")) if run.verdict_file.exists() else None
+    names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
+    return Status(config, trials, best, seconds, mean_timing(complete), verdict, names)
+
+
+def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:
+    """Mean seconds per part over trials; the first trial is left out, it warms caches up."""
+    records = [t.user_attrs.get("record", {}).get("seconds", {}) for t in trials[1:]]
+    records = [r for r in records if r]
+    if not records:
+        return {}
+    timing = {part: sum(r.get(part, 0.0) for r in records) / len(records) for part in PARTS}
+    total = sum(r.get("total", 0.0) for r in records) / len(records)
+    timing["other"] = max(0.0, total - sum(timing[part] for part in PARTS))
+    return timing

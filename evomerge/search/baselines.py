@@ -1,0 +1,89 @@
+"""Known good points, tried first: they start the search, and the winner must beat them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource
+from evomerge.search.space import Point, Space
+
+Kind = Literal["parent", "uniform", "recommended"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A recipe that nobody searched for.
+
+    name: how tables call it.  point: where it is in the search space, None if it is not in it.
+    """
+
+    name: str
+    kind: Kind
+    recipe: Recipe
+    point: Point | None
+
+
+def baselines(space: Space) -> list[Baseline]:
+    """Each source alone, the uniform blend, and the recommended recipes.
+
+    Recommended: task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
+    dare_ties with density and weight 0.5 (the common starting point), and specialists 0.65 to generalists 0.35
+    where the configuration gives roles.
+    """
+    names = [s.name for s in space.config.sources]
+    count = len(names)
+    found = [in_space(space, n, "parent", {s: float(s == n) for s in names}, "linear") for n in names]
+    if count > 1:
+        found.append(in_space(space, "uniform", "uniform", dict.fromkeys(names, 1.0 / count), "linear"))
+        found += [
+            in_space(space, f"task_arithmetic {w:g}", "recommended", dict.fromkeys(names, w), "task_arithmetic")
+            for w in (0.5, 0.8)
+        ]
+        found.append(in_space(space, "dare_ties 0.5", "recommended", dict.fromkeys(names, 0.5), "dare_ties", 0.5))
+    roles = {s.name: s.role for s in space.config.sources}
+    specialists = [n for n in names if roles[n] == "specialist"]
+    generalists = [n for n in names if roles[n] == "generalist"]
+    if specialists and generalists:
+        weights = dict.fromkeys(names, 0.0)
+        weights |= dict.fromkeys(specialists, 0.65 / len(specialists))
+        weights |= dict.fromkeys(generalists, 0.35 / len(generalists))
+        found.append(in_space(space, "specialists 0.65", "recommended", weights, "linear"))
+    return found
+
+
+def in_space(
+    space: Space, name: str, kind: Kind, weights: dict[str, float], method: str, density: float = 1.0
+) -> Baseline:
+    """A baseline by weights: a point of the search's own method where that means the same, else a recipe of its own.
+
+    Weights that add up to 1 mean the same in linear and in task arithmetic.
+    """
+    own = space.config.method
+    same = own == method or ({own, method} == {"linear", "task_arithmetic"} and abs(sum(weights.values()) - 1) < 1e-9)
+    alone = kind == "parent" and "weight" in METHODS[own].knobs  # one whole source is itself in every method
+    if same or alone:
+        each = {s: {"weight": w, "density": density} for s, w in weights.items()}
+        normalize = 1.0 if own in ("linear", "ties") else 0.0
+        point = space.point(each, {"lambda": 1.0, "normalize": normalize})
+        if point is not None:
+            return Baseline(name, kind, space.recipe(point), point)
+    return Baseline(name, kind, plain_recipe(space, method, weights, density), None)
+
+
+def plain_recipe(space: Space, method: str, weights: dict[str, float], density: float) -> Recipe:
+    """A recipe of `method` with one weight per source and one density.  Sources of weight 0 are left out."""
+    knobs = METHODS[method].knobs
+    sources = []
+    for source in space.config.sources:
+        parameters: dict[str, Coefficient] = {"weight": weights[source.name]}
+        if "density" in knobs:
+            parameters["density"] = density
+        if weights[source.name] != 0.0:
+            sources.append(RecipeSource(name=source.name, path=source.path, parameters=parameters))
+    return Recipe(
+        method=method,
+        dtype=space.config.dtype,
+        seed=space.config.seed,
+        base=Model(path=space.config.base),
+        sources=sources,
+    )

@@ -1,0 +1,184 @@
+"""The end of a search: finalists on the selection split, the chosen one on the holdout, the verdict on paper."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from evomerge.evaluate.tasks import Split
+from evomerge.files import write_text
+from evomerge.merge.recipe import Recipe, dump_recipe
+from evomerge.search.baselines import Baseline
+from evomerge.search.cma import CmaEsSampler
+from evomerge.search.run import Run
+from evomerge.search.scorer import Scorer
+from evomerge.search.study import Proposer, checkpoint
+from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
+
+FINALISTS = 5
+
+Scores = dict[str, dict[str, list[float]]]
+"""Task -> metric -> one score per item."""
+
+
+def digest(recipe: Recipe) -> str:
+    """Sixteen hexadecimal digits that name a recipe."""
+    return hashlib.sha256(recipe.model_dump_json(exclude={"outputs"}).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """Full evaluations outside the trials, kept in the study, so that a resume does not repeat them."""
+
+    def __init__(self, study: optuna.Study, scorer: Scorer, run: Run) -> None:
+        self.study = study
+        self.scorer = scorer
+        self.run = run
+
+    def key(self, split: Split, recipe: Recipe) -> str:
+        return f"scores:{split}:{digest(recipe)}"
+
+    def has(self, split: Split, recipe: Recipe) -> bool:
+        return self.key(split, recipe) in self.study.user_attrs
+
+    def score(self, split: Split, recipe: Recipe) -> Scores:
+        """Every metric of a recipe on a split, from the study if it is there."""
+        stored = self.study.user_attrs.get(self.key(split, recipe))
+        if stored is not None:
+            scores: Scores = stored
+            return scores
+        self.run.log(f"scoring {recipe.method} {digest(recipe)} on {split}")
+        outcome = self.scorer.evaluate(recipe, split, everything=True)
+        self.study.set_user_attr(self.key(split, recipe), outcome.scores)
+        checkpoint(self.study)
+        return outcome.scores
+
+    def means(self, scores: Scores, which: str) -> dict[str, list[float]]:
+        return {t.name: scores[t.name][getattr(t, which)] for t in self.scorer.tasks}
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate for the win.  trial: its number, None for the mean of the search distribution."""
+
+    name: str
+    trial: int | None
+    recipe: Recipe
+
+
+def finalists(study: optuna.Study, proposer: Proposer) -> list[Finalist]:
+    """The best finished trials by objective, and the mean of the final search distribution."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete.sort(key=lambda t: (-(t.value or 0.0), t.number))
+    found = [Finalist(label(t), t.number, proposer.space.recipe(t.params)) for t in complete[:FINALISTS]]
+    sampler = proposer.sampler(len(study.get_trials(deepcopy=False)))
+    if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study)) is not None:
+        found.append(Finalist("mean of the search distribution", None, proposer.space.recipe(mean)))
+    unique: dict[str, Finalist] = {}
+    for finalist in found:
+        unique.setdefault(digest(finalist.recipe), finalist)
+    return list(unique.values())
+
+
+def label(trial: FrozenTrial) -> str:
+    baseline = trial.user_attrs.get("baseline")
+    return f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
+
+
+def finish(
+    run: Run,
+    study: optuna.Study,
+    proposer: Proposer,
+    scorer: Scorer,
+    ledger: Ledger,
+    known: list[Baseline],
+    phase: Callable[[str], None],
+) -> Verdict:
+    """Choose on the selection split, judge on the holdout split, write verdict.json and recommended.yaml."""
+    scored: list[tuple[float, float, Finalist]] = []
+    for finalist in finalists(study, proposer):
+        phase(f"selection: {finalist.name}")
+        scores = ledger.score("selection", finalist.recipe)
+        ranks = [mean_score(ledger.means(scores, which), scorer.weights) for which in ("metric", "objective")]
+        scored.append((ranks[0], ranks[1], finalist))
+    scored.sort(key=lambda s: (-s[0], -s[1]))
+    chosen = scored[0][2]
+    rivals = holdout_baselines(study, ledger, known)
+    phase(f"holdout: {chosen.name}")
+    chosen_scores = ledger.score("holdout", chosen.recipe)
+    baseline_scores = {}
+    for rival in rivals:
+        phase(f"holdout: {rival.name}")
+        baseline_scores[rival.name] = rival.kind, ledger.score("holdout", rival.recipe)
+    verdict = judge(
+        ledger.means(chosen_scores, "metric"),
+        {name: (kind, ledger.means(s, "metric")) for name, (kind, s) in baseline_scores.items()},
+        scorer.weights,
+        scorer.config.seed,
+    )
+    recipes = {rival.name: rival.recipe for rival in rivals} | {"winner": chosen.recipe}
+    tables = {"winner": chosen_scores} | {name: s for name, (_, s) in baseline_scores.items()}
+    uses = int(study.user_attrs.get("holdout_uses", 0)) + (0 if seen_before(run, chosen.recipe) else 1)
+    study.set_user_attr("holdout_uses", uses)
+    content = verdict.as_dict() | {
+        "chosen": {"name": chosen.name, "trial": chosen.trial, "recipe": digest(chosen.recipe)},
+        "finalists": [
+            {"name": f.name, "trial": f.trial, "selection_metric": m, "selection_objective": o} for m, o, f in scored
+        ],
+        "holdout": {name: task_table(scorer, scores) for name, scores in tables.items()},
+        "holdout_uses": uses,
+        "tasks": {
+            t.name: {
+                "metric": t.metric,
+                "objective": t.objective,
+                "weight": t.weight,
+                "items": {split: len(items) for split, items in scorer.items[t.name].items()},
+            }
+            for t in scorer.tasks
+        },
+    }
+    write_text(run.recommended_file, dump_recipe(recipes[verdict.recommended]))
+    write_text(run.folder / "winner.yaml", dump_recipe(chosen.recipe))
+    write_text(run.verdict_file, json.dumps(content, indent=2) + "\n")
+    run.log(verdict.sentence)
+    return verdict
+
+
+def holdout_baselines(study: optuna.Study, ledger: Ledger, known: list[Baseline]) -> list[Baseline]:
+    """Every parent, the uniform blend, and the recommended recipe that did best in the search."""
+    chosen = [b for b in known if b.kind != "recommended"]
+    recommended = [b for b in known if b.kind == "recommended"]
+    trials = {t.user_attrs.get("baseline"): t.value for t in study.get_trials(deepcopy=False) if t.value is not None}
+
+    def objective(baseline: Baseline) -> float:
+        if baseline.point is not None:
+            value = trials.get(baseline.name)
+            return float(value) if value is not None else -float("inf")
+        scores = ledger.means(ledger.score("search", baseline.recipe), "objective")
+        return mean_score(scores, ledger.scorer.weights)
+
+    return chosen + ([max(recommended, key=objective)] if recommended else [])
+
+
+def seen_before(run: Run, recipe: Recipe) -> bool:
+    """Whether the holdout items have already judged this very recipe (a repeated `resume` looks at nothing new)."""
+    try:
+        previous: dict[str, Any] = json.loads(run.verdict_file.read_text(encoding="utf-8"))
+        return bool(previous["chosen"]["recipe"] == digest(recipe))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def task_table(scorer: Scorer, scores: Scores) -> dict[str, dict[str, float]]:
+    """Per task: the metric with its interval and the mean objective."""
+    table = {}
+    for task in scorer.tasks:
+        own = {task.name: scores[task.name][task.metric]}
+        weights = {task.name: 1.0}
+        span = interval(mean_score(own, weights), resampled_means(own, weights, scorer.config.seed))
+        objective = mean_score({task.name: scores[task.name][task.objective]}, weights)
+        table[task.name] = {"value": span.value, "low": span.low, "high": span.high, "objective": objective}
+    return table

@@ -1,0 +1,212 @@
+"""The loop: propose, materialise, evaluate, tell, until the budget ends; a trial may fail, the run may not."""
+
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from evomerge.errors import EvomergeError
+from evomerge.search.baselines import Baseline, baselines
+from evomerge.search.finals import Ledger, finish
+from evomerge.search.run import Run
+from evomerge.search.scorer import Scorer, free_memory, open_config_models
+from evomerge.search.space import build_space
+from evomerge.search.study import FINISHED, Proposer, checkpoint, open_study
+from evomerge.search.verdict import Verdict
+
+FAILURES_IN_A_ROW = 10
+
+
+class Interrupted(BaseException):
+    """The user asked to stop (SIGINT, SIGTERM); the trial in hand stays in the study and is done on resume."""
+
+
+class Listener(Protocol):
+    """Who shows the run to a person."""
+
+    def phase(self, text: str) -> None: ...
+    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the search ends.  trials: finished ones, baselines included.  seconds: of search so far and from now on
+    together.  deadline: `time.time()` at which no new trial begins."""
+
+    trials: int | None = None
+    seconds: float | None = None
+    deadline: float | None = None
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request that the work checks between batches; a second one kills."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def check(self) -> None:
+        if self.received is not None:
+            raise Interrupted(signal.Signals(self.received).name)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Verdict:
+    """Run or go on with a search until its limits, then judge the finalists and write the verdict.
+
+    Interrupted if the user stops it: everything finished is in the study.  EvomergeError on wrong input, or
+    when ten trials in a row fail.
+    """
+    config = run.config()
+    listener.phase("opening the models")
+    models = open_config_models(config)
+    for note in models.compatibility.notes:
+        run.log(f"note: {note}")
+    space = build_space(config, models)
+    study = open_study(run.storage_url(config), config.name, create=True)
+    listener.phase("preparing the items")
+    scorer = Scorer(config, models, stop.check)
+    known = baselines(space)
+    enqueue(study, known)
+    ledger = Ledger(study, scorer, run)
+    for baseline in known:
+        if baseline.point is None and not ledger.has("search", baseline.recipe):
+            listener.phase(f"baseline {baseline.name}")
+            ledger.score("search", baseline.recipe)
+    scorer.prepared("search", everything=False)
+    proposer = Proposer(study, space)
+    listener.phase("searching")
+    failures = failures_in_a_row(study)
+    stored = 0.0
+    while within(study, limits):
+        stop.check()
+        state, stored = run_trial(run, study, proposer, scorer, listener, limits, stored)
+        failures = failures + 1 if state == TrialState.FAIL else 0
+        if failures >= FAILURES_IN_A_ROW:
+            raise EvomergeError(explain_failures(study))
+    return finish(run, study, proposer, scorer, ledger, known, listener.phase)
+
+
+def enqueue(study: optuna.Study, known: list[Baseline]) -> None:
+    """Queue the baselines that are points of the space, once in a study's life."""
+    there = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False)}
+    for baseline in known:
+        if baseline.point is not None and baseline.name not in there:
+            study.enqueue_trial(baseline.point, user_attrs={"baseline": baseline.name})
+
+
+def run_trial(
+    run: Run,
+    study: optuna.Study,
+    proposer: Proposer,
+    scorer: Scorer,
+    listener: Listener,
+    limits: Limits,
+    stored_before: float,
+) -> tuple[TrialState, float]:
+    """One trial from proposal to database; its state and the seconds that storing it took.
+
+    What goes wrong inside becomes the trial's recorded reason.  A finished trial cannot be written to, so the
+    time of its storing is in the record of the next one (`stored_before`).
+    """
+    started = time.perf_counter()
+    trial, point = proposer.next()
+    proposed = time.perf_counter()
+    record: dict[str, Any] = {}
+    value: float | None = None
+    run.log(f"trial {trial.number} begins")
+    try:
+        outcome = scorer.evaluate(proposer.space.recipe(point), "search", everything=False)
+        value = scorer.objective(outcome)
+        record["scores"] = outcome.of(scorer.tasks, "objective")
+        seconds = outcome.seconds
+    except EvomergeError:
+        raise
+    except Exception as error:  # any bug of any library may cost this trial, not the run
+        record["reason"] = reason(error)
+        run.log(f"trial {trial.number} failed: {traceback.format_exc()}")
+        free_memory(scorer.bank.device)
+        seconds = {}
+    scored = time.perf_counter()
+    record["seconds"] = {**seconds, "propose": proposed - started, "store": stored_before}
+    record["seconds"]["total"] = scored - started + stored_before
+    study._storage.set_trial_user_attr(trial._trial_id, "record", record)
+    state = TrialState.COMPLETE if value is not None else TrialState.FAIL
+    study.tell(trial.number, value, state=state)
+    checkpoint(study)
+    run.log(f"trial {trial.number} {state.name.lower()} value={value}")
+    best = best_value(study)
+    note = str(trial.user_attrs.get("baseline", record.get("reason", "")))
+    stored = time.perf_counter() - scored
+    listener.trial(trial.number, limits.trials, value, best, note)
+    return state, stored
+
+
+def reason(error: Exception) -> str:
+    """Why a trial failed, in one line."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]
+
+
+def best_value(study: optuna.Study) -> float | None:
+    values = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    return max((v for v in values if v is not None), default=None)
+
+
+def within(study: optuna.Study, limits: Limits) -> bool:
+    """Whether another trial may begin."""
+    trials = study.get_trials(deepcopy=False)
+    finished = [t for t in trials if t.state in FINISHED]
+    if limits.trials is not None and len(finished) >= limits.trials:
+        return False
+    if limits.seconds is not None and sum(map(trial_seconds, finished)) >= limits.seconds:
+        return False
+    return limits.deadline is None or time.time() < limits.deadline
+
+
+def trial_seconds(trial: FrozenTrial) -> float:
+    return float(trial.user_attrs.get("record", {}).get("seconds", {}).get("total", 0.0))
+
+
+def failures_in_a_row(study: optuna.Study) -> int:
+    """How many of the last finished trials failed, so that a resume goes on counting; a full row starts anew."""
+    count = 0
+    for trial in reversed(study.get_trials(deepcopy=False)):
+        if trial.state == TrialState.FAIL:
+            count += 1
+        elif trial.state in FINISHED:
+            break
+    return count % FAILURES_IN_A_ROW
+
+
+def explain_failures(study: optuna.Study) -> str:
+    """The reasons of the last failures, counted."""
+    failed = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.FAIL][-FAILURES_IN_A_ROW:]
+    reasons = [str(t.user_attrs.get("record", {}).get("reason", "unknown")) for t in failed]
+    counted = sorted({r: reasons.count(r) for r in reasons}.items(), key=lambda x: -x[1])
+    lines = "\n  ".join(f"{count} x {text}" for text, count in counted)
+    return (
+        f"{FAILURES_IN_A_ROW} trials failed in a row, so the search has stopped; the reasons:\n  {lines}\n"
+        "Tracebacks are in the run's log.txt. After mending the cause, go on with `evomerge resume`"
+    )

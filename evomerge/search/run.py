@@ -1,0 +1,166 @@
+"""The run folder: the configuration, who the inputs are, the study, and what came out."""
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge import __version__
+from evomerge.config import SearchConfig, config_differences, dump_config, load_config
+from evomerge.errors import EvomergeError
+from evomerge.files import disk_errors, write_text
+from evomerge.search.study import sqlite_url
+from evomerge.sources.locate import fingerprint, locate
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "optuna",
+    "cmaes",
+    "safetensors",
+    "numpy",
+    "tokenizers",
+    "datasets",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.  config.yaml is written last, so a folder that has it is a run."""
+
+    folder: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def verdict_file(self) -> Path:
+        return self.folder / "verdict.json"
+
+    @property
+    def recommended_file(self) -> Path:
+        return self.folder / "recommended.yaml"
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "log.txt"
+
+    def storage_url(self, config: SearchConfig) -> str:
+        return config.storage or sqlite_url(self.folder / "study.db")
+
+    def config(self) -> SearchConfig:
+        return load_config(self.config_file)
+
+    def manifest(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvomergeError(f"{self.manifest_file}: not readable ({error}); this run cannot be resumed") from error
+        if not isinstance(content, dict):
+            raise EvomergeError(f"{self.manifest_file}: expected a JSON object; this run cannot be resumed")
+        return content
+
+    def log(self, text: str) -> None:
+        """A line for whoever asks later what happened when."""
+        with disk_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n")
+
+
+def open_run(folder: Path) -> Run:
+    """An existing run.  EvomergeError if the folder is not one."""
+    run = Run(folder)
+    if not run.config_file.is_file():
+        raise EvomergeError(f"{folder}: not a run folder (it has no config.yaml); start one with `evomerge search`")
+    return run
+
+
+def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file of the base (`base`) and of each source, by name."""
+    folders = {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+    return {name: fingerprint(folder) for name, folder in folders.items()}
+
+
+def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
+    """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
+    run = Run(folder)
+    if run.config_file.exists():
+        raise EvomergeError(
+            f"{folder}: this run exists already; go on with `evomerge resume {folder}`, or choose another --run folder"
+        )
+    manifest = {
+        "evomerge": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "origin": str(origin.resolve()),
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "inputs": input_fingerprints(config),
+    }
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.manifest_file, json.dumps(manifest, indent=2) + "\n")
+    write_text(run.config_file, dump_config(config))
+    return run
+
+
+def check_unchanged(run: Run, accept: bool) -> SearchConfig:
+    """The run's configuration, compared with the file it came from and the inputs it was made with.
+
+    EvomergeError with the differences if the file or a model changed, unless `accept`; then the file's present
+    content becomes the run's.
+    """
+    config, manifest = run.config(), run.manifest()
+    origin = Path(str(manifest.get("origin", "")))
+    lines: list[str] = []
+    current = config
+    if origin.is_file():
+        current = load_config(origin)
+        lines += config_differences(config, current.model_copy(update={"name": config.name}))
+    prints = input_fingerprints(current)
+    recorded: dict[str, dict[str, str]] = manifest.get("inputs", {})
+    for name in sorted(prints.keys() & recorded.keys()):
+        files = prints[name].keys() | recorded[name].keys()
+        lines += [
+            f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
+        ]
+    if not lines:
+        return config
+    if not accept:
+        raise EvomergeError(
+            f"{run.folder}: this run was started with other inputs; its trials would not be comparable:\n  "
+            + "\n  ".join(lines)
+            + "\nUndo the change, start a new run, or go on all the same with --accept-changes"
+        )
+    run.log("changes accepted: " + "; ".join(lines))
+    current = current.model_copy(update={"budget": config.budget, "name": config.name})
+    write_text(run.manifest_file, json.dumps({**manifest, "inputs": prints}, indent=2) + "\n")
+    write_text(run.config_file, dump_config(current))
+    return current
+
+
+@contextmanager
+def only_driver(run: Run) -> Iterator[None]:
+    """Hold the run for this process; the lock dies with it.  EvomergeError if another process holds it."""
+    with disk_errors(run.folder), (run.folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EvomergeError(f"{run.folder}: another evomerge process is working on this run") from None
+        yield

@@ -1,0 +1,104 @@
+"""From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evomerge.config import SearchConfig
+from evomerge.device import TORCH_DTYPES, resolve_device
+from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.engine import Engine, Workload, scores_of
+from evomerge.evaluate.metrics import ItemMetrics
+from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
+from evomerge.merge.bank import Bank
+from evomerge.merge.live import destinations, load_live_model
+from evomerge.merge.materialise import materialise
+from evomerge.merge.recipe import Recipe
+from evomerge.search.verdict import mean_score
+from evomerge.sources.locate import locate
+from evomerge.sources.open import Models, open_models
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation gave.
+
+    scores: task -> metric -> one score per item, the higher the better.  seconds: by part of the work.
+    """
+
+    scores: dict[str, dict[str, list[float]]]
+    seconds: dict[str, float]
+
+    def of(self, tasks: list[Task], which: str) -> dict[str, list[float]]:
+        """Item scores of every task's `objective` or `metric`."""
+        return {t.name: self.scores[t.name][getattr(t, which)] for t in tasks}
+
+
+def open_config_models(config: SearchConfig) -> Models:
+    """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
+    return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
+
+
+def load_tokenizer(path: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+class Scorer:
+    """One device's workshop: bank, live model, engine and prepared items."""
+
+    def __init__(self, config: SearchConfig, models: Models, check: Callable[[], None]) -> None:
+        self.config = config
+        self.check = check
+        self.tasks = open_tasks(config.tasks)
+        self.items: dict[str, dict[Split, list[Item]]] = {
+            t.name: deal(t, config.splits, config.seed) for t in self.tasks
+        }
+        self.bank = Bank(models, resolve_device(config.device))
+        self.model = load_live_model(models.base.path, TORCH_DTYPES[config.dtype], self.bank.device)
+        self.destinations = destinations(self.model, self.bank)
+        self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)
+        self.workloads: dict[tuple[Split, bool], list[Workload]] = {}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {t.name: t.weight for t in self.tasks}
+
+    def prepared(self, split: Split, everything: bool) -> list[Workload]:
+        """The split's items as workloads, built once.  everything: all metrics, not the objective alone."""
+        key = (split, everything)
+        if key not in self.workloads:
+            self.workloads[key] = [self.engine.prepare(t, self.items[t.name][split], everything) for t in self.tasks]
+        return self.workloads[key]
+
+    def evaluate(self, recipe: Recipe, split: Split, everything: bool) -> Outcome:
+        """Materialise and score.  NotFinite or NotFiniteScore if the candidate is broken."""
+        clock = Clock(self.check)
+        work = self.prepared(split, everything)
+        with clock.time("merge"):
+            materialise(recipe, self.bank, self.destinations, self.check)
+        scores = {}
+        for workload in work:
+            found = self.engine.score(workload, clock)
+            with clock.time("score"):
+                scores[workload.task.name] = item_scores(workload.task, found)
+        return Outcome(scores, clock.seconds)
+
+    def objective(self, outcome: Outcome) -> float:
+        """The value that trials are told with: the weighted mean over tasks of the mean objective."""
+        return mean_score(outcome.of(self.tasks, "objective"), self.weights)
+
+
+def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
+    """Item scores of the metrics that the search uses or shows: objective, metric and the smooth ones."""
+    wanted = dict.fromkeys(m for m in (task.objective, task.metric, "gold_logprob") if m in found)
+    return {metric: scores_of(task, metric, found) for metric in wanted}
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back after an out-of-memory error, so that the next trial starts clean."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,111 @@
+"""The verdict: is the winner better than what nobody searched for, and is that more than luck?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ItemScores = Mapping[str, Sequence[float]]
+"""Task name -> one score per item, the higher the better."""
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The chosen candidate against one baseline on the holdout split: paired difference of the mean score."""
+
+    name: str
+    kind: str
+    score: float
+    difference: Interval
+
+    @property
+    def beaten(self) -> bool:
+        return self.difference.low > 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """winner: whether the candidate beats every baseline.  recommended: `winner`, or the best baseline's name."""
+
+    winner: bool
+    recommended: str
+    score: Interval
+    comparisons: list[Comparison]
+    sentence: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_score(scores: ItemScores, weights: Mapping[str, float]) -> float:
+    """The weighted mean over tasks of the mean over items."""
+    total = sum(weights[task] for task in scores)
+    return float(sum(weights[task] * np.mean(items) for task, items in scores.items()) / total)
+
+
+def resampled_means(scores: ItemScores, weights: Mapping[str, float], seed: int) -> NDArray[np.float64]:
+    """The mean score under RESAMPLES bootstrap draws, (RESAMPLES,); items are drawn within each task.
+
+    The same seed draws the same items for every candidate, so differences of two results are paired.
+    """
+    rng = np.random.default_rng(seed)
+    total = sum(weights[task] for task in scores)
+    means = np.zeros(RESAMPLES)
+    for task in sorted(scores):
+        items = np.asarray(scores[task], dtype=np.float64)  # (n,)
+        counts = rng.multinomial(len(items), np.full(len(items), 1 / len(items)), size=RESAMPLES)  # (R, n)
+        means += weights[task] / total * (counts @ items) / len(items)
+    return means
+
+
+def interval(value: float, draws: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def judge(
+    candidate: ItemScores,
+    baselines: Mapping[str, tuple[str, ItemScores]],
+    weights: Mapping[str, float],
+    seed: int,
+) -> Verdict:
+    """Compare the chosen candidate with every baseline on the same holdout items.
+
+    baselines: name -> (kind, item scores).  The candidate wins only if the paired 95% interval of the difference
+    (Efron 1979, percentile bootstrap) lies above zero against each of them.
+    """
+    own = resampled_means(candidate, weights, seed)
+    score = mean_score(candidate, weights)
+    comparisons = []
+    for name, (kind, scores) in baselines.items():
+        theirs = mean_score(scores, weights)
+        gap = interval(score - theirs, own - resampled_means(scores, weights, seed))
+        comparisons.append(Comparison(name, kind, theirs, gap))
+    best = max(comparisons, key=lambda c: c.score)
+    winner = all(c.beaten for c in comparisons)
+    against = best.difference
+    span = f"{against.value:+.3f}, 95% interval {against.low:+.3f} to {against.high:+.3f}"
+    if winner:
+        sentence = (
+            f"Winner: {score:.3f} on the holdout items, better than all {len(comparisons)} baselines; "
+            f"against the best of them, {best.name}, {span}."
+        )
+    else:
+        sentence = (
+            f"No significant gain: {score:.3f} on the holdout items against {best.score:.3f} of {best.name} "
+            f"({span}); the simpler model is recommended."
+        )
+    return Verdict(winner, "winner" if winner else best.name, interval(score, own), comparisons, sentence)

@@ -1,0 +1,1 @@
+"""Where models come from: checkpoints and adapters, their anatomy, whether they fit together, who they are."""

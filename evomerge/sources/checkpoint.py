@@ -1,0 +1,138 @@
+"""Open a safetensors checkpoint, one file or many, by memory map; nothing is read before it is needed."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from evomerge.errors import EvomergeError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint's header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvomergeError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise EvomergeError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise EvomergeError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def open_safetensors(path: Path) -> Any:
+    """A memory-mapped safetensors file.  EvomergeError if it is missing, truncated or not safetensors."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise EvomergeError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise EvomergeError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk: its config and its tensors by name.
+
+    path: the folder.  tensors: name -> TensorInfo, in file order.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    handles: dict[Path, Any] = field(repr=False)
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head shares the embedding's weights (`tie_word_embeddings`)."""
+        return bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in ("gpt2", "gemma")))
+
+    @cached_property
+    def embedding_name(self) -> str | None:
+        """The input embedding's tensor, which a tied head stands for."""
+        ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+        return next((name for name in self.tensors if name.endswith(ends)), None)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, a view of the mapped file.  A tied head that is not stored is the embedding."""
+        if name not in self.tensors and name in TIED_HEADS and self.embedding_name:
+            name = self.embedding_name
+        tensor: torch.Tensor = self.handles[self.tensors[name].file].get_tensor(name)
+        return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, from its index if it has one.
+
+    EvomergeError if there are none (a pickle checkpoint is refused by name), or the index names a file that
+    is missing or lies outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EvomergeError(f"{index}: has no `weight_map`")
+        names = sorted({str(name) for name in weight_map.values()})
+        if bad := [name for name in names if Path(name).name != name]:
+            raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise EvomergeError(
+            f"{folder}: holds a pickle checkpoint ({pickles[0]}), which can run code when it is opened; "
+            "save the model again with safe_serialization (model.safetensors)"
+        )
+    raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the checkpoint in `folder` (Hugging Face layout).  EvomergeError says what is missing or broken."""
+    config = read_json(folder / "config.json")
+    handles: dict[Path, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        handles[file] = handle = open_safetensors(file)
+        for name in handle.keys():  # noqa: SIM118 (not a dict)
+            part = handle.get_slice(name)
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise EvomergeError(f"{file}: tensor {name} has the type {part.get_dtype()}, which cannot be merged")
+            tensors[name] = TensorInfo(tuple(part.get_shape()), dtype, file)
+    return Checkpoint(folder, config, tensors, handles)

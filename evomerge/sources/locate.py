@@ -1,0 +1,52 @@
+"""From what a person writes (a folder or a hub id) to a folder on this machine, and to a fingerprint of it."""
+
+import re
+from pathlib import Path
+
+from evomerge.errors import EvomergeError
+from evomerge.files import sha256
+
+HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?$")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
+
+
+def looks_like_hub_id(text: str) -> bool:
+    return HUB_ID.match(text) is not None and not text.startswith(".")
+
+
+def locate(text: str, relative_to: Path | None = None) -> Path:
+    """The folder of a model: an existing path (relative ones from `relative_to`), or a hub id `owner/name`,
+    with `@revision` if wanted, downloaded into the Hugging Face cache.  EvomergeError if it is neither."""
+    path = (relative_to or Path.cwd()) / Path(text).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise EvomergeError(f"{path}: is a file; a model is a folder with config.json or adapter_config.json")
+    match = HUB_ID.match(text)
+    if not match or text.startswith("."):
+        raise EvomergeError(f"{path}: no such folder")
+    return download(match["repo"], match["revision"], path)
+
+
+def download(repository: str, revision: str | None, path: Path) -> Path:
+    """Fetch a model from the hub.  EvomergeError if it cannot be had; the message names both readings."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EvomergeError(
+            f"{repository}: there is no folder {path}, and the hub did not give a model of that name ({reason})"
+        ) from error
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that decides what the model computes: weights, configs, tokenizer, template."""
+    names = sorted(
+        p.name
+        for p in folder.iterdir()
+        if (p.is_file() and p.suffix in (".safetensors", ".json", ".jinja", ".model")) or p.name == "merges.txt"
+    )
+    return {name: sha256(folder / name) for name in names}
