@@ -18,7 +18,7 @@ class Bank:
     """Tensors of the base and the sources by name, on one device.
 
     On the CPU checkpoints stay memory-mapped: the page cache is the bank.  On an accelerator a tensor is copied
-    there on first use and stays while `capacity` bytes last.  Adapters are added to the base on first use.
+    there on first use and stays while `capacity` bytes last, and so does an adapter's sum with the base.
     """
 
     def __init__(self, models: Models, device: torch.device | str = "cpu", capacity: int | None = None) -> None:
@@ -47,9 +47,9 @@ class Bank:
             return self.held[source, name]
         model = self.models.sources[source] if source else self.models.base
         tensor = model.read(name).to(self.device)
-        stays_mapped = self.device.type == "cpu" and not isinstance(model, Adapter)
-        if not stays_mapped and tensor.nbytes <= self.capacity:
-            self.capacity -= tensor.nbytes
+        is_mapped = self.device.type == "cpu" and not isinstance(model, Adapter)
+        if is_mapped or tensor.nbytes <= self.capacity:
+            self.capacity -= 0 if is_mapped else tensor.nbytes
             self.held[source, name] = tensor
         return tensor
 

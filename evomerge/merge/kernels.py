@@ -35,9 +35,12 @@ def blend(
         if plan.of_task_vectors:
             b.copy_(flat_base[part])
         for x, c in flat_terms:
-            work.copy_(x[part])
-            if plan.of_task_vectors:
-                work.sub_(b)
+            if plan.of_task_vectors and x.dtype == torch.float32:
+                torch.sub(x[part], b, out=work)
+            elif plan.of_task_vectors:
+                work.copy_(x[part]).sub_(b)
+            else:
+                work.copy_(x[part])
             acc.add_(work.mul_(c))
         if plan.of_task_vectors:
             acc.add_(b)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from evomerge.evaluate.tasks import Split
 from evomerge.files import write_text
@@ -16,7 +16,7 @@ from evomerge.search.baselines import Baseline
 from evomerge.search.cma import CmaEsSampler
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer
-from evomerge.search.study import Proposer, checkpoint
+from evomerge.search.study import SearchStudy, checkpoint
 from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
 
 FINALISTS = 5
@@ -69,14 +69,13 @@ class Finalist:
     recipe: Recipe
 
 
-def finalists(study: optuna.Study, proposer: Proposer) -> list[Finalist]:
+def finalists(study: SearchStudy) -> list[Finalist]:
     """The best finished trials by objective, and the mean of the final search distribution."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    complete.sort(key=lambda t: (-(t.value or 0.0), t.number))
-    found = [Finalist(label(t), t.number, proposer.space.recipe(t.params)) for t in complete[:FINALISTS]]
-    sampler = proposer.sampler(len(study.get_trials(deepcopy=False)))
-    if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study)) is not None:
-        found.append(Finalist("mean of the search distribution", None, proposer.space.recipe(mean)))
+    complete = sorted(study.complete, key=lambda t: (-(t.value or 0.0), t.number))
+    found = [Finalist(label(t), t.number, study.space.recipe(t.params)) for t in complete[:FINALISTS]]
+    sampler = study.sampler(len(study.trials))
+    if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study.mirror)) is not None:
+        found.append(Finalist("mean of the search distribution", None, study.space.recipe(mean)))
     unique: dict[str, Finalist] = {}
     for finalist in found:
         unique.setdefault(digest(finalist.recipe), finalist)
@@ -90,8 +89,7 @@ def label(trial: FrozenTrial) -> str:
 
 def finish(
     run: Run,
-    study: optuna.Study,
-    proposer: Proposer,
+    study: SearchStudy,
     scorer: Scorer,
     ledger: Ledger,
     known: list[Baseline],
@@ -99,7 +97,7 @@ def finish(
 ) -> Verdict:
     """Choose on the selection split, judge on the holdout split, write verdict.json and recommended.yaml."""
     scored: list[tuple[float, float, Finalist]] = []
-    for finalist in finalists(study, proposer):
+    for finalist in finalists(study):
         phase(f"selection: {finalist.name}")
         scores = ledger.score("selection", finalist.recipe)
         ranks = [mean_score(ledger.means(scores, which), scorer.weights) for which in ("metric", "objective")]
@@ -121,8 +119,8 @@ def finish(
     )
     recipes = {rival.name: rival.recipe for rival in rivals} | {"winner": chosen.recipe}
     tables = {"winner": chosen_scores} | {name: s for name, (_, s) in baseline_scores.items()}
-    uses = int(study.user_attrs.get("holdout_uses", 0)) + (0 if seen_before(run, chosen.recipe) else 1)
-    study.set_user_attr("holdout_uses", uses)
+    uses = int(study.stored.user_attrs.get("holdout_uses", 0)) + (0 if seen_before(run, chosen.recipe) else 1)
+    study.stored.set_user_attr("holdout_uses", uses)
     content = verdict.as_dict() | {
         "chosen": {"name": chosen.name, "trial": chosen.trial, "recipe": digest(chosen.recipe)},
         "finalists": [
@@ -147,11 +145,11 @@ def finish(
     return verdict
 
 
-def holdout_baselines(study: optuna.Study, ledger: Ledger, known: list[Baseline]) -> list[Baseline]:
+def holdout_baselines(study: SearchStudy, ledger: Ledger, known: list[Baseline]) -> list[Baseline]:
     """Every parent, the uniform blend, and the recommended recipe that did best in the search."""
     chosen = [b for b in known if b.kind != "recommended"]
     recommended = [b for b in known if b.kind == "recommended"]
-    trials = {t.user_attrs.get("baseline"): t.value for t in study.get_trials(deepcopy=False) if t.value is not None}
+    trials = {t.user_attrs.get("baseline"): t.value for t in study.complete}
 
     def objective(baseline: Baseline) -> float:
         if baseline.point is not None:

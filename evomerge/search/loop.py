@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
-import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
@@ -18,8 +17,8 @@ from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.finals import Ledger, finish
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer, free_memory, open_config_models
-from evomerge.search.space import build_space
-from evomerge.search.study import FINISHED, Proposer, checkpoint, open_study
+from evomerge.search.space import Point, build_space
+from evomerge.search.study import SearchStudy, open_study
 from evomerge.search.verdict import Verdict
 
 FAILURES_IN_A_ROW = 10
@@ -82,42 +81,38 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     space = build_space(config, models)
-    study = open_study(run.storage_url(config), config.name, create=True)
+    study = SearchStudy(open_study(run.storage_url(config), config.name, create=True), space)
     listener.phase("preparing the items")
     scorer = Scorer(config, models, stop.check)
     known = baselines(space)
-    enqueue(study, known)
-    ledger = Ledger(study, scorer, run)
+    ledger = Ledger(study.stored, scorer, run)
     for baseline in known:
         if baseline.point is None and not ledger.has("search", baseline.recipe):
             listener.phase(f"baseline {baseline.name}")
             ledger.score("search", baseline.recipe)
     scorer.prepared("search", everything=False)
-    proposer = Proposer(study, space)
     listener.phase("searching")
     failures = failures_in_a_row(study)
     stored = 0.0
     while within(study, limits):
         stop.check()
-        state, stored = run_trial(run, study, proposer, scorer, listener, limits, stored)
+        state, stored = run_trial(run, study, known, scorer, listener, limits, stored)
         failures = failures + 1 if state == TrialState.FAIL else 0
         if failures >= FAILURES_IN_A_ROW:
             raise EvomergeError(explain_failures(study))
-    return finish(run, study, proposer, scorer, ledger, known, listener.phase)
+    return finish(run, study, scorer, ledger, known, listener.phase)
 
 
-def enqueue(study: optuna.Study, known: list[Baseline]) -> None:
-    """Queue the baselines that are points of the space, once in a study's life."""
-    there = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False)}
-    for baseline in known:
-        if baseline.point is not None and baseline.name not in there:
-            study.enqueue_trial(baseline.point, user_attrs={"baseline": baseline.name})
+def next_baseline(study: SearchStudy, known: list[Baseline]) -> tuple[str, Point] | None:
+    """The first baseline in the space that has no trial yet."""
+    there = {t.user_attrs.get("baseline") for t in study.trials}
+    return next(((b.name, b.point) for b in known if b.point is not None and b.name not in there), None)
 
 
 def run_trial(
     run: Run,
-    study: optuna.Study,
-    proposer: Proposer,
+    study: SearchStudy,
+    known: list[Baseline],
     scorer: Scorer,
     listener: Listener,
     limits: Limits,
@@ -129,13 +124,13 @@ def run_trial(
     time of its storing is in the record of the next one (`stored_before`).
     """
     started = time.perf_counter()
-    trial, point = proposer.next()
+    trial = study.begin(next_baseline(study, known))
     proposed = time.perf_counter()
     record: dict[str, Any] = {}
     value: float | None = None
     run.log(f"trial {trial.number} begins")
     try:
-        outcome = scorer.evaluate(proposer.space.recipe(point), "search", everything=False)
+        outcome = scorer.evaluate(study.space.recipe(trial.params), "search", everything=False)
         value = scorer.objective(outcome)
         record["scores"] = outcome.of(scorer.tasks, "objective")
         seconds = outcome.seconds
@@ -149,14 +144,11 @@ def run_trial(
     scored = time.perf_counter()
     record["seconds"] = {**seconds, "propose": proposed - started, "store": stored_before}
     record["seconds"]["total"] = scored - started + stored_before
-    study._storage.set_trial_user_attr(trial._trial_id, "record", record)
-    state = TrialState.COMPLETE if value is not None else TrialState.FAIL
-    study.tell(trial.number, value, state=state)
-    checkpoint(study)
+    state = study.finish(trial, value, record)
     run.log(f"trial {trial.number} {state.name.lower()} value={value}")
-    best = best_value(study)
-    note = str(trial.user_attrs.get("baseline", record.get("reason", "")))
     stored = time.perf_counter() - scored
+    best = max((t.value for t in study.complete if t.value is not None), default=None)
+    note = str(trial.baseline or record.get("reason", ""))
     listener.trial(trial.number, limits.trials, value, best, note)
     return state, stored
 
@@ -169,15 +161,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:500]
 
 
-def best_value(study: optuna.Study) -> float | None:
-    values = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    return max((v for v in values if v is not None), default=None)
-
-
-def within(study: optuna.Study, limits: Limits) -> bool:
+def within(study: SearchStudy, limits: Limits) -> bool:
     """Whether another trial may begin."""
-    trials = study.get_trials(deepcopy=False)
-    finished = [t for t in trials if t.state in FINISHED]
+    finished = study.trials
     if limits.trials is not None and len(finished) >= limits.trials:
         return False
     if limits.seconds is not None and sum(map(trial_seconds, finished)) >= limits.seconds:
@@ -189,20 +175,19 @@ def trial_seconds(trial: FrozenTrial) -> float:
     return float(trial.user_attrs.get("record", {}).get("seconds", {}).get("total", 0.0))
 
 
-def failures_in_a_row(study: optuna.Study) -> int:
+def failures_in_a_row(study: SearchStudy) -> int:
     """How many of the last finished trials failed, so that a resume goes on counting; a full row starts anew."""
     count = 0
-    for trial in reversed(study.get_trials(deepcopy=False)):
-        if trial.state == TrialState.FAIL:
-            count += 1
-        elif trial.state in FINISHED:
+    for trial in reversed(study.trials):
+        if trial.state != TrialState.FAIL:
             break
+        count += 1
     return count % FAILURES_IN_A_ROW
 
 
-def explain_failures(study: optuna.Study) -> str:
+def explain_failures(study: SearchStudy) -> str:
     """The reasons of the last failures, counted."""
-    failed = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.FAIL][-FAILURES_IN_A_ROW:]
+    failed = [t for t in study.trials if t.state == TrialState.FAIL][-FAILURES_IN_A_ROW:]
     reasons = [str(t.user_attrs.get("record", {}).get("reason", "unknown")) for t in failed]
     counted = sorted({r: reasons.count(r) for r in reasons}.items(), key=lambda x: -x[1])
     lines = "\n  ".join(f"{count} x {text}" for text, count in counted)

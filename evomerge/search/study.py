@@ -1,6 +1,7 @@
 """The Optuna study: where it is stored, who samples, and how a trial is begun so that a crash costs nothing."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import optuna
 import sqlalchemy
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.config import SamplerConfig
 from evomerge.errors import EvomergeError
@@ -102,56 +103,90 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) ->
         return optuna.samplers.RandomSampler(seed=once)
 
 
-class Proposer:
-    """Begins trials: the interrupted one first, then the enqueued ones, then the sampler's."""
+@dataclass(frozen=True)
+class Begun:
+    """A trial in hand.  trial_id: the database's key.  baseline: its name, if the trial is one."""
 
-    def __init__(self, study: optuna.Study, space: Space) -> None:
-        self.study = study
+    trial_id: int
+    number: int
+    params: Point
+    baseline: str | None
+
+
+class SearchStudy:
+    """The study in its database, and a mirror of it in memory that the sampler works on.
+
+    The sampler asks and suggests in the mirror, in milliseconds; the database gets a trial with all its parameters
+    in one transaction before the work begins, and its result in two more when it ends.  A process that dies leaves
+    at most one trial running, complete with its parameters.
+    """
+
+    def __init__(self, stored: optuna.Study, space: Space) -> None:
+        self.stored = stored
         self.space = space
-        self.config = space.config.sampler
+        self.mirror = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+        self.interrupted: list[FrozenTrial] = []
+        for trial in sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number):
+            if trial.state in FINISHED:
+                self.mirror.add_trial(trial)
+            else:
+                self.interrupted.append(trial)
         self.cma: BaseSampler | None = None
 
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, the one in hand included."""
+        return self.mirror.get_trials(deepcopy=False)
+
+    @property
+    def complete(self) -> list[FrozenTrial]:
+        return self.mirror.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
     def sampler(self, number: int) -> BaseSampler:
-        if self.config.name == "cma-es":
-            self.cma = self.cma or make_sampler(self.config, self.space, self.space.config.seed, number)
+        """The sampler for one trial; CMA-ES keeps one object, as it reads the trial's number itself."""
+        config = self.space.config
+        if config.sampler.name == "cma-es":
+            self.cma = self.cma or make_sampler(config.sampler, self.space, config.seed, number)
             return self.cma
-        return make_sampler(self.config, self.space, self.space.config.seed, number)
+        return make_sampler(config.sampler, self.space, config.seed, number)
 
-    def next(self) -> tuple[FrozenTrial, Point]:
-        """A running trial and its point, stored before it is returned.
+    def begin(self, baseline: tuple[str, Point] | None) -> Begun:
+        """A trial to run: the interrupted one with its number and parameters, or `baseline`, or the sampler's.
 
-        A trial that a dead process left running keeps its number and its parameters.  The point is computed
-        as a whole before its first parameter is stored, so a crash between two parameters changes nothing.
+        The trial is in the database before it is returned.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        unfinished = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-        unfinished.sort(key=lambda t: (t.state != TrialState.RUNNING, t.number))
-        self.study.sampler = self.sampler(unfinished[0].number if unfinished else len(trials))
-        if unfinished and unfinished[0].state == TrialState.RUNNING:
-            trial_id = unfinished[0]._trial_id
+        if self.interrupted:
+            trial = self.interrupted.pop(0)
+            self.mirror._storage.create_new_trial(self.mirror._study_id, trial)
+            return Begun(trial._trial_id, trial.number, trial.params, trial.user_attrs.get("baseline"))
+        axes = self.space.distributions
+        if baseline is not None:
+            name, point = baseline
+            system = {"fixed_params": point}
+            new = create_trial(
+                state=TrialState.RUNNING,
+                params=point,
+                distributions=axes,
+                user_attrs={"baseline": name},
+                system_attrs=system,
+            )
+            self.mirror._storage.create_new_trial(self.mirror._study_id, new)
         else:
-            trial_id = self.study.ask()._trial_id
-        storage = self.study._storage
-        trial = storage.get_trial(trial_id)
-        point = self.propose(trial)
-        for name, distribution in self.space.axes.items():
-            if name not in trial.params:
-                storage.set_trial_param(trial_id, name, distribution.to_internal_repr(point[name]), distribution)
-        return storage.get_trial(trial_id), point
+            self.mirror.sampler = self.sampler(len(self.trials))
+            asked = self.mirror.ask(axes)
+            system = self.mirror._storage.get_trial_system_attrs(asked._trial_id)
+            new = create_trial(state=TrialState.RUNNING, params=asked.params, distributions=axes, system_attrs=system)
+        trial_id = self.stored._storage.create_new_trial(self.stored._study_id, new)
+        return Begun(trial_id, len(self.trials) - 1, new.params, new.user_attrs.get("baseline"))
 
-    def propose(self, trial: FrozenTrial) -> Point:
-        """What is enqueued, stored already, or the sampler says, in this order."""
-        sampler = self.study.sampler
-        known = {**trial.params, **trial.system_attrs.get("fixed_params", {})}
-        if self.space.axes.keys() <= known.keys():
-            return {name: float(known[name]) for name in self.space.axes}
-        sampler.before_trial(self.study, trial)
-        inferred = sampler.infer_relative_search_space(self.study, trial)
-        relative = sampler.sample_relative(self.study, trial, inferred)
-        sampled = {
-            name: relative[name]
-            if name in relative
-            else sampler.sample_independent(self.study, trial, name, distribution)
-            for name, distribution in self.space.axes.items()
-        }
-        return {name: float(known.get(name, value)) for name, value in sampled.items()}
+    def finish(self, trial: Begun, value: float | None, record: dict[str, Any]) -> TrialState:
+        """Store a trial's result; without a value it has failed."""
+        state = TrialState.COMPLETE if value is not None else TrialState.FAIL
+        storage = self.stored._storage
+        storage.set_trial_user_attr(trial.trial_id, "record", record)
+        storage.set_trial_state_values(trial.trial_id, state, None if value is None else [value])
+        checkpoint(self.stored)
+        twin = self.trials[trial.number]
+        self.mirror._storage.set_trial_user_attr(twin._trial_id, "record", record)
+        self.mirror.tell(trial.number, value, state=state)
+        return state

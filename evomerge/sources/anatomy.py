@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 Component = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
@@ -35,6 +36,7 @@ class Place:
     component: Component
 
 
+@lru_cache(maxsize=65536)
 def place(name: str) -> Place:
     """The place of the tensor called `name` in a checkpoint."""
     layer = LAYER.search(name) or ANY_NUMBER.search(name)

@@ -1,7 +1,7 @@
 """calendar: say to which season, quarter, week, part of the day or century a date or a time belongs.
 
-Every rule is a small table over one field of the date, so a small model can learn it; which field counts and where
-the borders lie is what it has to find out. The choices, four or five, are not listed in the question.
+Every rule is a small table over one field of the date, so a small model can learn it; which field counts
+and where the borders lie is what it has to find out. The question does not list the four or five choices.
 """
 
 from random import Random

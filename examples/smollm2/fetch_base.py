@@ -69,9 +69,7 @@ def dequantise(gguf: Path) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write SmolLM2-135M-Instruct as a bfloat16 safetensors checkpoint."
-    )
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a bfloat16 checkpoint.")
     parser.add_argument("out", type=Path, help="folder of the checkpoint; must not exist")
     out: Path = parser.parse_args().out
     if out.exists():

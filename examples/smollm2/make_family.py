@@ -22,9 +22,7 @@ def run(script: str, *arguments: str) -> None:
     print("$", *command, flush=True)
     finished = subprocess.run(command, check=False)
     if finished.returncode:
-        sys.exit(
-            f"{script} failed (exit status {finished.returncode}); finished folders are kept, start again"
-        )
+        sys.exit(f"{script} failed with {finished.returncode}; finished folders are kept, start again")
 
 
 def main() -> None:

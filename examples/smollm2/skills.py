@@ -61,9 +61,7 @@ def json_line(item: Item) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the evaluation items of all skills as jsonl files.")
-    parser.add_argument(
-        "out", type=Path, help="folder for <skill>.jsonl; the lm-eval YAMLs stand beside them"
-    )
+    parser.add_argument("out", type=Path, help="folder for <skill>.jsonl, beside the lm-eval YAMLs")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for skill in SKILLS:

@@ -141,9 +141,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     # peft keeps the adapter in float32, small steps survive; a float32 base took 1.5 times as long per step.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM", r=options.rank, lora_alpha=2 * options.rank, target_modules=LINEAR
-    )
+    rank: int = options.rank
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=LINEAR)
     adapted = get_peft_model(model, lora)  # puts the adapter into `model` itself
 
     started = time.monotonic()
@@ -155,7 +154,7 @@ def main() -> None:
 
     aside = out.with_name(out.name + ".partial")
     adapted.save_pretrained(str(aside))
-    facts = {"rank": options.rank, "alpha": 2 * options.rank, "steps": steps, "batch": BATCH}
+    facts: dict[str, float] = {"rank": rank, "alpha": 2 * rank, "steps": steps, "batch": BATCH}
     facts |= {
         "seed": options.seed,
         "minutes": minutes,

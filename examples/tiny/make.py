@@ -48,17 +48,17 @@ OWN_ROWS, OTHER_ROWS = 48, 24
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast a specialist trains; all stop short of done, so useful weights are near one."""
+    """How long and how fast a specialist trains: two are pushed hard and two softly, so no one weight suits all."""
 
     steps: int
     rate: float
 
 
 TUNINGS = {
-    "rev": Tuning(60, 2e-4),
-    "sort": Tuning(40, 1e-4),
-    "count": Tuning(60, 2e-4),
-    "add": Tuning(60, 2e-4),
+    "rev": Tuning(60, 4e-4),
+    "sort": Tuning(30, 6e-5),
+    "count": Tuning(30, 8e-5),
+    "add": Tuning(60, 3e-4),
 }
 
 
