@@ -50,11 +50,12 @@ def search(
     """Start a search: propose, merge, score, and judge the winner at the end."""
     from evomerge.config import load_config
     from evomerge.evaluate.tasks import open_tasks
-    from evomerge.search.run import create_run
+    from evomerge.search.run import create_run, refuse_existing
     from evomerge.search.scorer import open_config_models
 
     loaded = with_budget(load_config(config), trials, timeout)
     folder = run or Path("runs") / loaded.name
+    refuse_existing(folder)
     # All that can be wrong with the inputs is said before there is a run folder.
     open_config_models(loaded)
     open_tasks(loaded.tasks)

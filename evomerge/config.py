@@ -1,5 +1,6 @@
 """The search configuration: one YAML file, checked as a whole before anything is loaded."""
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +49,7 @@ class Axis(Strict):
 def axis(value: object) -> object:
     """`0.5` and `true` fix a knob, `[0, 1]` bounds it, a mapping says more."""
     if isinstance(value, (bool, int, float)):
-        return {"low": float(value), "high": float(value)}
+        return {"low": value, "high": value}
     if isinstance(value, list) and len(value) == 2:
         return {"low": value[0], "high": value[1]}
     return value
@@ -107,7 +108,16 @@ class TaskConfig(Strict):
         return self.task.endswith((".yaml", ".yml"))
 
 
-Share = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | Literal["train", "validation", "test"]
+def share(value: object) -> object:
+    """Refuse what is neither a count, a share nor a split's name; 1.0 and `true` are not taken for one item."""
+    is_count = type(value) is int and value >= 1
+    is_share = type(value) is float and 0 < value < 1
+    if not is_count and not is_share and value not in ("train", "validation", "test"):
+        raise ValueError("give a count of 1 or more, a share between 0 and 1, or one of train, validation, test")
+    return value
+
+
+Share = Annotated[int | float | Literal["train", "validation", "test"], BeforeValidator(share)]
 
 
 class SplitsConfig(Strict):
@@ -143,7 +153,7 @@ def duration(value: object) -> object:
     """`8h`, `90m`, `45s` and `1h30m` as seconds."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", value.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value.strip())
     if not match or not value.strip():
         raise ValueError(f"{value!r} is not a duration; write 8h, 90m or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -164,7 +174,10 @@ class BudgetConfig(Strict):
 
 
 class SearchConfig(Strict):
-    """A whole search.  Relative paths count from the folder of the file (here they are absolute already)."""
+    """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
+
+    baselines: recipe files of one's own, on the same sources, that the winner must beat too.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     base: str
@@ -173,6 +186,7 @@ class SearchConfig(Strict):
     space: SpaceConfig = SpaceConfig()
     tasks: list[TaskConfig] = Field(min_length=1)
     splits: SplitsConfig = SplitsConfig()
+    baselines: list[str] = []
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -184,15 +198,14 @@ class SearchConfig(Strict):
 
 def method_problems(config: SearchConfig) -> list[str]:
     """What does not fit the merge method: its name, the number of sources, knobs and bounds."""
+    names = [s.name for s in config.sources]
+    problems = [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
     method = METHODS.get(config.method)
     if method is None:
-        return [f"method: {config.method!r} is not one of {', '.join(METHODS)}"]
-    problems = []
+        return [f"method: {config.method!r} is not one of {', '.join(METHODS)}", *problems]
     least, most = method.sources
     if not least <= len(config.sources) <= (most or len(config.sources)):
         problems.append(f"sources: {config.method} takes {least} to {most}, here are {len(config.sources)}")
-    names = [s.name for s in config.sources]
-    problems += [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
     given = {("space", knob): a for knob, a in config.space.axes().items()}
     for source, knobs in config.space.sources.items():
         if source not in names:
@@ -224,11 +237,14 @@ def path_problems(config: SearchConfig) -> list[str]:
     problems = []
     models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
     for where, path in models:
-        if not Path(path).is_dir() and not looks_like_hub_id(path):
+        if not os.path.isdir(path) and not looks_like_hub_id(path):
             problems.append(f"{where}: no such folder: {path}")
     for i, task in enumerate(config.tasks):
-        if task.is_file and not Path(task.task).is_file():
+        if task.is_file and not os.path.isfile(task.task):
             problems.append(f"tasks.{i}.task: no such file: {task.task}")
+    for i, recipe in enumerate(config.baselines):
+        if not os.path.isfile(recipe):
+            problems.append(f"baselines.{i}: no such file: {recipe}")
     names = [task.task for task in config.tasks]
     problems += [f"tasks: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
     return problems
@@ -237,24 +253,29 @@ def path_problems(config: SearchConfig) -> list[str]:
 def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Turn the file's relative paths into absolute ones; hub ids and lm-eval's task names stay."""
 
-    def absolute(text: object) -> object:
-        if not isinstance(text, str):
+    def absolute(text: str) -> str:
+        try:
+            return str((folder / os.path.expanduser(text)).resolve())
+        except ValueError:  # a zero byte: no file can have that name, which `path_problems` reports
             return text
-        path = folder / Path(text).expanduser()
-        if path.exists() or not looks_like_hub_id(text):
-            return str(path.resolve())
-        return text
+
+    def model(text: object) -> object:
+        if not isinstance(text, str) or (looks_like_hub_id(text) and not os.path.exists(folder / text)):
+            return text
+        return absolute(text)
 
     content = dict(content)
     if "base" in content:
-        content["base"] = absolute(content["base"])
+        content["base"] = model(content["base"])
     if isinstance(content.get("sources"), list):
         content["sources"] = [
-            {**s, "path": absolute(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
+            {**s, "path": model(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
         ]
+    if isinstance(content.get("baselines"), list):
+        content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("tasks"), list):
         content["tasks"] = [
-            {**t, "task": str((folder / t["task"]).resolve())}
+            {**t, "task": absolute(t["task"])}
             if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
             else t
             for t in content["tasks"]
@@ -313,7 +334,7 @@ def load_config(path: Path) -> SearchConfig:
         raise EvomergeError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
         raise EvomergeError(f"{path}: not YAML: {error}") from error
     return parse_config(content, path)
 
@@ -329,7 +350,7 @@ def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
 
     The budget may change, and so may where the work is done (`device`, `batch_tokens` stay part of the results).
     """
-    before, after = flatten(old.model_dump(exclude={"budget"})), flatten(new.model_dump(exclude={"budget"}))
+    before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude={"budget"})) for c in (old, new))
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())

@@ -10,7 +10,7 @@ from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.generation import GenerationBatch, Prompt, Stops, generate, plan_generation
 from evomerge.evaluate.loglikelihood import Batch, Row, plan_batches, score_batches
 from evomerge.evaluate.metrics import ItemMetrics, gold_choice, gold_metrics, item_score, lm_eval_metrics
-from evomerge.evaluate.tasks import Item, Task
+from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Engine:
         """
         only_gold = not everything and task.objective in SMOOTH_METRICS
         work = Workload(task, list(items), metrics=not only_gold)
+        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples in turn: start anew, or each prepare differs
         rows: list[Row] = []
         prompts: list[Prompt] = []
         for item in work.items:

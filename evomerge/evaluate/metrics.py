@@ -37,11 +37,19 @@ def gold_metrics(logprobs: Sequence[float]) -> ItemMetrics:
 
 
 def gold_choice(task: Task, doc: dict[str, Any]) -> int:
-    """The index of the gold choice of a multiple-choice document (the first, if it has several)."""
+    """The index of the gold choice of a multiple-choice document (the first, if it has several).
+
+    EvomergeError if it is not one of the choices (lm-eval would count the item as wrong for every model).
+    """
     gold = task.lm.doc_to_text(doc) if task.lm.multiple_input else task.lm.doc_to_target(doc)
-    if isinstance(gold, list):
+    if isinstance(gold, list) and gold:
         gold = gold[0]
-    return gold if isinstance(gold, int) else int(task.lm.doc_to_choice(doc).index(gold))
+    choices = list(task.lm.doc_to_choice(doc))
+    if gold in choices and not isinstance(gold, int):
+        return choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise EvomergeError(f"task {task.name}: the gold answer {gold!r} is not among its {len(choices)} choices")
+    return gold
 
 
 def item_score(task: Task, metric: str, value: Any) -> float:

@@ -130,15 +130,17 @@ def load_file(path: Path) -> list[Any]:
         raise EvomergeError(f"{path}: not a task file ({error})") from error
     if "task" not in content or not isinstance(content["task"], str):
         raise EvomergeError(f"{path}: has no `task:` name")
-    data_files = (content.get("dataset_kwargs") or {}).get("data_files")
-    if data_files is not None:
-        content["dataset_kwargs"]["data_files"] = local_data(data_files, path)
+    refuse_metric_scripts(content, path)
+    kwargs = content.get("dataset_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise EvomergeError(f"{path}: dataset_kwargs must be a mapping, found {kwargs!r}")
+    if kwargs.get("data_files") is not None:
+        content["dataset_kwargs"] = {**kwargs, "data_files": local_data(kwargs["data_files"], path)}
     try:
         loaded = TaskManager(include_defaults=False).load(content)
         return list(loaded["tasks"].values())
     except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvomergeError(f"{path}: lm-eval cannot open this task ({reason})") from error
+        raise EvomergeError(f"{path}: lm-eval cannot open this task ({reason(error)})") from error
 
 
 def refuse_code(path: Path, seen: set[Path]) -> None:
@@ -150,7 +152,7 @@ def refuse_code(path: Path, seen: set[Path]) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
         if "!function" in str(error):
             raise EvomergeError(f"{path}: runs Python code (`!function`), which a local task may not do") from error
         raise EvomergeError(f"{path}: not YAML: {error}") from error
@@ -161,6 +163,20 @@ def refuse_code(path: Path, seen: set[Path]) -> None:
     includes = content.get("include", [])
     for name in includes if isinstance(includes, list) else [includes]:
         refuse_code((path.parent / str(name)).resolve(), seen)
+
+
+def refuse_metric_scripts(content: dict[str, Any], path: Path) -> None:
+    """A metric that lm-eval does not have would be run as a script of Hugging Face's `evaluate`, local ones too."""
+    import lm_eval.api.metrics  # noqa: F401 (fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    wanted = content.get("metric_list") or []
+    for entry in wanted if isinstance(wanted, list) else [wanted]:
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        if not isinstance(name, str) or name not in metric_registry or entry.get("hf_evaluate"):
+            raise EvomergeError(
+                f"{path}: {name!r} is not one of lm-eval's own metrics; scripts of the `evaluate` library are not run"
+            )
 
 
 def local_data(data_files: Any, task_file: Path) -> Any:
@@ -175,9 +191,9 @@ def local_data(data_files: Any, task_file: Path) -> Any:
     if not path.is_file():
         raise EvomergeError(f"{task_file}: its data file is missing: {path}")
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:
-                json.loads(line)
+                _ = not line or json.loads(line)
             except ValueError as error:
                 raise EvomergeError(f"{path}: line {number} is not JSON ({error})") from error
     return str(path.resolve())
@@ -198,8 +214,14 @@ def load_named(name: str) -> list[Any]:
     try:
         return list(manager.load(name)["tasks"].values())
     except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EvomergeError(f"task {name!r}: lm-eval cannot open it ({reason})") from error
+        raise EvomergeError(f"task {name!r}: lm-eval cannot open it ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first; `datasets` wraps it in an error that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def items_of(task: Task, docs: Iterable[dict[str, Any]]) -> list[Item]:
@@ -232,7 +254,7 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
     for name, share in wanted.items():
         if isinstance(share, str):
             continue
-        count = share if isinstance(share, int) else int(share * total)
+        count = share if isinstance(share, int) else int(share * total + 1e-9)  # 0.29 * 100 is a little less than 29
         if count > len(pool) or count < 1:
             raise EvomergeError(
                 f"task {task.name}: has {total} items to deal, too few for the splits "

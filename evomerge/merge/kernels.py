@@ -77,10 +77,10 @@ def sparse_blend(
         for i, x in enumerate(flat_sources):
             v = values[i].copy_(x[part]).sub_(b)
             if plan.keep == "top":
-                kept = torch.abs(v, out=work) >= thresholds[i]
+                dropped = torch.abs(v, out=work) < thresholds[i]  # a NaN stays, so that the merge is refused
             else:
-                kept = random_mask(start, size, keys[i], plan.density[i], bits)
-            v.masked_fill_(kept.logical_not_(), 0.0).mul_(plan.weights[i] * plan.gains[i])
+                dropped = random_mask(start, size, keys[i], plan.density[i], bits).logical_not_()
+            v.masked_fill_(dropped, 0.0).mul_(plan.weights[i] * plan.gains[i])
         total.zero_()
         for v in values:
             total.add_(v)

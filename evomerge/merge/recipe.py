@@ -1,5 +1,6 @@
 """The recipe: a complete description of one merge, and the only input of materialisation."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,7 +155,7 @@ def load_recipe(path: Path) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
         raise EvomergeError(f"{path}: not YAML: {error}") from error
     try:
         recipe = Recipe.model_validate(content)
@@ -163,7 +164,7 @@ def load_recipe(path: Path) -> Recipe:
         raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error
     for model in (recipe.base, *recipe.sources):
         if (path.parent / model.path).is_dir() or not looks_like_hub_id(model.path):
-            model.path = str((path.parent / Path(model.path).expanduser()).resolve())
+            model.path = str((path.parent / os.path.expanduser(model.path)).resolve())
     return recipe
 
 

@@ -1,13 +1,15 @@
 """Known good points, tried first: they start the search, and the winner must beat them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource
+from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
 from evomerge.search.space import Point, Space
 
-Kind = Literal["parent", "uniform", "recommended"]
+Kind = Literal["parent", "uniform", "recommended", "given"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def baselines(space: Space) -> list[Baseline]:
 
     Recommended: task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
     dare_ties with density and weight 0.5 (the common starting point), and specialists 0.65 to generalists 0.35
-    where the configuration gives roles.
+    where the configuration gives roles.  Last come the recipes that the configuration names.
     """
     names = [s.name for s in space.config.sources]
     count = len(names)
@@ -48,7 +50,16 @@ def baselines(space: Space) -> list[Baseline]:
         weights |= dict.fromkeys(specialists, 0.65 / len(specialists))
         weights |= dict.fromkeys(generalists, 0.35 / len(generalists))
         found.append(in_space(space, "specialists 0.65", "recommended", weights, "linear"))
-    return found
+    return found + [given(space, Path(path)) for path in space.config.baselines]
+
+
+def given(space: Space, path: Path) -> Baseline:
+    """A recipe file of the user's, named by the file.  EvomergeError if it is not one of the search's sources."""
+    recipe = load_recipe(path)
+    names = [s.name for s in space.config.sources]
+    if unknown := [s.name for s in recipe.sources if s.name not in names]:
+        raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
+    return Baseline(path.stem, "given", recipe.model_copy(update={"dtype": space.config.dtype}), None)
 
 
 def in_space(

@@ -96,13 +96,18 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     return {name: fingerprint(folder) for name, folder in folders.items()}
 
 
-def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
-    """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
-    run = Run(folder)
-    if run.config_file.exists():
+def refuse_existing(folder: Path) -> None:
+    """EvomergeError if the folder is a run already."""
+    if Run(folder).config_file.exists():
         raise EvomergeError(
             f"{folder}: this run exists already; go on with `evomerge resume {folder}`, or choose another --run folder"
         )
+
+
+def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
+    """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
+    refuse_existing(folder)
+    run = Run(folder)
     manifest = {
         "evomerge": __version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -16,6 +16,7 @@ from evomerge.sources.checkpoint import Checkpoint, open_safetensors, read_json
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?$")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT subtracts their first B A from the base
 BLOCK = 1 << 15  # elements of a delta worked on at a time: cached, and below torch's threading grain
 
 
@@ -45,9 +46,8 @@ class Adapter:
 
     def read(self, name: str) -> torch.Tensor:
         """The source tensor in float32, base plus delta; where the adapter changes nothing, the base's own."""
-        if name in self.whole:
-            return self.whole[name]
-        original = self.base.read(name)
+        # An embedding with a LoRA on it is both: PEFT saves the layer under the pair along with it.
+        original = self.whole[name] if name in self.whole else self.base.read(name)
         if name not in self.pairs:
             return original
         a, b = self.pairs[name]  # (rank, in), (out, rank)
@@ -85,7 +85,7 @@ def low_rank_product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     """Open the PEFT LoRA adapter in `folder` on `base`.
 
-    EvomergeError if it is not a plain LoRA (DoRA, trained biases), names a module the base lacks, misses one
+    EvomergeError if it is not a plain LoRA (DoRA, trained biases, PiSSA), names a module the base lacks, misses one
     half of a pair, or has shapes that do not fit.
     """
     config = read_json(folder / "adapter_config.json")
@@ -96,6 +96,13 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
         problem = "use_dora is set; a DoRA is not a low-rank sum, merge it into a checkpoint first"
     elif config.get("bias", "none") != "none":
         problem = f"bias is {config['bias']!r}; only 'none' can be merged"
+    elif str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        problem = (
+            f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base model too; "
+            "convert it to a plain LoRA with PEFT first"
+        )
+    elif config.get("layer_replication"):
+        problem = "layer_replication is set; the adapter's layers are not the base model's"
     if problem:
         raise EvomergeError(f"{folder / 'adapter_config.json'}: {problem}")
     file = folder / "adapter_model.safetensors"

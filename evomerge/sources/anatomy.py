@@ -51,7 +51,7 @@ def layer_count(names: list[str]) -> int:
 
 def relative_depth(where: Place, layers: int) -> int:
     """The layer whose coefficients a tensor uses: its own, the first for embeddings, the last for what follows
-    the stack (final norm, head), as mergekit's gradients do."""
+    the stack (final norm, head).  mergekit's gradients give those the first layer's too."""
     if where.layer is not None:
         return where.layer
     return 0 if where.component == "embedding" else max(layers - 1, 0)

@@ -24,6 +24,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "smollm3")  # transformers' own defaults
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -78,7 +79,7 @@ class Checkpoint:
     @property
     def ties_head(self) -> bool:
         """Whether the head shares the embedding's weights (`tie_word_embeddings`)."""
-        return bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in ("gpt2", "gemma")))
+        return bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in TIED_BY_DEFAULT))
 
     @cached_property
     def embedding_name(self) -> str | None:
@@ -94,8 +95,8 @@ class Checkpoint:
         return tensor
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, from its index if it has one.
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors files of a checkpoint folder and the tensors that its index, if it has one, promises.
 
     EvomergeError if there are none (a pickle checkpoint is refused by name), or the index names a file that
     is missing or lies outside the folder.
@@ -106,13 +107,13 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise EvomergeError(f"{index}: has no `weight_map`")
         names = sorted({str(name) for name in weight_map.values()})
-        if bad := [name for name in names if Path(name).name != name]:
+        if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
             raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
         if missing := [name for name in names if not (folder / name).exists()]:
             raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
-        return [folder / name for name in names]
+        return [folder / name for name in names], list(weight_map)
     if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        return [folder / "model.safetensors"], []
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise EvomergeError(
@@ -127,7 +128,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     handles: dict[Path, Any] = {}
     tensors: dict[str, TensorInfo] = {}
-    for file in weight_files(folder):
+    files, promised = weight_files(folder)
+    for file in files:
         handles[file] = handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             part = handle.get_slice(name)
@@ -135,4 +137,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if dtype is None:
                 raise EvomergeError(f"{file}: tensor {name} has the type {part.get_dtype()}, which cannot be merged")
             tensors[name] = TensorInfo(tuple(part.get_shape()), dtype, file)
+    if lacking := [name for name in promised if name not in tensors]:
+        raise EvomergeError(f"{folder}: lacks {len(lacking)} tensor(s) of its index: {', '.join(lacking[:3])}")
     return Checkpoint(folder, config, tensors, handles)

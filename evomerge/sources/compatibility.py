@@ -44,7 +44,7 @@ def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter]) -> Compati
             compare_config(name, base, source, found)
             compare_tensors(name, base, source, found)
         else:
-            changed = len(source.pairs) + len(source.whole)
+            changed = len(source.pairs.keys() | source.whole.keys())
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
         compare_vocabulary(name, vocabulary, source, found)
         compare_declared_base(name, base, source, found)
@@ -151,7 +151,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
         return {}
     try:
         block = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2024-02-31 is a ValueError
         return {}
     return block if isinstance(block, dict) else {}
 

@@ -1,5 +1,6 @@
 """From what a person writes (a folder or a hub id) to a folder on this machine, and to a fingerprint of it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -17,10 +18,10 @@ def looks_like_hub_id(text: str) -> bool:
 def locate(text: str, relative_to: Path | None = None) -> Path:
     """The folder of a model: an existing path (relative ones from `relative_to`), or a hub id `owner/name`,
     with `@revision` if wanted, downloaded into the Hugging Face cache.  EvomergeError if it is neither."""
-    path = (relative_to or Path.cwd()) / Path(text).expanduser()
-    if path.is_dir():
+    path = (relative_to or Path.cwd()) / os.path.expanduser(text)
+    if os.path.isdir(path):
         return path.resolve()
-    if path.exists():
+    if os.path.exists(path):
         raise EvomergeError(f"{path}: is a file; a model is a folder with config.json or adapter_config.json")
     match = HUB_ID.match(text)
     if not match or text.startswith("."):

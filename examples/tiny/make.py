@@ -247,7 +247,7 @@ def write_items(folder: Path) -> None:
     """The jsonl files beside the lm-eval tasks; always the same, as published scores refer to these items."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, Any]]] = {"choice": choice_items(200)}
-    for name, items in evaluation_items(400).items():
+    for name, items in evaluation_items(500).items():
         rows[name] = [{"prompt": prompt, "answer": answer} for prompt, answer in items]
     for name, documents in rows.items():
         text = "".join(json.dumps(document) + "\n" for document in documents)

@@ -1,0 +1,22 @@
+"""Real inputs that several tests share: the tiny family, trained once and kept for the next run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked children must not share a pool
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_family() -> Path:
+    """The folder of the trained tiny family (`examples/tiny`); made in about a minute if it is not there yet."""
+    out = ROOT / ".cache" / "tiny"
+    subprocess.run([sys.executable, ROOT / "examples" / "tiny" / "make.py", out], check=True)
+    return out

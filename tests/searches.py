@@ -1,0 +1,108 @@
+"""A small real search over the tiny family, as configuration and as a process."""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SKILLS = ("rev", "sort", "count", "add")
+
+
+def write_config(folder: Path, family: Path, **changes: Any) -> Path:
+    """A search that takes seconds: two sources, two tasks, few items; `changes` replace whole keys."""
+    content: dict[str, Any] = {
+        "name": "small",
+        "base": str(family / "base"),
+        "sources": [{"name": s, "path": str(family / s)} for s in ("rev", "add")],
+        "method": "task_arithmetic",
+        "space": {"weight": [0.0, 1.6], "granularity": "depth", "knots": 2},
+        "tasks": [
+            {"task": str(ROOT / "evals" / "tiny" / f"{s}.yaml"), "objective": "gold_logprob"} for s in ("rev", "add")
+        ],
+        "splits": {"search": 12, "selection": 10, "holdout": 40},
+        "sampler": {"name": "cma-es", "population": 4},
+        "budget": {"trials": 16},
+        "seed": 3,
+        "dtype": "float32",
+    } | changes
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended, as `subprocess` tells it: a negative return code is the signal that killed it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
+    """The command line in a real process of its own, forked from this one so that libraries need no second import.
+
+    prelude: Python that the child runs first (to be killed at a moment of its work).
+    """
+    import lm_eval.models.huggingface
+    import torch
+    import transformers  # noqa: F401 (imported here, they are there in every child)
+
+    from evomerge.cli import main
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.default_int_handler)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, buffering=1) for n in (1, 2))
+                torch.set_num_threads(1)
+                os.chdir(ROOT)
+                sys.argv = ["evomerge", *map(str, arguments)]
+                exec(prelude, {})
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return Done(os.waitstatus_to_exitcode(status), out.read(), err.read())
+
+
+def trials_of(run: Path) -> list[tuple[int, str, dict[str, float], float | None]]:
+    """(number, state, parameters, value) of every trial of a run, by number."""
+    import optuna
+
+    from evomerge.search.run import open_run
+    from evomerge.search.study import open_study
+
+    opened = open_run(run)
+    config = opened.config()
+    study = open_study(opened.storage_url(config), config.name, create=False)
+    assert isinstance(study, optuna.Study)
+    return [(t.number, t.state.name, dict(t.params), t.value) for t in study.get_trials(deepcopy=False)]
+
+
+def verdict_of(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+    return content

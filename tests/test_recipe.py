@@ -1,0 +1,321 @@
+"""Recipes: what is written is what is read, wrong ones are refused with a readable line, and each tensor finds its
+coefficients."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import LAYERS, llama_shapes, write_family
+
+from evomerge.errors import EvomergeError
+from evomerge.merge.bank import Bank
+from evomerge.merge.materialise import materialise
+from evomerge.merge.methods import METHODS
+from evomerge.merge.plan import Knob
+from evomerge.merge.recipe import (
+    Coefficient,
+    Model,
+    Recipe,
+    RecipeSource,
+    check_fingerprints,
+    check_layers,
+    dump_recipe,
+    load_recipe,
+    model_folders,
+)
+from evomerge.sources.anatomy import COMPONENTS, Place, place
+from evomerge.sources.locate import fingerprint
+from evomerge.sources.open import open_models
+
+# --- Round trip ---
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+folders = st.text("abcäß 0-_:#'\"{}[],&*!|>%@", min_size=1, max_size=12).map(lambda name: f"/models/{name}x")
+digests = st.dictionaries(
+    st.sampled_from(["model.safetensors", "config.json"]), st.text("0123456789abcdef", max_size=64)
+)
+
+
+def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
+    if knob.switch:
+        return st.booleans()
+    low, high = max(knob.low, -1e6), min(knob.high, 1e6)
+    number = st.floats(low, high) | st.integers(int(low), int(high)).map(float)
+    per_layer = number | st.lists(number, min_size=1, max_size=4)
+    per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
+    return per_layer | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    method = METHODS[draw(st.sampled_from(list(METHODS)))]
+    least, most = method.sources
+    names = draw(st.lists(texts, min_size=least, max_size=most or 3, unique=True))
+    shared = {k: coefficients(v) for k, v in method.knobs.items()}
+    own = {k: coefficients(v) for k, v in method.knobs.items() if v.each}
+    required = {k for k, v in method.knobs.items() if v.default is None}
+    return Recipe(
+        method=method.name,
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        base=Model(path=draw(folders), sha256=draw(digests)),
+        sources=[
+            RecipeSource(
+                name=name,
+                path=draw(folders),
+                sha256=draw(digests),
+                parameters=draw(st.fixed_dictionaries({}, optional=own)),
+            )
+            for name in names
+        ],
+        parameters=draw(
+            st.fixed_dictionaries(
+                {k: v for k, v in shared.items() if k in required},
+                optional={k: v for k, v in shared.items() if k not in required},
+            )
+        ),
+        outputs=draw(digests),
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80)
+@given(recipe=recipes())
+def test_a_dumped_recipe_loads_as_itself(recipe: Recipe, tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_a_relative_path_is_taken_from_the_folder_of_the_recipe(tmp_path: Path):
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    file = written(tmp_path / "recipe.yaml", base={"path": "models/base"}, sources=[source("one", path="./nearby")])
+    recipe = load_recipe(file)
+    assert recipe.base.path == str(tmp_path / "models" / "base")
+    assert recipe.sources[0].path == str(tmp_path / "nearby")
+
+
+def test_a_hub_id_stays_a_hub_id(tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", base={"path": "owner/name@v1"})
+    assert load_recipe(file).base.path == "owner/name@v1"
+
+
+# --- Bad recipes ---
+
+
+def source(name: str, **changes: Any) -> dict[str, Any]:
+    return {"name": name, "path": f"/models/{name}"} | changes
+
+
+def written(file: Path, **changes: Any) -> Path:
+    good = {"method": "ties", "base": {"path": "/models/base"}, "sources": [source("one"), source("two")]}
+    content = good | {"parameters": {"weight": 0.5}} | changes
+    file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return file
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"method": "mash"}, "method: 'mash' is not one of linear, slerp"),
+    "no method": ({"method": None}, "method: Field required"),
+    "unknown key": ({"methud": "ties"}, "methud: "),
+    "unknown version": ({"recipe": 2}, "recipe: "),
+    "unknown dtype": ({"dtype": "int8"}, "dtype: "),
+    "negative seed": ({"seed": -1}, "seed: "),
+    "seed of 64 bits": ({"seed": 2**63}, "seed: "),
+    "no base": ({"base": None}, "base: Field required"),
+    "no sources": ({"sources": []}, "sources: "),
+    "source without path": ({"sources": [{"name": "one"}]}, "sources.0.path: Field required"),
+    "source without name": ({"sources": [{"path": "/models/one"}]}, "sources.0.name: Field required"),
+    "one name twice": ({"sources": [source("one"), source("one")]}, "sources: two have the same name"),
+    "unknown knob": (
+        {"parameters": {"weight": 1, "wait": 1}},
+        "parameters.wait: not a coefficient of ties here; allowed: weight, density, lambda, normalize",
+    ),
+    "shared knob at a source": (
+        {"sources": [source("one", parameters={"lambda": 1})]},
+        "sources.one.parameters.lambda: not a coefficient of ties here; allowed: weight, density",
+    ),
+    "knob of another method": ({"parameters": {"weight": 1, "t": 0.5}}, "parameters.t: not a coefficient of ties"),
+    "required knob missing": ({"parameters": {}}, "weight: must be given for one, two"),
+    "required knob missing at one": (
+        {"parameters": {}, "sources": [source("one", parameters={"weight": 1}), source("two")]},
+        "weight: must be given for two",
+    ),
+    "above the range": ({"parameters": {"weight": 1, "density": 1.5}}, "parameters.density: 1.5 is outside 0 to 1"),
+    "below the range": ({"parameters": {"weight": 1, "density": -0.1}}, "parameters.density: -0.1 is outside 0 to 1"),
+    "one layer out of range": (
+        {"parameters": {"weight": 1, "density": [0.5, 2.0]}},
+        "parameters.density: 2.0 is outside 0 to 1",
+    ),
+    "one component out of range": (
+        {"parameters": {"weight": 1, "density": {"mlp": [0.5, 3.0], "default": 1}}},
+        "parameters.density: 3.0 is outside 0 to 1",
+    ),
+    "unknown component": (
+        {"parameters": {"weight": {"brain": 1, "default": 1}}},
+        "parameters.weight: 'brain' is not a component; allowed: attention, mlp, norm, embedding, head, other, default",
+    ),
+    "component without default": ({"parameters": {"weight": {"mlp": 1}}}, "parameters.weight: needs `default`"),
+    "empty list": ({"parameters": {"weight": []}}, "parameters.weight: an empty list"),
+    "empty list of a component": (
+        {"parameters": {"weight": {"mlp": [], "default": 1}}},
+        "parameters.weight: an empty list",
+    ),
+    "a word for a number": ({"parameters": {"weight": "much"}}, "parameters.weight"),
+    "not a number": ({"parameters": {"weight": float("nan")}}, "parameters.weight"),
+    "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight"),
+    "too many sources": (
+        {"method": "slerp", "parameters": {"t": 0.5}, "sources": [source(n) for n in "abc"]},
+        "sources: slerp takes 1 to 2, here are 3",
+    ),
+    "slerp without t": ({"method": "slerp", "parameters": {}}, "t: must be given"),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), BAD.values(), ids=BAD)
+def test_a_bad_recipe_is_refused_with_a_line_that_says_why(changes: dict[str, Any], line: str, tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", **changes)
+    with pytest.raises(EvomergeError, match=re.escape(line)) as caught:
+        load_recipe(file)
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"{file}: not a recipe:"
+    assert all(re.match(r"  \S", x) and len(x) < 200 for x in rest)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", parameters={"wait": 1, "density": 2})
+    with pytest.raises(EvomergeError) as caught:
+        load_recipe(file)
+    assert all(word in str(caught.value) for word in ("parameters.wait", "2.0 is outside", "weight: must be given"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"method: [", "not YAML"),
+        (b"method: !!python/object/apply:os.getcwd []", "not YAML"),
+        (b"method: \xff\xfe", "cannot be read"),
+        (b"seed: 2026-13-45", "not YAML"),
+        (b"[" * 5000, "not YAML"),
+        (b"", "not a recipe"),
+        (b"just words", "not a recipe"),
+        (b"- a\n- list", "not a recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: bytes, line: str, tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(text)
+    with pytest.raises(EvomergeError, match=f"^{re.escape(str(file))}: {line}"):
+        load_recipe(file)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path):
+    with pytest.raises(EvomergeError, match=r"nowhere\.yaml: cannot be read"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_path_of_an_unknown_user_is_refused(tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", base={"path": "~nobody-of-this-name/base"})
+    with pytest.raises(EvomergeError, match="nobody-of-this-name/base: no such folder"):
+        model_folders(load_recipe(file))
+
+
+# --- Lists and layers ---
+
+
+def recipe_with(method: str = "ties", sources: int = 2, **parameters: Coefficient) -> Recipe:
+    models = [RecipeSource(name=n, path=f"/models/{n}") for n in "abc"[:sources]]
+    return Recipe(method=method, base=Model(path="/models/base"), sources=models, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("weight", "line"),
+    [
+        ([0.1, 0.2, 0.3], "parameters.weight: has 3 values, but the base model has 2 layers"),
+        ({"mlp": [0.1], "default": 1.0}, "parameters.weight: has 1 values, but the base model has 2 layers"),
+    ],
+)
+def test_a_list_must_have_a_number_for_each_layer(weight: Coefficient, line: str):
+    with pytest.raises(EvomergeError, match=re.escape(line)):
+        check_layers(recipe_with(weight=weight), 2)
+
+
+def test_a_list_of_the_wrong_length_at_a_source_is_named_and_nothing_is_merged(tmp_path: Path):
+    paths = write_family(tmp_path, ["one"])
+    bank = Bank(open_models(paths["base"], {"one": paths["one"]}))
+    parameters: dict[str, Coefficient] = {"weight": [1.0] * (LAYERS + 1)}
+    sources = [RecipeSource(name="one", path=str(paths["one"]), parameters=parameters)]
+    recipe = Recipe(method="ties", base=Model(path=str(paths["base"])), sources=sources)
+    with pytest.raises(EvomergeError, match=re.escape("sources.one.parameters.weight: has 3 values")):
+        materialise(recipe, bank, {}, between=lambda: pytest.fail("began to merge"))
+
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def weight_at(recipe: Recipe, tensor: str) -> tuple[float, ...]:
+    return recipe.knobs(place(tensor), LAYERS).each["weight"]
+
+
+def test_a_list_gives_each_layer_its_number_and_the_ends_the_nearest():
+    recipe = recipe_with(weight=[0.1, 0.9])
+    for tensor in llama_shapes():
+        first = tensor == EMBEDDING or ".layers.0." in tensor
+        assert weight_at(recipe, tensor) == ((0.1, 0.1) if first else (0.9, 0.9)), tensor
+
+
+def test_each_component_has_its_number_and_the_rest_the_default():
+    recipe = recipe_with(weight={"attention": 0.1, "embedding": 0.2, "head": [0.3, 0.4], "default": [0.5, 0.6]})
+    expected = {
+        EMBEDDING: 0.2,
+        "model.layers.0.self_attn.q_proj.weight": 0.1,
+        "model.layers.1.self_attn.o_proj.weight": 0.1,
+        "model.layers.0.mlp.up_proj.weight": 0.5,
+        "model.layers.1.mlp.up_proj.weight": 0.6,
+        "model.layers.0.post_attention_layernorm.weight": 0.5,
+        FINAL_NORM: 0.6,
+        HEAD: 0.4,
+    }
+    assert {name: weight_at(recipe, name)[0] for name in expected} == expected
+
+
+def test_all_components_named_need_no_default():
+    recipe = recipe_with(weight={c: float(i) for i, c in enumerate(COMPONENTS)})
+    found = [recipe.knobs(Place(0, c), LAYERS).each["weight"][0] for c in COMPONENTS]
+    assert found == list(range(len(COMPONENTS)))
+
+
+def test_a_source_overrides_the_common_value_and_silence_means_the_default():
+    sources = [RecipeSource(name="a", path="/a", parameters={"weight": 0.25}), RecipeSource(name="b", path="/b")]
+    recipe = Recipe(method="ties", base=Model(path="/base"), sources=sources, parameters={"weight": 0.75})
+    knobs = recipe.knobs(place(HEAD), LAYERS)
+    assert knobs.each == {"weight": (0.25, 0.75), "density": (1.0, 1.0)}
+    assert knobs.shared == {"lambda": 1.0, "normalize": 1.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_one_and_two_sources_and_its_knobs_by_layer(method: str):
+    knobs = METHODS[method].knobs
+    parameters: dict[str, Coefficient] = {k: True if v.switch else [0.25, 0.75] for k, v in knobs.items()}
+    for count in (1, 2):
+        found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
+        assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
+        assert found.shared == {k: 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each}
+
+
+# --- Fingerprints ---
+
+
+def test_inputs_that_changed_since_the_recipe_was_made_are_named(tmp_path: Path):
+    paths = write_family(tmp_path, ["one"])
+    base = Model(path=str(paths["base"]), sha256=fingerprint(paths["base"]))
+    sources = [RecipeSource(name="one", path=str(paths["one"]), sha256=fingerprint(paths["one"]))]
+    recipe = Recipe(method="linear", base=base, sources=sources)
+    check_fingerprints(recipe)
+    (paths["one"] / "config.json").write_text("{}")
+    with pytest.raises(EvomergeError) as caught:
+        check_fingerprints(recipe)
+    assert str(caught.value).splitlines()[1:] == [f"  {paths['one'] / 'config.json'}"]

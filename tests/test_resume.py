@@ -1,0 +1,155 @@
+"""A search that was killed goes on as if nobody had killed it."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from searches import run_cli, trials_of, verdict_of, write_config
+
+# Each prelude kills the process (no handler can catch it) at one exact moment of its work.
+KILL = "import os, signal\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+DURING_A_MERGE = (
+    KILL
+    + """
+import evomerge.merge.materialise as m
+calls, real = [0], m.materialise_tensor
+def counted(recipe, bank, name, out):
+    calls[0] += 1
+    if calls[0] == 9 * 38 + 17:
+        die()
+    real(recipe, bank, name, out)
+m.materialise_tensor = counted
+"""
+)
+DURING_AN_EVALUATION = (
+    KILL
+    + """
+import evomerge.search.scorer as s
+calls, real = [0], s.Engine.score
+def counted(self, work, clock):
+    calls[0] += 1
+    if calls[0] == 22:
+        die()
+    return real(self, work, clock)
+s.Engine.score = counted
+"""
+)
+BETWEEN_RESULT_AND_END = (
+    KILL
+    + """
+import optuna.storages._cached_storage as c
+calls, real = [0], c._CachedStorage.set_trial_state_values
+def counted(self, *a, **k):
+    calls[0] += 1
+    if calls[0] == 11:
+        die()
+    return real(self, *a, **k)
+c._CachedStorage.set_trial_state_values = counted
+"""
+)
+DURING_THE_HOLDOUT = (
+    KILL
+    + """
+import evomerge.search.finals as f
+real = f.Ledger.score
+def counted(self, split, recipe):
+    if split == "holdout":
+        die()
+    return real(self, split, recipe)
+f.Ledger.score = counted
+"""
+)
+DURING_THE_EXPORT = (
+    KILL
+    + """
+import evomerge.merge.export as e
+calls, real = [0], e.materialise_tensor
+def counted(*a):
+    calls[0] += 1
+    if calls[0] == 20:
+        die()
+    real(*a)
+e.materialise_tensor = counted
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody killed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_cli("search", write_config(folder, tiny_family), "--run", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "prelude",
+    [DURING_A_MERGE, DURING_AN_EVALUATION, BETWEEN_RESULT_AND_END, DURING_THE_HOLDOUT],
+    ids=lambda p: p[-60:-40],
+)
+def test_a_killed_search_resumes_to_the_same_trials_and_winner(
+    prelude: str, undisturbed: Path, tiny_family: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    killed = run_cli("search", write_config(tmp_path, tiny_family), "--run", run, prelude=prelude)
+    assert killed.returncode == -signal.SIGKILL
+    finished_before = [t for t in trials_of(run) if t[1] == "COMPLETE"]
+    resumed = run_cli("resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    after = trials_of(run)
+    assert after[: len(finished_before)] == finished_before
+    assert after == trials_of(undisturbed)
+    assert verdict_of(run) == verdict_of(undisturbed)
+
+
+def test_a_killed_export_leaves_no_folder_and_can_be_repeated(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    killed = run_cli("export", undisturbed, "--out", out, prelude=DURING_THE_EXPORT)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert run_cli("export", undisturbed, "--out", out).returncode == 0
+    again = run_cli("reproduce", out / "recipe.yaml", "--out", tmp_path / "again", "--check", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "the bytes agree" in again.stdout
+
+
+def test_a_larger_budget_goes_on_where_the_search_ended(undisturbed: Path, tiny_family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path, tiny_family)
+    assert run_cli("search", config, "--run", run, "--trials", "6").returncode == 0
+    assert run_cli("resume", run, "--trials", "16").returncode == 0
+    assert trials_of(run) == trials_of(undisturbed)
+
+
+def test_an_interrupted_search_gives_its_trial_back(undisturbed: Path, tiny_family: Path, tmp_path: Path) -> None:
+    prelude = DURING_AN_EVALUATION.replace("SIGKILL", "SIGINT")
+    run = tmp_path / "run"
+    stopped = run_cli("search", write_config(tmp_path, tiny_family), "--run", run, prelude=prelude)
+    assert stopped.returncode == 128 + signal.SIGINT, stopped.stderr
+    assert "evomerge resume" in stopped.stdout
+    assert [t[1] for t in trials_of(run)].count("RUNNING") == 1
+    assert run_cli("resume", run).returncode == 0
+    assert trials_of(run) == trials_of(undisturbed)
+
+
+def test_a_changed_configuration_is_refused_until_it_is_accepted(tiny_family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path, tiny_family, budget={"trials": 4})
+    assert run_cli("search", config, "--run", run).returncode == 0
+    write_config(tmp_path, tiny_family, budget={"trials": 4}, seed=4)
+    refused = run_cli("resume", run)
+    assert refused.returncode == 2
+    assert "seed: 3 -> 4" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert run_cli("resume", run, "--accept-changes", "--trials", "5").returncode == 0
+
+
+def test_a_second_driver_is_refused(undisturbed: Path) -> None:
+    import fcntl
+
+    with (undisturbed / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = run_cli("resume", undisturbed)
+    assert second.returncode == 2
+    assert "another evomerge process" in second.stderr

@@ -1,0 +1,218 @@
+"""The search space, the samplers and what a failing trial costs."""
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import write_family
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+from searches import run_cli, trials_of, write_config
+
+from evomerge.config import load_config
+from evomerge.search.baselines import baselines
+from evomerge.search.cma import CmaEsSampler, trial_seed
+from evomerge.search.space import Space, build_space, spread
+from evomerge.search.study import SearchStudy, open_study, sqlite_url
+from evomerge.sources.anatomy import Place
+from evomerge.sources.open import open_models
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained base and two sources of two layers."""
+    folder = tmp_path_factory.mktemp("family")
+    write_family(folder, ("rev", "add"))
+    return folder
+
+
+def space_of(family: Path, folder: Path, **changes: object) -> Space:
+    config = load_config(write_config(folder, family, **changes))
+    return build_space(config, open_models(family / "base", {s: family / s for s in ("rev", "add")}))
+
+
+def middle(space: Space) -> dict[str, float]:
+    return {name: (d.low + d.high) / 2 for name, d in space.axes.items()}
+
+
+@pytest.mark.parametrize(("granularity", "count"), [("model", 1), ("depth", 2), ("group", 2), ("layer", 2)])
+def test_a_granularity_has_its_number_of_axes(family: Path, tmp_path: Path, granularity: str, count: int) -> None:
+    space = space_of(family, tmp_path, space={"weight": [0, 1], "granularity": granularity, "knots": 2, "groups": 2})
+    assert len(space.axes) == 2 * count
+
+
+def test_components_have_coefficients_of_their_own(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path, space={"weight": [0, 1], "components": ["attention", "mlp"]})
+    point = middle(space) | {"weight.rev.attention": 0.9}
+    knobs = space.recipe(point).knobs
+    assert knobs(Place(0, "attention"), 2).each["weight"] == (0.9, 0.5)
+    assert knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert knobs(Place(None, "embedding"), 2).each["weight"] == (0.5, 0.5)
+
+
+def test_a_fixed_knob_is_no_axis_but_is_in_the_recipe(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path, method="ties", space={"weight": [0, 1], "density": 0.3, "lambda": [0.5, 1.5]})
+    assert sorted(space.axes) == ["lambda", "weight.add", "weight.rev"]
+    assert space.recipe(middle(space)).knobs(Place(0, "mlp"), 2).each["density"] == (0.3, 0.3)
+
+
+def test_one_source_may_have_bounds_of_its_own(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path, space={"weight": [0, 1], "sources": {"add": {"weight": [-1, 0]}}})
+    assert space.axes["weight.add"] == FloatDistribution(-1, 0)
+
+
+@given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(2, 40))
+def test_depth_knots_are_joined_by_straight_lines(values: list[float], layers: int) -> None:
+    along = spread(values, "depth", layers)
+    expected = np.interp(np.linspace(0, 1, layers), np.linspace(0, 1, len(values)), values)
+    assert np.allclose(along, expected)
+
+
+@given(st.integers(1, 8), st.integers(8, 60))
+def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> None:
+    along = spread([float(g) for g in range(groups)], "group", layers)
+    assert isinstance(along, list)
+    assert along == sorted(along)
+    lengths = [along.count(float(g)) for g in range(groups)]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
+    found = {b.name: b for b in baselines(space_of(family, tmp_path))}
+    assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.5", "task_arithmetic 0.8", "dare_ties 0.5"]
+    assert found["rev"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
+    assert found["uniform"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert found["dare_ties 0.5"].point is None
+    assert found["dare_ties 0.5"].recipe.method == "dare_ties"
+
+
+def test_a_parent_outside_the_bounds_is_a_recipe_of_its_own(family: Path, tmp_path: Path) -> None:
+    found = {b.name: b for b in baselines(space_of(family, tmp_path, space={"weight": [0.2, 0.8]}))}
+    assert found["rev"].point is None
+    assert found["rev"].recipe.method == "linear"
+    assert [s.name for s in found["rev"].recipe.sources] == ["rev"]
+
+
+def test_roles_bring_the_blend_of_specialists_and_generalists(family: Path, tmp_path: Path) -> None:
+    sources = [
+        {"name": n, "path": str(family / n), "role": r} for n, r in (("rev", "specialist"), ("add", "generalist"))
+    ]
+    found = {b.name: b for b in baselines(space_of(family, tmp_path, sources=sources))}
+    assert found["specialists 0.65"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
+
+
+def fitness(point: dict[str, float]) -> float:
+    return -sum((value - 0.9 - 0.1 * k) ** 2 for k, value in enumerate(point.values()))
+
+
+def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -> list[dict[str, float]]:
+    """Points that a search proposes on a known function, with the process state thrown away now and then."""
+    study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
+    points = []
+    while len(study.trials) < trials:
+        if reopen_every and points and len(points) % reopen_every == 0:
+            study.begin(None)  # a trial in hand when the process dies
+            study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
+        begun = study.begin(None)
+        points.append(dict(begun.params))
+        study.finish(begun, None if begun.number == 5 else fitness(begun.params), {"seconds": {}})
+    return points
+
+
+@pytest.mark.parametrize("sampler", ["cma-es", "tpe", "nsga-ii", "gp", "qmc", "random"])
+def test_resumed_study_proposes_what_the_uninterrupted_one_would(family: Path, tmp_path: Path, sampler: str) -> None:
+    space = space_of(family, tmp_path, sampler={"name": sampler})
+    whole = drive(space, tmp_path / "whole.db", 24, None)
+    parts = drive(space, tmp_path / "parts.db", 24, 7)
+    assert parts == whole
+    assert len({tuple(p.values()) for p in whole}) == 24
+
+
+def test_cma_es_climbs(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path)
+    points = drive(space, tmp_path / "s.db", 150, None)
+    assert max(map(fitness, points[-20:])) > -0.002
+    assert max(map(fitness, points[:10])) < -0.01
+
+
+def test_cma_es_starts_at_the_best_baseline(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path)
+    study = SearchStudy(open_study(sqlite_url(tmp_path / "s.db"), "s", create=True), space)
+    good, bad = dict.fromkeys(space.axes, 1.4), dict.fromkeys(space.axes, 0.1)
+    for name, point, value in (("bad", bad, 0.0), ("good", good, 1.0)):
+        study.finish(study.begin((name, point)), value, {})
+    sampler = CmaEsSampler(space.axes, seed=0, sigma0=1e-6, population=4)
+    proposed = sampler.sample_relative(study.mirror, study.mirror.ask()._cached_frozen_trial, {})
+    assert proposed == pytest.approx(good, abs=1e-4)
+
+
+def test_cma_es_starts_again_when_it_has_collapsed() -> None:
+    axes = {f"x{k}": FloatDistribution(0.0, 1.0) for k in range(3)}
+    study = optuna.create_study(direction="maximize")
+    sampler = CmaEsSampler(axes, seed=1, sigma0=0.2, population=4)
+    study.sampler = sampler
+    for _ in range(900):
+        trial = study.ask(dict(axes))
+        study.tell(trial, -sum((v - 0.3) ** 2 for v in trial.params.values()))
+    assert sampler.optimizer is not None
+    assert sampler.optimizer.population_size > 4
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31 - 1), st.integers(0, 10_000))
+def test_trial_seeds_fit_32_bits_and_differ(seed: int, number: int) -> None:
+    assert 0 <= trial_seed(seed, number) < 2**32
+    assert trial_seed(seed, number) != trial_seed(seed, number + 1)
+
+
+def test_a_trial_is_in_the_database_before_its_work_begins(family: Path, tmp_path: Path) -> None:
+    space = space_of(family, tmp_path)
+    study = SearchStudy(open_study(sqlite_url(tmp_path / "s.db"), "s", create=True), space)
+    begun = study.begin(None)
+    there = open_study(sqlite_url(tmp_path / "s.db"), "s", create=False).get_trials()
+    assert [(t.state, t.params) for t in there] == [(TrialState.RUNNING, begun.params)]
+
+
+FAILING = """
+import evomerge.search.scorer as s
+calls, real = [0], s.Engine.score
+def sometimes(self, work, clock):
+    calls[0] += 1
+    if CONDITION:
+        raise ERROR
+    return real(self, work, clock)
+s.Engine.score = sometimes
+"""
+
+
+def test_a_failing_trial_is_recorded_and_the_search_goes_on(tiny_family: Path, tmp_path: Path) -> None:
+    prelude = FAILING.replace("CONDITION", "calls[0] in (5, 11)").replace("ERROR", "RuntimeError('a bug of a library')")
+    run = tmp_path / "run"
+    done = run_cli("search", write_config(tmp_path, tiny_family, budget={"trials": 10}), "--run", run, prelude=prelude)
+    assert done.returncode == 0, done.stderr
+    assert [t[1] for t in trials_of(run)].count("FAIL") == 2
+    assert "a bug of a library" in done.stdout
+    assert "a bug of a library" in (run / "log.txt").read_text()
+
+
+def test_ten_failures_in_a_row_end_the_search_with_an_explanation(tiny_family: Path, tmp_path: Path) -> None:
+    prelude = FAILING.replace("CONDITION", "calls[0] > 4").replace("ERROR", "MemoryError('no memory left')")
+    run = tmp_path / "run"
+    done = run_cli("search", write_config(tmp_path, tiny_family, budget={"trials": 40}), "--run", run, prelude=prelude)
+    assert done.returncode == 2
+    assert "10 trials failed in a row" in done.stderr
+    assert "out of memory: no memory left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run_cli("status", run).returncode == 0
+
+
+def test_weights_that_overflow_fail_their_trial(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, space={"weight": [-1e39, 1e39]}, budget={"trials": 8}, name="wild")
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    failed = [t for t in trials_of(tmp_path / "run") if t[1] == "FAIL"]
+    assert failed
+    assert "not finite" in done.stdout or "is nan" in done.stdout
