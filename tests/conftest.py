@@ -1,5 +1,6 @@
 """Real inputs that several tests share: the tiny family, trained once and kept for the next run."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -18,5 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def tiny_family() -> Path:
     """The folder of the trained tiny family (`examples/tiny`); made in about a minute if it is not there yet."""
     out = ROOT / ".cache" / "tiny"
-    subprocess.run([sys.executable, ROOT / "examples" / "tiny" / "make.py", out], check=True)
+    out.parent.mkdir(exist_ok=True)
+    with (out.parent / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, ROOT / "examples" / "tiny" / "make.py", out], check=True)
     return out

@@ -52,9 +52,9 @@ def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
 
     prelude: Python that the child runs first (to be killed at a moment of its work).
     """
-    import lm_eval.models.huggingface
+    import lm_eval.models.huggingface  # noqa: F401 (imported here, they are there in every child)
     import torch
-    import transformers  # noqa: F401 (imported here, they are there in every child)
+    import transformers  # noqa: F401
 
     from evomerge.cli import main
 

@@ -148,7 +148,7 @@ def run_trial(
     run.log(f"trial {trial.number} {state.name.lower()} value={value}")
     stored = time.perf_counter() - scored
     best = max((t.value for t in study.complete if t.value is not None), default=None)
-    note = str(trial.baseline or record.get("reason", ""))
+    note = str(record.get("reason") or trial.baseline or "")
     listener.trial(trial.number, limits.trials, value, best, note)
     return state, stored
 

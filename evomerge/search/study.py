@@ -7,6 +7,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -81,6 +82,16 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path.resolve()}"
 
 
+class NumberedQMCSampler(optuna.samplers.QMCSampler):
+    """Optuna's QMC sampler with the trial's number as the place in the sequence.
+
+    Optuna counts places in the study's attributes, where a crash would skip or repeat one.
+    """
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return len(study.get_trials(deepcopy=False)) - 1
+
+
 def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) -> BaseSampler:
     """A sampler for one trial, seeded by (study seed, trial number) and nothing else.
 
@@ -98,8 +109,7 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) ->
         if config.name == "gp":
             return optuna.samplers.GPSampler(seed=once, deterministic_objective=True)
         if config.name == "qmc":
-            # A quasi-random sequence is one sequence: all trials share its scrambling.
-            return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+            return NumberedQMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=once)
 
 

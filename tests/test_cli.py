@@ -1,0 +1,220 @@
+"""The command line as a user meets it: what it prints, how it refuses, what it leaves behind."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from models import write_family
+from safetensors.torch import load_file, save_file
+from searches import ROOT, Done, run_cli, trials_of, verdict_of, write_config
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search over two tiny specialists."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_cli("search", write_config(folder, tiny_family, budget={"trials": 12}), "--run", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def refuses(done: Done, *words: str) -> None:
+    """Exit code 2, the words in one message, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback (most recent" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_search_ends_with_a_verdict_a_report_and_a_recipe(finished: Path) -> None:
+    verdict = verdict_of(finished)
+    assert {c["name"] for c in verdict["comparisons"]} >= {"rev", "add", "uniform"}
+    report = (finished / "report.html").read_text()
+    assert verdict["sentence"].split("(")[0] in report.replace("&#x27;", "'")
+    assert "https://" not in report.split("<script")[0]
+    assert yaml.safe_load((finished / "recommended.yaml").read_text())["method"]
+    items = [t["items"] for t in verdict["tasks"].values()]
+    assert items == [{"holdout": 40, "selection": 10, "search": 12}] * 2
+
+
+def test_the_manifest_names_every_input_and_version(finished: Path) -> None:
+    manifest = json.loads((finished / "run.json").read_text())
+    assert set(manifest["inputs"]) == {"base", "rev", "add"}
+    assert len(manifest["inputs"]["rev"]["model.safetensors"]) == 64
+    assert manifest["packages"]["torch"]
+
+
+def test_status_shows_best_trials_rate_and_timing(finished: Path) -> None:
+    done = run_cli("status", finished, "--timing")
+    assert done.returncode == 0
+    assert "12 of 12 finished" in done.stdout
+    assert "trials a minute" in done.stdout
+    assert "outside model forwards" in done.stdout
+
+
+def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path: Path) -> None:
+    """The live candidate and the exported files are the same model: the objective agrees to the last digit."""
+    best = max((t for t in trials_of(finished) if t[1] == "COMPLETE"), key=lambda t: t[3] or 0.0)
+    assert run_cli("export", finished, "--out", tmp_path / "m", "--trial", str(best[0])).returncode == 0
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config |= {"name": "again", "base": str(tmp_path / "m"), "method": "linear", "space": {"weight": [0.5, 1]}}
+    config |= {"sources": [{"name": "same", "path": str(tmp_path / "m")}], "budget": {"trials": 1}}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    assert run_cli("search", tmp_path / "again.yaml", "--run", tmp_path / "run").returncode == 0
+    assert trials_of(tmp_path / "run")[0][3] == pytest.approx(best[3], abs=1e-9)
+
+
+def test_the_exported_folder_opens_and_its_card_tells_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "merged"
+    assert run_cli("export", finished, "--out", out).returncode == 0
+    AutoModelForCausalLM.from_pretrained(out)
+    assert len(AutoTokenizer.from_pretrained(out)) > 10
+    card = (out / "README.md").read_text()
+    assert "evomerge reproduce" in card
+    assert "95% bootstrap" in card
+    assert "apache-2.0" in card
+
+
+def test_reproduce_names_the_tensor_that_differs(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert run_cli("export", finished, "--out", out).returncode == 0
+    weights = load_file(out / "model.safetensors")
+    weights["model.norm.weight"][3] += 1.0
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    done = run_cli("reproduce", out / "recipe.yaml", "--out", tmp_path / "again", "--check", out)
+    assert done.returncode == 1
+    assert "model.norm.weight" in done.stdout
+
+
+def test_reproduce_refuses_other_inputs(tmp_path: Path) -> None:
+    family = write_family(tmp_path, ("one", "two"))
+    recipe = {
+        "method": "linear",
+        "base": {"path": str(family["base"])},
+        "sources": [{"name": n, "path": str(family[n]), "parameters": {"weight": 1.0}} for n in ("one", "two")],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert run_cli("merge", tmp_path / "r.yaml", "--out", tmp_path / "out").returncode == 0
+    shutil.copy(family["two"] / "model.safetensors", family["one"] / "model.safetensors")
+    done = run_cli("reproduce", tmp_path / "out" / "recipe.yaml", "--out", tmp_path / "again")
+    refuses(done, "not the files that the recipe was made with", "model.safetensors")
+
+
+def test_evaluate_prints_lm_evals_metrics_and_writes_items(tiny_family: Path, tmp_path: Path) -> None:
+    task = ROOT / "evals" / "tiny" / "choice.yaml"
+    out = tmp_path / "scores.json"
+    done = run_cli("evaluate", tiny_family / "sort", "--tasks", task, "--limit", "20", "--output", out)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(out.read_text())
+    (result,) = scores.values()
+    assert result["items"] == 20
+    assert len(result["per_item"]["acc"]) == 20
+    assert result["metrics"]["acc"] == sum(result["per_item"]["acc"]) / 20
+
+
+def test_inspect_tells_distances_and_refuses_strangers(tiny_family: Path, tmp_path: Path) -> None:
+    done = run_cli("inspect", tiny_family / "base", tiny_family / "rev", tiny_family / "add")
+    assert done.returncode == 0
+    assert "can be merged" in done.stdout
+    assert "cos" in done.stdout
+    stranger = write_family(tmp_path, ("one",))["one"]
+    done = run_cli("inspect", tiny_family / "base", stranger)
+    assert done.returncode == 2
+    assert "problem: one: hidden_size is 16" in done.stdout
+
+
+def test_a_wrong_configuration_lists_all_its_problems(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, base="/no/such/base", space={"weigth": [0, 1]}, seed=-1)
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    refuses(done, "space.weigth: unknown key", "seed", "base: no such folder")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    refuses(run_cli("search", tmp_path / "nothing.yaml"), "nothing.yaml: no such file")
+    refuses(run_cli("merge", tmp_path / "nothing.yaml", "--out", tmp_path / "x"), "nothing.yaml")
+    refuses(run_cli("resume", tmp_path), "not a run folder")
+    refuses(run_cli("status", tmp_path / "x"), "not a run folder")
+
+
+def test_a_truncated_model_is_named(tiny_family: Path, tmp_path: Path) -> None:
+    family = tmp_path / "family"
+    for name in ("base", "rev", "add"):
+        shutil.copytree(tiny_family / name, family / name)
+    weights = family / "add" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 1000)
+    done = run_cli("search", write_config(tmp_path, family), "--run", tmp_path / "run")
+    refuses(done, "add/model.safetensors", "not a complete safetensors file")
+    shutil.copy(tiny_family / "add" / "model.safetensors", weights)
+    assert run_cli("search", tmp_path / "search.yaml", "--run", tmp_path / "run", "--trials", "2").returncode == 0
+
+
+def test_mismatched_tokenizers_are_refused(tiny_family: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_family / "rev", tmp_path / "rev")
+    tokenizer = json.loads((tmp_path / "rev" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "rev" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sources = [{"name": "rev", "path": str(tmp_path / "rev")}, {"name": "add", "path": str(tiny_family / "add")}]
+    done = run_cli("search", write_config(tmp_path, tiny_family, sources=sources), "--run", tmp_path / "run")
+    refuses(done, "rev: another tokenizer", "2 tokens have other ids")
+
+
+def test_an_unknown_task_file_and_metric_are_refused(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, tasks=[{"task": str(tmp_path / "no.yaml")}])
+    refuses(run_cli("search", config, "--run", tmp_path / "run"), "tasks.0.task: no such file")
+    task = str(ROOT / "evals" / "tiny" / "rev.yaml")
+    config = write_config(tmp_path, tiny_family, tasks=[{"task": task, "metric": "bleu"}])
+    refuses(run_cli("search", config, "--run", tmp_path / "run"), "bleu", "exact_match")
+
+
+def test_a_time_of_day_and_a_duration_are_checked(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family)
+    refuses(run_cli("search", config, "--run", tmp_path / "a", "--timeout", "8 hours"), "is not a duration")
+    refuses(run_cli("search", config, "--run", tmp_path / "b", "--until", "7 am"), "is not a time of day")
+
+
+def test_a_search_stops_at_its_timeout(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"timeout": "1s"})
+    assert run_cli("search", config, "--run", tmp_path / "run").returncode == 0
+    assert 1 <= len(trials_of(tmp_path / "run")) < 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small], check=False).returncode:
+        pytest.skip("this system does not let a test mount a tmpfs")
+    ballast = small / "ballast"
+    try:
+        ballast.write_bytes(bytes(23_400_000))
+        config = write_config(tmp_path, tiny_family, budget={"trials": 60})
+        first = run_cli("search", config, "--run", small / "run")
+        refuses(first, "disk is full")
+        ballast.unlink()
+        finished = [t for t in trials_of(small / "run") if t[1] == "COMPLETE"]
+        resumed = run_cli("resume", small / "run", "--trials", str(len(finished) + 2))
+        assert resumed.returncode == 0, resumed.stderr
+        assert trials_of(small / "run")[: len(finished)] == finished
+        ballast.write_bytes(bytes(shutil.disk_usage(small).free - 1_000_000))
+        refuses(run_cli("export", small / "run", "--out", small / "merged"), "disk is full")
+        assert not (small / "merged").exists()
+        assert run_cli("export", small / "run", "--out", tmp_path / "merged").returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_every_command_has_an_example_in_its_help() -> None:
+    for command in ("search", "resume", "status", "report", "export", "merge", "reproduce", "inspect", "evaluate"):
+        done = run_cli(command, "--help")
+        assert done.returncode == 0
+        assert f"Example: evomerge {command}" in " ".join(done.stdout.split())
