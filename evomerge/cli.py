@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,8 +47,9 @@ def search(
     run: Annotated[Path | None, typer.Option(help="The run folder (default: runs/NAME).")] = None,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config import load_config
+    from evomerge.config.file import load_config
     from evomerge.evaluate.tasks import open_tasks
+    from evomerge.search.limits import with_budget
     from evomerge.search.run import create_run, refuse_existing
     from evomerge.search.scorer import open_config_models
 
@@ -75,8 +75,9 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
-    from evomerge.config import dump_config
+    from evomerge.config.file import dump_config
     from evomerge.files import write_text
+    from evomerge.search.limits import with_budget
     from evomerge.search.run import check_unchanged, open_run
 
     opened = open_run(run)
@@ -204,7 +205,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
-    from evomerge.config import TaskConfig
+    from evomerge.config.schema import TaskConfig
     from evomerge.device import TORCH_DTYPES, resolve_device
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
@@ -227,40 +228,13 @@ def evaluate(
         write_text(output, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def with_budget(config: Any, trials: int | None, timeout: str | None) -> Any:
-    """The configuration with the budget of the command line, where it gives one."""
-    from pydantic import ValidationError
-
-    from evomerge.config import BudgetConfig
-
-    if trials is None and timeout is None:
-        return config
-    try:
-        budget = BudgetConfig.model_validate({"trials": trials, "timeout": timeout})
-    except ValidationError as error:
-        raise EvomergeError(f"--timeout: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
-    return config.model_copy(update={"budget": budget})
-
-
-def deadline_of(until: str | None) -> float | None:
-    """`07:00` as the next moment with that local time, in seconds since the epoch."""
-    if until is None:
-        return None
-    try:
-        wanted = datetime.strptime(until, "%H:%M")
-    except ValueError:
-        raise EvomergeError(f"--until: {until!r} is not a time of day; write 07:00") from None
-    now = datetime.now()
-    moment = now.replace(hour=wanted.hour, minute=wanted.minute, second=0, microsecond=0)
-    return (moment if moment > now else moment + timedelta(days=1)).timestamp()
-
-
 def run_search(run: Any, until: str | None) -> None:
     """Search, show, report; on an interrupt say how to go on and leave with the signal's exit code."""
     from evomerge.report.html import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
-    from evomerge.search.loop import Interrupted, Limits, StopSignal
+    from evomerge.search.limits import Limits, deadline_of
+    from evomerge.search.loop import Interrupted, StopSignal
     from evomerge.search.loop import search as search_loop
     from evomerge.search.run import only_driver
 

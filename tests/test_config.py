@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evomerge.config import SearchConfig, config_differences, dump_config, load_config, parse_config
+from evomerge.config.file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
 

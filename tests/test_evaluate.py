@@ -12,7 +12,7 @@ import torch
 import yaml
 from models import VOCABULARY, write_llama
 
-from evomerge.config import SplitsConfig, TaskConfig
+from evomerge.config.schema import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, Workload, scores_of

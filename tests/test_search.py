@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from searches import run_cli, trials_of, write_config
 
-from evomerge.config import load_config
+from evomerge.config.file import load_config
 from evomerge.search.baselines import baselines
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.space import Space, build_space, spread

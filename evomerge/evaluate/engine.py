@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evomerge.config import SMOOTH_METRICS
+from evomerge.config.schema import SMOOTH_METRICS
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.generation import GenerationBatch, Prompt, Stops, generate, plan_generation

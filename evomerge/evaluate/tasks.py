@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from evomerge.config import SMOOTH_METRICS, Share, SplitsConfig, TaskConfig
+from evomerge.config.schema import SMOOTH_METRICS, Share, SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 
 Split = Literal["search", "selection", "holdout"]

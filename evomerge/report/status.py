@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evomerge.config import SearchConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.search.loop import trial_seconds
 from evomerge.search.run import Run
 from evomerge.search.study import FINISHED, open_study

@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.errors import EvomergeError
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.finals import Ledger, finish
+from evomerge.search.limits import Limits
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer, free_memory, open_config_models
 from evomerge.search.space import Point, build_space
@@ -33,16 +33,6 @@ class Listener(Protocol):
 
     def phase(self, text: str) -> None: ...
     def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When the search ends.  trials: finished ones, baselines included.  seconds: of search so far and from now on
-    together.  deadline: `time.time()` at which no new trial begins."""
-
-    trials: int | None = None
-    seconds: float | None = None
-    deadline: float | None = None
 
 
 class StopSignal:

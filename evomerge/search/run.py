@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import __version__
-from evomerge.config import SearchConfig, config_differences, dump_config, load_config
+from evomerge.config.file import config_differences, dump_config, load_config
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, write_text
 from evomerge.search.study import sqlite_url

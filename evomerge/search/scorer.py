@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evomerge.config import SearchConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, Workload, scores_of

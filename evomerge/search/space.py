@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from evomerge.config import Axis, Granularity, SearchConfig, SpaceConfig
+from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, PerLayer, Recipe, RecipeSource
 from evomerge.sources.adapter import Adapter

@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.config import SamplerConfig
+from evomerge.config.schema import SamplerConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.space import Point, Space

@@ -1,0 +1,1 @@
+"""The search configuration: one YAML file, checked as a whole before anything is loaded."""

@@ -1,0 +1,190 @@
+"""What a search configuration may say: the keys, their types, their defaults."""
+
+import re
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from evomerge.merge.recipe import Dtype
+from evomerge.sources.anatomy import Component
+
+Granularity = Literal["model", "depth", "group", "layer"]
+SMOOTH_METRICS = ("gold_logprob", "gold_prob")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class SourceConfig(Strict):
+    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    path: str
+    role: Literal["specialist", "generalist"] | None = None
+
+
+class Axis(Strict):
+    """One knob of the space: bounds (low = high fixes it) and, if it differs from the space's, how fine it is."""
+
+    low: float
+    high: float
+    granularity: Granularity | None = None
+    components: list[Component] | None = None
+
+    @model_validator(mode="after")
+    def bounds_in_order(self) -> "Axis":
+        if self.low > self.high:
+            raise ValueError(f"impossible bounds: low {self.low:g} is above high {self.high:g}")
+        return self
+
+
+def axis(value: object) -> object:
+    """`0.5` and `true` fix a knob, `[0, 1]` bounds it, a mapping says more."""
+    if isinstance(value, (bool, int, float)):
+        return {"low": value, "high": value}
+    if isinstance(value, list) and len(value) == 2:
+        return {"low": value[0], "high": value[1]}
+    return value
+
+
+AxisValue = Annotated[Axis, BeforeValidator(axis)]
+
+
+class SpaceConfig(Strict):
+    """Which coefficients may move.
+
+    granularity: one value for the model, `knots` along the depth with straight lines between, `groups` of layers,
+    or one per layer.  components: those with coefficients of their own; the others share one.  A knob that is
+    not named keeps its default.  sources: knobs that differ for one source.
+    """
+
+    granularity: Granularity = "model"
+    knots: int = Field(default=3, ge=2, le=64)
+    groups: int = Field(default=4, ge=1, le=256)
+    components: list[Component] = []
+    weight: AxisValue | None = None
+    density: AxisValue | None = None
+    lambda_: AxisValue | None = Field(default=None, alias="lambda")
+    t: AxisValue | None = None
+    normalize: bool | None = None
+    rescale: bool | None = None
+    sources: dict[str, dict[str, AxisValue]] = {}
+
+    def axes(self) -> dict[str, Axis]:
+        """The knobs that the file names, switches included, by the recipe's names."""
+        given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
+        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
+            if switch is not None:
+                given[name] = Axis(low=float(switch), high=float(switch))
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class TaskConfig(Strict):
+    """One lm-eval task.
+
+    task: a YAML file or the name of one of lm-eval's own.  weight: its share in the score.  objective: the metric
+    that the search climbs (default: `metric`); any per-item metric of the task, or the gold answer's
+    log-probability `gold_logprob` or probability `gold_prob`.  metric: what the verdict is about (default: the
+    task's first).  gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
+    """
+
+    task: str
+    weight: float = Field(default=1.0, gt=0)
+    objective: str | None = None
+    metric: str | None = None
+    gold: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+
+    @property
+    def is_file(self) -> bool:
+        return self.task.endswith((".yaml", ".yml"))
+
+
+def share(value: object) -> object:
+    """Refuse what is neither a count, a share nor a split's name; 1.0 and `true` are not taken for one item."""
+    is_count = type(value) is int and value >= 1
+    is_share = type(value) is float and 0 < value < 1
+    if not is_count and not is_share and value not in ("train", "validation", "test"):
+        raise ValueError("give a count of 1 or more, a share between 0 and 1, or one of train, validation, test")
+    return value
+
+
+Share = Annotated[int | float | Literal["train", "validation", "test"], BeforeValidator(share)]
+
+
+class SplitsConfig(Strict):
+    """How items are dealt, per task: a count, a share of the items, or the task's own split of that name."""
+
+    search: Share = 0.4
+    selection: Share = 0.2
+    holdout: Share = 0.4
+
+    @model_validator(mode="after")
+    def fit(self) -> "SplitsConfig":
+        dealt = (self.search, self.selection, self.holdout)
+        shares = [s for s in dealt if isinstance(s, float)]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"the shares add up to {sum(shares):g}, which is more than 1")
+        named = [s for s in dealt if isinstance(s, str)]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"two splits use the task's split {max(named, key=named.count)!r}; they must not share items"
+            )
+        return self
+
+
+class SamplerConfig(Strict):
+    """Who proposes.  sigma0 (first step, as a share of the bounds) and population concern cma-es only."""
+
+    name: Literal["cma-es", "tpe", "nsga-ii", "gp", "qmc", "random"] = "cma-es"
+    sigma0: float = Field(default=0.2, gt=0, le=1)
+    population: int | None = Field(default=None, ge=4)
+
+
+def duration(value: object) -> object:
+    """`8h`, `90m`, `45s` and `1h30m` as seconds."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value.strip())
+    if not match or not value.strip():
+        raise ValueError(f"{value!r} is not a duration; write 8h, 90m or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+
+
+class BudgetConfig(Strict):
+    """When the search ends: after `trials` trials or `timeout`, whichever comes first."""
+
+    trials: int | None = Field(default=None, ge=1)
+    timeout: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def ends(self) -> "BudgetConfig":
+        if self.trials is None and self.timeout is None:
+            self.trials = 100
+        return self
+
+
+class SearchConfig(Strict):
+    """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
+
+    baselines: recipe files of one's own, on the same sources, that the winner must beat too.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    base: str
+    sources: list[SourceConfig] = Field(min_length=1)
+    method: str
+    space: SpaceConfig = SpaceConfig()
+    tasks: list[TaskConfig] = Field(min_length=1)
+    splits: SplitsConfig = SplitsConfig()
+    baselines: list[str] = []
+    sampler: SamplerConfig = SamplerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: str = "auto"
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=4096, ge=64)
+    storage: str | None = None
