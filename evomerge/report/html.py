@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
@@ -26,6 +26,7 @@ table{border-collapse:collapse;width:100%} th,td{padding:.35rem .6rem;text-align
 th:first-child,td:first-child{text-align:left} tr.candidate{font-weight:600;background:#f3f7fb}
 small,.dim{color:#67747f} td small{display:block}
 """
+SHOWN: tuple[Component, ...] = ("attention", "mlp", "norm")
 PALETTE = {"parent": "#8a97a3", "uniform": "#c47f0a", "recommended": "#7a5bb5"}
 
 
@@ -55,7 +56,7 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
             figure,
             include_plotlyjs=number == 0,
             full_html=False,
-            config={"displaylogo": False, "responsive": True},
+            config={"displayModeBar": False, "responsive": True},
         )
         parts += [f"<h2>{html.escape(title)}</h2>", f"<p class=dim>{html.escape(text)}</p>", drawn]
     return "\n".join(parts) + "\n</html>\n"
@@ -144,21 +145,25 @@ def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
 
 
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.Figure]]:
-    """A heat map per knob of the winner that is not a switch: rows source and component, columns layers."""
-    shown: list[Component] = [c for c in get_args(Component) if c not in ("embedding", "head", "other")]
+    """A heat map per knob that the search moved: rows source and component, columns layers.
+
+    Components that share a source's coefficients share its row.
+    """
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():
-        if knob.switch:
-            continue
         rows: dict[str, list[float]] = {}
-        for component in shown:
-            for i, source in enumerate(recipe.sources if knob.each else [None]):
-                title = f"{source.name} · {component}" if source else component
-                places = [Place(layer, component) for layer in range(layers)]
-                known = [recipe.knobs(p, layers) for p in places]
-                rows[title] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
-        ordered = sorted(rows)
+        for i, source in enumerate(recipe.sources if knob.each else [None]):
+            per_component = {}
+            for component in SHOWN:
+                known = [recipe.knobs(Place(layer, component), layers) for layer in range(layers)]
+                per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
+            alike = len({tuple(row) for row in per_component.values()}) == 1
+            title = source.name if source else name
+            rows |= {title if alike else f"{title} · {c}": row for c, row in per_component.items()}
         flat = [x for row in rows.values() for x in row]
+        if knob.switch or len(set(flat)) == 1:
+            continue
+        ordered = sorted(rows)
         figure = go.Figure(
             go.Heatmap(
                 z=[rows[r] for r in ordered], x=list(range(layers)), y=ordered, colorscale="RdBu", zmid=0.0,
