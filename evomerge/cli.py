@@ -212,7 +212,7 @@ def evaluate(
     from evomerge.evaluate.tasks import open_tasks, task_files
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
-    from evomerge.report.terminal import print_results
+    from evomerge.report.terminal import SearchView, print_results
     from evomerge.sources.locate import locate
 
     if dtype not in TORCH_DTYPES:
@@ -220,8 +220,12 @@ def evaluate(
     where = resolve_device(device)
     opened = open_tasks([TaskConfig(task=t, num_fewshot=num_fewshot) for name in tasks for t in task_files(name)])
     live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
-    clock = Clock()
-    results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock)
+    clock, view = Clock(), SearchView()
+    view.phase("scoring")
+    try:
+        results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, view.step)
+    finally:
+        view.close()
     print_results(results, clock)
     if output is not None:
         content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
@@ -265,14 +269,17 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
     from evomerge.merge.recipe import model_folders
-    from evomerge.report.terminal import byte_progress
+    from evomerge.report.terminal import Bar
     from evomerge.sources.open import open_models
 
     base, sources = model_folders(recipe)
     bank = Bank(open_models(base, sources), resolve_device(device))
     started = time.monotonic()
-    with byte_progress("merging", total_bytes(recipe, bank)) as progress:
-        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), progress)
+    bar = Bar("merging", total_bytes(recipe, bank), "MB")
+    try:
+        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update)
+    finally:
+        bar.close()
     print(f"wrote {out} in {time.monotonic() - started:.1f} s")
     return signed
 

@@ -47,6 +47,19 @@ def counted(self, *a, **k):
 c._CachedStorage.set_trial_state_values = counted
 """
 )
+BEFORE_THE_PARAMETERS_ARE_STORED = (
+    KILL
+    + """
+import evomerge.search.study as s
+calls, real = [0], s.SearchStudy.store_parameters
+def counted(self, *a):
+    calls[0] += 1
+    if calls[0] == 12:
+        die()
+    real(self, *a)
+s.SearchStudy.store_parameters = counted
+"""
+)
 DURING_THE_HOLDOUT = (
     KILL
     + """
@@ -85,8 +98,13 @@ def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     "prelude",
-    [DURING_A_MERGE, DURING_AN_EVALUATION, BETWEEN_RESULT_AND_END, DURING_THE_HOLDOUT],
-    ids=lambda p: p[-60:-40],
+    [
+        pytest.param(DURING_A_MERGE, id="merge"),
+        pytest.param(DURING_AN_EVALUATION, id="evaluation"),
+        pytest.param(BEFORE_THE_PARAMETERS_ARE_STORED, id="parameters"),
+        pytest.param(BETWEEN_RESULT_AND_END, id="result"),
+        pytest.param(DURING_THE_HOLDOUT, id="holdout"),
+    ],
 )
 def test_a_killed_search_resumes_to_the_same_trials_and_winner(
     prelude: str, undisturbed: Path, tiny_family: Path, tmp_path: Path

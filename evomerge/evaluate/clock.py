@@ -6,11 +6,15 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by part.  `check` is called between batches and may raise to interrupt the work."""
+    """Seconds by part.
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+    check: called between batches, may raise to interrupt the work.  step: called after each batch.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None, step: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
         self.check = check
+        self.step = step
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -20,3 +24,15 @@ class Clock:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def counter(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """A `step` that counts and reports (steps done, total)."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    return step

@@ -32,7 +32,11 @@ class Workload:
     batches: list[Batch] = field(default_factory=list)
     prompts: int = 0
     generations: list[GenerationBatch] = field(default_factory=list)
-    tokens: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many batches an evaluation of this workload runs."""
+        return len(self.batches) + len(self.generations)
 
 
 class Engine:
@@ -91,7 +95,6 @@ class Engine:
         work.batches = plan_batches(rows, self.batch_tokens, device) if rows else []
         pad = self.tokenizer.pad_token_id or 0
         work.generations = plan_generation(prompts, self.batch_tokens, pad, device) if prompts else []
-        work.tokens = sum(b.inputs.numel() for b in work.batches) + sum(b.inputs.numel() for b in work.generations)
         return work
 
     def instances(self, task: Task, item: Item) -> list[Any]:

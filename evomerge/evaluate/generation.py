@@ -89,6 +89,7 @@ def generate(
     for batch in batches:
         for number, tokens in zip(batch.owner, generate_batch(model, batch, stops, clock), strict=True):
             answers[number] = tokens
+        clock.step()
     return answers
 
 

@@ -102,6 +102,7 @@ def score_batches(model: Any, batches: Sequence[Batch], requests: int, clock: Cl
                 logprob = chosen.gather(1, target[:, None])[:, 0] - chosen.logsumexp(1)  # (m,)
                 total.index_add_(0, owner, logprob.double())
                 wrong.index_add_(0, owner, (chosen.argmax(1) != target).long())
+        clock.step()
     with clock.time("score"):
         scores, misses = total.tolist(), wrong.tolist()
     for score in scores:

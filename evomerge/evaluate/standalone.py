@@ -1,10 +1,10 @@
 """Score one model on whole tasks, as `lm_eval` would: the road of `evomerge evaluate`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.metrics import ItemMetrics, aggregate
 from evomerge.evaluate.tasks import Task, items_of
@@ -21,14 +21,27 @@ class TaskResult:
 
 
 def evaluate_model(
-    model: Any, tokenizer: Any, tasks: Sequence[Task], batch_tokens: int, limit: int | None, clock: Clock
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    batch_tokens: int,
+    limit: int | None,
+    clock: Clock,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TaskResult]:
-    """Every metric of every task on the items that lm-eval would take (the first `limit` of them)."""
+    """Every metric of every task on the items that lm-eval would take (the first `limit` of them).
+
+    progress: called with the batches done and their total.
+    """
     engine = Engine(model, tokenizer, batch_tokens)
-    results = []
+    prepared = []
     for task in tasks:
         items = items_of(task, task.lm.eval_docs)[:limit]
-        found = engine.score(engine.prepare(task, items, everything=True), clock)
+        prepared.append((task, items, engine.prepare(task, items, everything=True)))
+    clock.step = counter(sum(work.steps for _, _, work in prepared), progress)
+    results = []
+    for task, items, work in prepared:
+        found = engine.score(work, clock)
         metrics = {metric: aggregate(task, metric, values) for metric, values in found.items()}
         results.append(TaskResult(task.name, len(items), metrics, found))
     return results

@@ -24,6 +24,7 @@ def blend(
     terms = [(x, c) for x, c in zip(sources, plan.sources, strict=True) if c != 0.0]
     if plan.base != 0.0 and not plan.of_task_vectors:
         terms.insert(0, (base, plan.base))
+    chunk = chunk if out.numel() > 4 * chunk else max(1, out.numel())  # a small tensor goes in one piece
     flat_out, flat_base = out.view(-1), base.reshape(-1)
     flat_terms = [(x.reshape(-1), c) for x, c in terms]
     total, term, origin = torch.empty((3, min(chunk, out.numel())), dtype=torch.float32, device=out.device)

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from optuna.trial import TrialState
@@ -37,6 +36,40 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
 
 
+class Bar:
+    """One long step: a Rich bar with rate and time left, or a plain line every few seconds.
+
+    unit: what is counted; counts of `MB` are given in bytes.
+    """
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.scale = 1e6 if unit == "MB" else 1.0
+        self.started = self.said = time.monotonic()
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console, transient=True)
+            self.task = self.progress.add_task("", total=total)
+            self.progress.start()
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        rate = done / max(now - self.started, 1e-9)
+        if self.progress is not None:
+            text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}, {rate / self.scale:.1f}/s"
+            self.progress.update(self.task, completed=done, description=text)
+        elif now - self.said >= PLAIN_EVERY:
+            self.said = now
+            left = seconds_text((self.total - done) / max(rate, 1e-9))
+            counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
+            print(f"{self.title}: {counted}, {rate / self.scale:.1f}/s, {left} left", flush=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
 class SearchView:
     """Shows a search: phases as lines, trials as a bar with rate and time left (or a line each)."""
 
@@ -44,12 +77,20 @@ class SearchView:
         self.live = console.is_terminal
         self.progress: Progress | None = None
         self.bar: TaskID | None = None
+        self.steps: Bar | None = None
+        self.title = ""
         self.started = time.monotonic()
         self.seen = 0
 
     def phase(self, text: str) -> None:
         self.close()
+        self.title = text
         console.print(f"[dim]{text} ...[/dim]")
+
+    def step(self, done: int, total: int) -> None:
+        """Batches of the phase in hand."""
+        self.steps = self.steps or Bar(self.title, total, "batches")
+        self.steps.update(done)
 
     def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None:
         self.seen += 1
@@ -89,43 +130,10 @@ class SearchView:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+        if self.steps is not None:
+            self.steps.close()
+            self.steps = None
         self.started, self.seen = time.monotonic(), 0
-
-
-@contextmanager
-def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over bytes, or a plain line every few seconds; yields the function that takes the bytes done."""
-    started = last = time.monotonic()
-    if console.is_terminal:
-        with Progress(
-            TextColumn(title),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-        ) as bar:
-            task = bar.add_task("", total=total)
-
-            def show(done: int) -> None:
-                rate = done / max(time.monotonic() - started, 1e-9) / 1e6
-                bar.update(task, completed=done, description=f"{rate:.0f} MB/s")
-
-            yield show
-        return
-
-    def line(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done >= total or now - last >= PLAIN_EVERY:
-            last = now
-            rate = done / max(now - started, 1e-9)
-            left = seconds_text((total - done) / max(rate, 1.0))
-            print(
-                f"{title}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, {left} left",
-                flush=True,
-            )
-
-    yield line
 
 
 def print_status(status: Status, timing: bool) -> None:

@@ -33,10 +33,11 @@ def digest(recipe: Recipe) -> str:
 class Ledger:
     """Full evaluations outside the trials, kept in the study, so that a resume does not repeat them."""
 
-    def __init__(self, study: optuna.Study, scorer: Scorer, run: Run) -> None:
+    def __init__(self, study: optuna.Study, scorer: Scorer, run: Run, progress: Callable[[int, int], None]) -> None:
         self.study = study
         self.scorer = scorer
         self.run = run
+        self.progress = progress
 
     def key(self, split: Split, recipe: Recipe) -> str:
         return f"scores:{split}:{digest(recipe)}"
@@ -51,7 +52,7 @@ class Ledger:
             scores: Scores = stored
             return scores
         self.run.log(f"scoring {recipe.method} {digest(recipe)} on {split}")
-        outcome = self.scorer.evaluate(recipe, split, everything=True)
+        outcome = self.scorer.evaluate(recipe, split, everything=True, progress=self.progress)
         self.study.set_user_attr(self.key(split, recipe), outcome.scores)
         checkpoint(self.study)
         return outcome.scores

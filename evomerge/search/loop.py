@@ -32,6 +32,7 @@ class Listener(Protocol):
     """Who shows the run to a person."""
 
     def phase(self, text: str) -> None: ...
+    def step(self, done: int, total: int) -> None: ...
     def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
 
 
@@ -75,7 +76,7 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     listener.phase("preparing the items")
     scorer = Scorer(config, models, stop.check)
     known = baselines(space)
-    ledger = Ledger(study.stored, scorer, run)
+    ledger = Ledger(study.stored, scorer, run, listener.step)
     for baseline in known:
         if baseline.point is None and not ledger.has("search", baseline.recipe):
             listener.phase(f"baseline {baseline.name}")

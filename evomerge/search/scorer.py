@@ -8,7 +8,7 @@ import torch
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
-from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
@@ -74,10 +74,19 @@ class Scorer:
             self.workloads[key] = [self.engine.prepare(t, self.items[t.name][split], everything) for t in self.tasks]
         return self.workloads[key]
 
-    def evaluate(self, recipe: Recipe, split: Split, everything: bool) -> Outcome:
-        """Materialise and score.  NotFinite or NotFiniteScore if the candidate is broken."""
-        clock = Clock(self.check)
+    def evaluate(
+        self,
+        recipe: Recipe,
+        split: Split,
+        everything: bool,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Outcome:
+        """Materialise and score.  NotFinite or NotFiniteScore if the candidate is broken.
+
+        progress: called with the batches done and their total.
+        """
         work = self.prepared(split, everything)
+        clock = Clock(self.check, counter(sum(w.steps for w in work), progress))
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
         scores = {}

@@ -7,9 +7,10 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialParamModel
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.config.schema import SamplerConfig
@@ -17,6 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.space import Point, Space
 
+POINT = "evomerge:point"  # the trial attribute that holds all parameters from the first moment
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
 
@@ -58,12 +60,18 @@ def write_ahead(connection: Any, record: object) -> None:
     cursor.close()
 
 
+def rdb_of(study: optuna.Study) -> RDBStorage:
+    """The database behind a study; Optuna puts a cache in front of it."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    assert isinstance(backend, RDBStorage), "studies are kept in databases only"
+    return backend
+
+
 def checkpoint(study: optuna.Study) -> None:
     """Bring what is committed to the disk itself, once per trial (SQLite; others do it at each commit)."""
-    storage = study._storage
-    backend = getattr(storage, "_backend", storage)
-    if isinstance(backend, RDBStorage) and backend.engine.dialect.name == "sqlite":
-        with backend.engine.connect() as connection:
+    engine = rdb_of(study).engine
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
 
@@ -126,9 +134,9 @@ class Begun:
 class SearchStudy:
     """The study in its database, and a mirror of it in memory that the sampler works on.
 
-    The sampler asks and suggests in the mirror, in milliseconds; the database gets a trial with all its parameters
-    in one transaction before the work begins, and its result in two more when it ends.  A process that dies leaves
-    at most one trial running, complete with its parameters.
+    The sampler asks and suggests in the mirror, in milliseconds; the database gets a trial, its whole point in an
+    attribute, in one transaction before the work begins, then its parameters, and its result when it ends.  A
+    process that dies leaves at most one trial running, and its point is known.
     """
 
     def __init__(self, stored: optuna.Study, space: Space) -> None:
@@ -165,29 +173,56 @@ class SearchStudy:
 
         The trial is in the database before it is returned.
         """
+        axes = self.space.distributions
         if self.interrupted:
             trial = self.interrupted.pop(0)
-            self.mirror._storage.create_new_trial(self.mirror._study_id, trial)
-            return Begun(trial._trial_id, trial.number, trial.params, trial.user_attrs.get("baseline"))
-        axes = self.space.distributions
-        if baseline is not None:
-            name, point = baseline
-            system = {"fixed_params": point}
-            new = create_trial(
+            point = trial.system_attrs.get(POINT, trial.params)
+            self.store_parameters(trial._trial_id, {k: v for k, v in point.items() if k not in trial.params})
+            whole = create_trial(
                 state=TrialState.RUNNING,
                 params=point,
                 distributions=axes,
-                user_attrs={"baseline": name},
-                system_attrs=system,
+                user_attrs=trial.user_attrs,
+                system_attrs=trial.system_attrs,
+            )
+            self.mirror._storage.create_new_trial(self.mirror._study_id, whole)
+            return Begun(trial._trial_id, trial.number, point, trial.user_attrs.get("baseline"))
+        notes: dict[str, Any] = {}
+        if baseline is not None:
+            notes["baseline"], point = baseline
+            system: dict[str, Any] = {"fixed_params": point}
+            new = create_trial(
+                state=TrialState.RUNNING, params=point, distributions=axes, user_attrs=notes, system_attrs=system
             )
             self.mirror._storage.create_new_trial(self.mirror._study_id, new)
         else:
             self.mirror.sampler = self.sampler(len(self.trials))
             asked = self.mirror.ask(axes)
-            system = self.mirror._storage.get_trial_system_attrs(asked._trial_id)
-            new = create_trial(state=TrialState.RUNNING, params=asked.params, distributions=axes, system_attrs=system)
-        trial_id = self.stored._storage.create_new_trial(self.stored._study_id, new)
-        return Begun(trial_id, len(self.trials) - 1, new.params, new.user_attrs.get("baseline"))
+            point, system = asked.params, self.mirror._storage.get_trial_system_attrs(asked._trial_id)
+        template = create_trial(state=TrialState.RUNNING, user_attrs=notes, system_attrs={**system, POINT: point})
+        trial_id = self.stored._storage.create_new_trial(self.stored._study_id, template)
+        self.store_parameters(trial_id, point)
+        return Begun(trial_id, len(self.trials) - 1, point, notes.get("baseline"))
+
+    def store_parameters(self, trial_id: int, point: Point) -> None:
+        """Write a trial's parameters in one statement.
+
+        Optuna's storage runs several queries per parameter; with dozens of them that costs more than a small
+        model's merge.  The table is Optuna's own, so its tools read the study as any other.
+        """
+        rows = [
+            {
+                "trial_id": trial_id,
+                "param_name": name,
+                "param_value": axis.to_internal_repr(point[name]),
+                "distribution_json": distribution_to_json(axis),
+            }
+            for name, axis in self.space.axes.items()
+            if name in point
+        ]
+        if rows:
+            with rdb_of(self.stored).engine.begin() as connection:
+                connection.execute(TrialParamModel.__table__.insert(), rows)
 
     def finish(self, trial: Begun, value: float | None, record: dict[str, Any]) -> TrialState:
         """Store a trial's result; without a value it has failed."""
