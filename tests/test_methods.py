@@ -79,7 +79,7 @@ def truth(
                 rescale=bool(shared["rescale"]),
                 elect=name == "dare_ties",
             )
-    raise NotImplementedError(f"write an oracle for {name}")
+    raise LookupError(f"the method {name} has no oracle")
 
 
 # --- Tensors that hurt ---

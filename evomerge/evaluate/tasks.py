@@ -249,8 +249,8 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
             taken |= {i.id for i in dealt[name]}
     pool = [i for i in items_of(task, task.lm.eval_docs) if i.id not in taken]
     total = len(pool)
+    position = {item.id: n for n, item in enumerate(pool)}  # in the data's order
     pool.sort(key=lambda i: hashlib.sha256(f"{seed}\0{i.id}".encode()).hexdigest())
-    position = {item.id: n for n, item in enumerate(items_of(task, task.lm.eval_docs))}
     for name, share in wanted.items():
         if isinstance(share, str):
             continue
