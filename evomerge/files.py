@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from evomerge.errors import EvomergeError
 
@@ -15,6 +18,16 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, plain data only.  EvomergeError if it cannot be read or is not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvomergeError(f"{path}: cannot be read ({error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
+        raise EvomergeError(f"{path}: not YAML: {error}") from error
 
 
 def sync(path: Path) -> None:

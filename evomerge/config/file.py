@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
 from evomerge.sources.locate import looks_like_hub_id
 
@@ -146,13 +147,11 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
 def load_config(path: Path) -> SearchConfig:
     """Read a search configuration.  EvomergeError lists every problem with its YAML path."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvomergeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
-        raise EvomergeError(f"{path}: not YAML: {error}") from error
+        content = read_yaml(path)
+    except EvomergeError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise EvomergeError(f"{path}: no such file") from None
+        raise
     return parse_config(content, path)
 
 

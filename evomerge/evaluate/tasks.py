@@ -13,6 +13,7 @@ import yaml
 
 from evomerge.config.schema import SMOOTH_METRICS, Share, SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # dealt in this order: the holdout comes first
@@ -149,13 +150,11 @@ def refuse_code(path: Path, seen: set[Path]) -> None:
         raise EvomergeError(f"{path}: includes itself")
     seen.add(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
-        if "!function" in str(error):
+        content = read_yaml(path)
+    except EvomergeError as error:
+        if "!function" in str(error.__cause__):
             raise EvomergeError(f"{path}: runs Python code (`!function`), which a local task may not do") from error
-        raise EvomergeError(f"{path}: not YAML: {error}") from error
+        raise
     if not isinstance(content, dict):
         raise EvomergeError(f"{path}: expected a mapping, found {type(content).__name__}")
     if "class" in content:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob, Knobs
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
@@ -151,12 +152,7 @@ def check_layers(recipe: Recipe, layers: int) -> None:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.  EvomergeError lists everything that is wrong with it.  Relative model paths are
     taken from the recipe's folder."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
-        raise EvomergeError(f"{path}: not YAML: {error}") from error
+    content = read_yaml(path)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
