@@ -1,7 +1,9 @@
 """The contract of a merge method: every one in METHODS passes this suite, against the float64 oracle."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import oracle
@@ -13,13 +15,13 @@ from models import write_family
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
-from evomerge.merge.bank import Bank, mask_key
-from evomerge.merge.kernels import blend, random_mask, sparse_blend
+from evomerge.merge.bank import Bank, mask_keys
+from evomerge.merge.execute import Keys, execute, random_mask
 from evomerge.merge.materialise import materialise_tensor
+from evomerge.merge.measure import Measurements
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend, Knob, Knobs, SparseBlend
+from evomerge.merge.plan import Chance, Knob, Knobs, Plan, SparseBlend, chance
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.merge.statistics import Magnitudes, gram_matrix
 from evomerge.sources.anatomy import place
 from evomerge.sources.open import open_models
 
@@ -30,27 +32,49 @@ every_method = pytest.mark.parametrize("name", METHODS)
 # --- The package's road from tensors to a tensor, and the oracle's ---
 
 
+@dataclass
+class Loose:
+    """A base and sources of one tensor, without a bank."""
+
+    tensors: Sequence[Tensor]
+
+    def base(self, name: str) -> Tensor:
+        return self.tensors[0]
+
+    def source(self, source: str, name: str) -> Tensor:
+        return self.tensors[1 + int(source)]
+
+
+def measurements(base: Tensor, sources: Sequence[Tensor]) -> Measurements:
+    words = keys_of(len(sources))
+
+    def mask(source: int, chance: Chance, part: slice) -> Tensor:
+        levels = measured.levels(source).reshape(-1)[part] if chance.step else None
+        return random_mask(chance, part.start, part.stop - part.start, (words[0], words[1][source]), levels)
+
+    measured = Measurements(Loose([base, *sources]), "tensor", [str(i) for i in range(len(sources))], {}, mask)
+    return measured
+
+
 def merge(name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    method = METHODS[name]
-    gram = gram_matrix([base, *sources]) if method.needs_gram else None
-    plan = method.plan(knobs, gram)
+    measured = measurements(base, sources)
+    plan = METHODS[name].plan(knobs, measured)
     out = torch.empty(base.shape, dtype=dtype)
-    if isinstance(plan, Blend):
-        blend(out, base, sources, plan)
-    else:
-        top = plan.keep == "top"
-        pairs = zip(sources, plan.density, strict=True)
-        thresholds = [Magnitudes(x, base).threshold(p) for x, p in pairs] if top else []
-        sparse_blend(out, base, sources, plan, thresholds, keys_of(len(sources)))
+    planes: list[Tensor] = []
+    if isinstance(plan, SparseBlend) and plan.keep == "rank":
+        planes = [measured.levels(i) for i in range(len(sources))]
+    elif isinstance(plan, SparseBlend) and plan.keep == "importance":
+        planes = [measured.divergences()]
+    execute(plan, out, base, sources, planes, keys_of(len(sources)))
     return out
 
 
-def keys_of(count: int) -> list[tuple[int, int]]:
-    return [mask_key(0, "tensor", f"source {i}") for i in range(count)]
+def keys_of(count: int) -> Keys:
+    return mask_keys(0, "tensor", [f"source {i}" for i in range(count)])
 
 
 def truth(
-    name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], keys: Sequence[tuple[int, int]]
+    name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], keys: Keys
 ) -> oracle.Merged | oracle.Elected:
     each, shared = knobs.each, knobs.shared
     match name:
@@ -65,9 +89,10 @@ def truth(
             normalize = bool(shared["normalize"])
             return oracle.ties(base, sources, each["weight"], each["density"], shared["lambda"], normalize)
         case "dare_linear" | "dare_ties":
-            bits = torch.empty(2, base.numel(), dtype=torch.int32)
-            pairs = zip(keys, each["density"], strict=True)
-            masks = [random_mask(0, base.numel(), key, p, bits).clone().view(base.shape) for key, p in pairs]
+            pairs = zip(keys[1], each["density"], strict=True)
+            masks = [
+                random_mask(chance(p), 0, base.numel(), (keys[0], key)).bool().view(base.shape) for key, p in pairs
+            ]
             return oracle.dare(
                 base,
                 sources,
@@ -186,11 +211,12 @@ def test_inputs_are_left_as_they_were(name: str):
 
 @every_method
 def test_a_plan_is_made_of_numbers_and_is_the_same_twice(name: str):
-    gram = np.array([[4.0, 1.0, 2.0], [1.0, 3.0, 0.5], [2.0, 0.5, 5.0]])
-    knobs = usual(name, 2)
-    first, second = (METHODS[name].plan(knobs, gram.copy()) for _ in range(2))
-    assert isinstance(first, Blend | SparseBlend)
-    assert first == second
+    tensors = [torch.linspace(-3, 3, 101), torch.linspace(4, -2, 101).cos(), torch.linspace(0, 9, 101).sin()]
+    count = METHODS[name].sources[1] or 2
+    knobs = usual(name, count)
+    first, second = (METHODS[name].plan(knobs, measurements(tensors[0], tensors[1 : 1 + count])) for _ in range(2))
+    assert isinstance(first, get_args(Plan))
+    assert repr(first) == repr(second)
     assert METHODS[name].name == name
 
 
@@ -214,7 +240,7 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
         base = bank.base(tensor)
         out = torch.empty(base.shape, dtype=TORCH_DTYPES[dtype])
         materialise_tensor(recipe, bank, tensor, out)
-        keys = [mask_key(5, tensor, s) for s in sources]
+        keys = mask_keys(5, tensor, list(sources))
         expected = truth(
             name, recipe.knobs(place(tensor), bank.layers), base, [bank.source(s, tensor) for s in sources], keys
         )

@@ -1,12 +1,15 @@
 """The bank: base and sources where they fit, and what was measured of them, tensor by tensor."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
 import torch
 
-from evomerge.merge.plan import Gram
-from evomerge.merge.statistics import Magnitudes, gram_matrix
+from evomerge.merge.compiled import Compiled
+from evomerge.merge.execute import Keys, random_mask
+from evomerge.merge.measure import Kept, Measurements
+from evomerge.merge.plan import Chance
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import layer_count
 from evomerge.sources.open import Models
@@ -21,16 +24,21 @@ class Bank:
     there on first use and stays while `capacity` bytes last, and so does an adapter's sum with the base.
     """
 
-    def __init__(self, models: Models, device: torch.device | str = "cpu", capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        compiled: Compiled | None = None,
+    ) -> None:
         self.models = models
+        self.compiled = compiled
         self.device = torch.device(device)
         self.names = list(models.base.tensors)
         self.layers = layer_count(self.names)
         self.capacity = capacity if capacity is not None else default_capacity(self.device)
         self.held: dict[tuple[str, str], torch.Tensor] = {}
-        self.histograms: dict[tuple[str, str], Magnitudes] = {}
-        self.grams: dict[tuple[str, ...], Gram] = {}
-        self.thresholds: dict[tuple[str, str, float], float] = {}
+        self.kept: Kept = {}
 
     def base(self, name: str) -> torch.Tensor:
         return self.fetch("", name)
@@ -53,21 +61,17 @@ class Bank:
             self.held[source, name] = tensor
         return tensor
 
-    def gram(self, name: str, sources: list[str]) -> Gram:
-        """Dot products of base and sources, (1 + N, 1 + N), computed once."""
-        key = (name, *sources)
-        if key not in self.grams:
-            self.grams[key] = gram_matrix([self.base(name), *(self.source(s, name) for s in sources)])
-        return self.grams[key]
+    def measurements(self, name: str, sources: Sequence[str], seed: int = 0) -> Measurements:
+        """What planners may ask about a tensor; whatever was measured before is not measured again."""
 
-    def threshold(self, source: str, name: str, density: float) -> float:
-        """The least magnitude that a trim of this task vector at `density` keeps."""
-        key = (source, name, density)
-        if key not in self.thresholds:
-            if (source, name) not in self.histograms:
-                self.histograms[source, name] = Magnitudes(self.source(source, name), self.base(name))
-            self.thresholds[key] = self.histograms[source, name].threshold(density)
-        return self.thresholds[key]
+        def mask(source: int, chance: Chance, part: slice) -> torch.Tensor:
+            words = mask_keys(seed, name, sources)
+            levels = measured.levels(source).reshape(-1)[part] if chance.step else None
+            found = random_mask(chance, part.start, part.stop - part.start, (words[0], words[1][source]), levels)
+            return found.to(self.device)
+
+        measured = Measurements(self, name, sources, self.kept, mask)
+        return measured
 
 
 def default_capacity(device: torch.device) -> int:
@@ -79,7 +83,11 @@ def default_capacity(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=65536)
-def mask_key(seed: int, tensor: str, source: str) -> tuple[int, int]:
-    """Two 32-bit words that name the random mask of one source's tensor under one seed."""
-    digest = blake2b(f"{seed}\0{tensor}\0{source}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+def mask_key(seed: int, tensor: str, source: str = "") -> int:
+    """The 32-bit word that names the random masks of a tensor, or of one source's, under one seed."""
+    return int.from_bytes(blake2b(f"{seed}\0{tensor}\0{source}".encode(), digest_size=4).digest(), "little")
+
+
+def mask_keys(seed: int, tensor: str, sources: Sequence[str]) -> Keys:
+    """The words of a tensor's masks: its own, and each source's."""
+    return mask_key(seed, tensor), [mask_key(seed, tensor, s) for s in sources]

@@ -13,7 +13,7 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import new_folder, sha256, write_text
 from evomerge.merge.bank import Bank
-from evomerge.merge.materialise import NotFinite, materialise_tensor
+from evomerge.merge.materialise import NotFinite, check_finite, materialise_tensor
 from evomerge.merge.recipe import Recipe, dump_recipe
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
@@ -113,7 +113,7 @@ def merge_to_host(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> N
     """Merge on the bank's device into host memory.  EvomergeError if the result is not finite."""
     work = out if bank.device.type == "cpu" else torch.empty_like(out, device=bank.device)
     try:
-        materialise_tensor(recipe, bank, name, work)
+        check_finite({name: materialise_tensor(recipe, bank, name, work)})
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
     if work is not out:

@@ -1,133 +1,182 @@
-"""The two kernels: `blend` and `sparse_blend`.  Chunked, in place, float32 throughout, rounded once to the output.
+"""The kernels: elementwise arithmetic in float32, every multiply and add rounded by itself, in one fixed order.
 
-Every multiply and add is rounded by itself, in one fixed order over the sources, and no sum runs over elements,
-so the result does not depend on chunk size, thread count or device.
+A mask is a tensor of 0.0 and 1.0: torch works on those ten times faster than on booleans when nothing is fused, and
+what is dropped by multiplication stays NaN if it was, so that a broken source is always found out.
+They are plain PyTorch on whole operands.  `engine.py` runs them piece by piece or fused by a compiler; since no sum
+runs over elements, the bits depend neither on that nor on threads or device.
+Each returns the largest |out| as float32, NaN if there is one: whether the result is finite costs no second pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from evomerge.merge.plan import Blend, SparseBlend
+from evomerge.merge.plan import Keep
 
-CHUNK = 1 << 15  # elements: every operand stays in the second-level cache, and below torch's threading grain
+WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
+KEY, CHANCE, STEP, TENSOR_KEY = range(4)  # rows of `words`
 SIGN_BIT = -(2**31)
 
 
-def blend(
-    out: torch.Tensor, base: torch.Tensor, sources: Sequence[torch.Tensor], plan: Blend, chunk: int = CHUNK
-) -> None:
-    """out = base * b + sum_i c_i x_i, or base + sum_i c_i (x_i - base); see `Blend`.
+@dataclass(frozen=True)
+class SparseForm:
+    """What of a `SparseBlend` changes the code and not only its numbers."""
 
-    out, base, sources: tensors of one shape, any floating type; `out` is contiguous and written in place.
+    keep: Keep
+    elect: Literal["weighted", "plain"] | None
+    normalize: bool
+    alone: bool
+
+
+def store(out: Tensor, total: Tensor) -> Tensor:
+    rounded = total.to(out.dtype)
+    out.copy_(rounded)
+    return rounded.float().abs().amax()
+
+
+def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """out = sum_i c_i x_i, or with an origin: origin + sum_i c_i (x_i - origin).
+
+    out, origin, terms: one shape, any floating types.  coefficients: (N,), or (N, slices, 1) for tensors of shape
+    (slices, n).
     """
-    terms = [(x, c) for x, c in zip(sources, plan.sources, strict=True) if c != 0.0]
-    if plan.base != 0.0 and not plan.of_task_vectors:
-        terms.insert(0, (base, plan.base))
-    chunk = chunk if out.numel() > 4 * chunk else max(1, out.numel())  # a small tensor goes in one piece
-    flat_out, flat_base = out.view(-1), base.reshape(-1)
-    flat_terms = [(x.reshape(-1), c) for x, c in terms]
-    total, term, origin = torch.empty((3, min(chunk, out.numel())), dtype=torch.float32, device=out.device)
-    for start in range(0, out.numel(), chunk):
-        part = slice(start, min(start + chunk, out.numel()))
-        size = part.stop - part.start
-        acc, work, b = total[:size], term[:size], origin[:size]
-        acc.zero_()
-        if plan.of_task_vectors:
-            b.copy_(flat_base[part])
-        for x, c in flat_terms:
-            if plan.of_task_vectors and x.dtype == torch.float32:
-                torch.sub(x[part], b, out=work)
-            elif plan.of_task_vectors:
-                work.copy_(x[part]).sub_(b)
-            else:
-                work.copy_(x[part])
-            acc.add_(work.mul_(c))
-        if plan.of_task_vectors:
-            acc.add_(b)
-        flat_out[part].copy_(acc)
+    if origin is not None:
+        origin = origin.float()
+    total = None
+    for i, x in enumerate(terms):
+        term = (x.float() if origin is None else x.float() - origin) * coefficients[i]
+        total = term if total is None else total + term
+    assert total is not None, "nothing to blend"
+    return store(out, total if origin is None else total + origin)
+
+
+def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
+    """out = base + clamp(source - base, -limit, limit).  limit: (1,).
+
+    A kernel of its own: clamping is not linear in the task vector, so no blend or mask expresses it.
+    """
+    b = base.float()
+    return store(out, torch.minimum(torch.maximum(source.float() - b, -limit), limit) + b)
 
 
 def sparse_blend(
-    out: torch.Tensor,
-    base: torch.Tensor,
-    sources: Sequence[torch.Tensor],
-    plan: SparseBlend,
-    thresholds: Sequence[float],
-    keys: Sequence[tuple[int, int]],
-    chunk: int = CHUNK,
-) -> None:
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    numbers: Tensor,
+    words: Tensor,
+    start: Tensor,
+    form: SparseForm,
+) -> Tensor:
     """Mask, elect, blend; see `SparseBlend`.
 
-    out, base, sources: tensors of one shape, any floating type; `out` is contiguous and written in place.
-    thresholds: for `keep="top"`, the least magnitude that source i keeps.
-    keys: for `keep="random"`, two 32-bit numbers per source that make its mask its own.
+    out, base, sources: one shape, any floating types.  planes: per source the uint8 levels for `rank`, or one
+    float32 factor per element (or row) for `importance`.  numbers: (6, N) float32; words: (4, N) int32; their rows
+    are named above.  start: (1,) int32, the index of the first element in the whole tensor, modulo 2^32.
     """
-    n = len(sources)
-    flat_out, flat_base = out.view(-1), base.reshape(-1)
-    flat_sources = [x.reshape(-1) for x in sources]
-    width = min(chunk, out.numel())
-    buffers = torch.empty((n + 4, width), dtype=torch.float32, device=out.device)
-    bits = torch.empty((2, width), dtype=torch.int32, device=out.device)
-    for start in range(0, out.numel(), chunk):
-        part = slice(start, min(start + chunk, out.numel()))
-        size = part.stop - part.start
-        values = buffers[:n, :size]  # (N, size) weighted, masked task vectors
-        b, total, divisor, work = buffers[n:, :size]
-        b.copy_(flat_base[part])
-        for i, x in enumerate(flat_sources):
-            v = values[i].copy_(x[part]).sub_(b)
-            if plan.keep == "top":
-                dropped = torch.abs(v, out=work) < thresholds[i]  # a NaN stays, so that the merge is refused
-            else:
-                dropped = random_mask(start, size, keys[i], plan.density[i], bits).logical_not_()
-            v.masked_fill_(dropped, 0.0).mul_(plan.weights[i] * plan.gains[i])
-        total.zero_()
-        for v in values:
-            total.add_(v)
-        if plan.elect:
-            positive = total >= 0
-            total.zero_()
-            divisor.zero_()
-            for i, v in enumerate(values):
-                against = torch.where(positive, v <= 0, v >= 0)  # zeros are of no sign
-                total.add_(v.masked_fill_(against, 0.0))
-                if plan.normalize:
-                    divisor.add_(work.fill_(plan.weights[i]).masked_fill_(against, 0.0))
-            if plan.normalize:
-                total.div_(divisor.masked_fill_(divisor == 0, 1.0))
-        flat_out[part].copy_(total.mul_(plan.scale).add_(b))
+    b = base.float()
+    deltas = [x.float() - b for x in sources]
+    if form.keep == "random" or form.keep == "rank":
+        index = torch.arange(out.numel(), dtype=torch.int32, device=out.device).view(out.shape)
+        spread = first_hash(index + start, words[TENSOR_KEY, 0])
+    if form.keep == "variance":
+        common = at_least(variance(deltas), numbers[FLOOR, 0])
+    kept = []
+    for i, d in enumerate(deltas):
+        if form.keep == "all":
+            kept.append(d)
+            continue
+        if form.keep == "variance":
+            mask = common
+        elif form.keep == "magnitude":
+            mask = at_least(d.abs(), numbers[FLOOR, i])
+        elif form.keep == "band":
+            mask = at_least(d.abs(), numbers[FLOOR, i]) * at_most(d.abs(), numbers[CEILING, i])
+        elif form.keep == "importance":
+            mask = at_least(d.abs() * planes[i], numbers[FLOOR, i])
+        elif form.keep == "random":
+            mask = at_most(second_hash(spread, words[KEY, i]), words[CHANCE, i])
+        else:
+            chance = words[CHANCE, i] + planes[i].int() * words[STEP, i]
+            mask = at_most(second_hash(spread, words[KEY, i]), chance)
+        kept.append(d * mask)
+    values = [d * numbers[WEIGHT, i] for i, d in enumerate(kept)]
+    if form.elect:
+        sign = at_least(added(values if form.elect == "weighted" else kept), 0.0) * 2.0 - 1.0
+        agree = [above(v * sign, 0.0) for v in values]  # zeros are of no sign
+        values = [v * a for v, a in zip(values, agree, strict=True)]
+    elif form.normalize:
+        agree = [v.ne(0.0).float() for v in values]
+    total = added(values)
+    if form.normalize:
+        divisor = added([a * numbers[DIVISOR, i] for i, a in enumerate(agree)])
+        if form.alone:
+            single = divisor.eq(1.0).float()
+            extra = added([v * numbers[ALONE, i] for i, v in enumerate(values)])  # alone - 1
+            total = total + single * extra
+        total = total / (divisor + divisor.eq(0.0).float())
+    return store(out, total * numbers[SCALE, 0] + b)
 
 
-def random_mask(start: int, size: int, key: tuple[int, int], density: float, bits: torch.Tensor) -> torch.Tensor:
-    """Which of the elements start .. start + size - 1 are kept, each with probability `density`.
+# Comparisons as 1.0 and 0.0.  Each may overwrite its first argument, which is cheaper when nothing is fused.
 
-    A counter-based generator: the element's index goes through two rounds of a 32-bit mixer (the `lowbias32`
-    constants of C. Wellons, 2018) keyed by `key`, and the hash is compared with density * 2^32 as an integer.
-    The mask of a lower density is therefore inside that of a higher one.  bits: (2, >= size) int32 scratch.
-    """
-    kept_below = min(2**32, round(density * 2**32))
-    if kept_below == 0:
-        return torch.zeros(size, dtype=torch.bool, device=bits.device)
-    low, high = start & 0xFFFFFFFF, start >> 32
-    if low + size > 2**32:  # the index's low word wraps inside this chunk: two halves
-        first = 2**32 - low
-        halves = [(start, first), (start + first, size - first)]
-        return torch.cat([random_mask(s, count, key, density, bits) for s, count in halves])
-    h, shifted = bits[0, :size], bits[1, :size]
-    torch.arange(size, dtype=torch.int32, device=bits.device, out=h)
-    h.add_(signed(low))
-    for word in (key[0] ^ (high * 0x9E3779B9 & 0xFFFFFFFF), key[1]):
-        h.bitwise_xor_(signed(word))
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-            torch.bitwise_right_shift(h, shift, out=shifted).bitwise_and_((1 << (32 - shift)) - 1)
-            h.bitwise_xor_(shifted)
-            if factor != 1:
-                h.mul_(signed(factor))
-    # Unsigned h < kept_below, in signed arithmetic: flip the top bit of both sides.
-    return h.bitwise_xor_(SIGN_BIT) <= kept_below - 1 + SIGN_BIT
+
+def at_least(x: Tensor, bound: Tensor | float) -> Tensor:
+    return (x >= bound).float() if torch.compiler.is_compiling() else x.ge_(bound).float()
+
+
+def at_most(x: Tensor, bound: Tensor) -> Tensor:
+    return (x <= bound).float() if torch.compiler.is_compiling() else x.le_(bound).float()
+
+
+def above(x: Tensor, bound: Tensor | float) -> Tensor:
+    return (x > bound).float() if torch.compiler.is_compiling() else x.gt_(bound).float()
+
+
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum from the first term to the last, a tensor of its own."""
+    total = terms[0].clone() if len(terms) == 1 else terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def variance(deltas: Sequence[Tensor]) -> Tensor:
+    """The variance of the task vectors across the sources, element by element (divided by N)."""
+    count = float(len(deltas))
+    mean = added(deltas) / count
+    return added([(d - mean) * (d - mean) for d in deltas]) / count
+
+
+# Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and then with
+# each source's; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared as an integer, so the
+# mask of a lower chance lies inside that of a higher one.
+
+
+def first_hash(index: Tensor, key: Tensor) -> Tensor:
+    """The lowbias32 hash of 32-bit indices under a tensor's key.  int32 stands for uint32."""
+    h = index ^ key
+    h = (h ^ shifted(h, 16)) * signed(0x7FEB352D)
+    h = (h ^ shifted(h, 15)) * signed(0x846CA68B)
+    return h ^ shifted(h, 16)
+
+
+def second_hash(spread: Tensor, key: Tensor) -> Tensor:
+    """A well-mixed word once more under a source's key, its order that of unsigned numbers."""
+    h = (spread ^ key) * signed(0x7FEB352D)
+    return ((h ^ shifted(h, 15)) * signed(0x846CA68B)) ^ SIGN_BIT
+
+
+def shifted(h: Tensor, by: int) -> Tensor:
+    """A logical shift to the right; torch's is arithmetic."""
+    return (h >> by) & ((1 << (32 - by)) - 1)
 
 
 def signed(word: int) -> int:
     """A 32-bit word as the int32 of the same bits."""
+    word &= 0xFFFFFFFF
     return word - 2**32 if word >= 2**31 else word

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from evomerge.merge.bank import Bank, mask_key
-from evomerge.merge.kernels import blend, sparse_blend
+from evomerge.merge.bank import Bank, mask_keys
+from evomerge.merge.execute import execute
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend
+from evomerge.merge.plan import Blend, SparseBlend
 from evomerge.merge.recipe import Recipe, check_layers
 from evomerge.sources.anatomy import place
 
@@ -17,36 +17,44 @@ class NotFinite(ArithmeticError):
 
 
 @torch.no_grad()
-def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> None:
+def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> torch.Tensor:
     """Write the merged tensor `name` into `out` (its shape, the recipe's dtype or the device's own copy of it).
 
-    Tensors of integers (position tables of old checkpoints) are the base's.  NotFinite if the result is not
-    finite.
+    Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
+    on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
     base = bank.base(name)
     if not base.is_floating_point():
         out.copy_(base)
-        return
-    method = METHODS[recipe.method]
+        return torch.zeros((), device=bank.device)
     names = [s.name for s in recipe.sources]
-    gram = bank.gram(name, names) if method.needs_gram else None
-    plan = method.plan(recipe.knobs(place(name), bank.layers), gram)
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    measured = bank.measurements(name, names, recipe.seed)
+    plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers), measured)
+    planes: list[torch.Tensor] = []
     if isinstance(plan, Blend):
         # An operand that does not count is not read: the base stands in for it.
-        used = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
-        blend(target, base, used, plan)
-    elif all(bank.source(s, name) is base for s in names):  # adapters that leave this tensor alone
-        target.copy_(base)
+        sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
     else:
         sources = [bank.source(s, name) for s in names]
-        top = plan.keep == "top"
-        thresholds = [bank.threshold(s, name, d) for s, d in zip(names, plan.density, strict=True)] if top else []
-        sparse_blend(target, base, sources, plan, thresholds, [mask_key(recipe.seed, name, s) for s in names])
+    if isinstance(plan, SparseBlend) and plan.keep == "rank":
+        planes = [measured.levels(i) for i in range(len(names))]
+    elif isinstance(plan, SparseBlend) and plan.keep == "importance":
+        planes = [measured.divergences()]
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    keys = mask_keys(recipe.seed, name, names)
+    largest = execute(plan, target, base, sources, planes, keys, bank.compiled)
     if target is not out:
         out.copy_(target)
-    least, largest = torch.aminmax(out)  # a NaN anywhere is the answer of both
-    if not (torch.isfinite(least) and torch.isfinite(largest)):
+    return largest
+
+
+def check_finite(largest: Mapping[str, torch.Tensor]) -> None:
+    """NotFinite names the first tensor whose largest magnitude is not a number."""
+    if not largest:
+        return
+    finite = torch.stack(list(largest.values())).isfinite().tolist()
+    if not all(finite):
+        name = next(n for n, ok in zip(largest, finite, strict=True) if not ok)
         raise NotFinite(f"{name} is not finite after merging")
 
 
@@ -56,12 +64,14 @@ def materialise(
     destinations: Mapping[str, torch.Tensor],
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write every tensor of a candidate to its destination, in the bank's order.
+    """Write every tensor of a candidate to its destination, in the bank's order.  NotFinite if one is not finite.
 
     destinations: checkpoint name -> tensor to write into.  between: called before each tensor (may raise to stop).
     """
     check_layers(recipe, bank.layers)
+    largest = {}
     for name in bank.names:
         between()
         if name in destinations:
-            materialise_tensor(recipe, bank, name, destinations[name])
+            largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+    check_finite(largest)

@@ -1,8 +1,9 @@
-"""What a merge method is: knobs in, a plan out.  The two plans are all that the kernels understand."""
+"""What a merge method is: knobs and measurements in, a plan out.  The plans are all that the kernels understand."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,53 @@ class Knobs:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """With which probability a random mask keeps an element, as integers over 2^32: low + step * level.
+
+    level: 0 to 255, the element's rank among the magnitudes of its row (`ranks.py`); all count as 0 if `step` is 0.
+    """
+
+    low: int
+    step: int = 0
+
+
+class Measured(Protocol):
+    """What a planner may ask about one tensor of the base and the sources.  d_i is the task vector x_i - base."""
+
+    @property
+    def elements(self) -> int:
+        """How many elements the tensor has."""
+
+    @property
+    def gram(self) -> Gram:
+        """Dot products of base and sources, (1 + N, 1 + N)."""
+
+    def row_grams(self, axis: int) -> NDArray[np.float64]:
+        """One Gram matrix for each slice along `axis`, (slices, 1 + N, 1 + N); a vector is a single row."""
+
+    def magnitude(self, source: int, rank: int) -> float:
+        """The `rank`-th largest |d_source|, from 1; 0 if the rank is that of the last element."""
+
+    def l1(self, source: int, chance: Chance | None = None) -> float:
+        """The sum of |d_source| over the elements that its random mask keeps, or over all."""
+
+    def rank_weighted_l1(self, source: int) -> float:
+        """The sum of |d_source| * (level + 1/2) / 256, the level of a `Chance`."""
+
+    def variance(self, share: float) -> float:
+        """The k-th largest variance across the task vectors, k = floor(share * varying elements); inf if k is 0."""
+
+    def mean_squares(self, floor: float) -> tuple[float, ...]:
+        """The mean square of each d_i, where elements whose variance is below `floor` count as 0."""
+
+    def importance(self) -> float:
+        """median + 1.5 interquartile ranges of |d_0| * KL(softmax x_0 || softmax base), row by row."""
+
+    def changed(self, epsilon: float) -> tuple[tuple[int, int], ...]:
+        """Per source, how many elements with |d_i| > epsilon it changed alone, and how many others did too."""
+
+
+@dataclass(frozen=True)
 class Blend:
     """A linear combination, rounded once.
 
@@ -49,42 +97,84 @@ class Blend:
     of_task_vectors: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class SliceBlend:
+    """A `Blend` whose coefficients differ along one axis: out = [base +] sum_i sources[i][slice] * x_i or d_i.
+
+    sources: (N, slices) float64.  base: (slices,), used unless `of_task_vectors`.  axis: where the slices lie.
+    """
+
+    sources: NDArray[np.float64]
+    base: NDArray[np.float64] | None
+    axis: int = 0
+    of_task_vectors: bool = False
+
+
+Keep = Literal["all", "magnitude", "band", "random", "rank", "variance", "importance"]
+
+
 @dataclass(frozen=True)
 class SparseBlend:
-    """Mask, elect, blend:  out = base + scale * [sum_i weight_i gain_i m_i d_i] / [sum_i weight_i m_i].
+    """Mask, elect, blend:  out = base + scale * [sum_i w_i g_i a_i m_i d_i] / [sum_i w_i m_i].
 
-    d_i is the task vector x_i - base.  m_i keeps an element if it is among the `density_i` share of largest
-    magnitude (`top`) or its hash says so (`random`); with `elect` also only if weight_i d_i has the sign of the
-    elementwise sum of the kept.  The divisor is there only with `normalize`; where it is 0 it counts as 1.
+    m_i keeps an element of the task vector d_i = x_i - base
+      magnitude:   if |d_i| is at least floors[i]; `band`: and at most ceilings[i]
+      random:      if its hash is below chances[i]; `rank`: the chance depends on the element's rank in its row
+      variance:    if the variance of d across the sources is at least floors[0]
+      importance:  if |d_i| times the row's divergence is at least floors[i]
+    and with `elect` also only if w_i g_i d_i has the sign of the elementwise sum of the kept ("weighted"), or of the
+    kept d_i ("plain").  The divisor is there only with `normalize`, counts only d_i other than 0, and is 1 where it
+    would be 0.  a_i is `alone[i]` where m_i alone is 1, and else 1.
     """
 
     weights: tuple[float, ...]
-    density: tuple[float, ...]
-    keep: Literal["top", "random"]
-    gains: tuple[float, ...]
-    elect: bool
-    normalize: bool
-    scale: float
+    keep: Keep = "all"
+    gains: tuple[float, ...] | None = None
+    floors: tuple[float, ...] | None = None
+    ceilings: tuple[float, ...] | None = None
+    chances: tuple[Chance, ...] | None = None
+    alone: tuple[float, ...] | None = None
+    elect: Literal["weighted", "plain"] | None = None
+    normalize: bool = False
+    scale: float = 1.0
 
 
-Plan = Blend | SparseBlend
+@dataclass(frozen=True)
+class Clip:
+    """out = base + d clamped to [-limit, limit], for one source."""
+
+    limit: float
+
+
+Plan = Blend | SliceBlend | SparseBlend | Clip
 
 
 @dataclass(frozen=True)
 class Method:
     """A merge method as the registry knows it.
 
-    plan: pure, (knobs, gram) -> Plan; the gram is None unless `needs_gram`.
+    plan: pure, (knobs, measured) -> Plan.
     sources: the least and the most sources it takes (None: any number).
+    measures: what its plans ask for at every tensor, so that it can be measured beforehand in one pass.
     """
 
     name: str
     knobs: Mapping[str, Knob]
-    plan: Callable[[Knobs, Gram | None], Plan]
+    plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
-    needs_gram: bool = False
+    measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
 
 
 def share(total: float) -> float:
     """A divisor for normalisation; a sum too close to zero counts as 1 (mergekit's rule)."""
     return 1.0 if abs(total) < 1e-8 else total
+
+
+def chance(probability: float) -> Chance:
+    """The same probability for every element."""
+    return Chance(min(2**32, max(0, round(probability * 2**32))))
+
+
+def kept_count(density: float, elements: int) -> int:
+    """How many elements a trim at `density` keeps: max(1, floor(density n)), mergekit's rule."""
+    return max(1, math.floor(density * elements))

@@ -1,81 +1,156 @@
-"""What planners and kernels need to know of the sources beforehand: dot products and trimming thresholds."""
+"""What planners ask of the sources: dot products, magnitudes, ranks, variances.  Every sum has one fixed order."""
 
-import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from evomerge.merge.plan import Gram
 
-CHUNK = 1 << 20
+LANES = 1 << 15  # partial sums that run along a tensor side by side
+SEGMENT = 1 << 22  # elements whose lanes are added up by halving; the segments' sums follow one another
+CHUNK = 1 << 17  # elements looked at in one go
 
 
-def dot(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The dot product of two flattened tensors in float64.
+def chunks(elements: int, size: int = CHUNK) -> Iterator[slice]:
+    return (slice(start, min(start + size, elements)) for start in range(0, elements, size))
 
-    Summed by halving (v[:n/2] + v[n/2:]) in a fixed order, so that every machine gets the same bits; a
-    library's sum would depend on its vector width and threads.
+
+def total(lanes: Tensor) -> Tensor:
+    """The sum over the last dimension by halving (v[:n/2] + v[n/2:]), which changes `lanes`; a library's own sum
+    would depend on its vector width and threads."""
+    size = lanes.shape[-1]
+    while size > 1:
+        half = size // 2
+        lanes[..., :half].add_(lanes[..., size - half : size])
+        size -= half
+    return lanes[..., 0]
+
+
+def summed(elements: int, terms: Callable[[slice], Tensor], rows: int = 1) -> NDArray[np.float64]:
+    """The sums of `rows` sequences of float64 terms over a whole tensor, (rows,).
+
+    terms: a slice of the flattened tensor -> (rows, length) float64.
     """
-    x, y = x.reshape(-1), y.reshape(-1)
-    total = 0.0
-    for start in range(0, x.numel(), CHUNK):
-        products = x[start : start + CHUNK].double() * y[start : start + CHUNK].double()
-        size = products.numel()
-        while size > 1:
-            half = size // 2
-            products[:half].add_(products[size - half : size])
-            size -= half
-        total += float(products[0]) if products.numel() else 0.0
-    return total
+    sums = np.zeros(rows)
+    for segment in chunks(elements, SEGMENT):
+        lanes = torch.zeros((rows, min(LANES, segment.stop - segment.start)), dtype=torch.float64)
+        for part in chunks(segment.stop - segment.start, LANES):
+            found = terms(slice(segment.start + part.start, segment.start + part.stop))
+            lanes[:, : found.shape[1]].add_(found.to(lanes.device))
+        sums += total(lanes).numpy()
+    return sums
 
 
-def gram_matrix(tensors: list[torch.Tensor]) -> Gram:
-    """All pairwise dot products, (len(tensors), len(tensors)) float64."""
+def gram_matrix(tensors: Sequence[Tensor]) -> Gram:
+    """All pairwise dot products, (len(tensors), len(tensors)) float64; the products of float32 are exact."""
     n = len(tensors)
+    flat = [t.reshape(-1) for t in tensors]
+    pairs = [(i, j) for i in range(n) for j in range(i, n)]
+    sums = np.zeros(len(pairs))
+    for segment in chunks(flat[0].numel(), SEGMENT):
+        width = min(LANES, segment.stop - segment.start)
+        lanes = torch.zeros((len(pairs), width), dtype=torch.float64, device=flat[0].device)
+        wide = torch.empty((n, width), dtype=torch.float64, device=flat[0].device)
+        for part in chunks(segment.stop - segment.start, LANES):
+            size = part.stop - part.start
+            for i, t in enumerate(flat):
+                wide[i, :size].copy_(t[segment.start + part.start : segment.start + part.stop])
+            for p, (i, j) in enumerate(pairs):
+                lanes[p, :size].addcmul_(wide[i, :size], wide[j, :size])
+        sums += total(lanes).cpu().numpy()
     gram = np.zeros((n, n))
-    for i in range(n):
-        for j in range(i, n):
-            gram[i, j] = gram[j, i] = dot(tensors[i], tensors[j])
+    for value, (i, j) in zip(sums, pairs, strict=True):
+        gram[i, j] = gram[j, i] = value
     return gram
 
 
-def kept_count(density: float, elements: int) -> int:
-    """How many elements a trim at `density` keeps: max(1, floor(density n)), mergekit's rule."""
-    return max(1, math.floor(density * elements))
+def row_gram_matrices(tensors: Sequence[Tensor], axis: int) -> NDArray[np.float64]:
+    """One Gram matrix for each slice along `axis`, (slices, N, N); a vector is one slice."""
+    views = [(t.reshape(1, -1) if t.ndim < 2 else t.movedim(axis, 0).flatten(1)).double() for t in tensors]
+    grams = np.zeros((views[0].shape[0], len(views), len(views)))
+    for i, x in enumerate(views):
+        for j, y in enumerate(views[: i + 1]):
+            grams[:, i, j] = grams[:, j, i] = total(x * y).cpu().numpy()
+    return grams
 
 
 class Magnitudes:
-    """The sizes of a task vector's elements, ready for "what is the k-th largest?" without a sort.
+    """The sizes of many numbers, ready for "what is the k-th largest?" without a sort.
 
-    A histogram over the upper 16 bits of |d| as a float32 (32,768 bins, in the order of the magnitudes) finds the
-    bin; a second look at the elements of that bin alone gives the exact value.
+    A histogram over the upper 16 bits of the sizes as float32 (32,768 bins, in the order of the magnitudes) finds
+    the bin, and a look at the elements of that bin the exact value.  Between checkpoints in bfloat16 almost every
+    difference is a bfloat16 number, the bin itself; the few others are kept aside, so the look is a short one.
     """
 
-    def __init__(self, source: torch.Tensor, base: torch.Tensor) -> None:
-        self.source, self.base = source.reshape(-1), base.reshape(-1)
-        counts = torch.zeros(1 << 15, dtype=torch.int64, device=base.device)
-        for start in range(0, self.base.numel(), CHUNK):
-            counts += torch.bincount(self.pattern(start) >> 16, minlength=1 << 15)
-        self.from_top = counts.flip(0).cumsum(0).cpu()  # how many are in the r + 1 highest bins
+    def __init__(self, elements: int, sizes: Callable[[slice], Tensor]) -> None:
+        """sizes: a slice of the flattened tensor -> |values| in float32."""
+        self.elements, self.sizes = elements, sizes
+        counts, odd, few = None, [], True
+        for part in chunks(elements):
+            bits = sizes(part).view(torch.int32)
+            found = torch.bincount(bits >> 16, minlength=1 << 15)
+            counts = found if counts is None else counts.add_(found)
+            if few:
+                odd.append(bits[(bits & 0xFFFF) != 0])
+                few = sum(map(len, odd)) <= 1024 + part.stop // 16
+        filled = torch.zeros(1) if counts is None else counts.nonzero()
+        self.lowest = int(filled[0]) if len(filled) else 0
+        self.highest = int(filled[-1]) if len(filled) else 0
+        kept = torch.zeros(1, dtype=torch.int64) if counts is None else counts[self.lowest : self.highest + 1].cpu()
+        self.from_top = kept.flip(0).cumsum(0)  # how many are in the r + 1 highest bins
+        self.odd = torch.cat(odd) if few and odd else None
 
-    def pattern(self, start: int) -> torch.Tensor:
-        """|d| of one chunk as the integers of their float32 bits, which have the same order."""
-        part = slice(start, start + CHUNK)
-        return (self.source[part].float() - self.base[part].float()).abs().view(torch.int32)
-
-    def threshold(self, density: float) -> float:
-        """The k-th largest magnitude, k = max(1, floor(density n)); 0 if the trim keeps all."""
-        elements = self.base.numel()
-        k = kept_count(density, elements)
-        if k >= elements:
-            return 0.0
+    def kth(self, k: int) -> float:
+        """The k-th largest size, 1 <= k <= elements."""
         rank = int(torch.searchsorted(self.from_top, k))
         above = int(self.from_top[rank - 1]) if rank else 0
-        wanted = (1 << 15) - 1 - rank
-        found = []
-        for start in range(0, elements, CHUNK):
-            bits = self.pattern(start)
-            found.append(bits[(bits >> 16) == wanted])
-        inside = torch.cat(found)
+        wanted = self.highest - rank
+        if self.odd is not None:
+            inside = self.odd[(self.odd >> 16) == wanted]
+            if k - above > inside.numel():  # one of those that are the bin's own lower edge
+                return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
+        else:
+            inside = torch.cat([b[(b >> 16) == wanted] for b in map(self.bits, chunks(self.elements))])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
+
+    @property
+    def zeros(self) -> int:
+        """How many are exactly zero."""
+        if self.lowest > 0:
+            return 0
+        if self.odd is None:
+            return sum(int((b == 0).sum()) for b in map(self.bits, chunks(self.elements)))
+        lowest_bin = int(self.from_top[-1] - (self.from_top[-2] if len(self.from_top) > 1 else 0))
+        return lowest_bin - int((self.odd < 1 << 16).sum())
+
+    def bits(self, part: slice) -> Tensor:
+        return self.sizes(part).view(torch.int32)
+
+
+def rank_levels(source: Tensor, base: Tensor) -> Tensor:
+    """Where each |source - base| stands in its row, as uint8: floor(256 rank / n), rank 0 the smallest.
+
+    Equal magnitudes keep the order of their columns.  A vector is one row.
+    """
+    delta = (source.float() - base.float()).abs()
+    rows = delta.reshape(1, -1) if delta.ndim < 2 else delta.reshape(delta.shape[0], -1)
+    n = rows.shape[1]
+    levels = np.empty(rows.shape, dtype=np.uint8)
+    scale = ((np.arange(n) * 256) // max(1, n)).astype(np.uint8)
+    step = max(1, CHUNK // max(1, n))
+    for start in range(0, rows.shape[0], step):
+        bits = rows[start : start + step].cpu().contiguous().view(torch.int32).numpy().astype(np.int64)
+        keyed = np.sort((bits << 32) | np.arange(n), axis=1) & 0xFFFFFFFF  # columns from the smallest to the largest
+        np.put_along_axis(levels[start : start + step], keyed, np.broadcast_to(scale, keyed.shape), axis=1)
+    return torch.from_numpy(levels).reshape(base.shape).to(base.device)
+
+
+def divergences(source: Tensor, base: Tensor) -> Tensor:
+    """KL(softmax source || softmax base) of each row over the last dimension, both plus 1e-8; (..., 1) float32."""
+    p = source.double().softmax(-1) + 1e-8
+    q = base.double().softmax(-1) + 1e-8
+    return total(p * (p / q).log()).unsqueeze(-1).float()

@@ -10,7 +10,9 @@ on device, order or process, and the mask at density 0.4 lies inside the mask at
 density as the paper does, where mergekit restores the L1 norm of the task vector.
 """
 
-from evomerge.merge.plan import Gram, Knob, Knobs, Method, SparseBlend, share
+from typing import Literal
+
+from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, chance, share
 
 KNOBS = {
     "weight": Knob(None, each=True),
@@ -21,7 +23,7 @@ KNOBS = {
 }
 
 
-def plan(knobs: Knobs, elect: bool) -> SparseBlend:
+def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) -> SparseBlend:
     """Random masks, gain 1 / density.  Without election the divisor is one number and goes into the scale."""
     weights, density = knobs.each["weight"], knobs.each["density"]
     normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
@@ -30,21 +32,21 @@ def plan(knobs: Knobs, elect: bool) -> SparseBlend:
     rescale = bool(knobs.shared["rescale"])
     return SparseBlend(
         weights=weights,
-        density=density,
         keep="random",
         gains=tuple(1.0 / p if rescale and p > 0 else 1.0 for p in density),
+        chances=tuple(map(chance, density)),
         elect=elect,
         normalize=normalize,
         scale=scale,
     )
 
 
-def plan_linear(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
-    return plan(knobs, elect=False)
+def plan_linear(knobs: Knobs, measured: Measured) -> SparseBlend:
+    return plan(knobs, measured, elect=None)
 
 
-def plan_ties(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
-    return plan(knobs, elect=True)
+def plan_ties(knobs: Knobs, measured: Measured) -> SparseBlend:
+    return plan(knobs, measured, elect="weighted")
 
 
 LINEAR = Method("dare_linear", KNOBS, plan_linear)

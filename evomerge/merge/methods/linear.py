@@ -5,10 +5,10 @@
 The uniform soup is `linear` with equal weights.
 """
 
-from evomerge.merge.plan import Blend, Gram, Knob, Knobs, Method, share
+from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, share
 
 
-def plan(knobs: Knobs, gram: Gram | None = None) -> Blend:
+def plan(knobs: Knobs, measured: Measured) -> Blend:
     """Weights of the sources, divided by their sum if `normalize`."""
     weights = knobs.each["weight"]
     divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0

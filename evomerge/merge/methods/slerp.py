@@ -8,19 +8,17 @@ lengths enter the coefficients, so the Gram matrix is all a plan needs.
 
 import math
 
-from evomerge.merge.plan import Blend, Gram, Knob, Knobs, Method
+from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method
 
 PARALLEL = 0.9995  # mergekit's `dot_threshold`: closer than this the arc is replaced by its chord
 
 
-def plan(knobs: Knobs, gram: Gram | None) -> Blend:
+def plan(knobs: Knobs, measured: Measured) -> Blend:
     """Coefficients at position `t` on the arc: 0 is its start, 1 its end.
 
-    gram: (2, 2) or (3, 3) dot products, base first.  (Anti)parallel tensors and zero tensors have no single
-    arc; there the straight line is used.
+    (Anti)parallel tensors and zero tensors have no single arc; there the straight line is used.
     """
-    assert gram is not None, "slerp needs the Gram matrix"
-    t = knobs.shared["t"]
+    gram, t = measured.gram, knobs.shared["t"]
     first, second = len(gram) - 2, len(gram) - 1
     lengths = math.sqrt(gram[first, first]) * math.sqrt(gram[second, second])
     cosine = min(1.0, max(-1.0, float(gram[first, second]) / lengths)) if lengths > 0 else 1.0
@@ -32,4 +30,4 @@ def plan(knobs: Knobs, gram: Gram | None) -> Blend:
     return Blend((end,), base=start) if first == 0 else Blend((start, end))
 
 
-METHOD = Method("slerp", {"t": Knob(None, 0.0, 1.0)}, plan, sources=(1, 2), needs_gram=True)
+METHOD = Method("slerp", {"t": Knob(None, 0.0, 1.0)}, plan, sources=(1, 2), measures=frozenset({"gram"}))

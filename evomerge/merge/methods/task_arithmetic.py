@@ -5,10 +5,10 @@
 A negative weight takes a capability away.
 """
 
-from evomerge.merge.plan import Blend, Gram, Knob, Knobs, Method, share
+from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, share
 
 
-def plan(knobs: Knobs, gram: Gram | None = None) -> Blend:
+def plan(knobs: Knobs, measured: Measured) -> Blend:
     """Coefficients of the task vectors: lambda w_i, divided by the sum of the weights if `normalize`."""
     weights = knobs.each["weight"]
     divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0

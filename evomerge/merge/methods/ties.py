@@ -9,18 +9,17 @@ Different from mergekit on purpose: elements as large as the k-th are all kept (
 an order that depends on the device), so that the same recipe gives the same bits everywhere.
 """
 
-from evomerge.merge.plan import Gram, Knob, Knobs, Method, SparseBlend
+from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count
 
 
-def plan(knobs: Knobs, gram: Gram | None = None) -> SparseBlend:
+def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
     """Trimming by magnitude, election, division by the agreeing weights."""
-    weights = knobs.each["weight"]
+    ranks = [kept_count(p, measured.elements) for p in knobs.each["density"]]
     return SparseBlend(
-        weights=weights,
-        density=knobs.each["density"],
-        keep="top",
-        gains=(1.0,) * len(weights),
-        elect=True,
+        weights=knobs.each["weight"],
+        keep="magnitude",
+        floors=tuple(measured.magnitude(i, k) for i, k in enumerate(ranks)),
+        elect="weighted",
         normalize=bool(knobs.shared["normalize"]),
         scale=knobs.shared["lambda"],
     )
@@ -35,4 +34,5 @@ METHOD = Method(
         "normalize": Knob(1.0, 0.0, 1.0, switch=True),
     },
     plan,
+    measures=frozenset({"magnitudes"}),
 )

@@ -1,0 +1,160 @@
+"""Kernels fused by torch's ahead-of-time compiler: compiled once per machine, kept on disk, loaded in milliseconds."""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomerge.merge import kernels
+from evomerge.merge.kernels import SparseForm
+
+Kernel = Callable[[list[Tensor]], Tensor]
+WORTHWHILE = 1 << 25  # elements of a model: below it a compilation takes longer than it saves
+
+
+def user_cache() -> Path:
+    """Where compiled kernels live: $XDG_CACHE_HOME or ~/.cache, under evomerge/kernels."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "evomerge" / "kernels"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a kernel call is compiled in.
+
+    count: operands beside out and base.  levels: the type of the planes, if the mask has them.
+    """
+
+    device: str
+    out: torch.dtype
+    base: torch.dtype | None
+    sources: torch.dtype
+    count: int
+    levels: torch.dtype | None = None
+    form: SparseForm | None = None
+
+    @classmethod
+    def of_blend(cls, out: Tensor, origin: Tensor | None, terms: Sequence[Tensor]) -> "Variant":
+        base = None if origin is None else origin.dtype
+        return cls(out.device.type, out.dtype, base, terms[0].dtype, len(terms))
+
+    @classmethod
+    def of_sparse(
+        cls, out: Tensor, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], form: SparseForm
+    ) -> "Variant":
+        levels = planes[0].dtype if planes else None
+        return cls(out.device.type, out.dtype, base.dtype, sources[0].dtype, len(sources), levels, form)
+
+    @property
+    def file_name(self) -> str:
+        kind = "blend" if self.form is None else f"sparse-{self.form.keep}"
+        text = repr(astuple(self)) + machine() + source_code()
+        return f"{kind}-{self.count}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt2"
+
+    def example(self) -> tuple[Any, ...]:
+        """Operands of the right types and any length, to trace with."""
+
+        def flat(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(4096, dtype=dtype, device=self.device)
+
+        head = [flat(self.out)] + ([] if self.base is None else [flat(self.base)])
+        terms = [flat(self.sources) for _ in range(self.count)]
+        if self.form is None:
+            return (*head, *terms, torch.ones(self.count, device=self.device))
+        planes = [] if self.levels is None else [flat(self.levels) for _ in range(self.count)]
+        numbers = torch.ones((6, self.count), device=self.device)
+        words = torch.ones((4, self.count), dtype=torch.int32, device=self.device)
+        return (*head, *terms, *planes, numbers, words, torch.zeros(1, dtype=torch.int32, device=self.device))
+
+
+class Fusable(nn.Module):
+    """A variant's kernel as the module that the exporter wants."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        v = self.variant
+        if v.form is None:
+            *tensors, coefficients = operands
+            out, *rest = tensors
+            origin = None if v.base is None else rest.pop(0)
+            return kernels.blend(out, origin, rest, coefficients)
+        out, base, *middle = operands[:-3]
+        numbers, words, start = operands[-3:]
+        return kernels.sparse_blend(out, base, middle[: v.count], middle[v.count :], numbers, words, start, v.form)
+
+
+class Compiled:
+    """The compiled kernels of this machine.
+
+    A variant that is not on disk is compiled and kept there; what cannot be compiled (no C++ compiler) runs
+    uncompiled, and `log` is told once.
+    """
+
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.log = log
+        self.loaded: dict[Variant, Kernel | None] = {}
+        self.usable = True
+
+    def kernel(self, variant: Variant) -> Kernel | None:
+        """The fused kernel of a variant; None where there is none and the caller should go piece by piece."""
+        if variant not in self.loaded:
+            self.loaded[variant] = self.load(variant) if self.usable else None
+        return self.loaded[variant]
+
+    def load(self, variant: Variant) -> Kernel | None:
+        file = self.folder / variant.file_name
+        try:
+            if not file.exists():
+                started = time.monotonic()
+                compile_to(variant, file)
+                self.log(f"compiled the kernel {file.name} in {time.monotonic() - started:.0f} s; it is kept")
+            runner = torch._inductor.aoti_load_package(str(file)).loader.run
+        except Exception as error:  # compilers fail in many ways, and none may cost the merge
+            self.usable = False
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            self.log(
+                "kernels run uncompiled, which makes a sparse merge about ten times slower "
+                f"({type(error).__name__}: {text[0]})"
+            )
+            return None
+        return lambda operands: runner(operands)[0]
+
+
+def compile_to(variant: Variant, file: Path) -> None:
+    """Compile a variant into a package that `aoti_load_package` opens."""
+    n = torch.export.Dim("n", min=2, max=1 << 30)
+    example = variant.example()
+    lengths = tuple({0: n} if x.ndim == 1 and x.numel() == 4096 else {} for x in example)
+    exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.stem}.{os.getpid()}.part.pt2")
+    options = {"cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "off"}
+    try:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@cache
+def machine() -> str:
+    """What a compiled kernel depends on besides its own code."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {gpu}"
+
+
+@cache
+def source_code() -> str:
+    return Path(kernels.__file__).read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")

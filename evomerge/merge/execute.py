@@ -1,0 +1,236 @@
+"""Run a plan's kernel on one tensor: compiled where that is at hand, else piece by piece; the bits are the same."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evomerge.merge import kernels
+from evomerge.merge.compiled import Compiled, Variant
+from evomerge.merge.kernels import SparseForm, signed
+from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend
+
+PIECE = 1 << 15  # elements: every operand stays in the second-level cache, and below torch's threading grain
+SLAB = 1 << 30  # elements of one kernel call at most: an int32 counts them
+
+Keys = tuple[int, Sequence[int]]
+"""The 32-bit words of a tensor's random masks: the tensor's own, and one per source."""
+
+
+def execute(
+    plan: Plan,
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor] = (),
+    keys: Keys = (0, ()),
+    compiled: Compiled | None = None,
+    piece: int = PIECE,
+) -> Tensor:
+    """Write what `plan` makes of base and sources to `out`; the largest |out| as a float32 scalar, NaN if any is.
+
+    out, base, sources: tensors of one shape, any floating types; `out` is contiguous.  planes: per source the
+    levels (`rank`) or row factors (`importance`) that the plan's mask needs.
+    """
+    if out.numel() == 0:
+        return torch.zeros((), device=out.device)
+    if isinstance(plan, SliceBlend):
+        return slice_blend(plan, out, base, sources, piece)
+    if isinstance(plan, Clip):
+        limit = torch.tensor([plan.limit], dtype=torch.float32, device=out.device)
+        flat, flat_base, source = out.view(-1), base.reshape(-1), sources[0].reshape(-1)
+        return piecewise(lambda p: kernels.clip(flat[p], flat_base[p], source[p], limit), out.numel(), piece)
+    if isinstance(plan, Blend):
+        return blend(plan, out, base, sources, compiled, piece)
+    return sparse_blend(plan, out, base, sources, planes, keys, compiled, piece)
+
+
+def blend(
+    plan: Blend, out: Tensor, base: Tensor, sources: Sequence[Tensor], compiled: Compiled | None, piece: int
+) -> Tensor:
+    terms = [(x, c) for x, c in zip(sources, plan.sources, strict=True) if c != 0.0]
+    if plan.of_task_vectors:
+        terms = [(x, c) for x, c in terms if x is not base]  # an adapter leaves this tensor alone
+    if not plan.of_task_vectors and plan.base != 0.0:
+        terms.insert(0, (base, plan.base))
+    if not terms:
+        return kernels.store(out, base if plan.of_task_vectors else torch.zeros_like(base))
+    flat = out.view(-1)
+    operands = [x.reshape(-1) for x, _ in terms]
+    origin = base.reshape(-1) if plan.of_task_vectors else None
+    coefficients = torch.tensor([c for _, c in terms], dtype=torch.float32, device=out.device)
+    fused = None
+    if compiled is not None:
+        operands = same_type(operands)
+        fused = compiled.kernel(Variant.of_blend(flat, origin, operands))
+    if fused is not None:
+        return slabs(
+            lambda part, _: fused([flat[part], *optional(origin, part), *(x[part] for x in operands), coefficients]),
+            out.numel(),
+        )
+    return piecewise(
+        lambda part: kernels.blend(
+            flat[part], None if origin is None else origin[part], [x[part] for x in operands], coefficients
+        ),
+        out.numel(),
+        piece,
+    )
+
+
+def sparse_blend(
+    plan: SparseBlend,
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    keys: Keys,
+    compiled: Compiled | None,
+    piece: int,
+) -> Tensor:
+    count = len(sources)
+    gains = plan.gains or (1.0,) * count
+    used = [i for i in range(count) if plan.keep == "variance" or contributes(plan, i, sources[i] is base)]
+    if not used:
+        return kernels.store(out, base)
+    infinite = float("inf")
+    floors, ceilings = plan.floors or (0.0,) * count, plan.ceilings or (infinite,) * count
+    alone = plan.alone or (1.0,) * count
+    rows = [[plan.weights[i] * gains[i] for i in used], [plan.weights[i] for i in used]]
+    rows += [[values[i] for i in used] for values in (floors, ceilings)]
+    rows += [[alone[i] - 1.0 for i in used], [plan.scale] * len(used)]
+    numbers = torch.tensor(rows, dtype=torch.float32, device=out.device)
+    words = torch.tensor(mask_words(plan, used, keys), dtype=torch.int32, device=out.device)
+    form = SparseForm(plan.keep, plan.elect, plan.normalize, plan.alone is not None)
+    flat, flat_base = out.view(-1), base.reshape(-1)
+    operands, levels = [sources[i].reshape(-1) for i in used], [planes[i].reshape(-1) for i in used if planes]
+    if plan.keep == "importance":  # one factor per row
+        levels = [planes[i].expand(out.shape).reshape(-1) for i in used]
+    fused = None
+    if compiled is not None:
+        operands = same_type(operands)
+        fused = compiled.kernel(Variant.of_sparse(flat, flat_base, operands, levels, form))
+    if fused is not None:
+        return slabs(
+            lambda part, start: fused(
+                [
+                    *(x[part] for x in (flat, flat_base, *operands, *levels)),
+                    numbers,
+                    with_high_word(words, start),
+                    low_word(start, out.device),
+                ]
+            ),
+            out.numel(),
+        )
+    return piecewise(
+        lambda part: kernels.sparse_blend(
+            flat[part],
+            flat_base[part],
+            [x[part] for x in operands],
+            [x[part] for x in levels],
+            numbers,
+            with_high_word(words, part.start),
+            low_word(part.start, out.device),
+            form,
+        ),
+        out.numel(),
+        piece,
+    )
+
+
+def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
+    """Whether a source can change anything: an adapter may leave the tensor alone, a weight or chance be 0."""
+    never_kept = plan.chances is not None and plan.chances[source] == Chance(0)
+    return not is_base and plan.weights[source] != 0.0 and not never_kept
+
+
+def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[list[int]]:
+    """The int32 rows of a random mask: keys, chances less 1 in the order of signed numbers, steps, tensor's key."""
+    tensor_key, source_keys = keys
+    if plan.chances is None:
+        return [[0] * len(used)] * 4
+    chances = [plan.chances[i] for i in used]
+    return [
+        [signed(source_keys[i]) for i in used],
+        [signed(c.low - 1 + kernels.SIGN_BIT) for c in chances],
+        [signed(c.step) for c in chances],
+        [signed(tensor_key)] * len(used),
+    ]
+
+
+def random_mask(chance: Chance, start: int, size: int, keys: tuple[int, int], levels: Tensor | None = None) -> Tensor:
+    """1.0 where the elements start .. start + size - 1 are kept.  keys: the tensor's word and the source's.
+
+    levels: the elements' ranks for a chance with a step.  Whoever needs a mask outside a merge asks here.
+    """
+    device = torch.device("cpu") if levels is None else levels.device
+    plan = SparseBlend((1.0,), "rank", chances=(chance,))
+    words = torch.tensor(mask_words(plan, [0], (keys[0], [keys[1]])), dtype=torch.int32, device=device)
+    words = with_high_word(words, start)
+    index = torch.arange(size, dtype=torch.int32, device=device) + low_word(start, device)
+    hashed = kernels.second_hash(kernels.first_hash(index, words[kernels.TENSOR_KEY, 0]), words[kernels.KEY, 0])
+    bound = words[kernels.CHANCE, 0]
+    if levels is not None:
+        bound = bound + levels.int() * words[kernels.STEP, 0]
+    return kernels.at_most(hashed, bound) * float(chance != Chance(0))
+
+
+def with_high_word(words: Tensor, start: int) -> Tensor:
+    """Beyond 2^32 elements the upper word of the index changes the tensor's key."""
+    high = start >> 32
+    if high == 0:
+        return words
+    words = words.clone()
+    words[kernels.TENSOR_KEY] ^= signed(high * 0x9E3779B9)
+    return words
+
+
+def low_word(start: int, device: torch.device) -> Tensor:
+    return torch.tensor([signed(start)], dtype=torch.int32, device=device)
+
+
+def optional(tensor: Tensor | None, part: slice) -> list[Tensor]:
+    return [] if tensor is None else [tensor[part]]
+
+
+def same_type(operands: list[Tensor]) -> list[Tensor]:
+    """Operands of one type, so that few variants are compiled; widening changes no value."""
+    types = {x.dtype for x in operands}
+    return operands if len(types) == 1 else [x.float() for x in operands]
+
+
+def slabs(call: Callable[[slice, int], Tensor], elements: int) -> Tensor:
+    """Run a fused kernel on as much of a tensor as an int32 can count, and again."""
+    found = [call(slice(s, min(s + SLAB, elements)), s) for s in range(0, elements, SLAB)]
+    return found[0] if len(found) == 1 else torch.stack(found).amax()
+
+
+def piecewise(call: Callable[[slice], Tensor], elements: int, piece: int) -> Tensor:
+    """Run a kernel piece by piece."""
+    found = [call(slice(s, min(s + piece, elements))) for s in range(0, elements, piece)]
+    return found[0] if len(found) == 1 else torch.stack(found).amax()
+
+
+def slice_blend(plan: SliceBlend, out: Tensor, base: Tensor, sources: Sequence[Tensor], piece: int) -> Tensor:
+    """`blend` with coefficients that differ along one axis: the same kernel on runs of whole slices."""
+    terms = list(zip(sources, plan.sources, strict=True))
+    if not plan.of_task_vectors and plan.base is not None:
+        terms.insert(0, (base, plan.base))
+    # A vector is one slice; everything else becomes (slices, rest), the slices in front.
+    views = [x.reshape(1, -1) if x.ndim < 2 else x.movedim(plan.axis, 0) for x in (out, base, *(x for x, _ in terms))]
+    target, origin, *operands = (v.flatten(1) if v.ndim > 2 else v for v in views)
+    table = np.stack([c for _, c in terms]).astype(np.float32)
+    coefficients = torch.from_numpy(table).to(out.device)[:, :, None]  # (N, slices, 1)
+    rows = max(1, piece // max(1, target.shape[1]))
+    found = []
+    for start in range(0, target.shape[0], rows):
+        part = slice(start, start + rows)
+        found.append(
+            kernels.blend(
+                target[part],
+                origin[part] if plan.of_task_vectors else None,
+                [x[part] for x in operands],
+                coefficients[:, part],
+            )
+        )
+    return torch.stack(found).amax()
