@@ -148,12 +148,11 @@ def elect_and_merge(
     return Elected(merged(values > 0), merged(values < 0), total > doubt, total < -doubt)
 
 
-def hashed(index: int, key: tuple[int, int]) -> int:
-    """The 32-bit hash of an element's index, in whole numbers of any length (C. Wellons' lowbias32, twice)."""
-    h = index % 2**32
-    for word in (key[0] ^ (index // 2**32 * 0x9E3779B9 % 2**32), key[1]):
-        h ^= word
-        h = (h ^ h >> 16) * 0x7FEB352D % 2**32
-        h = (h ^ h >> 15) * 0x846CA68B % 2**32
-        h ^= h >> 16
-    return h
+def hashed(index: int, keys: tuple[int, int]) -> int:
+    """The 32-bit hash of an element's index, in whole numbers of any length: C. Wellons' lowbias32 under the
+    tensor's key, then its two multiplications once more under the source's."""
+    h = index % 2**32 ^ keys[0] ^ (index // 2**32 * 0x9E3779B9 % 2**32)
+    h = (h ^ h >> 16) * 0x7FEB352D % 2**32
+    h = (h ^ h >> 15) * 0x846CA68B % 2**32
+    h = (h ^ h >> 16 ^ keys[1]) * 0x7FEB352D % 2**32
+    return (h ^ h >> 15) * 0x846CA68B % 2**32

@@ -140,7 +140,7 @@ def compile_to(variant: Variant, file: Path) -> None:
     exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{file.stem}.{os.getpid()}.part.pt2")
-    options = {"cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "off"}
+    options = {"cpp.dynamic_threads": True, "emulate_precision_casts": True}
     try:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
         aside.replace(file)
