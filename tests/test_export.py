@@ -30,11 +30,12 @@ from evomerge.errors import EvomergeError
 from evomerge.files import new_folder
 from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
-from evomerge.merge.export import differences, export, plan_shards, total_bytes
+from evomerge.merge.export import differences, export, output_tensors, total_bytes
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, check_fingerprints, load_recipe
+from evomerge.merge.shards import plan_shards
 from evomerge.sources.adapter import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
@@ -195,7 +196,7 @@ def test_a_sharded_export_holds_the_same_tensors(family: dict[str, Path], tmp_pa
 def test_a_shard_is_within_its_limit_or_a_single_tensor(limit: int, tmp_path_factory: pytest.TempPathFactory):
     folders = write_family(tmp_path_factory.mktemp("shards"), ["one"])
     recipe, bank = recipe_for(folders), bank_of(folders)
-    shards = plan_shards(recipe, bank, limit)
+    shards = list(plan_shards(output_tensors(recipe, bank), limit).values())
     size = {name: info.bytes // 2 for name, info in bank.models.base.tensors.items()}  # float32 in, bfloat16 out
     assert [name for shard in shards for name in shard] == bank.names
     assert all(len(shard) == 1 or sum(size[n] for n in shard) <= limit for shard in shards)

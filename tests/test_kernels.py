@@ -349,7 +349,7 @@ DENSITIES = [1e-9, 0.001, 0.1, 0.25, 0.333, 0.5, 0.7, 0.9, 0.999]
 
 
 def of_task_vector(source: Tensor, base: Tensor) -> Magnitudes:
-    return Magnitudes(base.numel(), lambda part: (source[part].float() - base[part].float()).abs())
+    return Magnitudes(base.numel(), lambda: lambda part: (source[part].float() - base[part].float()).abs())
 
 
 def kth_largest(source: Tensor, base: Tensor, density: float) -> float:

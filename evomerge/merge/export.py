@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
@@ -15,10 +14,10 @@ from evomerge.files import new_folder, sha256, write_text
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, materialise_tensor
 from evomerge.merge.recipe import Recipe, dump_recipe
+from evomerge.merge.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
 
-SHARD_BYTES = 4 << 30
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -38,25 +37,15 @@ def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
     return TORCH_DTYPES[recipe.dtype] if stored.is_floating_point else stored
 
 
-def plan_shards(recipe: Recipe, bank: Bank, limit: int = SHARD_BYTES) -> list[list[str]]:
-    """Tensor names per file, in the base's order, each file at most `limit` bytes unless one tensor is larger."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in bank.names:
-        info = bank.models.base.tensors[name]
-        size = info.bytes // info.dtype.itemsize * output_dtype(recipe, info.dtype).itemsize
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+def output_tensors(recipe: Recipe, bank: Bank) -> dict[str, Shape]:
+    """Type and shape of every tensor that a recipe makes, in the base's order."""
+    tensors = bank.models.base.tensors
+    return {name: (output_dtype(recipe, info.dtype), info.shape) for name, info in tensors.items()}
 
 
 def total_bytes(recipe: Recipe, bank: Bank) -> int:
     """How many bytes of weights a recipe makes."""
-    tensors = bank.models.base.tensors.values()
-    return sum(t.bytes // t.dtype.itemsize * output_dtype(recipe, t.dtype).itemsize for t in tensors)
+    return sum(map(size_of, output_tensors(recipe, bank).values()))
 
 
 def export(
@@ -74,24 +63,19 @@ def export(
     disk is full, or the merge is not finite.
     """
     base = bank.models.base
-    shards = plan_shards(recipe, bank, shard_bytes)
+    tensors = output_tensors(recipe, bank)
+    shards = plan_shards(tensors, shard_bytes)
     with new_folder(folder) as aside:
-        weight_map: dict[str, str] = {}
         total = 0
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for name in names:
-                info = base.tensors[name]
-                tensors[name] = torch.empty(info.shape, dtype=output_dtype(recipe, info.dtype))
-                merge_to_host(recipe, bank, name, tensors[name])
-                total += tensors[name].nbytes
-                progress(total)
-            write_tensors(tensors, aside / file)
-            weight_map |= dict.fromkeys(names, file)
+        for file, names in shards.items():
+            with open_writer(aside / file, {name: tensors[name] for name in names}) as writer:
+                for name in names:
+                    merged = merge_to_host(recipe, bank, name, tensors[name])
+                    writer.write(merged)
+                    total += merged.nbytes
+                    progress(total)
         if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         config = {k: v for k, v in base.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
@@ -109,27 +93,14 @@ def export(
     return signed
 
 
-def merge_to_host(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> None:
-    """Merge on the bank's device into host memory.  EvomergeError if the result is not finite."""
-    work = out if bank.device.type == "cpu" else torch.empty_like(out, device=bank.device)
+def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.Tensor:
+    """Merge a tensor on the bank's device.  EvomergeError if the result is not finite."""
+    out = torch.empty(shape[1], dtype=shape[0], device=bank.device)
     try:
-        check_finite({name: materialise_tensor(recipe, bank, name, work)})
+        check_finite({name: materialise_tensor(recipe, bank, name, out)})
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
-    if work is not out:
-        out.copy_(work)
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Save a safetensors file; the library's own error for a full disk becomes an OSError again."""
-    needed = sum(t.nbytes for t in tensors.values())
-    free = shutil.disk_usage(file.parent).free
-    if needed > free:
-        raise EvomergeError(
-            f"{file}: the disk is full ({needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free); "
-            "nothing that was finished is lost. Free some space and try again"
-        )
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    return out.cpu()
 
 
 @dataclass(frozen=True)

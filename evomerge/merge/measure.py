@@ -68,7 +68,11 @@ class Measurements:
 
     def magnitudes(self, source: int) -> Magnitudes:
         key = ("magnitudes", self.name, self.sources[source])
-        return self.once(key, lambda: Magnitudes(self.elements, self.sizes(source)))
+        return self.once(key, lambda: Magnitudes(self.elements, lambda: self.sizes(source)))
+
+    def restored(self, source: int, state: dict[str, Tensor]) -> Magnitudes:
+        """Magnitudes that were measured before."""
+        return Magnitudes.restored(lambda: self.sizes(source), state)
 
     def magnitude(self, source: int, rank: int) -> float:
         if rank >= self.elements:
@@ -105,9 +109,12 @@ class Measurements:
         base, *sources = (x.reshape(-1)[part].float() for x in self.operands())
         return [x - base for x in sources]
 
+    def variances(self, part: slice) -> Tensor:
+        return kernels.variance(self.deltas(part))
+
     def variance(self, share: float) -> float:
         key = ("variances", self.name, *self.sources)
-        sizes = self.once(key, lambda: Magnitudes(self.elements, lambda p: kernels.variance(self.deltas(p))))
+        sizes = self.once(key, lambda: Magnitudes(self.elements, lambda: self.variances))
         zeros = sizes.zeros
         k = int((self.elements - zeros) * share)
         return sizes.kth(k) if k else float("inf")
@@ -131,7 +138,7 @@ class Measurements:
         def measure() -> float:
             base, sizes = self.tensors.base(self.name), self.sizes(0)
             rows = self.divergences().expand(base.shape).reshape(-1)
-            ordered = Magnitudes(self.elements, lambda p: sizes(p) * rows[p])
+            ordered = Magnitudes(self.elements, lambda: lambda p: sizes(p) * rows[p])
             last = self.elements - 1
             low, median, high = (ordered.kth(self.elements - int(q * last)) for q in (0.25, 0.5, 0.75))
             return float(np.float32(median) + np.float32(1.5) * (np.float32(high) - np.float32(low)))

@@ -77,6 +77,9 @@ def row_gram_matrices(tensors: Sequence[Tensor], axis: int) -> NDArray[np.float6
     return grams
 
 
+Look = Callable[[], Callable[[slice], Tensor]]
+
+
 class Magnitudes:
     """The sizes of many numbers, ready for "what is the k-th largest?" without a sort.
 
@@ -85,23 +88,35 @@ class Magnitudes:
     difference is a bfloat16 number, the bin itself; the few others are kept aside, so the look is a short one.
     """
 
-    def __init__(self, elements: int, sizes: Callable[[slice], Tensor]) -> None:
-        """sizes: a slice of the flattened tensor -> |values| in float32."""
-        self.elements, self.sizes = elements, sizes
-        counts, odd, few = None, [], True
+    def __init__(self, elements: int, look: Look) -> None:
+        """look: opens the numbers for reading, a slice of the flattened tensor -> |values| in float32."""
+        self.elements, self.look = elements, look
+        sizes = look()
+        counts = torch.zeros(1 << 15, dtype=torch.int64)
+        odd, few = [], True
         for part in chunks(elements):
             bits = sizes(part).view(torch.int32)
-            found = torch.bincount(bits >> 16, minlength=1 << 15)
-            counts = found if counts is None else counts.add_(found)
+            counts += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
             if few:
-                odd.append(bits[(bits & 0xFFFF) != 0])
+                odd.append(bits[(bits & 0xFFFF) != 0].cpu())
                 few = sum(map(len, odd)) <= 1024 + part.stop // 16
-        filled = torch.zeros(1) if counts is None else counts.nonzero()
-        self.lowest = int(filled[0]) if len(filled) else 0
-        self.highest = int(filled[-1]) if len(filled) else 0
-        kept = torch.zeros(1, dtype=torch.int64) if counts is None else counts[self.lowest : self.highest + 1].cpu()
-        self.from_top = kept.flip(0).cumsum(0)  # how many are in the r + 1 highest bins
+        filled = counts.nonzero()
+        self.lowest, self.highest = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
+        self.from_top = counts[self.lowest : self.highest + 1].flip(0).cumsum(0)  # in the r + 1 highest bins
         self.odd = torch.cat(odd) if few and odd else None
+
+    @classmethod
+    def restored(cls, look: Look, state: dict[str, Tensor]) -> "Magnitudes":
+        """From what `state` gave."""
+        self = cls.__new__(cls)
+        self.look, self.from_top, self.odd = look, state["from_top"], state.get("odd")
+        self.elements, self.lowest, self.highest = map(int, state["range"])
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but the numbers themselves."""
+        found = {"from_top": self.from_top, "range": torch.tensor([self.elements, self.lowest, self.highest])}
+        return found if self.odd is None else found | {"odd": self.odd}
 
     def kth(self, k: int) -> float:
         """The k-th largest size, 1 <= k <= elements."""
@@ -113,7 +128,7 @@ class Magnitudes:
             if k - above > inside.numel():  # one of those that are the bin's own lower edge
                 return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
         else:
-            inside = torch.cat([b[(b >> 16) == wanted] for b in map(self.bits, chunks(self.elements))])
+            inside = torch.cat([b[(b >> 16) == wanted] for b in self.bits()])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
 
@@ -123,12 +138,14 @@ class Magnitudes:
         if self.lowest > 0:
             return 0
         if self.odd is None:
-            return sum(int((b == 0).sum()) for b in map(self.bits, chunks(self.elements)))
+            return sum(int((b == 0).sum()) for b in self.bits())
         lowest_bin = int(self.from_top[-1] - (self.from_top[-2] if len(self.from_top) > 1 else 0))
         return lowest_bin - int((self.odd < 1 << 16).sum())
 
-    def bits(self, part: slice) -> Tensor:
-        return self.sizes(part).view(torch.int32)
+    def bits(self) -> Iterator[Tensor]:
+        """The sizes' bits as integers, which have the same order."""
+        sizes = self.look()
+        return (sizes(part).view(torch.int32) for part in chunks(self.elements))
 
 
 def rank_levels(source: Tensor, base: Tensor) -> Tensor:
