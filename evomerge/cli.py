@@ -266,6 +266,7 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.device import resolve_device
     from evomerge.merge.bank import Bank
     from evomerge.merge.card import model_card
+    from evomerge.merge.compiled import compiled_for
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
     from evomerge.merge.recipe import model_folders
@@ -273,7 +274,9 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.sources.open import open_models
 
     base, sources = model_folders(recipe)
-    bank = Bank(open_models(base, sources), resolve_device(device))
+    models = open_models(base, sources)
+    # One merge reads every tensor once: nothing is worth holding.
+    bank = Bank(models, resolve_device(device), capacity=0, compiled=compiled_for(models.base.tensors, print))
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:

@@ -1,10 +1,11 @@
 """Kernels fused by torch's ahead-of-time compiler: compiled once per machine, kept on disk, loaded in milliseconds."""
 
 import hashlib
+import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from evomerge.merge import kernels
 from evomerge.merge.kernels import SparseForm
+from evomerge.sources.checkpoint import TensorInfo
 
 Kernel = Callable[[list[Tensor]], Tensor]
 WORTHWHILE = 1 << 25  # elements of a model: below it a compilation takes longer than it saves
@@ -130,6 +132,12 @@ class Compiled:
             )
             return None
         return lambda operands: runner(operands)[0]
+
+
+def compiled_for(tensors: Mapping[str, TensorInfo], log: Callable[[str], None]) -> Compiled | None:
+    """The compiled kernels for merging these tensors, None where a compilation takes longer than it saves."""
+    elements = sum(math.prod(t.shape) for t in tensors.values())
+    return Compiled(user_cache(), log) if elements >= WORTHWHILE else None
 
 
 def compile_to(variant: Variant, file: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.prepare import prepare
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.finals import Ledger, finish
 from evomerge.search.limits import Limits
@@ -74,7 +75,10 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     space = build_space(config, models)
     study = SearchStudy(open_study(run.storage_url(config), config.name, create=True), space)
     listener.phase("preparing the items")
-    scorer = Scorer(config, models, stop.check)
+    scorer = Scorer(config, models, stop.check, run.log)
+    listener.phase("measuring the sources")
+    names = [s.name for s in config.sources]
+    prepare(scorer.bank, config.method, names, run.folder / "cache", run.manifest()["inputs"])
     known = baselines(space)
     ledger = Ledger(study.stored, scorer, run, listener.step)
     for baseline in known:

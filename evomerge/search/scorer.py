@@ -13,6 +13,7 @@ from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.bank import Bank
+from evomerge.merge.compiled import compiled_for
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Recipe
@@ -50,14 +51,17 @@ def load_tokenizer(path: Any) -> Any:
 class Scorer:
     """One device's workshop: bank, live model, engine and prepared items."""
 
-    def __init__(self, config: SearchConfig, models: Models, check: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SearchConfig, models: Models, check: Callable[[], None], log: Callable[[str], None]
+    ) -> None:
         self.config = config
         self.check = check
         self.tasks = open_tasks(config.tasks)
         self.items: dict[str, dict[Split, list[Item]]] = {
             t.name: deal(t, config.splits, config.seed) for t in self.tasks
         }
-        self.bank = Bank(models, resolve_device(config.device))
+        device = resolve_device(config.device)
+        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log))
         self.model = load_live_model(models.base.path, TORCH_DTYPES[config.dtype], self.bank.device)
         self.destinations = destinations(self.model, self.bank)
         self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)

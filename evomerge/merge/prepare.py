@@ -1,0 +1,102 @@
+"""Measure everything a method asks for in one pass over the sources, and keep it on disk by who the inputs are."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from evomerge.files import disk_errors
+from evomerge.merge import statistics
+from evomerge.merge.bank import Bank
+from evomerge.merge.measure import Kept, Measurements
+from evomerge.merge.methods import METHODS
+from evomerge.merge.statistics import Magnitudes
+
+Fingerprints = Mapping[str, Mapping[str, str]]
+"""SHA-256 of every file of `base` and of each source."""
+
+
+def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, inputs: Fingerprints) -> int:
+    """Measure every tensor for `method`, or take it from `folder`; how many tensors had to be measured.
+
+    The files are named by the inputs' fingerprints, so that other inputs never meet these numbers.
+    """
+    wanted = METHODS[method].measures
+    if not wanted:
+        return 0
+    names = [n for n in bank.names if bank.models.base.tensors[n].dtype.is_floating_point]
+
+    def one(name: str) -> bool:
+        file = folder / f"{key(method, name, sources, inputs)}.safetensors"
+        if (found := load(file, bank, name, sources)) is not None:
+            bank.kept.update(found)
+            return False
+        measured = bank.measurements(name, sources)
+        before = set(bank.kept)
+        if "gram" in wanted:
+            _ = measured.gram
+        for i in range(len(sources)):
+            if "magnitudes" in wanted:
+                measured.magnitudes(i)
+            if "ranks" in wanted:
+                measured.l1(i)
+                measured.rank_weighted_l1(i)
+        save(file, {k: v for k, v in list(bank.kept.items()) if k not in before and k[1] == name})
+        return True
+
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            return sum(pool.map(one, names))
+
+
+def key(method: str, name: str, sources: Sequence[str], inputs: Fingerprints) -> str:
+    """A file name that changes with the inputs, the tensor, the order of the sources, and the code that measures."""
+    code = Path(statistics.__file__).read_text(encoding="utf-8")
+    what = [sorted(METHODS[method].measures), name, [[s, inputs[s]] for s in ("base", *sources)], code]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def save(file: Path, kept: Kept) -> None:
+    """Write measurements of one tensor; a reader sees the whole file or none."""
+    tensors: dict[str, torch.Tensor] = {}
+    for k, value in kept.items():
+        label = json.dumps(k)
+        if isinstance(value, Magnitudes):
+            tensors |= {f"{label} {part}": x for part, x in value.state().items()}
+        elif isinstance(value, torch.Tensor):
+            tensors[label] = value.cpu().contiguous()
+        else:
+            tensors[label] = torch.from_numpy(np.asarray(value, dtype=np.float64).copy())
+    aside = file.with_suffix(".part")
+    save_file(tensors, aside)
+    aside.replace(file)
+
+
+def load(file: Path, bank: Bank, name: str, sources: Sequence[str]) -> Kept | None:
+    """What `save` wrote; None if there is no such file or it is not whole."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    kept: Kept = {}
+    states: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+    for label, value in tensors.items():
+        text, _, part = label.rpartition("] ")
+        k = tuple(json.loads(text + "]" if part and text else label))
+        if text:
+            states.setdefault(k, {})[part] = value
+        elif value.dtype == torch.float64:
+            kept[k] = value.numpy() if value.ndim else float(value)
+        else:
+            kept[k] = value.to(bank.device)
+    measured: Measurements = bank.measurements(name, sources)
+    for k, state in states.items():
+        kept[k] = measured.restored(sources.index(k[2]), state)
+    return kept
