@@ -18,7 +18,7 @@ from evomerge.merge import statistics
 from evomerge.merge.bank import mask_key, mask_keys
 from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.execute import PIECE, execute, random_mask
-from evomerge.merge.kernels import signed
+from evomerge.merge.kernels import SparseForm, signed
 from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
 from evomerge.merge.statistics import Magnitudes, gram_matrix
 
@@ -235,13 +235,30 @@ def test_operands_of_several_types_are_widened_for_compiled_kernels(compiled: Co
     )
 
 
+@pytest.mark.parametrize("form", [None, SparseForm("rank", "weighted", True, False)])
+def test_a_variant_survives_the_way_to_the_compiling_process(form: SparseForm | None):
+    variant = Variant("cpu", torch.bfloat16, torch.float32, torch.float16, 3, torch.uint8 if form else None, form)
+    assert Variant.from_json(variant.to_json()) == variant
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    lines: list[str] = []
+    compiled = Compiled(tmp_path, lines.append)
+    flat = torch.zeros(2)
+    assert compiled.kernel(Variant.of_blend(flat, None, [flat])) is None
+    assert "/nowhere/g++" in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_compiler_everything_works_and_the_log_says_what_it_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object) -> None:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(compile_module, "compile_to", fail)
+    monkeypatch.setattr(compile_module, "compile_apart", fail)
     lines: list[str] = []
     compiled = Compiled(tmp_path, lines.append)
     base, sources = operands(100)

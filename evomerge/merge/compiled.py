@@ -1,12 +1,20 @@
-"""Kernels fused by torch's ahead-of-time compiler: compiled once per machine, kept on disk, loaded in milliseconds."""
+"""Kernels fused by torch's ahead-of-time compiler: compiled once per machine, kept on disk, loaded in milliseconds.
+
+    python -m evomerge.merge.compiled VARIANT FILE
+
+compiles one; it runs in a process of its own, because the compiler's memory is larger than a merge's.
+"""
 
 import hashlib
+import json
 import math
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,10 +63,20 @@ class Variant:
         levels = planes[0].dtype if planes else None
         return cls(out.device.type, out.dtype, base.dtype, sources[0].dtype, len(sources), levels, form)
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=lambda dtype: str(dtype).removeprefix("torch."))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Variant":
+        fields = json.loads(text)
+        for name in ("out", "base", "sources", "levels"):
+            fields[name] = fields[name] and getattr(torch, fields[name])
+        return cls(**fields | {"form": fields["form"] and SparseForm(**fields["form"])})
+
     @property
     def file_name(self) -> str:
         kind = "blend" if self.form is None else f"sparse-{self.form.keep}"
-        text = repr(astuple(self)) + machine() + source_code()
+        text = self.to_json() + machine() + source_code()
         return f"{kind}-{self.count}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt2"
 
     def example(self) -> tuple[Any, ...]:
@@ -120,10 +138,11 @@ class Compiled:
         try:
             if not file.exists():
                 started = time.monotonic()
-                compile_to(variant, file)
+                compile_apart(variant, file)
                 self.log(f"compiled the kernel {file.name} in {time.monotonic() - started:.0f} s; it is kept")
-            runner = torch._inductor.aoti_load_package(str(file)).loader.run
-        except Exception as error:  # compilers fail in many ways, and none may cost the merge
+            # What torch._inductor.aoti_load_package does, without importing the compiler.
+            runner = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1).run
+        except Exception as error:  # a compiler fails in many ways, and none may cost the merge
             self.usable = False
             text = str(error).strip().splitlines() or [type(error).__name__]
             self.log(
@@ -138,6 +157,14 @@ def compiled_for(tensors: Mapping[str, TensorInfo], log: Callable[[str], None]) 
     """The compiled kernels for merging these tensors, None where a compilation takes longer than it saves."""
     elements = sum(math.prod(t.shape) for t in tensors.values())
     return Compiled(user_cache(), log) if elements >= WORTHWHILE else None
+
+
+def compile_apart(variant: Variant, file: Path) -> None:
+    """Compile a variant in another process.  RuntimeError with the compiler's last word."""
+    command = [sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
 
 
 def compile_to(variant: Variant, file: Path) -> None:
@@ -166,3 +193,7 @@ def machine() -> str:
 @cache
 def source_code() -> str:
     return Path(kernels.__file__).read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    compile_to(Variant.from_json(sys.argv[1]), Path(sys.argv[2]))
