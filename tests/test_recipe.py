@@ -1,6 +1,7 @@
 """Recipes: what is written is what is read, wrong ones are refused with a readable line, and each tensor finds its
 coefficients."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     if knob.switch:
         return st.booleans()
     low, high = max(knob.low, -1e6), min(knob.high, 1e6)
-    number = st.floats(low, high) | st.integers(int(low), int(high)).map(float)
+    number = st.floats(low, high) | st.integers(math.ceil(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
     per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
     return per_layer | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
@@ -58,6 +59,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
     shared = {k: coefficients(v) for k, v in method.knobs.items()}
     own = {k: coefficients(v) for k, v in method.knobs.items() if v.each}
     required = {k for k, v in method.knobs.items() if v.default is None}
+    parameters = draw(
+        st.fixed_dictionaries(
+            {k: v for k, v in shared.items() if k in required},
+            optional={k: v for k, v in shared.items() if k not in required},
+        )
+    )
+    for switch, excluded in method.excludes.items():
+        if switch in parameters:
+            parameters.pop(excluded, None)
     return Recipe(
         method=method.name,
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
@@ -72,12 +82,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             )
             for name in names
         ],
-        parameters=draw(
-            st.fixed_dictionaries(
-                {k: v for k, v in shared.items() if k in required},
-                optional={k: v for k, v in shared.items() if k not in required},
-            )
-        ),
+        parameters=parameters,
         outputs=draw(digests),
     )
 
@@ -170,6 +175,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too many sources": (
         {"method": "slerp", "parameters": {"t": 0.5}, "sources": [source(n) for n in "abc"]},
         "sources: slerp takes 1 to 2, here are 3",
+    ),
+    "decay below its range": (
+        {"method": "checkpoint_average", "parameters": {"decay": 0.0}},
+        "parameters.decay: 0.0 is outside 1e-06 to 1",
+    ),
+    "decay beside linear": (
+        {"method": "checkpoint_average", "parameters": {"decay": {"mlp": 0.5, "default": 1.0}, "linear": True}},
+        "parameters.decay: has no meaning beside linear; leave out one of them",
+    ),
+    "a knob of the uniform soup": (
+        {"method": "uniform_soup"},
+        "parameters.weight: not a coefficient of uniform_soup here; it has none",
     ),
     "slerp without t": ({"method": "slerp", "parameters": {}}, "t: must be given"),
 }
@@ -282,6 +299,10 @@ def test_each_component_has_its_number_and_the_rest_the_default():
     assert {name: weight_at(recipe, name)[0] for name in expected} == expected
 
 
+def test_a_linear_average_may_say_the_decay_that_means_nothing():
+    assert recipe_with("checkpoint_average", decay=[1.0, 1.0], linear=True).parameters["linear"] is True
+
+
 def test_all_components_named_need_no_default():
     recipe = recipe_with(weight={c: float(i) for i, c in enumerate(COMPONENTS)})
     found = [recipe.knobs(Place(0, c), LAYERS).each["weight"][0] for c in COMPONENTS]
@@ -298,12 +319,18 @@ def test_a_source_overrides_the_common_value_and_silence_means_the_default():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_one_and_two_sources_and_its_knobs_by_layer(method: str):
-    knobs = METHODS[method].knobs
-    parameters: dict[str, Coefficient] = {k: True if v.switch else [0.25, 0.75] for k, v in knobs.items()}
+    knobs, excluded = METHODS[method].knobs, METHODS[method].excludes.values()
+    parameters: dict[str, Coefficient] = {
+        k: True if v.switch else [0.25, 0.75] for k, v in knobs.items() if k not in excluded
+    }
     for count in (1, 2):
         found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
         assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
-        assert found.shared == {k: 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each}
+        expected = {
+            k: v.default if k in excluded else 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each
+        }
+        assert found.shared == expected
+        assert found.count == count
 
 
 # --- Fingerprints ---

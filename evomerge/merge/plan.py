@@ -29,10 +29,14 @@ class Knob:
 
 @dataclass(frozen=True)
 class Knobs:
-    """The values of a method's knobs at one tensor.  each: one value per source; shared: one for all."""
+    """The values of a method's knobs at one tensor.
+
+    each: one value per source.  shared: one for all.  count: how many sources there are.
+    """
 
     each: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     shared: Mapping[str, float] = field(default_factory=dict)
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Method:
 
     plan: pure, (knobs, gram) -> Plan; the gram is None unless `needs_gram`.
     sources: the least and the most sources it takes (None: any number).
+    excludes: switch -> the knob that must keep its default while the switch is on.
     """
 
     name: str
@@ -83,6 +88,7 @@ class Method:
     plan: Callable[[Knobs, Gram | None], Plan]
     sources: tuple[int, int | None] = (1, None)
     needs_gram: bool = False
+    excludes: Mapping[str, str] = field(default_factory=dict)
 
 
 def share(total: float) -> float:

@@ -70,7 +70,7 @@ class Recipe(BaseModel):
                 )
             else:
                 shared[name] = value_at(self.parameters.get(name, knob.default), where, layers)
-        return Knobs(each, shared)
+        return Knobs(each, shared, len(self.sources))
 
 
 def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
@@ -109,13 +109,18 @@ def recipe_problems(recipe: Recipe) -> list[str]:
             knob = method.knobs.get(name)
             if knob is None or (source and not knob.each):
                 allowed = ", ".join(k for k, v in method.knobs.items() if v.each or not source)
-                problems.append(f"{where}.{name}: not a coefficient of {recipe.method} here; allowed: {allowed}")
+                hint = f"allowed: {allowed}" if allowed else "it has none"
+                problems.append(f"{where}.{name}: not a coefficient of {recipe.method} here; {hint}")
             else:
                 problems += coefficient_problems(f"{where}.{name}", coefficient, knob)
     for name, knob in method.knobs.items():
         silent = [s.name for s in recipe.sources if name not in s.parameters] if knob.each else [""]
         if knob.default is None and name not in recipe.parameters and silent:
             problems.append(f"{name}: must be given" + (f" for {', '.join(silent)}" if knob.each else ""))
+    for switch, name in method.excludes.items():
+        moved = any(x != method.knobs[name].default for x in numbers(recipe.parameters.get(name, [])))
+        if moved and any(numbers(recipe.parameters.get(switch, []))):
+            problems.append(f"parameters.{name}: has no meaning beside {switch}; leave out one of them")
     return problems
 
 
