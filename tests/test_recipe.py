@@ -3,7 +3,9 @@ coefficients."""
 
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -106,6 +108,120 @@ def test_a_relative_path_is_taken_from_the_folder_of_the_recipe(tmp_path: Path):
 def test_a_hub_id_stays_a_hub_id(tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", base={"path": "owner/name@v1"})
     assert load_recipe(file).base.path == "owner/name@v1"
+
+
+# --- Checkpoints of a run ---
+
+
+def run_of(folder: Path, *steps: int) -> Path:
+    """A run's folder with a model folder per step (nothing opens them here)."""
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    return folder
+
+
+def averaged(file: Path, pattern: str, last: object, **keys: object) -> Path:
+    """A recipe file over a run's checkpoints."""
+    entry = {"checkpoints": pattern, "last": last} | keys
+    return written(file, method="checkpoint_average", parameters={}, sources=[entry])
+
+
+def names_in(file: Path) -> list[str]:
+    return [s.name for s in load_recipe(file).sources]
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.integers(0, 20_000), min_size=1, max_size=8, unique=True), data=st.data())
+def test_the_last_checkpoints_are_those_of_the_latest_steps_oldest_first(steps: list[int], data: st.DataObject):
+    last = data.draw(st.integers(1, len(steps)))
+    with TemporaryDirectory() as folder:
+        run_of(Path(folder) / "run", *steps)
+        recipe = load_recipe(averaged(Path(folder) / "recipe.yaml", "run/checkpoint-*", last))
+        expected = [f"checkpoint-{step}" for step in sorted(steps)[-last:]]
+        assert [s.name for s in recipe.sources] == expected
+        assert [s.path for s in recipe.sources] == [str(Path(folder).resolve() / "run" / name) for name in expected]
+
+
+def test_a_recipe_over_checkpoints_is_dumped_with_plain_sources(tmp_path: Path):
+    run_of(tmp_path / "run", 900, 1000)
+    recipe = load_recipe(averaged(tmp_path / "recipe.yaml", "run/checkpoint-*", 2))
+    dumped = tmp_path / "elsewhere" / "recipe.yaml"
+    dumped.parent.mkdir()
+    dumped.write_text(dump_recipe(recipe))
+    run_of(tmp_path / "run", 1100)
+    assert load_recipe(dumped) == recipe
+
+
+def test_a_pattern_counts_from_the_folder_of_the_recipe_unless_it_is_absolute(tmp_path: Path):
+    folder = run_of(tmp_path / "run[1]", 5)
+    run_of(tmp_path / "elsewhere", 7)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    file = folder / "recipe.yaml"
+    assert names_in(averaged(file, "checkpoint-*", 1)) == ["checkpoint-5"]
+    assert names_in(averaged(file, "linked/*", 1)) == ["checkpoint-7"]
+    assert names_in(averaged(file, f"{tmp_path}/elsewhere/checkpoint-?", 1)) == ["checkpoint-7"]
+
+
+def test_files_folders_without_a_model_and_second_links_are_no_checkpoints(tmp_path: Path):
+    run = run_of(tmp_path / "run", 9, 10)
+    (run / "checkpoint-11").mkdir()
+    (run / "checkpoint-12").write_text("a file")
+    (run / "checkpoint-latest").symlink_to(run / "checkpoint-10")
+    (run / "checkpoint-8").mkdir()
+    (run / "checkpoint-8" / "adapter_config.json").write_text("{}")
+    file = averaged(tmp_path / "recipe.yaml", "run/checkpoint-*", 3)
+    assert names_in(file) == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+
+
+def test_checkpoints_stand_beside_other_sources(tmp_path: Path):
+    run_of(tmp_path / "run", 1, 2)
+    sources = [source("one"), {"checkpoints": "run/*", "last": 2}, source("two")]
+    file = written(tmp_path / "recipe.yaml", sources=sources)
+    assert names_in(file) == ["one", "checkpoint-1", "checkpoint-2", "two"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "last", "keys", "line"),
+    [
+        ("run/step-*", 2, {}, "run/step-* matches 0 model folders, but `last` is 2"),
+        ("run/checkpoint-*", 4, {}, "run/checkpoint-* matches 3 model folders, but `last` is 4"),
+        ("run/checkpoint-*", 0, {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", True, {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", "all", {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", None, {}, "`last`, a number of 1 or more"),
+        (["run/checkpoint-*"], 2, {}, "give `checkpoints`, a pattern"),
+        ("run/checkpoint-*", 2, {"first": 2}, "and no other key"),
+        ("run/checkpoint-*", 2, {"name": "run"}, "and no other key"),
+    ],
+)
+def test_a_pattern_that_cannot_be_expanded_is_refused(
+    pattern: str, last: object, keys: dict[str, object], line: str, tmp_path: Path
+):
+    run_of(tmp_path / "run", 1, 2, 3)
+    file = averaged(tmp_path / "recipe.yaml", pattern, last, **keys)
+    with pytest.raises(EvomergeError) as caught:
+        load_recipe(file)
+    first, second = str(caught.value).splitlines()
+    assert first == f"{file}: not a recipe:"
+    assert second.startswith("  sources: ")
+    assert line in second
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pattern=st.text("ru*?[]!-/.~\0{}\\1", max_size=8), last=st.integers(-1, 3) | st.none() | st.text(max_size=3))
+def test_any_pattern_gives_a_recipe_or_a_refusal(pattern: str, last: object, tmp_path: Path):
+    if not (tmp_path / "r1").exists():
+        run_of(tmp_path / "r1", 1, 2)
+    with suppress(EvomergeError):
+        assert len(load_recipe(averaged(tmp_path / "recipe.yaml", pattern, last)).sources) == last
+
+
+def test_checkpoints_are_for_files_only():
+    with pytest.raises(ValueError, match="checkpoints"):
+        Recipe.model_validate(
+            {"method": "linear", "base": {"path": "/base"}, "sources": [{"checkpoints": "run/*", "last": 1}]}
+        )
 
 
 # --- Bad recipes ---
