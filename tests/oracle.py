@@ -49,6 +49,13 @@ def linear(sources: Sequence[Tensor], weights: Sequence[float], normalize: bool)
     return Merged(terms.sum(0) / divisor, terms.abs().sum(0) / abs(divisor), len(sources) + 3)
 
 
+def checkpoint_average(sources: Sequence[Tensor], decay: float, by_position: bool) -> Merged:
+    """Kaddour 2022 and others: sum w x / sum w with w = decay^(places before the last), or w = 1, 2, ..., k."""
+    last = len(sources) - 1
+    weights = [i + 1.0 if by_position else decay ** (last - i) for i in range(len(sources))]
+    return linear(sources, weights, normalize=True)
+
+
 def slerp(first: Tensor, second: Tensor, t: float) -> Merged:
     """Shoemake 1985: (sin (1-t)a x + sin ta y) / sin a; the straight line where the cosine is beyond 0.9995."""
     x, y = first.double(), second.double()

@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from models import write_family
+from models import write_family, write_llama
 from safetensors.torch import load_file, save_file
 from searches import ROOT, Done, run_cli, trials_of, verdict_of, write_config
 
@@ -105,6 +106,31 @@ def test_reproduce_refuses_other_inputs(tmp_path: Path) -> None:
     shutil.copy(family["two"] / "model.safetensors", family["one"] / "model.safetensors")
     done = run_cli("reproduce", tmp_path / "out" / "recipe.yaml", "--out", tmp_path / "again")
     refuses(done, "not the files that the recipe was made with", "model.safetensors")
+
+
+def test_merge_averages_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
+    write_llama(tmp_path / "base")
+    for seed, step in enumerate((1000, 50, 900, 950), 1):
+        write_llama(tmp_path / "run" / f"checkpoint-{step}", seed)
+    (tmp_path / "run" / "checkpoint-1050").mkdir()  # begun, but nothing is in it yet
+    recipe = {
+        "method": "checkpoint_average",
+        "dtype": "float32",
+        "base": {"path": "base"},
+        "sources": [{"checkpoints": "run/checkpoint-*", "last": 3}],
+        "parameters": {"linear": True},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    out, used = tmp_path / "out", ["checkpoint-900", "checkpoint-950", "checkpoint-1000"]
+    done = run_cli("merge", tmp_path / "r.yaml", "--out", out)
+    assert done.returncode == 0, done.stderr
+    merged = load_file(out / "model.safetensors")
+    one, two, three = (load_file(tmp_path / "run" / name / "model.safetensors") for name in used)
+    for name in one:
+        assert torch.allclose(merged[name], (one[name] + 2 * two[name] + 3 * three[name]) / 6, atol=1e-7), name
+    assert [s["name"] for s in yaml.safe_load((out / "recipe.yaml").read_text())["sources"]] == used
+    again = run_cli("reproduce", out / "recipe.yaml", "--out", tmp_path / "again", "--check", out)
+    assert again.returncode == 0, again.stdout
 
 
 def test_evaluate_prints_lm_evals_metrics_and_writes_items(tiny_family: Path, tmp_path: Path) -> None:

@@ -112,6 +112,12 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder_if_it_exists(folder: Path
         ({"space": {"weight": [0, 1], "sources": {"one": {"lambda": 1}}}}, "space.sources.one.lambda: not a coeffic"),
         ({"method": "slerp", "space": {"t": [0, 2]}}, "space.t: bounds 0 to 2 leave 0 to 1"),
         ({"method": "ties", "space": {"weight": 1, "density": [0, 1]}}, "space.density: a density of 0 keeps nothing"),
+        ({"method": "uniform_soup", "space": {}}, "space: every coefficient is fixed, there is nothing to search"),
+        ({"method": "uniform_soup"}, "space.weight: not a coefficient of uniform_soup; it has none"),
+        (
+            {"method": "checkpoint_average", "space": {"decay": [0.5, 1], "linear": True}},
+            "space.decay: has no meaning beside linear; leave out one of them",
+        ),
         ({"sources": [{"name": "one", "path": "one"}] * 2}, "sources: the name 'one' is used twice"),
     ],
 )
@@ -238,8 +244,8 @@ names = st.text("abcXYZ019_-", min_size=1, max_size=8)
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Correct configurations of every method, with all that a file may say."""
-    method = draw(st.sampled_from(sorted(METHODS)))
-    knobs = METHODS[method].knobs
+    method = draw(st.sampled_from(sorted(n for n, m in METHODS.items() if not all(k.switch for k in m.knobs.values()))))
+    knobs, excludes = METHODS[method].knobs, METHODS[method].excludes
     sources = draw(st.lists(names, min_size=1, max_size=2, unique=True))
     components = st.lists(st.sampled_from(["attention", "mlp", "norm"]), max_size=2, unique=True)
     granularity = st.sampled_from(["model", "depth", "group", "layer"])
@@ -252,7 +258,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
     space: dict[str, Any] = {"granularity": draw(granularity), "components": draw(components)}
     for name, knob in knobs.items():
-        space[name] = draw(st.booleans()) if knob.switch else bounds()
+        space[name] = draw(st.booleans()) and name not in excludes if knob.switch else bounds()
     moving = next(name for name, knob in knobs.items() if not knob.switch)
     space[moving] = [0.25, 0.75]
     if knobs[moving].each and draw(st.booleans()):

@@ -80,6 +80,10 @@ def truth(
     match name:
         case "linear":
             return oracle.linear(sources, each["weight"], bool(shared["normalize"]))
+        case "uniform_soup":
+            return oracle.linear(sources, [1.0] * len(sources), normalize=True)
+        case "checkpoint_average":
+            return oracle.checkpoint_average(sources, shared["decay"], bool(shared["linear"]))
         case "slerp":
             first, second = (base, sources[0]) if len(sources) == 1 else sources
             return oracle.slerp(first, second, shared["t"])
@@ -134,8 +138,8 @@ def knob_values(knob: Knob) -> st.SearchStrategy[float]:
     """Weights are eighths, so that their float32 sum is exact and a divisor of nearly 0 cannot arise."""
     if knob.switch:
         return st.sampled_from([0.0, 1.0])
-    if knob.low == 0.0 and knob.high == 1.0:
-        return st.sampled_from([0.0, 1.0, 0.5, 0.1]) | st.floats(0.01, 1.0)
+    if knob.high == 1.0:
+        return st.sampled_from([knob.low, 1.0, 0.5, 0.1]) | st.floats(0.01, 1.0)
     return st.integers(-12, 16).map(lambda n: n / 8)
 
 
@@ -157,7 +161,7 @@ def cases(draw: st.DrawFn, name: str) -> tuple[Knobs, Tensor, list[Tensor]]:
         sources.append(stored(tensor, draw(st.sampled_from(DTYPES))))
     each = {k: tuple(draw(knob_values(v)) for _ in range(count)) for k, v in method.knobs.items() if v.each}
     shared = {k: draw(knob_values(v)) for k, v in method.knobs.items() if not v.each}
-    return Knobs(each, shared), base, sources
+    return Knobs(each, shared, count), base, sources
 
 
 # --- The contract ---
@@ -182,7 +186,7 @@ def usual(name: str, count: int, **given: float) -> Knobs:
     knobs = METHODS[name].knobs
     value = {k: given.get(k, 1 / count if v.default is None else v.default) for k, v in knobs.items()}
     each = {k: (value[k],) * count for k, v in knobs.items() if v.each}
-    return Knobs(each, {k: value[k] for k, v in knobs.items() if not v.each})
+    return Knobs(each, {k: value[k] for k, v in knobs.items() if not v.each}, count)
 
 
 @every_method
@@ -227,7 +231,7 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
     sources = {s: folders[s] for s in ("one", "two")}
     bank = Bank(open_models(folders["base"], sources))
     knobs = METHODS[name].knobs
-    wanted = {"weight": 0.75, "density": 0.4, "t": 0.3, "lambda": 1.25}
+    wanted = {"weight": 0.75, "density": 0.4, "t": 0.3, "lambda": 1.25, "decay": 0.6}
     recipe = Recipe(
         method=name,
         dtype=dtype,
@@ -253,6 +257,38 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
 
 def knobs_of(weights: Sequence[float], density: float = 1.0, **shared: float) -> Knobs:
     return Knobs({"weight": tuple(weights), "density": (density,) * len(weights)}, {"lambda": 1.0, **shared})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({}, [7 / 3, 7 / 3]),
+        ({"decay": 0.5}, [(1 / 4 + 2 / 2 + 4) / 1.75, (4 / 4 + 2 / 2 + 1) / 1.75]),
+        ({"linear": 1.0}, [(1 * 1 + 2 * 2 + 3 * 4) / 6, (1 * 4 + 2 * 2 + 3 * 1) / 6]),
+    ],
+    ids=["plain", "decay", "linear"],
+)
+def test_the_newest_checkpoint_is_the_last_source_and_the_heaviest(knobs: dict[str, float], expected: list[float]):
+    oldest_to_newest = [torch.tensor([1.0, 4.0]), torch.tensor([2.0, 2.0]), torch.tensor([4.0, 1.0])]
+    out = merge(
+        "checkpoint_average", usual("checkpoint_average", 3, **knobs), torch.zeros(2), oldest_to_newest, torch.float32
+    )
+    assert out.tolist() == pytest.approx(expected)
+
+
+def test_a_long_run_with_a_small_decay_is_its_newest_checkpoint():
+    sources = [torch.full((2,), float(i)) for i in range(60)]
+    knobs = usual("checkpoint_average", 60, decay=METHODS["checkpoint_average"].knobs["decay"].low)
+    out = merge("checkpoint_average", knobs, torch.zeros(2), sources, torch.float32)
+    assert out.tolist() == pytest.approx([59.0, 59.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("same", ["linear", "checkpoint_average"])
+def test_the_uniform_soup_is_what_equal_weights_give(same: str):
+    generator = torch.Generator().manual_seed(0)
+    base, *sources = (torch.randn(50, generator=generator) for _ in range(4))
+    soup, twin = (merge(n, usual(n, 3, weight=1.0), base, sources, torch.float32) for n in ("uniform_soup", same))
+    assert torch.equal(soup, twin)
 
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])

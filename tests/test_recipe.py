@@ -1,8 +1,11 @@
 """Recipes: what is written is what is read, wrong ones are refused with a readable line, and each tensor finds its
 coefficients."""
 
+import math
 import re
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -44,7 +47,7 @@ def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     if knob.switch:
         return st.booleans()
     low, high = max(knob.low, -1e6), min(knob.high, 1e6)
-    number = st.floats(low, high) | st.integers(int(low), int(high)).map(float)
+    number = st.floats(low, high) | st.integers(math.ceil(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
     per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
     return per_layer | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
@@ -58,6 +61,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
     shared = {k: coefficients(v) for k, v in method.knobs.items()}
     own = {k: coefficients(v) for k, v in method.knobs.items() if v.each}
     required = {k for k, v in method.knobs.items() if v.default is None}
+    parameters = draw(
+        st.fixed_dictionaries(
+            {k: v for k, v in shared.items() if k in required},
+            optional={k: v for k, v in shared.items() if k not in required},
+        )
+    )
+    for switch, excluded in method.excludes.items():
+        if switch in parameters:
+            parameters.pop(excluded, None)
     return Recipe(
         method=method.name,
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
@@ -72,12 +84,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             )
             for name in names
         ],
-        parameters=draw(
-            st.fixed_dictionaries(
-                {k: v for k, v in shared.items() if k in required},
-                optional={k: v for k, v in shared.items() if k not in required},
-            )
-        ),
+        parameters=parameters,
         outputs=draw(digests),
     )
 
@@ -101,6 +108,120 @@ def test_a_relative_path_is_taken_from_the_folder_of_the_recipe(tmp_path: Path):
 def test_a_hub_id_stays_a_hub_id(tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", base={"path": "owner/name@v1"})
     assert load_recipe(file).base.path == "owner/name@v1"
+
+
+# --- Checkpoints of a run ---
+
+
+def run_of(folder: Path, *steps: int) -> Path:
+    """A run's folder with a model folder per step (nothing opens them here)."""
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    return folder
+
+
+def averaged(file: Path, pattern: str, last: object, **keys: object) -> Path:
+    """A recipe file over a run's checkpoints."""
+    entry = {"checkpoints": pattern, "last": last} | keys
+    return written(file, method="checkpoint_average", parameters={}, sources=[entry])
+
+
+def names_in(file: Path) -> list[str]:
+    return [s.name for s in load_recipe(file).sources]
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.integers(0, 20_000), min_size=1, max_size=8, unique=True), data=st.data())
+def test_the_last_checkpoints_are_those_of_the_latest_steps_oldest_first(steps: list[int], data: st.DataObject):
+    last = data.draw(st.integers(1, len(steps)))
+    with TemporaryDirectory() as folder:
+        run_of(Path(folder) / "run", *steps)
+        recipe = load_recipe(averaged(Path(folder) / "recipe.yaml", "run/checkpoint-*", last))
+        expected = [f"checkpoint-{step}" for step in sorted(steps)[-last:]]
+        assert [s.name for s in recipe.sources] == expected
+        assert [s.path for s in recipe.sources] == [str(Path(folder).resolve() / "run" / name) for name in expected]
+
+
+def test_a_recipe_over_checkpoints_is_dumped_with_plain_sources(tmp_path: Path):
+    run_of(tmp_path / "run", 900, 1000)
+    recipe = load_recipe(averaged(tmp_path / "recipe.yaml", "run/checkpoint-*", 2))
+    dumped = tmp_path / "elsewhere" / "recipe.yaml"
+    dumped.parent.mkdir()
+    dumped.write_text(dump_recipe(recipe))
+    run_of(tmp_path / "run", 1100)
+    assert load_recipe(dumped) == recipe
+
+
+def test_a_pattern_counts_from_the_folder_of_the_recipe_unless_it_is_absolute(tmp_path: Path):
+    folder = run_of(tmp_path / "run[1]", 5)
+    run_of(tmp_path / "elsewhere", 7)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    file = folder / "recipe.yaml"
+    assert names_in(averaged(file, "checkpoint-*", 1)) == ["checkpoint-5"]
+    assert names_in(averaged(file, "linked/*", 1)) == ["checkpoint-7"]
+    assert names_in(averaged(file, f"{tmp_path}/elsewhere/checkpoint-?", 1)) == ["checkpoint-7"]
+
+
+def test_files_folders_without_a_model_and_second_links_are_no_checkpoints(tmp_path: Path):
+    run = run_of(tmp_path / "run", 9, 10)
+    (run / "checkpoint-11").mkdir()
+    (run / "checkpoint-12").write_text("a file")
+    (run / "checkpoint-latest").symlink_to(run / "checkpoint-10")
+    (run / "checkpoint-8").mkdir()
+    (run / "checkpoint-8" / "adapter_config.json").write_text("{}")
+    file = averaged(tmp_path / "recipe.yaml", "run/checkpoint-*", 3)
+    assert names_in(file) == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+
+
+def test_checkpoints_stand_beside_other_sources(tmp_path: Path):
+    run_of(tmp_path / "run", 1, 2)
+    sources = [source("one"), {"checkpoints": "run/*", "last": 2}, source("two")]
+    file = written(tmp_path / "recipe.yaml", sources=sources)
+    assert names_in(file) == ["one", "checkpoint-1", "checkpoint-2", "two"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "last", "keys", "line"),
+    [
+        ("run/step-*", 2, {}, "run/step-* matches 0 model folders, but `last` is 2"),
+        ("run/checkpoint-*", 4, {}, "run/checkpoint-* matches 3 model folders, but `last` is 4"),
+        ("run/checkpoint-*", 0, {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", True, {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", "all", {}, "`last`, a number of 1 or more"),
+        ("run/checkpoint-*", None, {}, "`last`, a number of 1 or more"),
+        (["run/checkpoint-*"], 2, {}, "give `checkpoints`, a pattern"),
+        ("run/checkpoint-*", 2, {"first": 2}, "and no other key"),
+        ("run/checkpoint-*", 2, {"name": "run"}, "and no other key"),
+    ],
+)
+def test_a_pattern_that_cannot_be_expanded_is_refused(
+    pattern: str, last: object, keys: dict[str, object], line: str, tmp_path: Path
+):
+    run_of(tmp_path / "run", 1, 2, 3)
+    file = averaged(tmp_path / "recipe.yaml", pattern, last, **keys)
+    with pytest.raises(EvomergeError) as caught:
+        load_recipe(file)
+    first, second = str(caught.value).splitlines()
+    assert first == f"{file}: not a recipe:"
+    assert second.startswith("  sources: ")
+    assert line in second
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pattern=st.text("ru*?[]!-/.~\0{}\\1", max_size=8), last=st.integers(-1, 3) | st.none() | st.text(max_size=3))
+def test_any_pattern_gives_a_recipe_or_a_refusal(pattern: str, last: object, tmp_path: Path):
+    if not (tmp_path / "r1").exists():
+        run_of(tmp_path / "r1", 1, 2)
+    with suppress(EvomergeError):
+        assert len(load_recipe(averaged(tmp_path / "recipe.yaml", pattern, last)).sources) == last
+
+
+def test_checkpoints_are_for_files_only():
+    with pytest.raises(ValueError, match="checkpoints"):
+        Recipe.model_validate(
+            {"method": "linear", "base": {"path": "/base"}, "sources": [{"checkpoints": "run/*", "last": 1}]}
+        )
 
 
 # --- Bad recipes ---
@@ -170,6 +291,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too many sources": (
         {"method": "slerp", "parameters": {"t": 0.5}, "sources": [source(n) for n in "abc"]},
         "sources: slerp takes 1 to 2, here are 3",
+    ),
+    "decay below its range": (
+        {"method": "checkpoint_average", "parameters": {"decay": 0.0}},
+        "parameters.decay: 0.0 is outside 1e-06 to 1",
+    ),
+    "decay beside linear": (
+        {"method": "checkpoint_average", "parameters": {"decay": {"mlp": 0.5, "default": 1.0}, "linear": True}},
+        "parameters.decay: has no meaning beside linear; leave out one of them",
+    ),
+    "a knob of the uniform soup": (
+        {"method": "uniform_soup"},
+        "parameters.weight: not a coefficient of uniform_soup here; it has none",
     ),
     "slerp without t": ({"method": "slerp", "parameters": {}}, "t: must be given"),
 }
@@ -282,6 +415,10 @@ def test_each_component_has_its_number_and_the_rest_the_default():
     assert {name: weight_at(recipe, name)[0] for name in expected} == expected
 
 
+def test_a_linear_average_may_say_the_decay_that_means_nothing():
+    assert recipe_with("checkpoint_average", decay=[1.0, 1.0], linear=True).parameters["linear"] is True
+
+
 def test_all_components_named_need_no_default():
     recipe = recipe_with(weight={c: float(i) for i, c in enumerate(COMPONENTS)})
     found = [recipe.knobs(Place(0, c), LAYERS).each["weight"][0] for c in COMPONENTS]
@@ -298,12 +435,18 @@ def test_a_source_overrides_the_common_value_and_silence_means_the_default():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_one_and_two_sources_and_its_knobs_by_layer(method: str):
-    knobs = METHODS[method].knobs
-    parameters: dict[str, Coefficient] = {k: True if v.switch else [0.25, 0.75] for k, v in knobs.items()}
+    knobs, excluded = METHODS[method].knobs, METHODS[method].excludes.values()
+    parameters: dict[str, Coefficient] = {
+        k: True if v.switch else [0.25, 0.75] for k, v in knobs.items() if k not in excluded
+    }
     for count in (1, 2):
         found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
         assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
-        assert found.shared == {k: 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each}
+        expected = {
+            k: v.default if k in excluded else 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each
+        }
+        assert found.shared == expected
+        assert found.count == count
 
 
 # --- Fingerprints ---

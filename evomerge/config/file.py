@@ -33,7 +33,8 @@ def method_problems(config: SearchConfig) -> list[str]:
         knob = method.knobs.get(name)
         if knob is None or (where != "space" and not knob.each):
             allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
-            problems.append(f"{where}.{name}: not a coefficient of {config.method}; allowed: {allowed}")
+            hint = f"allowed: {allowed}" if allowed else "it has none"
+            problems.append(f"{where}.{name}: not a coefficient of {config.method}; {hint}")
         elif bounds.low < knob.low or bounds.high > knob.high:
             problems.append(
                 f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} leave {knob.low:g} to {knob.high:g}"
@@ -45,6 +46,10 @@ def method_problems(config: SearchConfig) -> list[str]:
             lacking = [n for n in names if (f"space.sources.{n}", name) not in given] if knob.each else ["all"]
             if lacking:
                 problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
+    for switch, name in method.excludes.items():
+        on, moved = given.get(("space", switch)), given.get(("space", name))
+        if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
+            problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
     if not any(a.low < a.high for a in given.values()) and not problems:
         problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
     return problems

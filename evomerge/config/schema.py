@@ -68,14 +68,22 @@ class SpaceConfig(Strict):
     density: AxisValue | None = None
     lambda_: AxisValue | None = Field(default=None, alias="lambda")
     t: AxisValue | None = None
+    decay: AxisValue | None = None
     normalize: bool | None = None
     rescale: bool | None = None
+    linear: bool | None = None
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self) -> dict[str, Axis]:
         """The knobs that the file names, switches included, by the recipe's names."""
-        given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
-        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
+        given = {
+            "weight": self.weight,
+            "density": self.density,
+            "lambda": self.lambda_,
+            "t": self.t,
+            "decay": self.decay,
+        }
+        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale), ("linear", self.linear)):
             if switch is not None:
                 given[name] = Axis(low=float(switch), high=float(switch))
         return {name: value for name, value in given.items() if value is not None}

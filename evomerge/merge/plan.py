@@ -30,10 +30,14 @@ class Knob:
 
 @dataclass(frozen=True)
 class Knobs:
-    """The values of a method's knobs at one tensor.  each: one value per source; shared: one for all."""
+    """The values of a method's knobs at one tensor.
+
+    each: one value per source.  shared: one for all.  count: how many sources there are.
+    """
 
     each: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     shared: Mapping[str, float] = field(default_factory=dict)
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class Method:
     plan: pure, (knobs, measured) -> Plan.
     sources: the least and the most sources it takes (None: any number).
     measures: what its plans ask for at every tensor, so that it can be measured beforehand in one pass.
+    excludes: switch -> the knob that must keep its default while the switch is on.
     """
 
     name: str
@@ -163,6 +168,8 @@ class Method:
     plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
     measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
+    needs_gram: bool = False
+    excludes: Mapping[str, str] = field(default_factory=dict)
 
 
 def share(total: float) -> float:

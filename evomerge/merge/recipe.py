@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob, Knobs
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
-from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id
+from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id, matching_models
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
@@ -52,6 +52,14 @@ class Recipe(BaseModel):
     parameters: dict[str, Coefficient] = {}
     outputs: dict[str, str] = {}
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def expand_checkpoints(cls, entries: Any, info: ValidationInfo) -> Any:
+        """Plain sources for the checkpoints of a run that a file (in the folder `context`) names by a pattern."""
+        if info.context is None or not isinstance(entries, list):
+            return entries
+        return [source for entry in entries for source in plain_sources(entry, info.context)]
+
     @model_validator(mode="after")
     def check_against_method(self) -> "Recipe":
         if problems := recipe_problems(self):
@@ -70,7 +78,28 @@ class Recipe(BaseModel):
                 )
             else:
                 shared[name] = value_at(self.parameters.get(name, knob.default), where, layers)
-        return Knobs(each, shared)
+        return Knobs(each, shared, len(self.sources))
+
+
+def plain_sources(entry: Any, folder: Path) -> list[Any]:
+    """The sources that one entry of a recipe file stands for.
+
+    `checkpoints: PATTERN, last: K` are the K newest model folders that match, oldest first, named by their folders;
+    a relative pattern counts from `folder`.  Any other entry is itself.  ValueError if it is malformed or there are
+    fewer than K.
+    """
+    if not isinstance(entry, dict) or "checkpoints" not in entry:
+        return [entry]
+    pattern, last = entry["checkpoints"], entry.get("last")
+    if entry.keys() != {"checkpoints", "last"} or not isinstance(pattern, str) or type(last) is not int or last < 1:
+        raise ValueError(f"{entry}: give `checkpoints`, a pattern, and `last`, a number of 1 or more, and no other key")
+    found = matching_models(pattern, folder)
+    if len(found) < last:
+        raise ValueError(
+            f"{pattern} matches {len(found)} model folders, but `last` is {last} "
+            "(a model folder has config.json or adapter_config.json)"
+        )
+    return [{"name": checkpoint.name, "path": str(checkpoint.resolve())} for checkpoint in found[-last:]]
 
 
 def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
@@ -109,13 +138,18 @@ def recipe_problems(recipe: Recipe) -> list[str]:
             knob = method.knobs.get(name)
             if knob is None or (source and not knob.each):
                 allowed = ", ".join(k for k, v in method.knobs.items() if v.each or not source)
-                problems.append(f"{where}.{name}: not a coefficient of {recipe.method} here; allowed: {allowed}")
+                hint = f"allowed: {allowed}" if allowed else "it has none"
+                problems.append(f"{where}.{name}: not a coefficient of {recipe.method} here; {hint}")
             else:
                 problems += coefficient_problems(f"{where}.{name}", coefficient, knob)
     for name, knob in method.knobs.items():
         silent = [s.name for s in recipe.sources if name not in s.parameters] if knob.each else [""]
         if knob.default is None and name not in recipe.parameters and silent:
             problems.append(f"{name}: must be given" + (f" for {', '.join(silent)}" if knob.each else ""))
+    for switch, name in method.excludes.items():
+        moved = any(x != method.knobs[name].default for x in numbers(recipe.parameters.get(name, [])))
+        if moved and any(numbers(recipe.parameters.get(switch, []))):
+            problems.append(f"parameters.{name}: has no meaning beside {switch}; leave out one of them")
     return problems
 
 
@@ -150,11 +184,14 @@ def check_layers(recipe: Recipe, layers: int) -> None:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file.  EvomergeError lists everything that is wrong with it.  Relative model paths are
-    taken from the recipe's folder."""
+    """Read a recipe file.  EvomergeError lists everything that is wrong with it.
+
+    Relative model paths are taken from the recipe's folder.  Checkpoints that the file names by a pattern are plain
+    sources from here on, so the recipe says what was merged, whatever the run writes later.
+    """
     content = read_yaml(path)
     try:
-        recipe = Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content, context=path.parent)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error

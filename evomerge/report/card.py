@@ -16,7 +16,8 @@ def results_section(verdict: dict[str, Any]) -> str:
         gap = f"{c['score']:.3f} (candidate {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])"
         rows.append(row(c["name"], gap, verdict, c["name"], tasks))
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
-    note = f"95% bootstrap intervals, paired differences; items that the search never saw ({counts})."
+    note = f"95% bootstrap intervals, paired differences; items that the search never saw ({counts}). "
+    note += verdict.get("greedy_soup", "")
     which = (
         "" if verdict["winner"] else f"This folder holds the recommended simpler model: {verdict['recommended']}.\n\n"
     )

@@ -80,7 +80,7 @@ def explanation(verdict: dict[str, Any]) -> str:
     text = (
         "Mean over tasks, 95% bootstrap intervals over items; differences are paired. "
         f"{items}. The chosen candidate is {verdict['chosen']['name']}, picked among "
-        f"{len(verdict['finalists'])} finalists on the selection split."
+        f"{len(verdict['finalists'])} finalists on the selection split. {verdict.get('greedy_soup', '')}"
     )
     if verdict["holdout_uses"] > 1:
         text += f" The holdout items have judged {verdict['holdout_uses']} candidates; the intervals flatter."

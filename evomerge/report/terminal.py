@@ -188,6 +188,7 @@ def print_verdict(verdict: dict[str, Any]) -> None:
         span = f"{d['value']:+.3f}  [{d['low']:+.3f}, {d['high']:+.3f}]"
         table.add_row(c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks))
     Console(width=max(console.width, 60 + 9 * len(tasks)), file=sys.stdout, highlight=False, markup=False).print(table)
+    console.print(verdict.get("greedy_soup", ""))
     if verdict["holdout_uses"] > 1:
         console.print(
             f"The holdout items have judged {verdict['holdout_uses']} candidates of this run; the intervals flatter."

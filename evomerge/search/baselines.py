@@ -9,7 +9,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
 from evomerge.search.space import Point, Space
 
-Kind = Literal["parent", "uniform", "recommended", "given"]
+Kind = Literal["parent", "uniform", "greedy", "recommended", "given"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Baseline:
 
 
 def baselines(space: Space) -> list[Baseline]:
-    """Each source alone, the uniform blend, and the recommended recipes.
+    """Each source alone, the uniform blend, and the recommended recipes; the greedy soup needs their scores (soup.py).
 
     Recommended: task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
     dare_ties with density and weight 0.5 (the common starting point), and specialists 0.65 to generalists 0.35

@@ -16,6 +16,7 @@ from evomerge.search.baselines import Baseline
 from evomerge.search.cma import CmaEsSampler
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer
+from evomerge.search.soup import GreedySoup
 from evomerge.search.study import SearchStudy, checkpoint
 from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
 
@@ -42,15 +43,15 @@ class Ledger:
     def key(self, split: Split, recipe: Recipe) -> str:
         return f"scores:{split}:{digest(recipe)}"
 
-    def has(self, split: Split, recipe: Recipe) -> bool:
-        return self.key(split, recipe) in self.study.user_attrs
+    def stored(self, split: Split, recipe: Recipe) -> Scores | None:
+        """What is in the study already."""
+        found: Scores | None = self.study.user_attrs.get(self.key(split, recipe))
+        return found
 
     def score(self, split: Split, recipe: Recipe) -> Scores:
         """Every metric of a recipe on a split, from the study if it is there."""
-        stored = self.study.user_attrs.get(self.key(split, recipe))
-        if stored is not None:
-            scores: Scores = stored
-            return scores
+        if (stored := self.stored(split, recipe)) is not None:
+            return stored
         self.run.log(f"scoring {recipe.method} {digest(recipe)} on {split}")
         outcome = self.scorer.evaluate(recipe, split, everything=True, progress=self.progress)
         self.study.set_user_attr(self.key(split, recipe), outcome.scores)
@@ -59,6 +60,24 @@ class Ledger:
 
     def means(self, scores: Scores, which: str) -> dict[str, list[float]]:
         return {t.name: scores[t.name][getattr(t, which)] for t in self.scorer.tasks}
+
+
+def search_score(study: SearchStudy, ledger: Ledger, baseline: Baseline, phase: Callable[[str], None]) -> float:
+    """A baseline's objective on the search split: its trial's, or the ledger's if it has no trial (yet).
+
+    Minus infinity if the model is broken: a failed trial, a score that is not finite.
+    """
+    if baseline.point is not None:
+        trial = next((t for t in study.trials if t.user_attrs.get("baseline") == baseline.name), None)
+        if trial is not None:
+            return -float("inf") if trial.value is None else trial.value
+    if ledger.stored("search", baseline.recipe) is None:
+        phase(f"baseline {baseline.name}")
+    try:
+        scores = ledger.score("search", baseline.recipe)
+    except ArithmeticError:
+        return -float("inf")
+    return mean_score(ledger.means(scores, "objective"), ledger.scorer.weights)
 
 
 @dataclass(frozen=True)
@@ -91,12 +110,16 @@ def label(trial: FrozenTrial) -> str:
 def finish(
     run: Run,
     study: SearchStudy,
-    scorer: Scorer,
     ledger: Ledger,
     known: list[Baseline],
+    soup: GreedySoup,
     phase: Callable[[str], None],
 ) -> Verdict:
-    """Choose on the selection split, judge on the holdout split, write verdict.json and recommended.yaml."""
+    """Choose on the selection split, judge on the holdout split, write verdict.json and recommended.yaml.
+
+    known: every baseline, the greedy soup's included.
+    """
+    scorer = ledger.scorer
     scored: list[tuple[float, float, Finalist]] = []
     for finalist in finalists(study):
         phase(f"selection: {finalist.name}")
@@ -105,7 +128,7 @@ def finish(
         scored.append((ranks[0], ranks[1], finalist))
     scored.sort(key=lambda s: (-s[0], -s[1]))
     chosen = scored[0][2]
-    rivals = holdout_baselines(study, ledger, known)
+    rivals = holdout_baselines(study, ledger, known, phase)
     phase(f"holdout: {chosen.name}")
     chosen_scores = ledger.score("holdout", chosen.recipe)
     baseline_scores = {}
@@ -129,6 +152,7 @@ def finish(
         ],
         "holdout": {name: task_table(scorer, scores) for name, scores in tables.items()},
         "holdout_uses": uses,
+        "greedy_soup": soup.sentence,
         "tasks": {
             t.name: {
                 "metric": t.metric,
@@ -146,20 +170,13 @@ def finish(
     return verdict
 
 
-def holdout_baselines(study: SearchStudy, ledger: Ledger, known: list[Baseline]) -> list[Baseline]:
-    """Every parent, the uniform blend, and the recommended recipe that did best in the search."""
+def holdout_baselines(
+    study: SearchStudy, ledger: Ledger, known: list[Baseline], phase: Callable[[str], None]
+) -> list[Baseline]:
+    """Every parent, the uniform blend, the greedy soup, and the recommended recipe that did best in the search."""
     chosen = [b for b in known if b.kind != "recommended"]
     recommended = [b for b in known if b.kind == "recommended"]
-    trials = {t.user_attrs.get("baseline"): t.value for t in study.complete}
-
-    def objective(baseline: Baseline) -> float:
-        if baseline.point is not None:
-            value = trials.get(baseline.name)
-            return float(value) if value is not None else -float("inf")
-        scores = ledger.means(ledger.score("search", baseline.recipe), "objective")
-        return mean_score(scores, ledger.scorer.weights)
-
-    return chosen + ([max(recommended, key=objective)] if recommended else [])
+    return chosen + sorted(recommended, key=lambda b: -search_score(study, ledger, b, phase))[:1]
 
 
 def seen_before(run: Run, recipe: Recipe) -> bool:

@@ -1,5 +1,6 @@
 """From what a person writes (a folder or a hub id) to a folder on this machine, and to a fingerprint of it."""
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -27,6 +28,25 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     if not match or text.startswith("."):
         raise EvomergeError(f"{path}: no such folder")
     return download(match["repo"], match["revision"], path)
+
+
+def matching_models(pattern: str, relative_to: Path) -> list[Path]:
+    """The model folders that a pattern such as `run/checkpoint-*` matches, in natural order.
+
+    Numbers in a folder's name count as numbers: checkpoint-900 comes before checkpoint-1000.  Several links to
+    one folder (`checkpoint-latest`) count once.
+    """
+    matches = [relative_to / match for match in glob.glob(os.path.expanduser(pattern), root_dir=relative_to)]
+    unique: dict[Path, Path] = {}
+    for folder in sorted(matches, key=lambda f: (natural(f.name), f)):
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            unique.setdefault(folder.resolve(), folder)
+    return list(unique.values())
+
+
+def natural(name: str) -> list[str | int]:
+    """A sort key: text, number, text, number, ..."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def download(repository: str, revision: str | None, path: Path) -> Path:

@@ -1,6 +1,6 @@
-"""The merge methods, one file each; the names, knobs and meanings are mergekit's."""
+"""The merge methods, one file each; where mergekit has a method, its name, knobs and meaning are mergekit's."""
 
-from evomerge.merge.methods import dare, linear, slerp, task_arithmetic, ties
+from evomerge.merge.methods import checkpoint_average, dare, linear, slerp, task_arithmetic, ties, uniform_soup
 from evomerge.merge.plan import Method
 
 METHODS: dict[str, Method] = {
@@ -8,6 +8,8 @@ METHODS: dict[str, Method] = {
     for method in (
         linear.METHOD,
         slerp.METHOD,
+        uniform_soup.METHOD,
+        checkpoint_average.METHOD,
         task_arithmetic.METHOD,
         ties.METHOD,
         dare.LINEAR,
