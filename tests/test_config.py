@@ -13,6 +13,7 @@ from evomerge.config.file import config_differences, dump_config, load_config, p
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
+from evomerge.merge.plan import is_named
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 DEFAULT = object()
@@ -77,7 +78,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder_if_it_exists(folder: Path
     ("changes", "line"),
     [
         ({"colour": "red"}, "colour: unknown key"),
-        ({"space": {"wieght": [0, 1]}}, "space.wieght: unknown key"),
+        ({"space": {"weight": [0, 1], "wieght": [0, 1]}}, "space.wieght: not a coefficient of task_arithmetic"),
         ({"sources": [{"name": "one", "path": "one", "rank": 1}]}, "sources.0.rank: unknown key"),
         ({"method": DEFAULT}, "method: missing"),
         ({"tasks": [{"weight": 2}]}, "tasks.0.task: missing"),
@@ -244,9 +245,10 @@ names = st.text("abcXYZ019_-", min_size=1, max_size=8)
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Correct configurations of every method, with all that a file may say."""
-    method = draw(st.sampled_from(sorted(n for n, m in METHODS.items() if not all(k.switch for k in m.knobs.values()))))
+    method = draw(st.sampled_from(sorted(n for n, m in METHODS.items() if not all(map(is_named, m.knobs.values())))))
     knobs, excludes = METHODS[method].knobs, METHODS[method].excludes
-    sources = draw(st.lists(names, min_size=1, max_size=2, unique=True))
+    least, most = METHODS[method].sources
+    sources = draw(st.lists(names, min_size=least, max_size=most or max(2, least), unique=True))
     components = st.lists(st.sampled_from(["attention", "mlp", "norm"]), max_size=2, unique=True)
     granularity = st.sampled_from(["model", "depth", "group", "layer"])
 
@@ -259,7 +261,9 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     space: dict[str, Any] = {"granularity": draw(granularity), "components": draw(components)}
     for name, knob in knobs.items():
         space[name] = draw(st.booleans()) and name not in excludes if knob.switch else bounds()
-    moving = next(name for name, knob in knobs.items() if not knob.switch)
+        if knob.choices:
+            space[name] = draw(st.booleans() | st.sampled_from(list(knob.choices)))
+    moving = next(name for name, knob in knobs.items() if not is_named(knob))
     space[moving] = [0.25, 0.75]
     if knobs[moving].each and draw(st.booleans()):
         space["sources"] = {sources[0]: {moving: bounds()}}

@@ -365,8 +365,8 @@ def test_a_signed_word_has_the_same_bits(word: int):
 DENSITIES = [1e-9, 0.001, 0.1, 0.25, 0.333, 0.5, 0.7, 0.9, 0.999]
 
 
-def of_task_vector(source: Tensor, base: Tensor) -> Magnitudes:
-    return Magnitudes(base.numel(), lambda: lambda part: (source[part].float() - base[part].float()).abs())
+def task_vector(source: Tensor, base: Tensor) -> Callable[[slice], Tensor]:
+    return lambda part: (source[part].float() - base[part].float()).abs()
 
 
 def kth_largest(source: Tensor, base: Tensor, density: float) -> float:
@@ -395,8 +395,9 @@ def spread(size: int, kind: str) -> Tensor:
 def test_a_threshold_is_the_kth_largest_magnitude(kind: str, size: int, dtype: torch.dtype):
     limit = torch.finfo(dtype).max
     source, base = spread(size, kind).clamp(-limit, limit).to(dtype), (0.1 * spread(size, "few values")).to(dtype)
-    magnitudes = of_task_vector(source, base)
-    assert [magnitudes.kth(kept_count(p, base.numel())) for p in DENSITIES] == [
+    sizes = task_vector(source, base)
+    magnitudes = Magnitudes(base.numel(), sizes)
+    assert [magnitudes.kth(kept_count(p, base.numel()), sizes) for p in DENSITIES] == [
         kth_largest(source, base, p) for p in DENSITIES
     ]
 
@@ -405,8 +406,9 @@ def test_a_threshold_sees_past_the_first_chunk(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(statistics, "CHUNK", 1000)
     source, base = spread(5003, "normal"), torch.zeros(5003)
     source[-1] = 100.0
-    magnitudes = of_task_vector(source, base)
-    assert [magnitudes.kth(kept_count(p, base.numel())) for p in DENSITIES] == [
+    sizes = task_vector(source, base)
+    magnitudes = Magnitudes(base.numel(), sizes)
+    assert [magnitudes.kth(kept_count(p, base.numel()), sizes) for p in DENSITIES] == [
         kth_largest(source, base, p) for p in DENSITIES
     ]
 

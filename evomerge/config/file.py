@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from evomerge.config.schema import SearchConfig
+from evomerge.config.schema import Axis, SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
+from evomerge.merge.plan import choices_of, is_named, values_of
 from evomerge.sources.locate import looks_like_hub_id
 
 
@@ -24,7 +25,7 @@ def method_problems(config: SearchConfig) -> list[str]:
     least, most = method.sources
     if not least <= len(config.sources) <= (most or len(config.sources)):
         problems.append(f"sources: {config.method} takes {least} to {most}, here are {len(config.sources)}")
-    given = {("space", knob): a for knob, a in config.space.axes().items()}
+    given: dict[tuple[str, str], Axis | str] = {("space", k): a for k, a in config.space.axes(method).items()}
     for source, knobs in config.space.sources.items():
         if source not in names:
             problems.append(f"space.sources.{source}: there is no source of that name; there are {', '.join(names)}")
@@ -35,6 +36,10 @@ def method_problems(config: SearchConfig) -> list[str]:
             allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
             hint = f"allowed: {allowed}" if allowed else "it has none"
             problems.append(f"{where}.{name}: not a coefficient of {config.method}; {hint}")
+        elif isinstance(bounds, str):
+            problems.append(f"{where}.{name}: {bounds!r} is not {choices_of(knob)}")
+        elif is_named(knob) and (bounds.low != bounds.high or bounds.low not in values_of(knob)):
+            problems.append(f"{where}.{name}: is never searched; give {choices_of(knob)}")
         elif bounds.low < knob.low or bounds.high > knob.high:
             problems.append(
                 f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} leave {knob.low:g} to {knob.high:g}"
@@ -48,9 +53,10 @@ def method_problems(config: SearchConfig) -> list[str]:
                 problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
     for switch, name in method.excludes.items():
         on, moved = given.get(("space", switch)), given.get(("space", name))
-        if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
+        is_on = isinstance(on, Axis) and on.high
+        if is_on and isinstance(moved, Axis) and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
             problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
-    if not any(a.low < a.high for a in given.values()) and not problems:
+    if not any(isinstance(a, Axis) and a.low < a.high for a in given.values()) and not problems:
         problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
     return problems
 

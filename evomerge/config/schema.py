@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from evomerge.merge.plan import Method
 from evomerge.merge.recipe import Dtype
 from evomerge.sources.anatomy import Component
 
@@ -52,41 +53,33 @@ def axis(value: object) -> object:
 AxisValue = Annotated[Axis, BeforeValidator(axis)]
 
 
-class SpaceConfig(Strict):
+class SpaceConfig(BaseModel):
     """Which coefficients may move.
 
     granularity: one value for the model, `knots` along the depth with straight lines between, `groups` of layers,
-    or one per layer.  components: those with coefficients of their own; the others share one.  A knob that is
-    not named keeps its default.  sources: knobs that differ for one source.
+    or one per layer.  components: those with coefficients of their own; the others share one.  sources: knobs that
+    differ for one source.  Every other key is a knob of the method; one that is not named keeps its default.
     """
 
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, AxisValue | str]
     granularity: Granularity = "model"
     knots: int = Field(default=3, ge=2, le=64)
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Component] = []
-    weight: AxisValue | None = None
-    density: AxisValue | None = None
-    lambda_: AxisValue | None = Field(default=None, alias="lambda")
-    t: AxisValue | None = None
-    decay: AxisValue | None = None
-    normalize: bool | None = None
-    rescale: bool | None = None
-    linear: bool | None = None
     sources: dict[str, dict[str, AxisValue]] = {}
 
-    def axes(self) -> dict[str, Axis]:
-        """The knobs that the file names, switches included, by the recipe's names."""
-        given = {
-            "weight": self.weight,
-            "density": self.density,
-            "lambda": self.lambda_,
-            "t": self.t,
-            "decay": self.decay,
-        }
-        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale), ("linear", self.linear)):
-            if switch is not None:
-                given[name] = Axis(low=float(switch), high=float(switch))
-        return {name: value for name, value in given.items() if value is not None}
+    def axes(self, method: Method) -> dict[str, Axis | str]:
+        """The knobs that the file names; the name of a choice becomes its number where the method knows it."""
+        found: dict[str, Axis | str] = {}
+        for name, value in self.__pydantic_extra__.items():
+            choices = method.knobs[name].choices if name in method.knobs else {}
+            found[name] = axis_at(choices[value]) if isinstance(value, str) and value in choices else value
+        return found
+
+
+def axis_at(value: float) -> Axis:
+    return Axis(low=value, high=value)
 
 
 class TaskConfig(Strict):
@@ -185,7 +178,7 @@ class SearchConfig(Strict):
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     method: str
-    space: SpaceConfig = SpaceConfig()
+    space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))
     tasks: list[TaskConfig] = Field(min_length=1)
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []

@@ -18,7 +18,8 @@ class Knob:
 
     default: its value when a recipe is silent; None if the recipe must give it.
     low, high: what a recipe may say (inclusive).  each: one value per source, else one for the merge.
-    switch: true or false, never searched.
+    switch: true or false, never searched.  choices: names for its only values, never searched; false and true are
+    those of 0 and 1.
     """
 
     default: float | None
@@ -26,6 +27,7 @@ class Knob:
     high: float = float("inf")
     each: bool = False
     switch: bool = False
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Knobs:
 class Chance:
     """With which probability a random mask keeps an element, as integers over 2^32: low + step * level.
 
-    level: 0 to 255, the element's rank among the magnitudes of its row (`ranks.py`); all count as 0 if `step` is 0.
+    level: 0 to 255, the element's rank among the magnitudes of its row (`statistics.rank_levels`); not looked at if
+    `step` is 0.  With a step, low >= 1 and low + 255 step < 2^32.
     """
 
     low: int
@@ -53,6 +56,10 @@ class Chance:
 
 class Measured(Protocol):
     """What a planner may ask about one tensor of the base and the sources.  d_i is the task vector x_i - base."""
+
+    @property
+    def count(self) -> int:
+        """How many sources there are."""
 
     @property
     def elements(self) -> int:
@@ -66,7 +73,7 @@ class Measured(Protocol):
         """One Gram matrix for each slice along `axis`, (slices, 1 + N, 1 + N); a vector is a single row."""
 
     def magnitude(self, source: int, rank: int) -> float:
-        """The `rank`-th largest |d_source|, from 1; 0 if the rank is that of the last element."""
+        """The `rank`-th largest |d_source|, 1 <= rank <= elements."""
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
         """The sum of |d_source| over the elements that its random mask keeps, or over all."""
@@ -74,8 +81,8 @@ class Measured(Protocol):
     def rank_weighted_l1(self, source: int) -> float:
         """The sum of |d_source| * (level + 1/2) / 256, the level of a `Chance`."""
 
-    def variance(self, share: float) -> float:
-        """The k-th largest variance across the task vectors, k = floor(share * varying elements); inf if k is 0."""
+    def variance(self, share: float) -> float | None:
+        """The k-th largest variance across the task vectors, k = floor(share * varying elements); None if k is 0."""
 
     def mean_squares(self, floor: float) -> tuple[float, ...]:
         """The mean square of each d_i, where elements whose variance is below `floor` count as 0."""
@@ -168,7 +175,6 @@ class Method:
     plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
     measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
-    needs_gram: bool = False
     excludes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -182,6 +188,26 @@ def chance(probability: float) -> Chance:
     return Chance(min(2**32, max(0, round(probability * 2**32))))
 
 
+def trim(measured: Measured, source: int, rank: int) -> float:
+    """The floor that keeps the `rank` largest of a task vector and their equals; 0, unmeasured, if that is all."""
+    return measured.magnitude(source, rank) if rank < measured.elements else 0.0
+
+
 def kept_count(density: float, elements: int) -> int:
     """How many elements a trim at `density` keeps: max(1, floor(density n)), mergekit's rule."""
     return max(1, math.floor(density * elements))
+
+
+def is_named(knob: Knob) -> bool:
+    """Whether the knob has a few values and no bounds: it is never searched."""
+    return knob.switch or bool(knob.choices)
+
+
+def values_of(knob: Knob) -> set[float]:
+    """The values of a knob that `is_named`."""
+    return {0.0, 1.0} | set(knob.choices.values())
+
+
+def choices_of(knob: Knob) -> str:
+    """What a knob may be, for a message."""
+    return "one of " + ", ".join((*knob.choices, "false", "true")) if is_named(knob) else "a number"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.files import disk_errors
 from evomerge.merge import statistics
 from evomerge.merge.bank import Bank
-from evomerge.merge.measure import Kept, Measurements
+from evomerge.merge.measure import Kept
 from evomerge.merge.methods import METHODS
 from evomerge.merge.statistics import Magnitudes
 
@@ -34,7 +34,7 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
 
     def one(name: str) -> bool:
         file = folder / f"{key(method, name, sources, inputs)}.safetensors"
-        if (found := load(file, bank, name, sources)) is not None:
+        if (found := load(file, bank.device)) is not None:
             bank.kept.update(found)
             return False
         measured = bank.measurements(name, sources)
@@ -42,6 +42,8 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
         if "gram" in wanted:
             _ = measured.gram
         for i in range(len(sources)):
+            if measured.untouched(i):
+                continue
             if "magnitudes" in wanted:
                 measured.magnitudes(i)
             if "ranks" in wanted:
@@ -79,7 +81,7 @@ def save(file: Path, kept: Kept) -> None:
     aside.replace(file)
 
 
-def load(file: Path, bank: Bank, name: str, sources: Sequence[str]) -> Kept | None:
+def load(file: Path, device: torch.device) -> Kept | None:
     """What `save` wrote; None if there is no such file or it is not whole."""
     try:
         tensors = load_file(file)
@@ -95,8 +97,5 @@ def load(file: Path, bank: Bank, name: str, sources: Sequence[str]) -> Kept | No
         elif value.dtype == torch.float64:
             kept[k] = value.numpy() if value.ndim else float(value)
         else:
-            kept[k] = value.to(bank.device)
-    measured: Measurements = bank.measurements(name, sources)
-    for k, state in states.items():
-        kept[k] = measured.restored(sources.index(k[2]), state)
-    return kept
+            kept[k] = value.to(device)
+    return kept | {k: Magnitudes.restored(state) for k, state in states.items()}

@@ -10,14 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Knob, Knobs
+from evomerge.merge.plan import Knob, Knobs, choices_of
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
 from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id, matching_models
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
-Coefficient = bool | PerLayer | dict[str, PerLayer]
-"""A number; a list of one number per layer; or either of them per component, with `default` for the rest."""
+Name = Annotated[str, Field(pattern="^[a-z]")]  # what begins with a digit is a number (YAML takes 1e-5 for text)
+Coefficient = bool | PerLayer | dict[str, PerLayer] | Name
+"""A number; a list of one number per layer; either of them per component, with `default` for the rest; or the name
+of one of a knob's choices."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -77,7 +79,8 @@ class Recipe(BaseModel):
                     for s in self.sources
                 )
             else:
-                shared[name] = value_at(self.parameters.get(name, knob.default), where, layers)
+                given = self.parameters.get(name, knob.default)
+                shared[name] = knob.choices[given] if isinstance(given, str) else value_at(given, where, layers)
         return Knobs(each, shared, len(self.sources))
 
 
@@ -105,6 +108,7 @@ def plain_sources(entry: Any, folder: Path) -> list[Any]:
 def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
     """The number that a coefficient has at a place."""
     assert coefficient is not None, "a required knob was not checked"
+    assert not isinstance(coefficient, str), "a name was not checked"
     if isinstance(coefficient, dict):
         coefficient = coefficient.get(where.component, coefficient.get("default", 0.0))
     if isinstance(coefficient, list):
@@ -114,6 +118,7 @@ def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> floa
 
 def numbers(coefficient: Coefficient) -> list[float]:
     """Every number that a coefficient can give."""
+    assert not isinstance(coefficient, str), "a name was not checked"
     parts = list(coefficient.values()) if isinstance(coefficient, dict) else [coefficient]
     return [float(x) for part in parts for x in (part if isinstance(part, list) else [part])]
 
@@ -154,6 +159,10 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 
 def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> list[str]:
+    if isinstance(coefficient, str):
+        if coefficient in knob.choices:
+            return []
+        return [f"{where}: {coefficient!r} is not {choices_of(knob)}"]
     if isinstance(coefficient, dict):
         unknown = set(coefficient) - {*COMPONENTS, "default"}
         if unknown:
@@ -162,6 +171,8 @@ def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> li
             return [f"{where}: needs `default` for the components it does not name"]
     if any(isinstance(part, list) and not part for part in as_parts(coefficient)):
         return [f"{where}: an empty list"]
+    if knob.choices and set(numbers(coefficient)) - set(knob.choices.values()):
+        return [f"{where}: not one of {', '.join(knob.choices)}, false, true"]
     outside = [x for x in numbers(coefficient) if not knob.low <= x <= knob.high]
     return [f"{where}: {outside[0]} is outside {knob.low:g} to {knob.high:g}"] if outside else []
 

@@ -14,7 +14,7 @@ SEGMENT = 1 << 22  # elements whose lanes are added up by halving; the segments'
 CHUNK = 1 << 17  # elements looked at in one go
 
 
-def chunks(elements: int, size: int = CHUNK) -> Iterator[slice]:
+def chunks(elements: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, elements)) for start in range(0, elements, size))
 
 
@@ -77,7 +77,8 @@ def row_gram_matrices(tensors: Sequence[Tensor], axis: int) -> NDArray[np.float6
     return grams
 
 
-Look = Callable[[], Callable[[slice], Tensor]]
+Sizes = Callable[[slice], Tensor]
+"""A slice of a flattened tensor -> |values| in float32."""
 
 
 class Magnitudes:
@@ -86,16 +87,15 @@ class Magnitudes:
     A histogram over the upper 16 bits of the sizes as float32 (32,768 bins, in the order of the magnitudes) finds
     the bin, and a look at the elements of that bin the exact value.  Between checkpoints in bfloat16 almost every
     difference is a bfloat16 number, the bin itself; the few others are kept aside, so the look is a short one.
+    The sizes are not held, but given again with each question.
     """
 
-    def __init__(self, elements: int, look: Look) -> None:
-        """look: opens the numbers for reading, a slice of the flattened tensor -> |values| in float32."""
-        self.elements, self.look = elements, look
-        sizes = look()
+    def __init__(self, elements: int, sizes: Sizes) -> None:
+        self.elements = elements
         counts = torch.zeros(1 << 15, dtype=torch.int64)
         odd, few = [], True
-        for part in chunks(elements):
-            bits = sizes(part).view(torch.int32)
+        for part in chunks(elements, CHUNK):
+            bits = bits_of(sizes(part))
             counts += torch.bincount(bits >> 16, minlength=1 << 15).cpu()
             if few:
                 odd.append(bits[(bits & 0xFFFF) != 0].cpu())
@@ -106,19 +106,18 @@ class Magnitudes:
         self.odd = torch.cat(odd) if few and odd else None
 
     @classmethod
-    def restored(cls, look: Look, state: dict[str, Tensor]) -> "Magnitudes":
+    def restored(cls, state: dict[str, Tensor]) -> "Magnitudes":
         """From what `state` gave."""
         self = cls.__new__(cls)
-        self.look, self.from_top, self.odd = look, state["from_top"], state.get("odd")
+        self.from_top, self.odd = state["from_top"], state.get("odd")
         self.elements, self.lowest, self.highest = map(int, state["range"])
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the numbers themselves."""
         found = {"from_top": self.from_top, "range": torch.tensor([self.elements, self.lowest, self.highest])}
         return found if self.odd is None else found | {"odd": self.odd}
 
-    def kth(self, k: int) -> float:
+    def kth(self, k: int, sizes: Sizes) -> float:
         """The k-th largest size, 1 <= k <= elements."""
         rank = int(torch.searchsorted(self.from_top, k))
         above = int(self.from_top[rank - 1]) if rank else 0
@@ -128,24 +127,23 @@ class Magnitudes:
             if k - above > inside.numel():  # one of those that are the bin's own lower edge
                 return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
         else:
-            inside = torch.cat([b[(b >> 16) == wanted] for b in self.bits()])
+            parts = (bits_of(sizes(part)) for part in chunks(self.elements, CHUNK))
+            inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
 
-    @property
-    def zeros(self) -> int:
+    def zeros(self, sizes: Sizes) -> int:
         """How many are exactly zero."""
         if self.lowest > 0:
             return 0
         if self.odd is None:
-            return sum(int((b == 0).sum()) for b in self.bits())
+            return sum(int((sizes(part) == 0).sum()) for part in chunks(self.elements, CHUNK))
         lowest_bin = int(self.from_top[-1] - (self.from_top[-2] if len(self.from_top) > 1 else 0))
         return lowest_bin - int((self.odd < 1 << 16).sum())
 
-    def bits(self) -> Iterator[Tensor]:
-        """The sizes' bits as integers, which have the same order."""
-        sizes = self.look()
-        return (sizes(part).view(torch.int32) for part in chunks(self.elements))
+
+def bits_of(sizes: Tensor) -> Tensor:
+    return sizes.view(torch.int32) & 0x7FFFFFFF  # NaN may come with a sign
 
 
 def rank_levels(source: Tensor, base: Tensor) -> Tensor:
@@ -167,7 +165,18 @@ def rank_levels(source: Tensor, base: Tensor) -> Tensor:
 
 
 def divergences(source: Tensor, base: Tensor) -> Tensor:
-    """KL(softmax source || softmax base) of each row over the last dimension, both plus 1e-8; (..., 1) float32."""
-    p = source.double().softmax(-1) + 1e-8
-    q = base.double().softmax(-1) + 1e-8
-    return total(p * (p / q).log()).unsqueeze(-1).float()
+    """KL(softmax source || softmax base) of each row over the last dimension, both plus 1e-8; (..., 1) float32.
+
+    A number is a row of one; a divergence below 0 is rounding, and 0.
+    """
+    shape = (*base.shape[:-1], 1) if base.ndim else ()
+    if base.numel() == 0:
+        return torch.zeros(shape, device=base.device)
+    width = base.shape[-1] if base.ndim else 1
+    rows, base_rows = source.reshape(-1, width), base.reshape(-1, width)
+    found = torch.zeros(rows.shape[0], device=base.device)
+    for part in chunks(rows.shape[0], max(1, CHUNK // width)):
+        p = rows[part].double().softmax(-1) + 1e-8
+        q = base_rows[part].double().softmax(-1) + 1e-8
+        found[part] = total(p * (p / q).log()).clamp(min=0.0)
+    return found.reshape(shape)

@@ -64,11 +64,13 @@ class Space:
             values = [group.low if group.fixed else point[a] for a in group.axes]
             along = spread(values, group.granularity, self.layers)
             parts.setdefault((group.knob, group.source), {})[group.component] = along
-        switches = {name for name, knob in METHODS[self.config.method].knobs.items() if knob.switch}
+        knobs = METHODS[self.config.method].knobs
         for (knob, source), components in parts.items():
             value: Coefficient = components["default"] if len(components) == 1 else components
-            if knob in switches:
+            if knobs[knob].switch:
                 value = bool(value)
+            elif knobs[knob].choices:
+                value = next(name for name, number in knobs[knob].choices.items() if number == value)
             (per_source[source] if source else shared)[knob] = value
         return Recipe(
             method=self.config.method,
@@ -115,7 +117,7 @@ def build_space(config: SearchConfig, models: Models) -> Space:
     layers = layer_count(list(models.base.tensors))
     changed = changed_components(models)
     method = METHODS[config.method]
-    given = config.space.axes()
+    given = {k: a for k, a in config.space.axes(method).items() if isinstance(a, Axis)}
     groups: list[Group] = []
     for knob_name, knob in method.knobs.items():
         for source in [s.name for s in config.sources] if knob.each else [None]:

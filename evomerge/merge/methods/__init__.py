@@ -1,6 +1,19 @@
 """The merge methods, one file each; where mergekit has a method, its name, knobs and meaning are mergekit's."""
 
-from evomerge.merge.methods import checkpoint_average, dare, linear, slerp, task_arithmetic, ties, uniform_soup
+from evomerge.merge.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    checkpoint_average,
+    dare,
+    della,
+    linear,
+    ram,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+    uniform_soup,
+)
 from evomerge.merge.plan import Method
 
 METHODS: dict[str, Method] = {
@@ -14,5 +27,13 @@ METHODS: dict[str, Method] = {
         ties.METHOD,
         dare.LINEAR,
         dare.TIES,
+        della.LINEAR,
+        della.DELLA,
+        breadcrumbs.LINEAR,
+        breadcrumbs.TIES,
+        sce.METHOD,
+        arcee_fusion.METHOD,
+        ram.RAM,
+        ram.PLUS,
     )
 }
