@@ -68,6 +68,15 @@ class SpaceConfig(Strict):
     density: AxisValue | None = None
     lambda_: AxisValue | None = Field(default=None, alias="lambda")
     t: AxisValue | None = None
+    scale: AxisValue | None = None
+    max_iter: AxisValue | None = None
+    tol: AxisValue | None = None
+    eps: AxisValue | None = None
+    nuslerp_flatten: bool | None = None
+    nuslerp_row_wise: bool | None = None
+    task_vectors: bool | None = None
+    normalize_weights: bool | None = None
+    filter_wise: bool | None = None
     normalize: bool | None = None
     rescale: bool | None = None
     sources: dict[str, dict[str, AxisValue]] = {}
@@ -75,7 +84,11 @@ class SpaceConfig(Strict):
     def axes(self) -> dict[str, Axis]:
         """The knobs that the file names, switches included, by the recipe's names."""
         given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
-        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
+        given |= {"scale": self.scale, "max_iter": self.max_iter, "tol": self.tol, "eps": self.eps}
+        dense = ("nuslerp_flatten", "nuslerp_row_wise", "task_vectors", "normalize_weights", "filter_wise")
+        switches = {name: getattr(self, name) for name in dense}
+        switches |= {"normalize": self.normalize, "rescale": self.rescale}
+        for name, switch in switches.items():
             if switch is not None:
                 given[name] = Axis(low=float(switch), high=float(switch))
         return {name: value for name, value in given.items() if value is not None}

@@ -1,6 +1,18 @@
 """The merge methods, one file each; the names, knobs and meanings are mergekit's."""
 
-from evomerge.merge.methods import dare, linear, slerp, task_arithmetic, ties
+from evomerge.merge.methods import (
+    dare,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    passthrough,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from evomerge.merge.plan import Method
 
 METHODS: dict[str, Method] = {
@@ -8,6 +20,12 @@ METHODS: dict[str, Method] = {
     for method in (
         linear.METHOD,
         slerp.METHOD,
+        nuslerp.METHOD,
+        multislerp.METHOD,
+        karcher.METHOD,
+        model_stock.METHOD,
+        passthrough.METHOD,
+        nearswap.METHOD,
         task_arithmetic.METHOD,
         ties.METHOD,
         dare.LINEAR,
