@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from evomerge.config.schema import Axis, SearchConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
@@ -24,8 +24,9 @@ def method_problems(config: SearchConfig) -> list[str]:
         return [f"method: {config.method!r} is not one of {', '.join(METHODS)}", *problems]
     least, most = method.sources
     if not least <= len(config.sources) <= (most or len(config.sources)):
-        problems.append(f"sources: {config.method} takes {least} to {most}, here are {len(config.sources)}")
-    given: dict[tuple[str, str], Axis | str] = {("space", k): a for k, a in config.space.axes(method).items()}
+        allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
+        problems.append(f"sources: {config.method} takes {allowed}, here are {len(config.sources)}")
+    given = {("space", knob): a for knob, a in config.space.axes(method).items()}
     for source, knobs in config.space.sources.items():
         if source not in names:
             problems.append(f"space.sources.{source}: there is no source of that name; there are {', '.join(names)}")
@@ -36,8 +37,8 @@ def method_problems(config: SearchConfig) -> list[str]:
             allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
             hint = f"allowed: {allowed}" if allowed else "it has none"
             problems.append(f"{where}.{name}: not a coefficient of {config.method}; {hint}")
-        elif isinstance(bounds, str):
-            problems.append(f"{where}.{name}: {bounds!r} is not {choices_of(knob)}")
+        elif bounds.choice is not None:
+            problems.append(f"{where}.{name}: {bounds.choice!r} is not {choices_of(knob)}")
         elif is_named(knob) and (bounds.low != bounds.high or bounds.low not in values_of(knob)):
             problems.append(f"{where}.{name}: is never searched; give {choices_of(knob)}")
         elif bounds.low < knob.low or bounds.high > knob.high:
@@ -53,10 +54,9 @@ def method_problems(config: SearchConfig) -> list[str]:
                 problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
     for switch, name in method.excludes.items():
         on, moved = given.get(("space", switch)), given.get(("space", name))
-        is_on = isinstance(on, Axis) and on.high
-        if is_on and isinstance(moved, Axis) and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
+        if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
             problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
-    if not any(isinstance(a, Axis) and a.low < a.high for a in given.values()) and not problems:
+    if not any(a.low < a.high for a in given.values()) and not problems:
         problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
     return problems
 

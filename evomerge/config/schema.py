@@ -27,10 +27,14 @@ class SourceConfig(Strict):
 
 
 class Axis(Strict):
-    """One knob of the space: bounds (low = high fixes it) and, if it differs from the space's, how fine it is."""
+    """One knob of the space: bounds (low = high fixes it) and, if it differs from the space's, how fine it is.
+
+    choice: the name of its only value, for knobs that have names (`rescale: l1`).
+    """
 
     low: float
     high: float
+    choice: str | None = None
     granularity: Granularity | None = None
     components: list[Component] | None = None
 
@@ -42,7 +46,9 @@ class Axis(Strict):
 
 
 def axis(value: object) -> object:
-    """`0.5` and `true` fix a knob, `[0, 1]` bounds it, a mapping says more."""
+    """`0.5`, `true` and a name fix a knob, `[0, 1]` bounds it, a mapping says more."""
+    if isinstance(value, str):
+        return {"low": 0.0, "high": 0.0, "choice": value}
     if isinstance(value, (bool, int, float)):
         return {"low": value, "high": value}
     if isinstance(value, list) and len(value) == 2:
@@ -62,24 +68,21 @@ class SpaceConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, AxisValue | str]
+    __pydantic_extra__: dict[str, AxisValue]
     granularity: Granularity = "model"
     knots: int = Field(default=3, ge=2, le=64)
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Component] = []
     sources: dict[str, dict[str, AxisValue]] = {}
 
-    def axes(self, method: Method) -> dict[str, Axis | str]:
+    def axes(self, method: Method) -> dict[str, Axis]:
         """The knobs that the file names; the name of a choice becomes its number where the method knows it."""
-        found: dict[str, Axis | str] = {}
-        for name, value in self.__pydantic_extra__.items():
-            choices = method.knobs[name].choices if name in method.knobs else {}
-            found[name] = axis_at(choices[value]) if isinstance(value, str) and value in choices else value
+        found = dict(self.__pydantic_extra__)
+        for name, value in found.items():
+            if value.choice is not None and name in method.knobs and value.choice in method.knobs[name].choices:
+                number = method.knobs[name].choices[value.choice]
+                found[name] = Axis(low=number, high=number)
         return found
-
-
-def axis_at(value: float) -> Axis:
-    return Axis(low=value, high=value)
 
 
 class TaskConfig(Strict):

@@ -41,6 +41,8 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
         before = set(bank.kept)
         if "gram" in wanted:
             _ = measured.gram
+        if "task_gram" in wanted:
+            _ = measured.task_gram
         for i in range(len(sources)):
             if measured.untouched(i):
                 continue

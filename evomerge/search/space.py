@@ -117,7 +117,7 @@ def build_space(config: SearchConfig, models: Models) -> Space:
     layers = layer_count(list(models.base.tensors))
     changed = changed_components(models)
     method = METHODS[config.method]
-    given = {k: a for k, a in config.space.axes(method).items() if isinstance(a, Axis)}
+    given = config.space.axes(method)
     groups: list[Group] = []
     for knob_name, knob in method.knobs.items():
         for source in [s.name for s in config.sources] if knob.each else [None]:
