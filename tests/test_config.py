@@ -241,6 +241,9 @@ def test_a_missing_or_unreadable_file_is_refused_by_name(tmp_path: Path) -> None
 unit = st.floats(0.01, 1)
 
 
+names = st.text("abcXYZ019_-", min_size=1, max_size=8)
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Correct configurations of every method, with all that a file may say."""

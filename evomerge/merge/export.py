@@ -12,24 +12,14 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import new_folder, sha256, write_text
 from evomerge.merge.bank import Bank
-from evomerge.merge.materialise import NotFinite, check_finite, materialise_tensor
-from evomerge.merge.recipe import Recipe, dump_recipe
+from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
+from evomerge.merge.recipe import Recipe, dump_recipe, signed
 from evomerge.merge.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
+from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
 
 def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
@@ -39,8 +29,8 @@ def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
 
 def output_tensors(recipe: Recipe, bank: Bank) -> dict[str, Shape]:
     """Type and shape of every tensor that a recipe makes, in the base's order."""
-    tensors = bank.models.base.tensors
-    return {name: (output_dtype(recipe, info.dtype), info.shape) for name, info in tensors.items()}
+    tensors = bank.layout.tensors
+    return {name: (output_dtype(recipe, tensors[name].dtype), tensors[name].shape) for name in bank.names}
 
 
 def total_bytes(recipe: Recipe, bank: Bank) -> int:
@@ -62,7 +52,7 @@ def export(
     progress: called with the number of bytes written so far.  EvomergeError if the folder is not empty, the
     disk is full, or the merge is not finite.
     """
-    base = bank.models.base
+    check_fits(recipe, bank)
     tensors = output_tensors(recipe, bank)
     shards = plan_shards(tensors, shard_bytes)
     with new_folder(folder) as aside:
@@ -78,19 +68,22 @@ def export(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        config = {k: v for k, v in base.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
+        config = {k: v for k, v in bank.layout.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
         write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
-        for name in COPIED:
-            if (base.path / name).exists():
-                shutil.copyfile(base.path / name, aside / name)
-        signed = recipe.model_copy(deep=True)
-        signed.base.sha256 = fingerprint(base.path)
-        for source in signed.sources:
-            source.sha256 = fingerprint(bank.models.sources[source.name].path)
-        signed.outputs = fingerprint(aside)
-        write_text(aside / "README.md", card(signed))
-        write_text(aside / "recipe.yaml", dump_recipe(signed))
-    return signed
+        copy_tokenizer(bank, aside)
+        full = signed(recipe)
+        full.outputs = fingerprint(aside)
+        write_text(aside / "README.md", card(full))
+        write_text(aside / "recipe.yaml", dump_recipe(full))
+    return full
+
+
+def copy_tokenizer(bank: Bank, folder: Path) -> None:
+    """The files of the output's tokenizer, and the generation settings of the model it is from."""
+    vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
+    vocabulary.write(folder)
+    if (settings := vocabulary.folder / "generation_config.json").exists():
+        shutil.copyfile(settings, folder / settings.name)
 
 
 def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
+from evomerge.files import read_json
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
@@ -32,6 +33,22 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise EvomergeError(f"{path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
     return model.requires_grad_(False).eval().to(device)
+
+
+def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
+    """The live model that a bank's candidates overwrite: the base's, or one of the layout's own depth and width."""
+    base = bank.models.base.path
+    if bank.layout.config == read_json(base / "config.json"):
+        return load_live_model(base, dtype, bank.device)
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bank.layout.config), dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvomergeError(f"{base}: transformers cannot build it ({str(error).splitlines()[0]})") from error
+    if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False).eval().to(bank.device)
 
 
 def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:

@@ -27,5 +27,6 @@ METHOD = Method(
         "linear": Knob(0.0, 0.0, 1.0, switch=True),
     },
     plan,
+    without_base=1,
     excludes={"linear": "decay"},
 )

@@ -13,4 +13,4 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     return Blend((1.0 / knobs.count,) * knobs.count)
 
 
-METHOD = Method("uniform_soup", {}, plan)
+METHOD = Method("uniform_soup", {}, plan, without_base=1)
