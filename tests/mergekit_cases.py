@@ -1,0 +1,120 @@
+"""Configurations of mergekit that both programs merge: every method with the knobs that tell it from its neighbours,
+and every way to write coefficients.  <base>, <one>, ... stand for the models' paths."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """units: how far float32 results may be apart, in units in the last place of the largest number in the sum."""
+
+    config: dict[str, Any]
+    units: float = 2
+
+
+def models(*weights: float | list[Any], **more: list[Any]) -> list[dict[str, Any]]:
+    """<one>, <two>, ... with these weights; more: parameter -> its value for each."""
+    found = []
+    for i, weight in enumerate(weights):
+        parameters = {"weight": weight} | {name: values[i] for name, values in more.items()}
+        found.append({"model": f"<{('one', 'two', 'three')[i]}>", "parameters": parameters})
+    return found
+
+
+def plain(*names: str) -> list[dict[str, Any]]:
+    return [{"model": f"<{name}>"} for name in names]
+
+
+def of_base(method: str, inputs: list[dict[str, Any]], units: float = 2, **parameters: Any) -> Case:
+    """A merge on a base model, which is not listed among the models."""
+    content = {"merge_method": method, "base_model": "<base>", "models": inputs}
+    return Case(content | ({"parameters": parameters} if parameters else {}), units)
+
+
+def among(method: str, inputs: list[dict[str, Any]], units: float = 2, **parameters: Any) -> Case:
+    """A merge without a base model."""
+    content = {"merge_method": method, "models": inputs}
+    return Case(content | ({"parameters": parameters} if parameters else {}), units)
+
+
+def ends(*names: str) -> list[dict[str, Any]]:
+    """A slice of the first three layers and one of the last two, which share a layer."""
+    sources = [[{"model": f"<{n}>", "layer_range": r} for n in names] for r in ([0, 3], [2, 4])]
+    return [{"sources": s} for s in sources]
+
+
+BY_NAME = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
+
+CASES: dict[str, Case] = {
+    "linear": among("linear", models(0.3, 0.9, 0.4)),
+    "linear, not normalised": among("linear", models(0.3, 0.9), normalize=False),
+    "linear, with a base": among("linear", [*models(0.3), {"model": "<base>", "parameters": {"weight": 0.7}}]),
+    "linear, the base not listed": Case(
+        {"merge_method": "linear", "base_model": "<base>", "models": models(0.3), "parameters": {"weight": 0.5}}
+    ),
+    "slerp": of_base("slerp", plain("base", "one"), t=0.3),
+    "slerp, the base last": of_base("slerp", plain("one", "base"), t=0.3),
+    "slerp, by names and layers": of_base("slerp", plain("base", "one"), t=BY_NAME),
+    "slerp, parallel": of_base("slerp", plain("base", "one"), t=[0, 1]),
+    "nuslerp": among("nuslerp", models(0.3, 0.9)),
+    "nuslerp, task vectors": of_base("nuslerp", models(0.3, 0.9)),
+    "nuslerp, rows": of_base("nuslerp", models(0.3, 0.9), nuslerp_flatten=False),
+    "nuslerp, columns": among("nuslerp", models(0.3, 0.9), nuslerp_flatten=False, nuslerp_row_wise=True),
+    "multislerp": among("multislerp", models(0.3, 0.9, 0.5)),
+    "multislerp, task vectors": of_base("multislerp", models(0.3, 0.9, 0.5)),
+    "multislerp, not normalised": of_base("multislerp", models(0.3, 0.9), normalize_weights=False),
+    "karcher": among("karcher", plain("one", "two", "three")),
+    "karcher, one step": among("karcher", plain("one", "two", "base"), max_iter=1, tol=1e-6),
+    "task_arithmetic": of_base("task_arithmetic", models(0.4, -0.2), **{"lambda": 1.3}),
+    "task_arithmetic, normalised": of_base("task_arithmetic", models(0.4, 0.7), normalize=True),
+    "task_arithmetic, by layers": of_base("task_arithmetic", models([0, 0.5, 1], [1, "2e-1"])),
+    "ties": of_base("ties", models(0.4, 0.7)),
+    "ties, trimmed": of_base("ties", models(0.4, 0.7, density=[0.5, 0.3])),
+    "ties, not normalised": of_base("ties", models(0.4, 0.7), density=0.5, normalize=False, **{"lambda": 0.8}),
+    "ties, a negative weight": of_base("ties", models(0.7, -0.4), density=0.5),
+    "breadcrumbs": of_base("breadcrumbs", models(0.4, 0.7), density=0.6, gamma=0.05),
+    "breadcrumbs_ties": of_base("breadcrumbs_ties", models(0.4, 0.7, 0.2), density=0.6, gamma=0.05),
+    "model_stock": of_base("model_stock", plain("one", "two", "three")),
+    "model_stock, filters": of_base("model_stock", plain("one", "two"), filter_wise=True),
+    "sce": of_base("sce", plain("one", "two", "three")),
+    "sce, selected": of_base("sce", plain("one", "two", "three"), select_topk=0.3),
+    "nearswap": of_base("nearswap", plain("base", "one"), t=0.03),
+    "arcee_fusion": of_base("arcee_fusion", plain("base", "one")),
+    "ram": of_base("ram", plain("one", "two"), epsilon=0.05),
+    "ramplus_tl": of_base("ramplus_tl", plain("one", "two", "three"), epsilon=0.05, r=0.4, alpha=0.3),
+    "passthrough": among("passthrough", plain("one")),
+    "passthrough, scaled": among("passthrough", [{"model": "<one>", "parameters": {"scale": [0.5, 1]}}]),
+    # Coefficients at every level: the model's own before the merge's, and what no filter fits falls through.
+    "precedence": Case(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "<base>",
+            "models": [
+                {"model": "<one>", "parameters": {"weight": [{"filter": "mlp", "value": [0.1, 0.9]}]}},
+                {"model": "<base>", "parameters": {"weight": 7}},
+                {"model": "<two>"},
+            ],
+            "parameters": {"weight": [{"filter": "embed", "value": 0.8}, {"filter": "*", "value": [0.2, 0.4, 0.3]}]},
+        }
+    ),
+    "names outside the stack": of_base(
+        "task_arithmetic", models([{"filter": "norm", "value": [0.3, 0.8]}, {"value": [1, 0]}], 0.5)
+    ),
+    "one module": Case(
+        {
+            "merge_method": "linear",
+            "modules": {"default": {"models": models([0, 1], 0.5), "parameters": {"normalize": False}}},
+            "parameters": {"normalize": True},
+        }
+    ),
+}
+
+# These run on the other architectures too.
+ELSEWHERE = ["linear", "slerp, by names and layers", "ties", "precedence"]
+
+RANDOM: dict[str, Case] = {}
