@@ -238,9 +238,10 @@ names = st.text("abcXYZ019_-", min_size=1, max_size=8)
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
     """Correct configurations of every method, with all that a file may say."""
-    method = draw(st.sampled_from(sorted(METHODS)))
+    method = draw(st.sampled_from([name for name, m in sorted(METHODS.items()) if m.knobs]))
     knobs = METHODS[method].knobs
-    sources = draw(st.lists(names, min_size=1, max_size=2, unique=True))
+    least, most = METHODS[method].sources
+    sources = draw(st.lists(names, min_size=least, max_size=most or 2, unique=True))
     components = st.lists(st.sampled_from(["attention", "mlp", "norm"]), max_size=2, unique=True)
     granularity = st.sampled_from(["model", "depth", "group", "layer"])
 
@@ -253,7 +254,9 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     space: dict[str, Any] = {"granularity": draw(granularity), "components": draw(components)}
     for name, knob in knobs.items():
         space[name] = draw(st.booleans()) if knob.switch else bounds()
-    moving = next(name for name, knob in knobs.items() if not knob.switch)
+        if knob.choices:
+            space[name] = draw(st.booleans() | st.sampled_from(list(knob.choices)))
+    moving = next(name for name, knob in knobs.items() if not (knob.switch or knob.choices))
     space[moving] = [0.25, 0.75]
     if knobs[moving].each and draw(st.booleans()):
         space["sources"] = {sources[0]: {moving: bounds()}}

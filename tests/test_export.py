@@ -47,7 +47,8 @@ def recipe_for(
 ) -> Recipe:
     """A recipe over every folder but the base; required knobs are 0.6."""
     silent = [k for k, v in METHODS[method].knobs.items() if v.default is None and k not in parameters]
-    sources = [RecipeSource(name=name, path=str(path)) for name, path in folders.items() if name != "base"]
+    names = [name for name in folders if name != "base"][: METHODS[method].sources[1]]
+    sources = [RecipeSource(name=name, path=str(folders[name])) for name in names]
     base = Model(path=str(folders["base"]))
     parameters |= dict.fromkeys(silent, 0.6)
     return Recipe(method=method, dtype=dtype, seed=7, base=base, sources=sources, parameters=parameters)

@@ -44,6 +44,8 @@ digests = st.dictionaries(
 def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     if knob.switch:
         return st.booleans()
+    if knob.choices:
+        return st.booleans() | st.sampled_from(list(knob.choices))
     low, high = max(knob.low, -1e6), min(knob.high, 1e6)
     number = st.floats(low, high) | st.integers(int(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
@@ -145,6 +147,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "sources.one.parameters.lambda: not a coefficient of ties here; allowed: weight, density",
     ),
     "knob of another method": ({"parameters": {"weight": 1, "t": 0.5}}, "parameters.t: not a coefficient of ties"),
+    "unknown choice": (
+        {"method": "dare_ties", "parameters": {"weight": 1, "rescale": "l2"}},
+        "parameters.rescale: 'l2' is not one of none, expected, l1",
+    ),
+    "a number for a choice": (
+        {"method": "dare_ties", "parameters": {"weight": 1, "rescale": 0.5}},
+        "parameters.rescale: not one of none, expected, l1, false, true",
+    ),
+    "a name for a number": ({"parameters": {"weight": "much"}}, "parameters.weight: 'much' is not a number"),
     "required knob missing": ({"parameters": {}}, "weight: must be given for one, two"),
     "required knob missing at one": (
         {"parameters": {}, "sources": [source("one", parameters={"weight": 1}), source("two")]},
@@ -345,11 +356,26 @@ def test_a_source_overrides_the_common_value_and_silence_means_the_default():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_one_and_two_sources_and_its_knobs_by_layer(method: str):
     knobs = METHODS[method].knobs
-    parameters: dict[str, Coefficient] = {k: True if v.switch else [0.25, 0.75] for k, v in knobs.items()}
-    for count in (1, 2):
+    named = {k for k, v in knobs.items() if v.switch or v.choices}
+    parameters: dict[str, Coefficient] = {k: True if k in named else [0.25, 0.75] for k in knobs}
+    least, most = METHODS[method].sources
+    for count in range(least, 1 + (most or 2)):
         found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
         assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
-        assert found.shared == {k: 1.0 if v.switch else 0.75 for k, v in knobs.items() if not v.each}
+        assert found.shared == {k: 1.0 if k in named else 0.75 for k, v in knobs.items() if not v.each}
+
+
+@pytest.mark.parametrize(("given", "means"), [(False, 0.0), ("none", 0.0), (True, 1.0), ("expected", 1.0), ("l1", 2.0)])
+def test_rescale_is_a_name_or_a_truth_value(given: Coefficient, means: float, tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", method="della", parameters={"weight": 1, "rescale": given})
+    recipe = load_recipe(file)
+    assert recipe.knobs(place(FINAL_NORM), LAYERS).shared["rescale"] == means
+    assert f"rescale: {str(given).lower()}" in dump_recipe(recipe)
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path):
+    file = written(tmp_path / "recipe.yaml", method="ram", parameters={"epsilon": "1e-5"})
+    assert load_recipe(file).knobs(place(FINAL_NORM), LAYERS).shared == {"epsilon": 1e-5}
 
 
 # --- Fingerprints ---

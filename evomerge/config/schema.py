@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from evomerge.merge.methods.rescale import RESCALE
 from evomerge.merge.recipe import Dtype
 from evomerge.sources.anatomy import Component
 
@@ -69,13 +70,21 @@ class SpaceConfig(Strict):
     lambda_: AxisValue | None = Field(default=None, alias="lambda")
     t: AxisValue | None = None
     normalize: bool | None = None
-    rescale: bool | None = None
+    rescale: bool | Literal["none", "expected", "l1"] | None = None
+    epsilon: AxisValue | None = None
+    gamma: AxisValue | None = None
+    select_topk: AxisValue | None = None
+    r: AxisValue | None = None
+    alpha: AxisValue | None = None
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self) -> dict[str, Axis]:
         """The knobs that the file names, switches included, by the recipe's names."""
         given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
-        for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
+        given |= {"epsilon": self.epsilon, "gamma": self.gamma, "select_topk": self.select_topk}
+        given |= {"r": self.r, "alpha": self.alpha}
+        rescale = RESCALE.choices[self.rescale] if isinstance(self.rescale, str) else self.rescale
+        for name, switch in (("normalize", self.normalize), ("rescale", rescale)):
             if switch is not None:
                 given[name] = Axis(low=float(switch), high=float(switch))
         return {name: value for name, value in given.items() if value is not None}

@@ -90,7 +90,7 @@ def sparse_blend(
 ) -> Tensor:
     count = len(sources)
     gains = plan.gains or (1.0,) * count
-    used = [i for i in range(count) if plan.keep == "variance" or contributes(plan, i, sources[i] is base)]
+    used = [i for i in range(count) if contributes(plan, i, sources[i] is base)]
     if not used:
         return kernels.store(out, base)
     infinite = float("inf")
@@ -139,9 +139,15 @@ def sparse_blend(
 
 
 def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
-    """Whether a source can change anything: an adapter may leave the tensor alone, a weight or chance be 0."""
+    """Whether a source can change anything: an adapter may leave the tensor alone, a weight or chance be 0.
+
+    Where all variances count, every source does; in a plain election a source of no weight has its vote.
+    """
+    if plan.keep == "variance":
+        return True
     never_kept = plan.chances is not None and plan.chances[source] == Chance(0)
-    return not is_base and plan.weights[source] != 0.0 and not never_kept
+    silent = plan.weights[source] == 0.0 and plan.elect != "plain"
+    return not (is_base or never_kept or silent)
 
 
 def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[list[int]]:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merge import kernels, statistics
-from evomerge.merge.plan import Chance, Gram
-from evomerge.merge.statistics import Magnitudes, summed
+from evomerge.merge.plan import Chance, Gram, Plan, SparseBlend
+from evomerge.merge.statistics import Magnitudes, Sizes, summed
 
 T = TypeVar("T")
 Kept = dict[tuple[Any, ...], Any]
@@ -48,11 +48,24 @@ class Measurements:
         """Base and sources."""
         return [self.tensors.base(self.name), *(self.tensors.source(s, self.name) for s in self.sources)]
 
-    def sizes(self, source: int) -> Callable[[slice], Tensor]:
+    def sizes(self, source: int) -> Sizes:
         """A slice of the flattened tensor -> |d_source| in float32."""
         base = self.tensors.base(self.name).reshape(-1)
         x = self.tensors.source(self.sources[source], self.name).reshape(-1)
         return lambda part: (x[part].float() - base[part].float()).abs_()
+
+    def deltas(self) -> Callable[[slice], list[Tensor]]:
+        """A slice of the flattened tensor -> the task vectors in float32."""
+        base, *sources = (x.reshape(-1) for x in self.operands())
+        return lambda part: [x[part].float() - base[part].float() for x in sources]
+
+    def untouched(self, source: int) -> bool:
+        """Whether the source's tensor is the base's own: an adapter leaves it alone."""
+        return self.tensors.source(self.sources[source], self.name) is self.tensors.base(self.name)
+
+    @property
+    def count(self) -> int:
+        return len(self.sources)
 
     @property
     def elements(self) -> int:
@@ -66,86 +79,129 @@ class Measurements:
         key = ("row grams", self.name, axis, *self.sources)
         return self.once(key, lambda: statistics.row_gram_matrices(self.operands(), axis))
 
-    def magnitudes(self, source: int) -> Magnitudes:
-        key = ("magnitudes", self.name, self.sources[source])
-        return self.once(key, lambda: Magnitudes(self.elements, self.sizes(source)))
-
     def magnitude(self, source: int, rank: int) -> float:
-        if rank >= self.elements:
-            return 0.0
-        key = ("magnitude", self.name, self.sources[source], rank)
-        return self.once(key, lambda: self.magnitudes(source).kth(rank))
+        def measure() -> float:
+            if self.untouched(source):
+                return 0.0
+            sizes = self.sizes(source)
+            key = ("magnitudes", self.name, self.sources[source])
+            return self.once(key, lambda: Magnitudes(self.elements, sizes)).kth(rank, sizes)
+
+        return self.once(("magnitude", self.name, self.sources[source], rank), measure)
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
-        sizes = self.sizes(source)
-        if chance is None:
-            key = ("l1", self.name, self.sources[source])
-            return self.once(key, lambda: float(summed(self.elements, lambda p: sizes(p).double()[None])[0]))
-        mask = self.mask
-        assert mask is not None, "a random mask needs its keys"
-        return float(summed(self.elements, lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0])
+        def measure() -> float:
+            if self.untouched(source):
+                return 0.0
+            sizes, mask = self.sizes(source), self.mask
+            if chance is None:
+                return float(summed(self.elements, lambda p: sizes(p).double()[None])[0])
+            assert mask is not None, "a random mask needs its keys"
+            return float(summed(self.elements, lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0])
+
+        return self.once(("l1", self.name, self.sources[source]), measure) if chance is None else measure()
 
     def levels(self, source: int) -> Tensor:
         """uint8, of the tensor's shape; see `Chance`."""
-        base, x = self.tensors.base(self.name), self.tensors.source(self.sources[source], self.name)
-        key = ("levels", self.name, self.sources[source])
-        return self.once(key, lambda: statistics.rank_levels(x, base))
+
+        def measure() -> Tensor:
+            base, x = self.tensors.base(self.name), self.tensors.source(self.sources[source], self.name)
+            return statistics.rank_levels(x, base) if x is not base else no_levels(base)
+
+        return self.once(("levels", self.name, self.sources[source]), measure)
 
     def rank_weighted_l1(self, source: int) -> float:
-        sizes, levels = self.sizes(source), self.levels(source).reshape(-1)
-        key = ("rank weighted l1", self.name, self.sources[source])
-
         def measure() -> float:
+            if self.untouched(source):
+                return 0.0
+            sizes, levels = self.sizes(source), self.levels(source).reshape(-1)
             terms = summed(self.elements, lambda p: (sizes(p).double() * ((levels[p].double() + 0.5) / 256))[None])
             return float(terms[0])
 
-        return self.once(key, measure)
+        return self.once(("rank weighted l1", self.name, self.sources[source]), measure)
 
-    def deltas(self, part: slice) -> list[Tensor]:
-        base, *sources = (x.reshape(-1)[part].float() for x in self.operands())
-        return [x - base for x in sources]
+    def variance(self, share: float) -> float | None:
+        def measure() -> float | None:
+            deltas = self.deltas()
 
-    def variance(self, share: float) -> float:
-        key = ("variances", self.name, *self.sources)
-        sizes = self.once(key, lambda: Magnitudes(self.elements, lambda p: kernels.variance(self.deltas(p))))
-        zeros = sizes.zeros
-        k = int((self.elements - zeros) * share)
-        return sizes.kth(k) if k else float("inf")
+            def sizes(part: slice) -> Tensor:
+                return kernels.variance(deltas(part))
+
+            key = ("variances", self.name, *self.sources)
+            ordered, zeros = self.once(key, lambda: with_zeros(Magnitudes(self.elements, sizes), sizes))
+            varying = self.elements - zeros
+            k = min(varying, int(np.float32(varying) * np.float32(share)))  # mergekit counts in float32
+            return ordered.kth(k, sizes) if k else None
+
+        return self.once(("variance", self.name, share, *self.sources), measure)
 
     def mean_squares(self, floor: float) -> tuple[float, ...]:
-        def squares(part: slice) -> Tensor:
-            deltas = self.deltas(part)
-            mask = (kernels.variance(deltas) >= floor).double()
-            return torch.stack([d.double().square() * mask for d in deltas])
+        def measure() -> NDArray[np.float64]:
+            deltas = self.deltas()
 
-        key = ("mean squares", self.name, floor, *self.sources)
-        sums = self.once(key, lambda: summed(self.elements, squares, len(self.sources)))
+            def squares(part: slice) -> Tensor:
+                found = deltas(part)
+                mask = (kernels.variance(found) >= floor).double()
+                return torch.stack([d.double().square() * mask for d in found])
+
+            return summed(self.elements, squares, len(self.sources))
+
+        sums = self.once(("mean squares", self.name, floor, *self.sources), measure)
         return tuple(float(s) / max(1, self.elements) for s in sums)
 
     def divergences(self) -> Tensor:
         """KL of each row of the first source from the base, (..., 1) float32."""
-        base, x = self.operands()[:2]
-        return self.once(("divergences", self.name, self.sources[0]), lambda: statistics.divergences(x, base))
+        key = ("divergences", self.name, self.sources[0])
+        return self.once(key, lambda: statistics.divergences(self.operands()[1], self.operands()[0]))
 
     def importance(self) -> float:
         def measure() -> float:
-            base, sizes = self.tensors.base(self.name), self.sizes(0)
-            rows = self.divergences().expand(base.shape).reshape(-1)
-            ordered = Magnitudes(self.elements, lambda p: sizes(p) * rows[p])
-            last = self.elements - 1
-            low, median, high = (ordered.kth(self.elements - int(q * last)) for q in (0.25, 0.5, 0.75))
-            return float(np.float32(median) + np.float32(1.5) * (np.float32(high) - np.float32(low)))
+            n, sizes = self.elements, self.sizes(0)
+            if n == 0:
+                return 0.0
+            rows = self.divergences().expand(self.tensors.base(self.name).shape).reshape(-1)
+
+            def scores(part: slice) -> Tensor:
+                return sizes(part) * rows[part]
+
+            ordered = Magnitudes(n, scores)
+            low, median, high = (np.float32(ordered.kth(n - int(q * (n - 1)), scores)) for q in (0.25, 0.5, 0.75))
+            with np.errstate(over="ignore", invalid="ignore"):
+                return float(median + np.float32(1.5) * (high - low))
 
         return self.once(("importance", self.name, self.sources[0]), measure)
 
     def changed(self, epsilon: float) -> tuple[tuple[int, int], ...]:
-        bound = float(np.float32(epsilon))
+        n, bound = len(self.sources), float(np.float32(epsilon))
 
-        def counts(part: slice) -> Tensor:
-            moved = torch.stack([(d.abs() > bound) for d in self.deltas(part)])
-            alone = moved & (moved.sum(0) == 1)
-            return torch.cat([alone, moved & ~alone]).double()
+        def measure() -> NDArray[np.float64]:
+            deltas = self.deltas()
 
-        n = len(self.sources)
-        found = self.once(("changed", self.name, epsilon, *self.sources), lambda: summed(self.elements, counts, 2 * n))
+            def counts(part: slice) -> Tensor:
+                moved = torch.stack([d.abs() > bound for d in deltas(part)])
+                alone = moved & (moved.sum(0) == 1)
+                return torch.cat([alone, moved & ~alone]).double()
+
+            return summed(self.elements, counts, 2 * n)
+
+        found = self.once(("changed", self.name, epsilon, *self.sources), measure)
         return tuple((int(found[i]), int(found[n + i])) for i in range(n))
+
+    def planes(self, plan: Plan) -> list[Tensor]:
+        """What a plan's mask needs beside the tensors: levels per source, or the row factors of one."""
+        if isinstance(plan, SparseBlend) and plan.keep == "importance":
+            return [self.divergences()]
+        if isinstance(plan, SparseBlend) and plan.keep == "rank":
+            assert plan.chances is not None, "ranks without chances"
+            base = self.tensors.base(self.name)
+            return [self.levels(i) if c.step else no_levels(base) for i, c in enumerate(plan.chances)]
+        return []
+
+
+def no_levels(like: Tensor) -> Tensor:
+    """Levels that nobody looks at, of a tensor's shape; they take no memory."""
+    return torch.zeros((), dtype=torch.uint8, device=like.device).expand(like.shape)
+
+
+def with_zeros(magnitudes: Magnitudes, sizes: Sizes) -> tuple[Magnitudes, int]:
+    return magnitudes, magnitudes.zeros(sizes)

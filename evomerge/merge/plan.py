@@ -18,7 +18,8 @@ class Knob:
 
     default: its value when a recipe is silent; None if the recipe must give it.
     low, high: what a recipe may say (inclusive).  each: one value per source, else one for the merge.
-    switch: true or false, never searched.
+    switch: true or false, never searched.  choices: names for its only values, never searched; false and true are
+    those of 0 and 1.
     """
 
     default: float | None
@@ -26,6 +27,7 @@ class Knob:
     high: float = float("inf")
     each: bool = False
     switch: bool = False
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Knobs:
 class Chance:
     """With which probability a random mask keeps an element, as integers over 2^32: low + step * level.
 
-    level: 0 to 255, the element's rank among the magnitudes of its row (`ranks.py`); all count as 0 if `step` is 0.
+    level: 0 to 255, the element's rank among the magnitudes of its row (`statistics.rank_levels`); not looked at if
+    `step` is 0.  With a step, low >= 1 and low + 255 step < 2^32.
     """
 
     low: int
@@ -49,6 +52,10 @@ class Chance:
 
 class Measured(Protocol):
     """What a planner may ask about one tensor of the base and the sources.  d_i is the task vector x_i - base."""
+
+    @property
+    def count(self) -> int:
+        """How many sources there are."""
 
     @property
     def elements(self) -> int:
@@ -62,7 +69,7 @@ class Measured(Protocol):
         """One Gram matrix for each slice along `axis`, (slices, 1 + N, 1 + N); a vector is a single row."""
 
     def magnitude(self, source: int, rank: int) -> float:
-        """The `rank`-th largest |d_source|, from 1; 0 if the rank is that of the last element."""
+        """The `rank`-th largest |d_source|, 1 <= rank <= elements."""
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
         """The sum of |d_source| over the elements that its random mask keeps, or over all."""
@@ -70,8 +77,8 @@ class Measured(Protocol):
     def rank_weighted_l1(self, source: int) -> float:
         """The sum of |d_source| * (level + 1/2) / 256, the level of a `Chance`."""
 
-    def variance(self, share: float) -> float:
-        """The k-th largest variance across the task vectors, k = floor(share * varying elements); inf if k is 0."""
+    def variance(self, share: float) -> float | None:
+        """The k-th largest variance across the task vectors, k = floor(share * varying elements); None if k is 0."""
 
     def mean_squares(self, floor: float) -> tuple[float, ...]:
         """The mean square of each d_i, where elements whose variance is below `floor` count as 0."""
@@ -173,6 +180,11 @@ def share(total: float) -> float:
 def chance(probability: float) -> Chance:
     """The same probability for every element."""
     return Chance(min(2**32, max(0, round(probability * 2**32))))
+
+
+def trim(measured: Measured, source: int, rank: int) -> float:
+    """The floor that keeps the `rank` largest of a task vector and their equals; 0, unmeasured, if that is all."""
+    return measured.magnitude(source, rank) if rank < measured.elements else 0.0
 
 
 def kept_count(density: float, elements: int) -> int:

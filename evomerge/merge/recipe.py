@@ -16,6 +16,7 @@ from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
+Name = Annotated[str, Field(pattern="^[a-z]")]  # what begins with a digit is a number (YAML takes 1e-5 for text)
 
 
 class Part(BaseModel):
@@ -26,9 +27,9 @@ class Part(BaseModel):
     value: PerLayer
 
 
-Coefficient = bool | PerLayer | dict[str, PerLayer] | Annotated[list[Part], Field(min_length=1)]
-"""A number; a list of one number per layer; either of them per component, with `default` for the rest; or a list of
-parts by tensor name, of which the first that fits decides."""
+Coefficient = bool | PerLayer | dict[str, PerLayer] | Annotated[list[Part], Field(min_length=1)] | Name
+"""A number; a list of one number per layer; either of them per component, with `default` for the rest; a list of parts
+by tensor name, of which the first that fits decides; or the name of one of a knob's choices."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -80,7 +81,8 @@ class Recipe(BaseModel):
                     for s in self.sources
                 )
             else:
-                shared[name] = value_at(self.parameters.get(name, knob.default), where, layers)
+                given = self.parameters.get(name, knob.default)
+                shared[name] = knob.choices[given] if isinstance(given, str) else value_at(given, where, layers)
         return Knobs(each, shared)
 
 
@@ -93,6 +95,7 @@ def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> floa
 
 def part_at(coefficient: Coefficient, where: Place) -> PerLayer:
     """The part of a coefficient that a tensor uses."""
+    assert not isinstance(coefficient, str), "a name was not checked"
     if isinstance(coefficient, dict):
         return coefficient.get(where.component, coefficient.get("default", 0.0))
     if parts := named_parts(coefficient):
@@ -108,6 +111,7 @@ def named_parts(coefficient: Coefficient) -> list[Part]:
 
 def numbers(coefficient: Coefficient) -> list[float]:
     """Every number that a coefficient can give."""
+    assert not isinstance(coefficient, str), "a name was not checked"
     return [float(x) for part in as_parts(coefficient) for x in (part if isinstance(part, list) else [part])]
 
 
@@ -142,6 +146,11 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 
 def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> list[str]:
+    if isinstance(coefficient, str):
+        if coefficient in knob.choices:
+            return []
+        allowed = ", ".join(knob.choices) if knob.choices else "a number"
+        return [f"{where}: {coefficient!r} is not {'one of ' if knob.choices else ''}{allowed}"]
     if isinstance(coefficient, dict):
         unknown = set(coefficient) - {*COMPONENTS, "default"}
         if unknown:
@@ -155,6 +164,8 @@ def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> li
             return [f"{where}: an entry without `filter` fits every tensor, so it must be the last"]
     if any(isinstance(part, list) and not part for part in as_parts(coefficient)):
         return [f"{where}: an empty list"]
+    if knob.choices and set(numbers(coefficient)) - set(knob.choices.values()):
+        return [f"{where}: not one of {', '.join(knob.choices)}, false, true"]
     outside = [x for x in numbers(coefficient) if not knob.low <= x <= knob.high]
     return [f"{where}: {outside[0]} is outside {knob.low:g} to {knob.high:g}"] if outside else []
 

@@ -14,7 +14,7 @@ SEGMENT = 1 << 22  # elements whose lanes are added up by halving; the segments'
 CHUNK = 1 << 17  # elements looked at in one go
 
 
-def chunks(elements: int, size: int = CHUNK) -> Iterator[slice]:
+def chunks(elements: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, elements)) for start in range(0, elements, size))
 
 
@@ -77,20 +77,24 @@ def row_gram_matrices(tensors: Sequence[Tensor], axis: int) -> NDArray[np.float6
     return grams
 
 
+Sizes = Callable[[slice], Tensor]
+"""A slice of a flattened tensor -> |values| in float32."""
+
+
 class Magnitudes:
     """The sizes of many numbers, ready for "what is the k-th largest?" without a sort.
 
     A histogram over the upper 16 bits of the sizes as float32 (32,768 bins, in the order of the magnitudes) finds
     the bin, and a look at the elements of that bin the exact value.  Between checkpoints in bfloat16 almost every
     difference is a bfloat16 number, the bin itself; the few others are kept aside, so the look is a short one.
+    The sizes are not held, but given again with each question.
     """
 
-    def __init__(self, elements: int, sizes: Callable[[slice], Tensor]) -> None:
-        """sizes: a slice of the flattened tensor -> |values| in float32."""
-        self.elements, self.sizes = elements, sizes
+    def __init__(self, elements: int, sizes: Sizes) -> None:
+        self.elements = elements
         counts, odd, few = None, [], True
-        for part in chunks(elements):
-            bits = sizes(part).view(torch.int32)
+        for part in chunks(elements, CHUNK):
+            bits = bits_of(sizes(part))
             found = torch.bincount(bits >> 16, minlength=1 << 15)
             counts = found if counts is None else counts.add_(found)
             if few:
@@ -103,7 +107,7 @@ class Magnitudes:
         self.from_top = kept.flip(0).cumsum(0)  # how many are in the r + 1 highest bins
         self.odd = torch.cat(odd) if few and odd else None
 
-    def kth(self, k: int) -> float:
+    def kth(self, k: int, sizes: Sizes) -> float:
         """The k-th largest size, 1 <= k <= elements."""
         rank = int(torch.searchsorted(self.from_top, k))
         above = int(self.from_top[rank - 1]) if rank else 0
@@ -113,22 +117,23 @@ class Magnitudes:
             if k - above > inside.numel():  # one of those that are the bin's own lower edge
                 return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
         else:
-            inside = torch.cat([b[(b >> 16) == wanted] for b in map(self.bits, chunks(self.elements))])
+            parts = (bits_of(sizes(part)) for part in chunks(self.elements, CHUNK))
+            inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
 
-    @property
-    def zeros(self) -> int:
+    def zeros(self, sizes: Sizes) -> int:
         """How many are exactly zero."""
         if self.lowest > 0:
             return 0
         if self.odd is None:
-            return sum(int((b == 0).sum()) for b in map(self.bits, chunks(self.elements)))
+            return sum(int((sizes(part) == 0).sum()) for part in chunks(self.elements, CHUNK))
         lowest_bin = int(self.from_top[-1] - (self.from_top[-2] if len(self.from_top) > 1 else 0))
         return lowest_bin - int((self.odd < 1 << 16).sum())
 
-    def bits(self, part: slice) -> Tensor:
-        return self.sizes(part).view(torch.int32)
+
+def bits_of(sizes: Tensor) -> Tensor:
+    return sizes.view(torch.int32) & 0x7FFFFFFF  # NaN may come with a sign
 
 
 def rank_levels(source: Tensor, base: Tensor) -> Tensor:
@@ -150,7 +155,15 @@ def rank_levels(source: Tensor, base: Tensor) -> Tensor:
 
 
 def divergences(source: Tensor, base: Tensor) -> Tensor:
-    """KL(softmax source || softmax base) of each row over the last dimension, both plus 1e-8; (..., 1) float32."""
-    p = source.double().softmax(-1) + 1e-8
-    q = base.double().softmax(-1) + 1e-8
-    return total(p * (p / q).log()).unsqueeze(-1).float()
+    """KL(softmax source || softmax base) of each row over the last dimension, both plus 1e-8; (..., 1) float32.
+
+    A number is a row of one; a divergence below 0 is rounding, and 0.
+    """
+    width = base.shape[-1] if base.ndim else 1
+    rows, base_rows = source.reshape(-1, max(1, width)), base.reshape(-1, max(1, width))
+    found = torch.zeros(rows.shape[0], device=base.device)
+    for part in chunks(rows.shape[0], max(1, CHUNK // max(1, width))):
+        p = rows[part].double().softmax(-1) + 1e-8
+        q = base_rows[part].double().softmax(-1) + 1e-8
+        found[part] = total(p * (p / q).log()).clamp(min=0.0)
+    return found.reshape(*base.shape[:-1], 1) if base.ndim else found.reshape(())

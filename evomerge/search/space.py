@@ -64,11 +64,13 @@ class Space:
             values = [group.low if group.fixed else point[a] for a in group.axes]
             along = spread(values, group.granularity, self.layers)
             parts.setdefault((group.knob, group.source), {})[group.component] = along
-        switches = {name for name, knob in METHODS[self.config.method].knobs.items() if knob.switch}
+        knobs = METHODS[self.config.method].knobs
         for (knob, source), components in parts.items():
             value: Coefficient = components["default"] if len(components) == 1 else components
-            if knob in switches:
+            if knobs[knob].switch:
                 value = bool(value)
+            elif knobs[knob].choices:
+                value = next(name for name, number in knobs[knob].choices.items() if number == value)
             (per_source[source] if source else shared)[knob] = value
         return Recipe(
             method=self.config.method,

@@ -189,6 +189,8 @@ class Reading:
                         self.problems.append(f"{parameter}: {self.file.method} has no such knob here; leave it out")
                     continue
                 found = coefficient(values, self.filters(parameter, source), layers)
+                if parameter == "rescale" and isinstance(found, float):
+                    found = "l1" if found else "none"  # mergekit knows only the L1 norm
                 if found != knobs[parameter].default:
                     into[parameter] = bool(found) if knobs[parameter].switch and isinstance(found, float) else found
         if "task_vectors" in knobs:

@@ -1,6 +1,17 @@
 """The merge methods, one file each; the names, knobs and meanings are mergekit's."""
 
-from evomerge.merge.methods import dare, linear, slerp, task_arithmetic, ties
+from evomerge.merge.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    dare,
+    della,
+    linear,
+    ram,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from evomerge.merge.plan import Method
 
 METHODS: dict[str, Method] = {
@@ -12,5 +23,13 @@ METHODS: dict[str, Method] = {
         ties.METHOD,
         dare.LINEAR,
         dare.TIES,
+        della.LINEAR,
+        della.DELLA,
+        breadcrumbs.LINEAR,
+        breadcrumbs.TIES,
+        sce.METHOD,
+        arcee_fusion.METHOD,
+        ram.RAM,
+        ram.PLUS,
     )
 }

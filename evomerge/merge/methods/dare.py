@@ -1,17 +1,18 @@
 """dare_linear and dare_ties: drop at random and rescale (Yu et al. 2024; mergekit `dare_linear`, `dare_ties`).
 
-Each element of a task vector is kept with probability `density` and, with `rescale`, divided by it, so that its
-expectation stays; dare_ties then elects signs as ties does.
+Each element of a task vector is kept with probability `density` and, with `rescale`, divided by it (g = 1 / density),
+so that its expectation stays; dare_ties then elects signs as ties does.
 
-    out = b + lambda * sum_i w_i m_i d_i / density_i          with `normalize`: / sum_i w_i (of the agreeing)
+    out = b + lambda * sum_i w_i g_i m_i d_i          with `normalize`: / sum_i w_i (of the agreeing)
 
 Different from mergekit on purpose: the masks are a hash of (seed, tensor, source, element), so they do not depend
 on device, order or process, and the mask at density 0.4 lies inside the mask at 0.5; `rescale` divides by the
-density as the paper does, where mergekit restores the L1 norm of the task vector.
+density as the paper does, where mergekit restores the L1 norm of the task vector (here `rescale: l1`, see rescale.py).
 """
 
 from typing import Literal
 
+from evomerge.merge.methods.rescale import RESCALE, gain
 from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, chance, share
 
 KNOBS = {
@@ -19,7 +20,7 @@ KNOBS = {
     "density": Knob(1.0, 0.0, 1.0, each=True),
     "lambda": Knob(1.0),
     "normalize": Knob(0.0, 0.0, 1.0, switch=True),
-    "rescale": Knob(1.0, 0.0, 1.0, switch=True),
+    "rescale": RESCALE,
 }
 
 
@@ -29,12 +30,12 @@ def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) ->
     normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
     if normalize and not elect:
         scale, normalize = scale / share(sum(weights)), False
-    rescale = bool(knobs.shared["rescale"])
+    chances, how = tuple(map(chance, density)), knobs.shared["rescale"]
     return SparseBlend(
         weights=weights,
         keep="random",
-        gains=tuple(1.0 / p if rescale and p > 0 else 1.0 for p in density),
-        chances=tuple(map(chance, density)),
+        gains=tuple(gain(how, measured, i, c) if weights[i] else 1.0 for i, c in enumerate(chances)),
+        chances=chances,
         elect=elect,
         normalize=normalize,
         scale=scale,

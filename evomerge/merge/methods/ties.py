@@ -9,7 +9,7 @@ Different from mergekit on purpose: elements as large as the k-th are all kept (
 an order that depends on the device), so that the same recipe gives the same bits everywhere.
 """
 
-from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count
+from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count, trim
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
@@ -18,7 +18,7 @@ def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
     return SparseBlend(
         weights=knobs.each["weight"],
         keep="magnitude",
-        floors=tuple(measured.magnitude(i, k) for i, k in enumerate(ranks)),
+        floors=tuple(trim(measured, i, k) for i, k in enumerate(ranks)),
         elect="weighted",
         normalize=bool(knobs.shared["normalize"]),
         scale=knobs.shared["lambda"],

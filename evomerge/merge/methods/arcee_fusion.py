@@ -1,0 +1,23 @@
+"""arcee_fusion: take over only what matters most (Arcee AI, no paper; mergekit `arcee_fusion`).
+
+The importance of an element is its change times how far its row's softmax moved:
+
+    importance = |d| * KL(softmax x || softmax b)          per row of the last dimension, both softmaxes plus 1e-8
+    out        = b + d where importance >= median + 1.5 (upper quartile - lower quartile), else b
+
+A change that is the same everywhere in a row moves no softmax.  Importances of a tensor that are all equal are all
+at the threshold, and all taken over.
+
+Different from mergekit on purpose: quartiles come from all elements (mergekit draws a million at random from larger
+tensors), and divergences are summed in float64 (in float32 those of close models drown in rounding).
+"""
+
+from evomerge.merge.plan import Knobs, Measured, Method, SparseBlend
+
+
+def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
+    """The threshold; the rows' divergences reach the kernel as its planes."""
+    return SparseBlend((1.0,), keep="importance", floors=(measured.importance(),))
+
+
+METHOD = Method("arcee_fusion", {}, plan, sources=(1, 1))

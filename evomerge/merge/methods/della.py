@@ -1,0 +1,69 @@
+"""della and della_linear: drop at random, small changes sooner (Deep et al. 2024; mergekit `della`, `della_linear`).
+
+Within each row of a task vector (a vector is one row) the chance of being kept rises with the rank of |d|, from
+density - epsilon for the smallest to density + epsilon for the largest; 256 levels stand for the ranks.
+
+    out = b + lambda * sum_i w_i g_i m_i d_i          with `normalize`: / sum_i w_i
+    p_j = density - epsilon + 2 epsilon (floor(256 rank_j / n) + 1/2) / 256,          g: see rescale.py
+
+della elects signs as ties does, and divides by the weights that agree.
+
+Different from mergekit on purpose: masks are a hash, as in dare; an epsilon too large for its density is narrowed
+where mergekit raises, so that no search fails there; `rescale` restores the expectation unless it says `l1`; tensors
+of three and more dimensions are ranked by the first, where mergekit ranks along the second.
+"""
+
+import math
+from typing import Literal
+
+from evomerge.merge.methods.rescale import RESCALE, gain
+from evomerge.merge.plan import Chance, Knob, Knobs, Measured, Method, SparseBlend, chance, share
+
+KNOBS = {
+    "weight": Knob(None, each=True),
+    "density": Knob(1.0, 0.0, 1.0, each=True),
+    "epsilon": Knob(0.15, 0.0, 1.0, each=True),
+    "lambda": Knob(1.0),
+    "normalize": Knob(1.0, 0.0, 1.0, switch=True),
+    "rescale": RESCALE,
+}
+
+
+def rank_chance(density: float, epsilon: float) -> Chance:
+    """Chances around `density` that rise by 2 epsilon from the lowest rank to the highest, within (0, 1)."""
+    epsilon = min(epsilon, density, 1.0 - density)
+    step = math.floor(2 * epsilon / 256 * 2**32)
+    low = round(density * 2**32 - 127.5 * step)  # the mean over the 256 levels is the density
+    return Chance(low, step) if step and low >= 1 and low + 255 * step < 2**32 else chance(density)
+
+
+def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) -> SparseBlend:
+    """Masks by rank.  Without election the divisor is one number and goes into the scale."""
+    weights, how = knobs.each["weight"], knobs.shared["rescale"]
+    chances = tuple(map(rank_chance, knobs.each["density"], knobs.each["epsilon"]))
+    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
+    if normalize and not elect:
+        scale, normalize = scale / share(sum(weights)), False
+    return SparseBlend(
+        weights=weights,
+        keep="rank" if any(c.step for c in chances) else "random",
+        gains=tuple(gain(how, measured, i, c) if weights[i] else 1.0 for i, c in enumerate(chances)),
+        chances=chances,
+        elect=elect,
+        normalize=normalize,
+        scale=scale,
+    )
+
+
+def plan_linear(knobs: Knobs, measured: Measured) -> SparseBlend:
+    return plan(knobs, measured, elect=None)
+
+
+def plan_elected(knobs: Knobs, measured: Measured) -> SparseBlend:
+    return plan(knobs, measured, elect="weighted")
+
+
+LINEAR = Method(
+    "della_linear", KNOBS | {"normalize": Knob(0.0, 0.0, 1.0, switch=True)}, plan_linear, measures=frozenset({"ranks"})
+)
+DELLA = Method("della", KNOBS, plan_elected, measures=frozenset({"ranks"}))

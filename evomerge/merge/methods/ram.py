@@ -1,0 +1,38 @@
+"""ram and ramplus_tl: add what one source changed, average what several did (arXiv 2601.13572; mergekit the same).
+
+"Reinforced Agent Merging".  A source changed an element if |d_i| > epsilon; m_i says so.
+
+    out = b + sum_i a_i m_i d_i / sum_i m_i
+
+with a_i = 1 where several sources changed the element.  Where source i alone did, ram has a_i = 1 too, and ramplus_tl
+(tensor by tensor) makes up for what averaging takes from a source that shares much of its change:
+
+    a_i = 1 + r * min(alpha, shared_i / alone_i),          elements it changed with others, and alone
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend
+
+EPSILON = Knob(1e-5, 0.0)
+
+
+def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
+    """Floors just above epsilon; the normalisation is the averaging."""
+    count = measured.count
+    floor = float(np.nextafter(np.float32(knobs.shared["epsilon"]), np.float32(np.inf)))
+    return SparseBlend((1.0,) * count, keep="magnitude", floors=(floor,) * count, normalize=True)
+
+
+def plan_plus(knobs: Knobs, measured: Measured) -> SparseBlend:
+    """ram, and gains for what a source changed alone."""
+    r, alpha = knobs.shared["r"], knobs.shared["alpha"]
+    counts = measured.changed(knobs.shared["epsilon"])
+    alone = tuple(1.0 + r * min(alpha, shared / own) if own else 1.0 for own, shared in counts)
+    return replace(plan(knobs, measured), alone=alone)
+
+
+RAM = Method("ram", {"epsilon": EPSILON}, plan)
+PLUS = Method("ramplus_tl", {"epsilon": EPSILON, "r": Knob(0.1), "alpha": Knob(0.2, 0.0)}, plan_plus)
