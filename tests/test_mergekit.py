@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import CASES, ELSEWHERE, RANDOM, Case
+from mergekit_cases import CASES, ELSEWHERE, Case
 from models import NAMES
 from torch import Tensor
 
