@@ -159,11 +159,14 @@ def divergences(source: Tensor, base: Tensor) -> Tensor:
 
     A number is a row of one; a divergence below 0 is rounding, and 0.
     """
+    shape = (*base.shape[:-1], 1) if base.ndim else ()
+    if base.numel() == 0:
+        return torch.zeros(shape, device=base.device)
     width = base.shape[-1] if base.ndim else 1
-    rows, base_rows = source.reshape(-1, max(1, width)), base.reshape(-1, max(1, width))
+    rows, base_rows = source.reshape(-1, width), base.reshape(-1, width)
     found = torch.zeros(rows.shape[0], device=base.device)
-    for part in chunks(rows.shape[0], max(1, CHUNK // max(1, width))):
+    for part in chunks(rows.shape[0], max(1, CHUNK // width)):
         p = rows[part].double().softmax(-1) + 1e-8
         q = base_rows[part].double().softmax(-1) + 1e-8
         found[part] = total(p * (p / q).log()).clamp(min=0.0)
-    return found.reshape(*base.shape[:-1], 1) if base.ndim else found.reshape(())
+    return found.reshape(shape)
