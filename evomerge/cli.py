@@ -289,16 +289,13 @@ def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results:
 def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
     from evomerge.device import resolve_device
-    from evomerge.merge.bank import Bank
     from evomerge.merge.card import model_card
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
-    from evomerge.merge.recipe import model_folders
+    from evomerge.merge.nested import open_bank
     from evomerge.report.terminal import Bar
-    from evomerge.sources.open import open_models
 
-    base, sources = model_folders(recipe)
-    bank = Bank(open_models(base, sources), resolve_device(device))
+    bank = open_bank(recipe, resolve_device(device))
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:

@@ -1,7 +1,7 @@
 """Real models, small enough to write in milliseconds: two-layer Llamas and LoRA adapters as ordinary folders."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ HIDDEN, INNER, LAYERS, HEADS = 16, 24, 2, 2
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def llama_shapes(tied: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the tiny Llama, in the order of the file."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (len(VOCABULARY), HIDDEN)}
-    for layer in range(LAYERS):
+def llama_shapes(tied: bool = False, layers: int = LAYERS, rows: int = len(VOCABULARY)) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the tiny Llama, in the order of the file.  rows: of the embedding and the head."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, HIDDEN)}
+    for layer in range(layers):
         block = f"model.layers.{layer}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             shapes[f"{block}self_attn.{name}.weight"] = (HIDDEN, HIDDEN)
@@ -27,18 +27,20 @@ def llama_shapes(tied: bool = False) -> dict[str, tuple[int, ...]]:
         shapes[f"{block}post_attention_layernorm.weight"] = (HIDDEN,)
     shapes["model.norm.weight"] = (HIDDEN,)
     if not tied:
-        shapes["lm_head.weight"] = (len(VOCABULARY), HIDDEN)
+        shapes["lm_head.weight"] = (rows, HIDDEN)
     return shapes
 
 
-def llama_config(tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+def llama_config(
+    tied: bool = False, dtype: torch.dtype = torch.float32, layers: int = LAYERS, rows: int = len(VOCABULARY)
+) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(VOCABULARY),
+        "vocab_size": rows,
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "max_position_embeddings": 64,
@@ -50,9 +52,11 @@ def llama_config(tied: bool = False, dtype: torch.dtype = torch.float32) -> dict
     }
 
 
-def llama_weights(seed: int = 0, tied: bool = False, change: float = 0.05) -> dict[str, torch.Tensor]:
+def llama_weights(
+    seed: int = 0, tied: bool = False, change: float = 0.05, layers: int = LAYERS, rows: int = len(VOCABULARY)
+) -> dict[str, torch.Tensor]:
     """Float32 weights.  Seed 0 is the base; any other seed is the base plus `change` times its own noise."""
-    shapes = llama_shapes(tied)
+    shapes = llama_shapes(tied, layers, rows)
     weights = random_tensors(shapes, 0)
     for name in shapes:
         weights[name] = 1 + 0.1 * weights[name] if "norm" in name else 0.2 * weights[name]
@@ -75,13 +79,20 @@ def write_llama(
     tied: bool = False,
     shards: int = 1,
     change: float = 0.05,
+    layers: int = LAYERS,
+    vocabulary: Sequence[str] = VOCABULARY,
+    padding: int = 0,
 ) -> Path:
-    """A tiny Llama with config and tokenizer.  Same seed, same weights; see `llama_weights`."""
+    """A tiny Llama with config and tokenizer.  Same seed, same weights; see `llama_weights`.
+
+    padding: rows of embedding and head beyond the vocabulary.
+    """
     folder.mkdir(parents=True)
-    weights = {name: tensor.to(dtype) for name, tensor in llama_weights(seed, tied, change).items()}
+    rows = len(vocabulary) + padding
+    weights = {name: tensor.to(dtype) for name, tensor in llama_weights(seed, tied, change, layers, rows).items()}
     write_weights(folder, weights, shards)
-    (folder / "config.json").write_text(json.dumps(llama_config(tied, dtype), indent=2))
-    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(llama_config(tied, dtype, layers, rows), indent=2))
+    write_tokenizer(folder, vocabulary)
     return folder
 
 
@@ -100,9 +111,9 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int = 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One token a character."""
-    ids = {token: number for number, token in enumerate(VOCABULARY)}
+def write_tokenizer(folder: Path, vocabulary: Sequence[str] = VOCABULARY) -> None:
+    """One token a character.  The first three of the vocabulary are the special tokens."""
+    ids = {token: number for number, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,6 +1,6 @@
 """Beside mergekit 0.1.5 itself: the same configuration and the same files give the same model.
 
-`make test-mergekit` makes an environment for mergekit and runs this; or point EVOMERGE_MERGEKIT at a Python that has it.
+`make test-mergekit` makes an environment for mergekit and runs this; or name a Python that has it: EVOMERGE_MERGEKIT.
 One process of mergekit makes all merges.  Its `dtype: float32` is the arithmetic that evomerge always uses.
 """
 

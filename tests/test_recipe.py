@@ -135,7 +135,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed of 64 bits": ({"seed": 2**63}, "seed: "),
     "no base": ({"base": None}, "base: Field required"),
     "no sources": ({"sources": []}, "sources: "),
-    "source without path": ({"sources": [{"name": "one"}]}, "sources.0.path: Field required"),
+    "source without path": ({"sources": [{"name": "one"}]}, "sources.0: needs a `path` or a `recipe`"),
     "source without name": ({"sources": [{"path": "/models/one"}]}, "sources.0.name: Field required"),
     "one name twice": ({"sources": [source("one"), source("one")]}, "sources: two have the same name"),
     "unknown knob": (

@@ -8,20 +8,25 @@ import torch
 
 from evomerge.merge.compiled import Compiled
 from evomerge.merge.execute import Keys, random_mask
+from evomerge.merge.layout import BASE, Slice, build_layout
 from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.plan import Chance
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import layer_count
 from evomerge.sources.open import Models
 
-HELD_BYTES = 4 << 30  # adapter deltas kept in memory at most; beyond it they are computed again when needed
+HELD_BYTES = (
+    4 << 30
+)  # computed tensors (adapters, nested recipes) kept in memory at most; beyond it they are computed again when needed
 
 
 class Bank:
-    """Tensors of the base and the sources by name, on one device.
+    """Tensors of the base and the sources by the names of what they are merged into, on one device.
+
+    layout: what is merged into what; with `slices`, other layers than the namesakes.
 
     On the CPU checkpoints stay memory-mapped: the page cache is the bank.  On an accelerator a tensor is copied
-    there on first use and stays while `capacity` bytes last, and so does an adapter's sum with the base.
+    there on first use and stays while `capacity` bytes last, and so does what is computed (an adapter's sum with the
+    base, a nested recipe's result).
     """
 
     def __init__(
@@ -30,36 +35,58 @@ class Bank:
         device: torch.device | str = "cpu",
         capacity: int | None = None,
         compiled: Compiled | None = None,
+        slices: Sequence[Slice] = (),
     ) -> None:
         self.models = models
+        self.slices = list(slices)
+        self.layout = build_layout(models, slices)
         self.compiled = compiled
         self.device = torch.device(device)
-        self.names = list(models.base.tensors)
-        self.layers = layer_count(self.names)
+        self.names = list(self.layout.tensors)
+        self.layers = self.layout.layers
         self.capacity = capacity if capacity is not None else default_capacity(self.device)
         self.held: dict[tuple[str, str], torch.Tensor] = {}
+        self.recent: dict[tuple[str, str], torch.Tensor] = {}
         self.kept: Kept = {}
 
     def base(self, name: str) -> torch.Tensor:
-        return self.fetch("", name)
+        """The base's tensor; where it takes no part, the first source's, to give the shape."""
+        origin = self.layout.origin(BASE, name)
+        if origin is None:
+            return self.source(next(iter(self.layout.origins[name])), name)
+        return self.fetch("", origin)
 
     def source(self, source: str, name: str) -> torch.Tensor:
         """A source's tensor; the base's own object if an adapter does not touch it."""
+        origin = self.layout.origin(source, name)
+        assert origin is not None, f"{source} has no part in {name}"
         model = self.models.sources[source]
-        if isinstance(model, Adapter) and not model.touches(name):
-            return self.base(name)
-        return self.fetch(source, name)
+        if isinstance(model, Adapter) and not model.touches(origin):
+            return self.fetch("", origin)
+        return self.fetch(source, origin)
+
+    def taking_part(self, name: str, sources: Sequence[str]) -> list[str]:
+        """Those of the sources that the tensor `name` is made of."""
+        return [s for s in sources if self.layout.origin(s, name) is not None]
 
     def fetch(self, source: str, name: str) -> torch.Tensor:
-        if (source, name) in self.held:
-            return self.held[source, name]
+        """A model's own tensor `name`, the base's if `source` is empty."""
+        for store in (self.held, self.recent):
+            if (source, name) in store:
+                return store[source, name]
         model = self.models.sources[source] if source else self.models.base
         tensor = model.read(name).to(self.device)
-        is_mapped = self.device.type == "cpu" and not isinstance(model, Adapter)
+        is_mapped = self.device.type == "cpu" and model.stores(name)
         if is_mapped or tensor.nbytes <= self.capacity:
             self.capacity -= 0 if is_mapped else tensor.nbytes
             self.held[source, name] = tensor
+        else:
+            self.recent[source, name] = tensor
         return tensor
+
+    def forget_recent(self) -> None:
+        """Let go of what did not fit: it stays only while one tensor is merged."""
+        self.recent.clear()
 
     def measurements(self, name: str, sources: Sequence[str], seed: int = 0) -> Measurements:
         """What planners may ask about a tensor; whatever was measured before is not measured again."""

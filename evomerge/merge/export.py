@@ -13,8 +13,8 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import new_folder, sha256, write_text
 from evomerge.merge.bank import Bank
-from evomerge.merge.materialise import NotFinite, check_finite, materialise_tensor
-from evomerge.merge.recipe import Recipe, dump_recipe
+from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
+from evomerge.merge.recipe import Recipe, dump_recipe, signed
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
 
@@ -43,7 +43,7 @@ def plan_shards(recipe: Recipe, bank: Bank, limit: int = SHARD_BYTES) -> list[li
     shards: list[list[str]] = [[]]
     filled = 0
     for name in bank.names:
-        info = bank.models.base.tensors[name]
+        info = bank.layout.tensors[name]
         size = info.bytes // info.dtype.itemsize * output_dtype(recipe, info.dtype).itemsize
         if shards[-1] and filled + size > limit:
             shards.append([])
@@ -55,7 +55,7 @@ def plan_shards(recipe: Recipe, bank: Bank, limit: int = SHARD_BYTES) -> list[li
 
 def total_bytes(recipe: Recipe, bank: Bank) -> int:
     """How many bytes of weights a recipe makes."""
-    tensors = bank.models.base.tensors.values()
+    tensors = bank.layout.tensors.values()
     return sum(t.bytes // t.dtype.itemsize * output_dtype(recipe, t.dtype).itemsize for t in tensors)
 
 
@@ -73,6 +73,7 @@ def export(
     progress: called with the number of bytes written so far.  EvomergeError if the folder is not empty, the
     disk is full, or the merge is not finite.
     """
+    check_fits(recipe, bank)
     base = bank.models.base
     shards = plan_shards(recipe, bank, shard_bytes)
     with new_folder(folder) as aside:
@@ -84,7 +85,7 @@ def export(
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}
             for name in names:
-                info = base.tensors[name]
+                info = bank.layout.tensors[name]
                 tensors[name] = torch.empty(info.shape, dtype=output_dtype(recipe, info.dtype))
                 merge_to_host(recipe, bank, name, tensors[name])
                 total += tensors[name].nbytes
@@ -94,19 +95,16 @@ def export(
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        config = {k: v for k, v in base.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
+        config = {k: v for k, v in bank.layout.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
         write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
         for name in COPIED:
             if (base.path / name).exists():
                 shutil.copyfile(base.path / name, aside / name)
-        signed = recipe.model_copy(deep=True)
-        signed.base.sha256 = fingerprint(base.path)
-        for source in signed.sources:
-            source.sha256 = fingerprint(bank.models.sources[source.name].path)
-        signed.outputs = fingerprint(aside)
-        write_text(aside / "README.md", card(signed))
-        write_text(aside / "recipe.yaml", dump_recipe(signed))
-    return signed
+        full = signed(recipe)
+        full.outputs = fingerprint(aside)
+        write_text(aside / "README.md", card(full))
+        write_text(aside / "recipe.yaml", dump_recipe(full))
+    return full
 
 
 def merge_to_host(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> None:

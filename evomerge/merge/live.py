@@ -10,7 +10,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.checkpoint import open_checkpoint, read_json
 from evomerge.sources.open import open_models
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
@@ -32,6 +32,22 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise EvomergeError(f"{path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
     return model.requires_grad_(False).eval().to(device)
+
+
+def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
+    """The live model that a bank's candidates overwrite: the base's, or one of the layout's own depth and width."""
+    base = bank.models.base.path
+    if bank.layout.config == read_json(base / "config.json"):
+        return load_live_model(base, dtype, bank.device)
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bank.layout.config), dtype=dtype)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvomergeError(f"{base}: transformers cannot build it ({str(error).splitlines()[0]})") from error
+    if (base / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(base)
+    return model.requires_grad_(False).eval().to(bank.device)
 
 
 def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:

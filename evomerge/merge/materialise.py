@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank, mask_keys
 from evomerge.merge.execute import execute
 from evomerge.merge.methods import METHODS
@@ -23,13 +24,17 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
     on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
+    bank.forget_recent()
     base = bank.base(name)
     if not base.is_floating_point():
         out.copy_(base)
         return torch.zeros((), device=bank.device)
-    names = [s.name for s in recipe.sources]
+    names = bank.taking_part(name, [s.name for s in recipe.sources])
     measured = bank.measurements(name, names, recipe.seed)
-    plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers), measured)
+    if names:
+        plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers, names), measured)
+    else:
+        plan = Blend((), base=1.0)  # a slice of the base alone
     if isinstance(plan, Blend):
         # An operand that does not count is not read: the base stands in for it.
         sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
@@ -53,6 +58,13 @@ def check_finite(largest: Mapping[str, torch.Tensor]) -> None:
         raise NotFinite(f"{name} is not finite after merging")
 
 
+def check_fits(recipe: Recipe, bank: Bank) -> None:
+    """EvomergeError if a bank was opened for another layout than the recipe's, or its lists count other layers."""
+    if recipe.slices != bank.slices:
+        raise EvomergeError("this recipe has other `slices` than the models were opened for")
+    check_layers(recipe, bank.layers)
+
+
 def materialise(
     recipe: Recipe,
     bank: Bank,
@@ -63,7 +75,7 @@ def materialise(
 
     destinations: checkpoint name -> tensor to write into.  between: called before each tensor (may raise to stop).
     """
-    check_layers(recipe, bank.layers)
+    check_fits(recipe, bank)
     largest = {}
     for name in bank.names:
         between()

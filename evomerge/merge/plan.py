@@ -162,6 +162,8 @@ class Method:
 
     plan: pure, (knobs, measured) -> Plan.
     sources: the least and the most sources it takes (None: any number).
+    without_base: from how many sources on its plans leave the base alone (None: never); only then may a slice of
+    layers leave it out.
     measures: what its plans ask for at every tensor, so that it can be measured beforehand in one pass.
     """
 
@@ -169,6 +171,7 @@ class Method:
     knobs: Mapping[str, Knob]
     plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
+    without_base: int | None = None
     measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
 
 

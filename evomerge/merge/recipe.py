@@ -1,6 +1,7 @@
 """The recipe: a complete description of one merge, and the only input of materialisation."""
 
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
+from evomerge.merge.layout import BASE, Slice
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Knob, Knobs
+from evomerge.merge.plan import Knob, Knobs, Method
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
 from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id
 
@@ -43,15 +45,27 @@ class Model(BaseModel):
 
 
 class RecipeSource(Model):
+    """A source by its `path`, or the result of a `recipe` of its own, rounded to that recipe's dtype."""
+
     name: str
+    path: str = ""
+    recipe: "Recipe | None" = None
     parameters: dict[str, Coefficient] = {}
+
+    @model_validator(mode="after")
+    def check_origin(self) -> "RecipeSource":
+        if bool(self.path) == (self.recipe is not None):
+            raise ValueError("needs a `path` or a `recipe`, one of them")
+        if self.recipe and self.sha256:
+            raise ValueError("sha256: belongs to the models of the `recipe`, not to the recipe")
+        return self
 
 
 class Recipe(BaseModel):
     """One merge.
 
     Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
-    layer's value, those after it (final norm, head) the last layer's.
+    layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -62,6 +76,7 @@ class Recipe(BaseModel):
     base: Model
     sources: list[RecipeSource] = Field(min_length=1)
     parameters: dict[str, Coefficient] = {}
+    slices: list[Slice] = []
     outputs: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -70,8 +85,11 @@ class Recipe(BaseModel):
             raise ValueError("; ".join(problems))
         return self
 
-    def knobs(self, where: Place, layers: int) -> Knobs:
-        """The values of all knobs for a tensor at `where` in a model of `layers` layers."""
+    def knobs(self, where: Place, layers: int, among: Collection[str] | None = None) -> Knobs:
+        """The values of all knobs for a tensor at `where` in a model of `layers` layers.
+
+        among: the sources that take part there; all of them if None.
+        """
         each: dict[str, tuple[float, ...]] = {}
         shared: dict[str, float] = {}
         for name, knob in METHODS[self.method].knobs.items():
@@ -79,6 +97,7 @@ class Recipe(BaseModel):
                 each[name] = tuple(
                     value_at(s.parameters.get(name, self.parameters.get(name, knob.default)), where, layers)
                     for s in self.sources
+                    if among is None or s.name in among
                 )
             else:
                 given = self.parameters.get(name, knob.default)
@@ -121,11 +140,11 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if method is None:
         return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
     problems = []
-    least, most = method.sources
-    if len(recipe.sources) < least or (most is not None and len(recipe.sources) > most):
-        allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
-        problems.append(f"sources: {recipe.method} takes {allowed}, here are {len(recipe.sources)}")
     names = [s.name for s in recipe.sources]
+    if recipe.slices:
+        problems += slice_problems(recipe, method)
+    else:
+        problems += count_problems("sources", method, len(names))
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
     places: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
@@ -143,6 +162,30 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         if knob.default is None and name not in recipe.parameters and silent:
             problems.append(f"{name}: must be given" + (f" for {', '.join(silent)}" if knob.each else ""))
     return problems
+
+
+def count_problems(where: str, method: Method, count: int) -> list[str]:
+    least, most = method.sources
+    if least <= count and (most is None or count <= most):
+        return []
+    allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
+    return [f"{where}: {method.name} takes {allowed}, here are {count}"]
+
+
+def slice_problems(recipe: Recipe, method: Method) -> list[str]:
+    """What is wrong with the slices.  A slice of the base alone is the base's layers, whatever the method."""
+    names = [s.name for s in recipe.sources]
+    problems = [f"sources: {BASE!r} is the base's name in slices; call the source otherwise"] * (BASE in names)
+    for number, part in enumerate(recipe.slices):
+        where = f"slices.{number}.layers"
+        used = [n for n in part.layers if n != BASE]
+        if unknown := [n for n in used if n not in names]:
+            problems.append(f"{where}: {unknown[0]!r} is not one of {', '.join([BASE, *names])}")
+        problems += count_problems(where, method, len(used)) if used else []
+        if BASE not in part.layers and (method.without_base is None or len(used) < method.without_base):
+            problems.append(f"{where}: {recipe.method} needs the base's layers too: `{BASE}: [start, end]`")
+    idle = [n for n in names if not any(n in part.layers for part in recipe.slices)]
+    return problems + [f"slices: {n} has no layer in any of them; leave the source out" for n in idle]
 
 
 def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> list[str]:
@@ -184,9 +227,8 @@ def check_layers(recipe: Recipe, layers: int) -> None:
         for name, coefficient in parameters.items():
             for part in as_parts(coefficient):
                 if isinstance(part, list) and len(part) != layers:
-                    raise EvomergeError(
-                        f"{where}.{name}: has {len(part)} values, but the base model has {layers} layers"
-                    )
+                    whose = "the slices have" if recipe.slices else "the base model has"
+                    raise EvomergeError(f"{where}.{name}: has {len(part)} values, but {whose} {layers} layers")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -198,7 +240,7 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error
-    for model in (recipe.base, *recipe.sources):
+    for _, model in leaves(recipe):
         if (path.parent / model.path).is_dir() or not looks_like_hub_id(model.path):
             model.path = str((path.parent / os.path.expanduser(model.path)).resolve())
     return recipe
@@ -212,20 +254,48 @@ def dump_recipe(recipe: Recipe) -> str:
     return text
 
 
-def model_folders(recipe: Recipe) -> tuple[Path, dict[str, Path]]:
-    """Where the base and the sources lie.  EvomergeError if one cannot be found."""
-    return locate(recipe.base.path), {s.name: locate(s.path) for s in recipe.sources}
+def leaves(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
+    """Every model on disk that a recipe is made of, by name; those of a source's own recipe as `source/name`."""
+    yield f"{above}{BASE}", recipe.base
+    for source in recipe.sources:
+        if source.recipe:
+            yield from leaves(source.recipe, f"{above}{source.name}/")
+        else:
+            yield f"{above}{source.name}", source
+
+
+def model_folders(recipe: Recipe) -> list[tuple[str, Path]]:
+    """Every model's name and where it lies, the base first.  EvomergeError if one cannot be found."""
+    return [(name, locate(model.path)) for name, model in leaves(recipe)]
+
+
+def signed(recipe: Recipe) -> Recipe:
+    """The recipe with the SHA-256 sums of its inputs."""
+    copy = recipe.model_copy(deep=True)
+    known: dict[Path, dict[str, str]] = {}
+    for _, model in leaves(copy):
+        folder = locate(model.path)
+        known[folder] = model.sha256 = known.get(folder) or fingerprint(folder)
+    return copy
+
+
+def unsigned(recipe: Recipe) -> Recipe:
+    """The recipe without any SHA-256 sums."""
+    copy = recipe.model_copy(deep=True)
+    copy.outputs = {}
+    for _, model in leaves(copy):
+        model.sha256 = {}
+    return copy
 
 
 def check_fingerprints(recipe: Recipe) -> None:
     """Compare the inputs with the SHA-256 sums that the recipe records.  EvomergeError names what differs."""
-    base, sources = model_folders(recipe)
-    differing = []
-    folders = [base, *sources.values()]
-    for model, folder in zip((recipe.base, *recipe.sources), folders, strict=True):
+    differing: dict[str, None] = {}
+    for _, model in leaves(recipe):
         if model.sha256:
+            folder = locate(model.path)
             now = fingerprint(folder)
-            differing += [f"{folder / f}" for f, digest in model.sha256.items() if now.get(f) != digest]
+            differing |= {f"{folder / f}": None for f, digest in model.sha256.items() if now.get(f) != digest}
     if differing:
         raise EvomergeError(
             "these inputs are not the files that the recipe was made with:\n  " + "\n  ".join(differing)

@@ -35,7 +35,8 @@ def write_report(run: Run) -> None:
     status = read_status(run)
     assert status.verdict is not None, "a report needs a verdict"
     recipe = load_recipe(run.folder / "winner.yaml")
-    layers = layer_count(list(open_checkpoint(locate(recipe.base.path)).tensors))
+    layers = sum(part.length for part in recipe.slices)
+    layers = layers or layer_count(list(open_checkpoint(locate(recipe.base.path)).tensors))
     figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 

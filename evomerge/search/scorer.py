@@ -13,7 +13,7 @@ from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.bank import Bank
-from evomerge.merge.live import destinations, load_live_model
+from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Recipe
 from evomerge.search.verdict import mean_score
@@ -58,7 +58,7 @@ class Scorer:
             t.name: deal(t, config.splits, config.seed) for t in self.tasks
         }
         self.bank = Bank(models, resolve_device(config.device))
-        self.model = load_live_model(models.base.path, TORCH_DTYPES[config.dtype], self.bank.device)
+        self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
         self.destinations = destinations(self.model, self.bank)
         self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)
         self.workloads: dict[tuple[Split, bool], list[Workload]] = {}

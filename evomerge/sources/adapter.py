@@ -37,6 +37,10 @@ class Adapter:
     def touches(self, name: str) -> bool:
         return name in self.pairs or name in self.whole
 
+    def stores(self, name: str) -> bool:
+        """Whether reading this tensor computes nothing."""
+        return name not in self.pairs
+
     def scale(self, name: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; per-module patterns as in PEFT."""
         module = name.removesuffix(".weight")

@@ -59,6 +59,14 @@ def layer_count(names: list[str]) -> int:
     return 1 + max((p.layer for p in map(place, names) if p.layer is not None), default=-1)
 
 
+def at_layer(name: str, layer: int) -> str:
+    """The name that a tensor of the stack has in another layer."""
+    found = LAYER.search(name) or ANY_NUMBER.search(name)
+    assert found is not None, f"{name} is in no layer"
+    start, end = found.span(1)
+    return f"{name[:start]}{layer}{name[end:]}"
+
+
 def relative_depth(where: Place, layers: int) -> int:
     """The layer whose coefficients a tensor uses: its own, the first for embeddings, the last for what follows
     the stack (final norm, head).  mergekit's gradients give those the first layer's too; `merge/mergekit/` says how

@@ -87,6 +87,10 @@ class Checkpoint:
         ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
         return next((name for name in self.tensors if name.endswith(ends)), None)
 
+    def stores(self, name: str) -> bool:
+        """Whether reading this tensor maps a file and computes nothing."""
+        return True
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, a view of the mapped file.  A tied head that is not stored is the embedding."""
         if name not in self.tensors and name in TIED_HEADS and self.embedding_name:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count
+from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
 from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, read_json
 from evomerge.sources.locate import looks_like_hub_id
 
@@ -17,6 +17,7 @@ CONFIG_KEYS = """
     num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function vocab_size
     tie_word_embeddings num_experts num_local_experts num_experts_per_tok
 """.split()
+DEPTH_KEYS = ("num_hidden_layers", "n_layer")
 
 
 @dataclass
@@ -27,8 +28,11 @@ class Compatibility:
     notes: list[str] = field(default_factory=list)
 
 
-def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter]) -> Compatibility:
-    """Compare each source (by name) with the base: architecture, tensors, tokenizer, declared base model."""
+def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter], any_depth: bool = False) -> Compatibility:
+    """Compare each source (by name) with the base: architecture, tensors, tokenizer, declared base model.
+
+    any_depth: the stacks are taken apart and put together again, so only what is outside them is compared here.
+    """
     found = Compatibility()
     model_type = base.config.get("model_type")
     if model_type not in KNOWN_MODEL_TYPES:
@@ -41,8 +45,8 @@ def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter]) -> Compati
         found.problems.append(f"base: no tokenizer in {base.path} (tokenizer.json, or vocab.json and merges.txt)")
     for name, source in sources.items():
         if isinstance(source, Checkpoint):
-            compare_config(name, base, source, found)
-            compare_tensors(name, base, source, found)
+            compare_config(name, base, source, found, any_depth)
+            compare_tensors(name, base, source, found, any_depth)
         else:
             changed = len(source.pairs.keys() | source.whole.keys())
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
@@ -51,8 +55,12 @@ def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter]) -> Compati
     return found
 
 
-def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility) -> None:
+def compare_config(
+    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, any_depth: bool = False
+) -> None:
     for key in CONFIG_KEYS:
+        if any_depth and key in DEPTH_KEYS:
+            continue
         ours, theirs = base.config.get(key), source.config.get(key)
         if ours == theirs:
             continue
@@ -62,9 +70,14 @@ def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compa
         (found.notes if key == "tie_word_embeddings" else found.problems).append(line)
 
 
-def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility) -> None:
-    missing = [t for t in base.tensors if t not in source.tensors]
-    extra = [t for t in source.tensors if t not in base.tensors]
+def compare_tensors(
+    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, any_depth: bool = False
+) -> None:
+    ours, theirs = (
+        [t for t in model.tensors if not (any_depth and place(t).layer is not None)] for model in (base, source)
+    )
+    missing = [t for t in ours if t not in source.tensors]
+    extra = [t for t in theirs if t not in base.tensors]
     for tensor in list(missing):
         if tensor in TIED_HEADS and source.embedding_name:
             found.notes.append(f"{name}: does not store {tensor}; its tied embedding stands for it")
@@ -77,7 +90,7 @@ def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Comp
         found.problems.append(f"{name}: lacks {len(missing)} tensor(s) of the base model: {some(missing)}")
     if extra:
         found.problems.append(f"{name}: has {len(extra)} tensor(s) that the base model lacks: {some(extra)}")
-    shapes = [t for t in base.tensors if t in source.tensors and base.tensors[t].shape != source.tensors[t].shape]
+    shapes = [t for t in ours if t in source.tensors and base.tensors[t].shape != source.tensors[t].shape]
     if shapes:
         first = shapes[0]
         found.problems.append(

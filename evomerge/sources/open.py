@@ -19,14 +19,23 @@ class Models:
     compatibility: Compatibility
 
 
-def open_models(base: Path, sources: Mapping[str, Path], strict: bool = True) -> Models:
-    """Open folders as base and sources.  With `strict`, EvomergeError lists every incompatibility."""
+def open_models(
+    base: Path, sources: Mapping[str, Path | Checkpoint], strict: bool = True, any_depth: bool = False
+) -> Models:
+    """Open folders as base and sources; a source may be open already.
+
+    With `strict`, EvomergeError lists every incompatibility.  any_depth: the number of layers is none of them.
+    """
     base_model = open_checkpoint(base)
     opened: dict[str, Checkpoint | Adapter] = {}
-    for name, folder in sources.items():
-        is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-        opened[name] = open_adapter(folder, base_model) if is_adapter else open_checkpoint(folder)
-    found = check(base_model, opened)
+    for name, source in sources.items():
+        opened[name] = source if isinstance(source, Checkpoint) else open_source(source, base_model)
+    found = check(base_model, opened, any_depth)
     if strict and found.problems:
         raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems))
     return Models(base_model, opened, found)
+
+
+def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:
+    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    return open_adapter(folder, base) if is_adapter else open_checkpoint(folder)

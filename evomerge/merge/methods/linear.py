@@ -15,4 +15,9 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     return Blend(tuple(w / divisor for w in weights))
 
 
-METHOD = Method("linear", {"weight": Knob(1.0, each=True), "normalize": Knob(1.0, 0.0, 1.0, switch=True)}, plan)
+METHOD = Method(
+    "linear",
+    {"weight": Knob(1.0, each=True), "normalize": Knob(1.0, 0.0, 1.0, switch=True)},
+    plan,
+    without_base=1,
+)

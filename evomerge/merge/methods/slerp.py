@@ -30,4 +30,6 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     return Blend((end,), base=start) if first == 0 else Blend((start, end))
 
 
-METHOD = Method("slerp", {"t": Knob(None, 0.0, 1.0)}, plan, sources=(1, 2), measures=frozenset({"gram"}))
+METHOD = Method(
+    "slerp", {"t": Knob(None, 0.0, 1.0)}, plan, sources=(1, 2), without_base=2, measures=frozenset({"gram"})
+)

@@ -1,0 +1,176 @@
+"""The layout of a merged model: which tensors it has, and which tensor of each model goes into each of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from evomerge.errors import EvomergeError
+from evomerge.sources.adapter import Adapter
+from evomerge.sources.anatomy import at_layer, layer_count, place
+from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, TensorInfo
+from evomerge.sources.open import Models
+
+BASE = "base"
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+PER_LAYER_KEYS = ("layer_types", "layers_block_type", "no_rope_layers", "attention_layers")
+
+
+class Slice(BaseModel):
+    """Consecutive layers of the output.
+
+    layers: a source's name, or `base`, -> (start, end): its layers start .. end - 1 go into this slice, in order.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    layers: dict[str, tuple[int, int]]
+
+    @model_validator(mode="after")
+    def check_ranges(self) -> "Slice":
+        if not self.layers:
+            raise ValueError("layers: names no model")
+        for name, (start, end) in self.layers.items():
+            if not 0 <= start < end:
+                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start < end")
+        if len({end - start for start, end in self.layers.values()}) > 1:
+            lengths = ", ".join(f"{name} {end - start}" for name, (start, end) in self.layers.items())
+            raise ValueError(f"layers: all ranges of a slice must be equally long, here are {lengths}")
+        return self
+
+    @property
+    def length(self) -> int:
+        start, end = next(iter(self.layers.values()))
+        return end - start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a merge makes.
+
+    tensors: every output tensor, in the base's order.  layers: of the output.  config: the output's, but for `dtype`.
+    origins: output tensor -> model -> the tensor of that model which goes into it; empty if each is its namesake's.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    layers: int
+    config: Mapping[str, Any]
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def origin(self, model: str, name: str) -> str | None:
+        """The tensor of a model (`base`, or a source's name) that goes into `name`; None if it takes no part there."""
+        return self.origins[name].get(model) if self.origins else name
+
+
+def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
+    """The base's own layout, or that which slices assemble.
+
+    Tensors outside the stack are made of the models of the nearest slice: the first for embeddings, the last for the
+    final norm and the head (as in mergekit).  EvomergeError if a model lacks a layer or a tensor, or two models
+    differ in what one layer is.
+    """
+    base = models.base
+    if not slices:
+        return Layout(base.tensors, layer_count(list(base.tensors)), base.config)
+    opened: dict[str, Checkpoint] = {BASE: base}
+    opened |= {n: m.base if isinstance(m, Adapter) else m for n, m in models.sources.items()}
+    check_ranges(slices, {name: layer_count(list(model.tensors)) for name, model in opened.items()})
+    # One row per output layer: model -> its layer.  Models in the order of the recipe, the base first.
+    order = [name for name in opened if any(name in s.layers for s in slices)]
+    rows = [{n: s.layers[n][0] + i for n in order if n in s.layers} for s in slices for i in range(s.length)]
+    origins: dict[str, dict[str, str]] = {}
+    stack_written = False
+    for name in base.tensors:
+        where = place(name)
+        if where.layer is None:
+            origins[name] = dict.fromkeys(rows[0 if where.component == "embedding" else -1], name)
+        elif not stack_written:
+            origins |= {out: origin for layer, row in enumerate(rows) for out, origin in layer_of(layer, row, opened)}
+            stack_written = True
+    tensors = {name: common_info(name, origin, opened) for name, origin in origins.items()}
+    return Layout(tensors, len(rows), assembled_config(base.config, rows, opened, origins), origins)
+
+
+def check_ranges(slices: Sequence[Slice], layers: Mapping[str, int]) -> None:
+    for number, part in enumerate(slices):
+        for name, (start, end) in part.layers.items():
+            if end > layers[name]:
+                raise EvomergeError(
+                    f"slices.{number}.layers.{name}: [{start}, {end}] goes beyond the {layers[name]} layers of {name}"
+                )
+
+
+def layer_of(
+    layer: int, row: Mapping[str, int], opened: Mapping[str, Checkpoint]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The tensors of one output layer, each with its origins.  EvomergeError if two models have different ones."""
+    inside = {n: [t for t in opened[n].tensors if place(t).layer == at] for n, at in row.items()}
+    model, *others = row
+    known = {at_layer(t, layer) for t in inside[model]}
+    for other in others:
+        if differing := known ^ {at_layer(t, layer) for t in inside[other]}:
+            raise EvomergeError(
+                f"layer {layer} of the slices: layer {row[model]} of {model} and layer {row[other]} of {other} have "
+                f"different tensors, such as {min(differing)}"
+            )
+    for tensor in inside[model]:
+        yield at_layer(tensor, layer), {n: at_layer(tensor, at) for n, at in row.items()}
+
+
+def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Checkpoint]) -> TensorInfo:
+    """The shape that all origins of a tensor have, with the type of the first."""
+    infos = {}
+    for model, tensor in origin.items():
+        checkpoint = opened[model]
+        if tensor not in checkpoint.tensors and tensor in TIED_HEADS and checkpoint.embedding_name:
+            tensor = checkpoint.embedding_name
+        infos[model] = checkpoint.tensors[tensor]
+    first = next(iter(infos.values()))
+    for model, info in infos.items():
+        if info.shape != first.shape:
+            raise EvomergeError(
+                f"{name}: is made of {origin[model]} of {model}, {info.shape}, and of {next(iter(origin.values()))} "
+                f"of {next(iter(origin))}, {first.shape}; tensors of one layer must have one shape"
+            )
+    return first
+
+
+def assembled_config(
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, int]],
+    opened: Mapping[str, Checkpoint],
+    origins: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """The base's configuration with another number of layers, and what it says of single layers put right.
+
+    EvomergeError if the models of one layer differ in its kind (sliding and full attention).
+    """
+    keys = [k for k in LAYER_COUNT_KEYS if k in config] or [LAYER_COUNT_KEYS[0]]
+    out = dict(config) | dict.fromkeys(keys, len(rows))
+    known = {name: whole_config(opened[name].config) for row in rows for name in row}
+    for key in PER_LAYER_KEYS:
+        if not all(isinstance(known[name].get(key), list) for row in rows for name in row):
+            continue
+        kinds = [[known[name][key][at] for name, at in row.items()] for row in rows]
+        for layer, found in enumerate(kinds):
+            if any(kind != found[0] for kind in found):
+                raise EvomergeError(f"layer {layer} of the slices: {key} differs: {', '.join(map(str, found))}")
+        out[key] = [found[0] for found in kinds]
+    if config.get("max_window_layers") is not None:  # the first layer with a sliding window
+        types = out.get("layer_types", [])
+        out["max_window_layers"] = types.index("sliding_attention") if "sliding_attention" in types else len(rows)
+    if "mlp_only_layers" in config or "decoder_sparse_step" in config:
+        sparse = {place(name).layer for name in origins if ".experts." in name}
+        out |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(len(rows)) if i not in sparse]}
+    return out
+
+
+def whole_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration with transformers' defaults, which say of some architectures what each layer is."""
+    from transformers import AutoConfig
+
+    try:
+        whole: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    except (ValueError, TypeError, KeyError):  # an architecture that transformers does not know
+        return config
+    return whole

@@ -1,0 +1,82 @@
+"""Open the models of a recipe.  A source that is a recipe itself is merged in memory, tensor by tensor, when read."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from evomerge.device import TORCH_DTYPES
+from evomerge.errors import EvomergeError
+from evomerge.merge.bank import Bank
+from evomerge.merge.compiled import Compiled
+from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
+from evomerge.merge.recipe import Recipe
+from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
+from evomerge.sources.locate import locate
+from evomerge.sources.open import open_models
+
+
+@dataclass
+class Nested(Checkpoint):
+    """The model that a recipe makes, as a source of another recipe; it lies nowhere.
+
+    path: its base's folder, whose tokenizer it has.  name: of the source in the outer recipe.
+    """
+
+    name: str
+    recipe: Recipe
+    bank: Bank = field(repr=False)
+
+    def stores(self, name: str) -> bool:
+        return False
+
+    @torch.no_grad()
+    def read(self, name: str) -> torch.Tensor:
+        """The merged tensor in the nested recipe's dtype, on its bank's device.  NotFinite if it is broken."""
+        if name not in self.tensors and name in TIED_HEADS and self.embedding_name:
+            name = self.embedding_name
+        info = self.tensors[name]
+        dtype = TORCH_DTYPES[self.recipe.dtype] if info.dtype.is_floating_point else info.dtype
+        out = torch.empty(info.shape, dtype=dtype, device=self.bank.device)
+        try:
+            check_finite({name: materialise_tensor(self.recipe, self.bank, name, out)})
+        except NotFinite as error:
+            raise NotFinite(f"in the recipe of source {self.name}: {error}") from error
+        self.bank.forget_recent()
+        self.bank.kept.clear()  # what is measured can be as large as a tensor
+        return out
+
+
+def open_nested(name: str, recipe: Recipe, device: torch.device | str, compiled: Compiled | None) -> Nested:
+    """A nested recipe as the model it makes.  Its bank holds nothing: the outer one holds the results."""
+    try:
+        bank = open_bank(recipe, device, capacity=0, compiled=compiled)
+    except EvomergeError as error:
+        raise EvomergeError(f"in the recipe of source {name}: {error}") from error
+    return Nested(
+        path=bank.models.base.path,
+        config=dict(bank.layout.config),
+        tensors=dict(bank.layout.tensors),
+        handles={},
+        name=name,
+        recipe=recipe,
+        bank=bank,
+    )
+
+
+def open_bank(
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    capacity: int | None = None,
+    compiled: Compiled | None = None,
+) -> Bank:
+    """The bank of a recipe: all its models opened and checked against each other.
+
+    EvomergeError if a model cannot be found, or they do not fit together or into the recipe's slices and lists.
+    """
+    sources = {
+        s.name: open_nested(s.name, s.recipe, device, compiled) if s.recipe else locate(s.path) for s in recipe.sources
+    }
+    models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices))
+    bank = Bank(models, device, capacity, compiled, recipe.slices)
+    check_fits(recipe, bank)
+    return bank
