@@ -7,10 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """units: how far float32 results may be apart, in units in the last place of the largest number in the sum."""
+    """units: how far float32 results may be apart, in units in the last place of the largest number in the sum.
+
+    cuts: shares of the largest task-vector elements, of every source, at which a trim begins or ends.  Of elements as
+    large as the one there mergekit takes some and evomerge all, so they are left out of the comparison.
+    """
 
     config: dict[str, Any]
     units: float = 2
+    cuts: tuple[float, ...] = ()
 
 
 def models(*weights: float | list[Any], **more: list[Any]) -> list[dict[str, Any]]:
@@ -26,10 +31,12 @@ def plain(*names: str) -> list[dict[str, Any]]:
     return [{"model": f"<{name}>"} for name in names]
 
 
-def of_base(method: str, inputs: list[dict[str, Any]], units: float = 2, **parameters: Any) -> Case:
+def of_base(
+    method: str, inputs: list[dict[str, Any]], units: float = 2, cuts: tuple[float, ...] = (), **parameters: Any
+) -> Case:
     """A merge on a base model, which is not listed among the models."""
     content = {"merge_method": method, "base_model": "<base>", "models": inputs}
-    return Case(content | ({"parameters": parameters} if parameters else {}), units)
+    return Case(content | ({"parameters": parameters} if parameters else {}), units, cuts)
 
 
 def among(method: str, inputs: list[dict[str, Any]], units: float = 2, **parameters: Any) -> Case:
@@ -51,7 +58,7 @@ BY_NAME = [
 ]
 
 CASES: dict[str, Case] = {
-    "linear": among("linear", models(0.3, 0.9, 0.4)),
+    "linear": among("linear", models(0.3, 0.9, 0.4), 3),
     "linear, not normalised": among("linear", models(0.3, 0.9), normalize=False),
     "linear, with a base": among("linear", [*models(0.3), {"model": "<base>", "parameters": {"weight": 0.7}}]),
     "linear, the base not listed": Case(
@@ -73,12 +80,14 @@ CASES: dict[str, Case] = {
     "task_arithmetic": of_base("task_arithmetic", models(0.4, -0.2), **{"lambda": 1.3}),
     "task_arithmetic, normalised": of_base("task_arithmetic", models(0.4, 0.7), normalize=True),
     "task_arithmetic, by layers": of_base("task_arithmetic", models([0, 0.5, 1], [1, "2e-1"])),
-    "ties": of_base("ties", models(0.4, 0.7)),
-    "ties, trimmed": of_base("ties", models(0.4, 0.7, density=[0.5, 0.3])),
-    "ties, not normalised": of_base("ties", models(0.4, 0.7), density=0.5, normalize=False, **{"lambda": 0.8}),
-    "ties, a negative weight": of_base("ties", models(0.7, -0.4), density=0.5),
-    "breadcrumbs": of_base("breadcrumbs", models(0.4, 0.7), density=0.6, gamma=0.05),
-    "breadcrumbs_ties": of_base("breadcrumbs_ties", models(0.4, 0.7, 0.2), density=0.6, gamma=0.05),
+    "ties": of_base("ties", models(0.4, 0.7), 1),
+    "ties, trimmed": of_base("ties", models(0.4, 0.7, density=[0.5, 0.3]), 1, (0.3, 0.5)),
+    "ties, not normalised": of_base(
+        "ties", models(0.4, 0.7), 1, (0.5,), density=0.5, normalize=False, **{"lambda": 0.8}
+    ),
+    "ties, a negative weight": of_base("ties", models(0.7, -0.4), 1, (0.5,), density=0.5),
+    "breadcrumbs": of_base("breadcrumbs", models(0.4, 0.7), 1, (0.05, 0.65), density=0.6, gamma=0.05),
+    "breadcrumbs_ties": of_base("breadcrumbs_ties", models(0.4, 0.7, 0.2), 1, (0.05, 0.65), density=0.6, gamma=0.05),
     "model_stock": of_base("model_stock", plain("one", "two", "three")),
     "model_stock, filters": of_base("model_stock", plain("one", "two"), filter_wise=True),
     "sce": of_base("sce", plain("one", "two", "three")),
@@ -105,6 +114,36 @@ CASES: dict[str, Case] = {
     "names outside the stack": of_base(
         "task_arithmetic", models([{"filter": "norm", "value": [0.3, 0.8]}, {"value": [1, 0]}], 0.5)
     ),
+    "slices": Case(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "<base>",
+            "slices": [
+                {
+                    "sources": [
+                        {"model": "<base>", "layer_range": [0, 3]},
+                        {"model": "<one>", "layer_range": [0, 3], "parameters": {"weight": [0.1, 0.5]}},
+                    ]
+                },
+                {
+                    "sources": [
+                        {"model": "<two>", "layer_range": [2, 4], "parameters": {"weight": 0.3}},
+                        {"model": "<one>", "layer_range": [1, 3]},
+                        {"model": "<base>", "layer_range": [2, 4]},
+                    ],
+                    "parameters": {"weight": [{"filter": "mlp", "value": [0.9, 0.8]}]},
+                },
+                {
+                    "sources": [
+                        {"model": "<base>", "layer_range": [3, 4]},
+                        {"model": "<two>", "layer_range": [3, 4], "parameters": {"weight": [0.2, 0.6]}},
+                    ]
+                },
+            ],
+            "parameters": {"weight": [{"filter": "layers.1.", "value": 0.7}, {"value": 0.4}]},
+        }
+    ),
+    "slices passed through": Case({"merge_method": "passthrough", "slices": ends("one")[:1] + ends("two")[1:]}),
     "one module": Case(
         {
             "merge_method": "linear",
@@ -114,7 +153,11 @@ CASES: dict[str, Case] = {
     ),
 }
 
+# A random mask of each method: the kept share and the norm of what is left are mergekit's.
+RANDOM: dict[str, Case] = {
+    method: of_base(method, models(1.0), density=0.6, **({"epsilon": 0.2} if "della" in method else {}))
+    for method in ("dare_linear", "dare_ties", "della_linear", "della")
+}
+
 # These run on the other architectures too.
 ELSEWHERE = ["linear", "slerp, by names and layers", "ties", "precedence"]
-
-RANDOM: dict[str, Case] = {}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import CASES, ELSEWHERE, Case
+from mergekit_cases import CASES, ELSEWHERE, RANDOM, Case
 from models import NAMES
 from torch import Tensor
 
@@ -21,9 +21,8 @@ from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
 from evomerge.merge.export import export
 from evomerge.merge.mergekit.read import load_merge
-from evomerge.merge.recipe import model_folders
+from evomerge.merge.nested import open_bank
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.open import open_models
 
 MERGEKIT = os.environ.get("EVOMERGE_MERGEKIT")
 pytestmark = [
@@ -53,13 +52,13 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of families, with what mergekit makes of every case in FAMILY/CASE/theirs."""
     root = tmp_path_factory.mktemp("mergekit")
     jobs = []
-    for name, architecture, dtype in RUNS:
+    for name, architecture, dtype in [*RUNS, *((name, "llama", torch.float32) for name in RANDOM)]:
         folder = family(root, architecture, dtype)
         if not folder.exists():
             write_architectures(folder, architecture, dtype)
         file = folder / name / "mergekit.yml"
         file.parent.mkdir()
-        file.write_text(configuration(CASES[name], folder, dtype))
+        file.write_text(configuration((CASES | RANDOM)[name], folder, dtype))
         jobs.append([str(file), str(file.parent / "theirs"), 1])
     (root / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).with_name("mergekit_run.py")
@@ -79,15 +78,28 @@ def both(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Bank]:
     error = folder / "theirs" / "error.txt"
     assert not error.exists(), error.read_text()[-2000:]
     recipe, _ = load_merge(folder / "mergekit.yml")
-    base, sources = model_folders(recipe)
-    bank = Bank(open_models(base, sources))
+    bank = open_bank(recipe, torch.device("cpu"))
     export(recipe, bank, folder / "ours", model_card)
     ours, theirs = tensors_in(folder / "ours"), tensors_in(folder / "theirs")
     assert ours.keys() == theirs.keys()
     return ours, theirs, bank
 
 
-def units_apart(x: Tensor, y: Tensor, inputs: list[Tensor]) -> float:
+def on_a_cut(base: Tensor, sources: list[Tensor], cuts: tuple[float, ...]) -> Tensor:
+    """Where some task vector is as large as the element that stands at one of these shares of its order, of those
+    that several elements share."""
+    found = torch.zeros(base.shape, dtype=torch.bool)
+    for source in sources:
+        sizes = (source.float() - base.float()).abs()
+        ordered = sizes.flatten().sort(descending=True).values
+        for cut in cuts:
+            for at in (int(cut * len(ordered)) - 1, int(cut * len(ordered))):
+                alike = sizes == ordered[min(max(at, 0), len(ordered) - 1)]
+                found |= alike & (alike.sum() > 1)
+    return found
+
+
+def units_apart(x: Tensor, y: Tensor, *inputs: Tensor) -> float:
     """The largest difference, in units in the last place (of the outputs' type) of the largest number that went into
     each element."""
     assert x.dtype == y.dtype
@@ -102,7 +114,30 @@ def test_a_mergekit_file_makes_what_mergekit_makes(name: str, architecture: str,
     ours, theirs, bank = both(family(merged, architecture, dtype) / name)
     apart = {}
     for tensor in ours:
-        inputs = [bank.base(tensor), *(bank.source(s, tensor) for s in bank.models.sources)]
-        apart[tensor] = units_apart(ours[tensor], theirs[tensor], inputs)
+        taking_part = bank.taking_part(tensor, list(bank.models.sources))
+        base, sources = bank.base(tensor), [bank.source(s, tensor) for s in taking_part]
+        clear = ~on_a_cut(base, sources, CASES[name].cuts)
+        apart[tensor] = units_apart(*(x[clear] for x in (ours[tensor], theirs[tensor], base, *sources)))
     print(f"{max(apart.values()):.2f} units apart at most, {max(apart, key=lambda n: apart[n])}")
     assert max(apart.values()) <= (CASES[name].units if dtype == torch.float32 else 1), apart
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_a_random_mask_keeps_the_same_share_and_the_same_norm(method: str, merged: Path):
+    """One source of weight 1: what remains of its task vector shows the mask."""
+    ours, theirs, bank = both(family(merged, "llama", torch.float32) / method)
+    kept: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    for tensor, whole in {n: bank.source("one", n) - bank.base(n) for n in ours}.items():
+        ranks = whole.abs().reshape(-1, whole.shape[-1]).argsort(1).argsort(1).reshape(whole.shape)
+        upper = ranks >= whole.shape[-1] / 2  # of each row, the half that is larger
+        for side, merge in (("ours", ours), ("theirs", theirs)):
+            left = merge[tensor] - bank.base(tensor)
+            assert left.abs().sum() == pytest.approx(float(whole.abs().sum()), rel=1e-4), (side, tensor)
+            mask = left != 0
+            kept[side].append([float(mask[half].sum()) for half in (upper, ~upper)])
+    count = sum(t.numel() for t in ours.values()) / 2
+    shares = {side: torch.tensor(sums).sum(0) / count for side, sums in kept.items()}
+    print(f"kept of the larger and the smaller half: {shares}")
+    expected = [0.7, 0.5] if "della" in method else [0.6, 0.6]  # della: from 0.4 to 0.8 along a row
+    for side in shares:
+        assert shares[side].tolist() == pytest.approx(expected, abs=0.03), shares

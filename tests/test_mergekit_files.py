@@ -210,7 +210,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"models": [{"parameters": {}}]}, "models.0.model: expected text, found None"),
     "unknown key of a model": ({"models": [{"modell": "one"}]}, "models.0.modell: unknown key"),
     "two adapters": ({"models": [{"model": "a+b+c"}]}, "models.0.model: 'a+b+c' is not MODEL or MODEL+LORA"),
-    "unknown parameter": ({"parameters": {"wait": 1}}, "parameters.wait: no parameter of mergekit"),
+    "unknown parameter": (
+        {"parameters": {"wait": 1}},
+        "parameters.wait: mergekit has no parameter of that name; it has alpha",
+    ),
     "no number": ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number, found 'much'"),
     "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight: expected a number, found inf"),
     "no truth": (
@@ -235,11 +238,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: give it or tokenizer_source"),
     "required parameter missing": (
         {"parameters": {}},
-        "weight: must be given for one; model.embed_tokens.weight has no",
+        "weight: must be given for one; lm_head.weight has no",
     ),
     "required parameter missing at some tensors": (
         {"parameters": {"weight": [{"filter": "mlp", "value": 1}]}},
-        "weight: must be given for one; model.embed_tokens.weight has no value",
+        "weight: must be given for one; lm_head.weight has no value",
     ),
     "no base": ({"base_model": None}, "base_model: task_arithmetic needs it"),
     "one model twice": ({"models": [{"model": "one"}, {"model": "./one"}]}, "models: the same model twice"),

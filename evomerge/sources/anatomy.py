@@ -48,12 +48,6 @@ def place(name: str) -> Place:
     return Place(int(layer.group(1)) if layer else None, component, name)
 
 
-def with_layer(name: str, layer: int) -> str:
-    """The name of the same tensor in another layer; a tensor outside the stack keeps its name."""
-    found = LAYER.search(name) or ANY_NUMBER.search(name)
-    return name if found is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
-
-
 def layer_count(names: list[str]) -> int:
     """How many layers a checkpoint with these tensor names has; 0 if none carries a layer index."""
     return 1 + max((p.layer for p in map(place, names) if p.layer is not None), default=-1)

@@ -35,10 +35,12 @@ class Theirs:
 def task_vectors(normalize: bool, rescale: bool, **more: float) -> Theirs:
     """The family of task arithmetic.  more: parameters of its sparsification."""
     each = {"weight": REQUIRED, "density": 1.0, **more}
-    return Theirs("required", each, {"lambda": 1.0, "normalize": normalize, "rescale": rescale}, UNUSED)
+    shared = {"lambda": 1.0, "normalize": normalize, "rescale": rescale}
+    return Theirs("required", each, shared, UNUSED, ANY)
 
 
 UNUSED = frozenset({"int8_mask"})  # the type of a temporary
+ANY = (0, None)  # the base alone is left as it is
 WEIGHT = {"weight": REQUIRED}
 MERGEKIT: dict[str, Theirs] = {
     "linear": Theirs("input", WEIGHT, {"normalize": True}),
@@ -55,11 +57,11 @@ MERGEKIT: dict[str, Theirs] = {
     "breadcrumbs": task_vectors(normalize=False, rescale=False, gamma=0.01),
     "breadcrumbs_ties": task_vectors(normalize=False, rescale=False, gamma=0.01),
     "model_stock": Theirs("required", {}, {"filter_wise": False}, models=(2, None)),
-    "sce": Theirs("required", {}, {"select_topk": 1.0}, UNUSED),
+    "sce": Theirs("required", {}, {"select_topk": 1.0}, UNUSED, ANY),
     "nearswap": Theirs("required", {}, {"t": REQUIRED}, models=(1, 1)),
     "arcee_fusion": Theirs("required", models=(1, 1)),
-    "ram": Theirs("required", {}, {"epsilon": 1e-5}),
-    "ramplus_tl": Theirs("required", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}),
+    "ram": Theirs("required", {}, {"epsilon": 1e-5}, models=ANY),
+    "ramplus_tl": Theirs("required", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, models=ANY),
     "passthrough": Theirs("input", {"scale": 1.0}, models=(1, 1)),
 }
 

@@ -16,7 +16,7 @@ from evomerge.merge.mergekit.methods import MERGEKIT, Kind, Scalar, is_required,
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
-from evomerge.sources.anatomy import layer_count, place, with_layer
+from evomerge.sources.anatomy import at_layer, layer_count, place
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.locate import locate
 
@@ -50,7 +50,7 @@ class Tensor:
         """What the tensor is called in an input, whose layers have numbers of their own."""
         if self.step is None or model.layers is None:
             return self.name
-        return with_layer(self.name, model.layers[0] + self.step)
+        return at_layer(self.name, model.layers[0] + self.step)
 
 
 def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
@@ -66,7 +66,7 @@ def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
         for step in range(end - first):
             t = step / (end - first - 1) if end - first > 1 else 1.0
             like = min(first + step, layers - 1)
-            yield from (Tensor(with_layer(n, done), part, t, step) for n in names if place(n).layer == like)
+            yield from (Tensor(at_layer(n, done), part, t, step) for n in names if place(n).layer == like)
             done += 1
 
 
@@ -92,8 +92,8 @@ def on_gradient(values: tuple[Scalar, ...], t: float, of: Kind) -> Scalar:
 class Reading:
     """One file on its way to a recipe; collects what is wrong with it."""
 
-    def __init__(self, file: MergekitFile, path: Path) -> None:
-        self.file, self.path = file, path
+    def __init__(self, file: MergekitFile) -> None:
+        self.file = file
         self.theirs = MERGEKIT[file.method]
         self.problems: list[str] = []
         self.slices = [Slice(list(s.inputs), s.settings) for s in file.slices]
@@ -110,6 +110,8 @@ class Reading:
     def check(self) -> None:
         """Bases and counts, slice by slice."""
         file, (least, most) = self.file, self.theirs.models
+        if not self.sources:
+            self.problems.append("models: there is none besides the base")
         if self.theirs.base == "required" and file.base is None:
             self.problems.append(f"base_model: {file.method} needs it")
         if self.has_base and file.base is not None and file.base.lora:
@@ -197,6 +199,21 @@ class Reading:
             shared["task_vectors"] = self.has_base
         return shared, each
 
+    def layout(self, layers: int) -> list[dict[str, dict[str, tuple[int, int]]]]:
+        """The recipe's `slices`; none if the file has whole models of this many layers, one upon the other."""
+        found = []
+        for part in self.slices:
+            ranges = {i.model: i.layers or (0, layers) for i in part.inputs}
+            named = {n: ranges[m] for n, m in zip(self.names, self.sources, strict=True) if m in ranges}
+            if self.has_base and self.file.base in ranges:
+                named["base"] = ranges[self.file.base]
+            elif self.theirs.base == "optional":  # there must be one, although the method does not look at it
+                first, end = next(iter(ranges.values()))
+                named["base"] = (0, end - first)
+            found.append({"layers": named})
+        whole = len(found) == 1 and set(found[0]["layers"].values()) == {(0, layers)}
+        return [] if whole else found
+
     def unused(self) -> list[str]:
         """Notes on parameters that mergekit passes over."""
         theirs, notes = self.theirs, list(self.file.notes)
@@ -231,7 +248,7 @@ def to_recipe(file: MergekitFile, path: Path) -> tuple[Recipe, list[str]]:
     Gradients are written out layer by layer, so the base model must be at hand.  EvomergeError lists what a recipe
     cannot say.  path: the file, named in errors.
     """
-    reading = Reading(file, path)
+    reading = Reading(file)
     base = open_checkpoint(locate(reading.base))
     tensors = list(output_tensors(reading.slices, list(base.tensors)))
     shared, each = reading.parameters(tensors)
@@ -246,11 +263,12 @@ def to_recipe(file: MergekitFile, path: Path) -> tuple[Recipe, list[str]]:
             for n, m, p in zip(reading.names, reading.sources, each, strict=True)
         ],
         "parameters": shared,
+        "slices": reading.layout(layer_count(list(base.tensors))),
     }
     try:
         return Recipe(**content), reading.unused()
     except ValidationError as error:
-        lines = [str(e["msg"]).removeprefix("Value error, ") for e in error.errors()]
+        lines = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
         raise EvomergeError(f"{path}: evomerge cannot make this merge:\n  " + "\n  ".join(lines)) from error
 
 

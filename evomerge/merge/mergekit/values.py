@@ -16,11 +16,6 @@ Depth = Callable[[Place, int], int]
 """(place, layers) -> which number of a per-layer list a tensor takes."""
 
 
-def first_outside(where: Place, layers: int) -> int:
-    """mergekit's rule: what is outside the stack takes a gradient's first value."""
-    return where.layer or 0
-
-
 def coefficient(values: Values, filters: Sequence[str], layers: int, depth: Depth = relative_depth) -> Coefficient:
     """A coefficient that has these values, by the filters in their order as far as that goes.
 

@@ -11,7 +11,7 @@ from evomerge.merge.mergekit.methods import MERGEKIT, Theirs
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Recipe, RecipeSource, as_parts, named_parts, value_at
-from evomerge.sources.anatomy import Place, layer_count, place
+from evomerge.sources.anatomy import at_layer, layer_count, place
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
 
@@ -33,11 +33,13 @@ class Run:
 
     tensors: list[str]
     first: int
+    length: int
     ranges: dict[str, tuple[int, int]]
 
-    def depth(self, where: Place, layers: int) -> int:
-        """Which number of a gradient mergekit gives a tensor: outside the stack the first."""
-        return 0 if where.layer is None else where.layer - self.first
+    def name_in(self, model: str, tensor: str) -> str:
+        """What an output tensor is called in a model."""
+        layer = place(tensor).layer
+        return tensor if layer is None else at_layer(tensor, layer - self.first + self.ranges[model][0])
 
 
 def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
@@ -48,10 +50,12 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     """
     if recipe.method not in MERGEKIT:
         raise EvomergeError(f"mergekit has no method {recipe.method!r}; it has {', '.join(MERGEKIT)}")
+    if nested := [s.name for s in recipe.sources if s.recipe]:
+        raise EvomergeError(f"mergekit cannot merge merges: {nested[0]} has a recipe of its own; merge it first")
     theirs, problems = MERGEKIT[recipe.method], []
     names = list(open_checkpoint(locate(recipe.base.path)).tensors)
-    layers = layer_count(names)
-    runs = [Run(names, 0, dict.fromkeys(["base", *(s.name for s in recipe.sources)], (0, layers)))]
+    runs = output_runs(recipe, names)
+    layers = sum(run.length for run in runs)
     base: str | None = recipe.base.path
     sources = list(recipe.sources)
     if recipe.method == "slerp" and len(sources) == 2:
@@ -62,7 +66,7 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     if base is not None:
         content["base_model"] = base
     per_run = [run_content(recipe, theirs, run, layers, base, sources) for run in runs]
-    if theirs.base == "input":  # only with slices does mergekit take a base model that is no input
+    if theirs.base == "input" or recipe.slices:  # only with slices may mergekit's base model be no input
         content["slices"] = per_run
     else:
         content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in per_run[0]["sources"]]
@@ -78,6 +82,23 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
         {k: v for k, v in content.items() if v not in ({}, None)}, sort_keys=False, default_flow_style=None, width=110
     )
     return head + text, notes
+
+
+def output_runs(recipe: Recipe, names: list[str]) -> list[Run]:
+    """The slices of a recipe, or one of whole models.  names: the base's tensors."""
+    models, layers = ["base", *(s.name for s in recipe.sources)], layer_count(names)
+    slices = [part.layers for part in recipe.slices] or [dict.fromkeys(models, (0, layers))]
+    runs: list[Run] = []
+    for number, ranges in enumerate(slices):
+        start, end = next(iter(ranges.values()))
+        done = runs[-1].first + runs[-1].length if runs else 0
+        tensors = [at_layer(n, done + i) for i in range(end - start) for n in names if place(n).layer == 0]
+        for name in names:
+            if place(name).layer is None:
+                ends = 0 if place(name).component == "embedding" else len(slices) - 1
+                tensors += [name] * (number == ends)
+        runs.append(Run(tensors, done, end - start, dict(ranges)))
+    return runs
 
 
 def run_content(
@@ -109,13 +130,19 @@ def given(recipe: Recipe, knob: str, source: RecipeSource | None) -> Coefficient
 def setting(recipe: Recipe, knob: str, source: RecipeSource | None, run: Run, layers: int) -> Any:
     """A knob as mergekit writes it: a number, a gradient, or a list of `{filter, value}`."""
     ours = given(recipe, knob, source)
-    values = {name: value_at(ours, place(name), layers) for name in run.tensors}
+    choices = METHODS[recipe.method].knobs[knob].choices
+    if isinstance(ours, str):
+        ours = choices[ours]
+    # A parameter of one model is looked up by that model's own tensor names, one of all models by the output's.
+    first = run.first if source is None else run.ranges[source.name][0]
+    called = (lambda n: n) if source is None else (lambda n: run.name_in(source.name, n))
+    values = {called(name): value_at(ours, place(name), layers) for name in run.tensors}
     filters = [part.filter for part in named_parts(ours) if part.filter]
     if isinstance(ours, dict):
         filters = [f for f in COMPONENT_FILTERS if any(f in name for name in values)]
-    count = max(1, len({place(n).layer for n in values} - {None}))
-    found = coefficient(values, filters, count, run.depth)
-    if METHODS[recipe.method].knobs[knob].switch and not isinstance(found, (list, dict)):
+    # mergekit gives what is outside the stack a gradient's first value.
+    found = coefficient(values, filters, run.length, lambda where, _: (where.layer or first) - first)
+    if (METHODS[recipe.method].knobs[knob].switch or choices) and not isinstance(found, (list, dict, str)):
         return bool(found)
     if parts := named_parts(found):
         return [part.model_dump(exclude_none=True) for part in parts]
@@ -156,7 +183,8 @@ def differences(recipe: Recipe, base: str | None) -> list[str]:
     notes = []
     if recipe.method in RANDOM:
         notes.append(f"mergekit draws other random masks than seed {recipe.seed} gives here.")
-        notes.append("mergekit restores the L1 norm of what it masks; here the expectation is restored.")
+        if given(recipe, "rescale", None) in ("expected", 1.0, True):
+            notes.append("mergekit restores the L1 norm of what it masks, here its expectation is restored.")
     if base is None:
         notes.append("mergekit takes the configuration and the tokenizer from one of the models.")
     elif base != recipe.base.path:
