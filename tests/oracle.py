@@ -4,8 +4,10 @@ Each function returns the merged tensor and `size`, the sum of the absolute term
 arithmetic may be off by a few units in the last place of that, and of nothing smaller.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -65,6 +67,129 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Merged:
 def cosine_of(first: Tensor, second: Tensor) -> float:
     x, y = first.double().flatten(), second.double().flatten()
     return float((x / torch.linalg.vector_norm(x)) @ (y / torch.linalg.vector_norm(y)))
+
+
+def nuslerp(
+    base: Tensor | None, sources: Sequence[Tensor], weights: Sequence[float], flatten: bool, row_wise: bool
+) -> Merged:
+    """slerp at t = w2 / (w1 + w2) from one task vector (without a base: source) to the other, slice by slice."""
+    t = weights[1] / sum(weights) if sum(weights) else 0.5
+    origin = torch.zeros_like(sources[0]).double() if base is None else base.double()
+
+    def arc(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        cosine = (direction(x, 1e-7) * direction(y, 1e-7)).sum().clamp(-1, 1)
+        if 1 - cosine**2 <= 2**-24:
+            return (1 - t) * x, t * y
+        angle = cosine.acos()
+        return ((1 - t) * angle).sin() / angle.sin() * x, (t * angle).sin() / angle.sin() * y
+
+    axis = None if flatten else -1 if row_wise else 0
+    first, second = by_slice(arc, [x.double() - origin for x in sources], axis)
+    return Merged(origin + first + second, origin.abs() + first.abs() + second.abs(), 8)
+
+
+def multislerp(
+    base: Tensor | None, sources: Sequence[Tensor], weights: Sequence[float], normalize: bool, eps: float
+) -> Merged:
+    """Goddard: log map at the weighted mean direction, weighted mean of the tangents, exp map, mean length."""
+    if len(sources) == 1:
+        return Merged(sources[0].double(), sources[0].double().abs(), 1)
+    origin = torch.zeros_like(sources[0]).double() if base is None else base.double()
+    vectors = [x.double() - origin for x in sources]
+    weights = [w / (sum(weights) or 1.0) for w in weights] if normalize else weights
+    lengths = [torch.linalg.vector_norm(d) for d in vectors]
+    units = [d / (length + eps) if d.any() else d for d, length in zip(vectors, lengths, strict=True)]
+    terms = torch.stack([w * u for w, u in zip(weights, units, strict=True)])
+    mean = terms.sum(0)
+    size = torch.linalg.vector_norm(mean)
+    if size <= max(eps, 2**-22 * sum(map(abs, weights))):
+        terms = torch.stack([w * d for w, d in zip(weights, vectors, strict=True)])
+        return Merged(origin + terms.sum(0), origin.abs() + terms.abs().sum(0), len(sources) + 6)
+    centre = mean / size
+    tangents = [u - (u * centre).sum() * centre for u in units]
+    tangent = sum(w * v for w, v in zip(weights, tangents, strict=True))
+    step = torch.linalg.vector_norm(torch.as_tensor(tangent)) + eps
+    found = centre * step.cos() + tangent * (step.sin() / step if step > 0 else 1.0)
+    scale = sum(w * length for w, length in zip(weights, lengths, strict=True))
+    unsure = 1 + (2**-14 * sum(map(abs, weights)) / size) ** 2  # |m|^2 is a difference of numbers near 1
+    change = (scale / size * unsure * terms.abs().sum(0)).abs()
+    return Merged(origin + scale * found, origin.abs() + change, len(sources) + 6)
+
+
+def karcher(sources: Sequence[Tensor], max_iter: int, tol: float) -> Merged:
+    """Karcher 1977: walk along the mean of the logarithms until it vanishes; then the mean length."""
+    vectors = [x.double() for x in sources]
+    if len(vectors) == 1:
+        return Merged(vectors[0], vectors[0].abs(), 1)
+    lengths = [torch.linalg.vector_norm(x) for x in vectors]
+    units = [x / length for x, length in zip(vectors, lengths, strict=True) if length > tol]
+    if not units:
+        return Merged(torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0]), 0)
+    mean = torch.stack(units).mean(0)
+    size = torch.linalg.vector_norm(mean)
+    centre = units[0] if size < tol else mean / size
+    reach = torch.stack(units).abs().mean(0) / (1.0 if size < tol else size)  # |coefficients| times |units|
+    for _ in range(max_iter):
+        tangent, spread = torch.zeros_like(centre), torch.zeros_like(centre)
+        for u in units:
+            cosine = (u * centre).sum().clamp(-1, 1)
+            angle = cosine.acos()
+            if tol <= angle <= math.pi - tol:
+                pull = angle / angle.sin() / len(units)
+                tangent += pull * (u - cosine * centre)
+                spread += pull * (u.abs() + cosine.abs() * reach)
+        step = torch.linalg.vector_norm(tangent)
+        if step < tol:
+            break
+        centre = step.cos() * centre + step.sin() / step * tangent
+        centre /= torch.linalg.vector_norm(centre)
+        reach = step.cos().abs() * reach + step.sin().abs() / step * spread
+    length = torch.stack(lengths).mean()
+    return Merged(length * centre, length * reach, len(sources) + 3)
+
+
+def model_stock(base: Tensor, sources: Sequence[Tensor], filter_wise: bool) -> Merged:
+    """Jang et al. 2024: t mean(x) + (1 - t) b, t = N c / (1 + (N - 1) c), c the mean cosine of pairs."""
+    count = len(sources)
+
+    def changes(*vectors: Tensor) -> list[Tensor]:
+        cosines = []
+        for x, y in combinations(vectors, 2):
+            lengths = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
+            cosines.append(((x * y).sum() / lengths.clamp(min=1e-6)).clamp(-1, 1))
+        c = torch.stack(cosines).mean()
+        t = 0.0 if abs(1 + (count - 1) * c) < 1e-6 else count * c / (1 + (count - 1) * c)
+        change = t * sum(vectors) / count
+        size = (abs(t) + 2**-24) * sum(d.abs() for d in vectors) / count  # cosines that cancel leave 2^-48 of a term
+        return [torch.as_tensor(change), torch.as_tensor(size)]
+
+    change, size = by_slice(changes, task_vectors(base, sources), 0 if filter_wise else None)
+    return Merged(base.double() + change, base.double().abs() + size, count + 5)
+
+
+def passthrough(source: Tensor, scale: float) -> Merged:
+    return Merged(scale * source.double(), (scale * source.double()).abs(), 2)
+
+
+def nearswap(base: Tensor, source: Tensor, t: float) -> Merged:
+    """alchemonaut 2024: interpolate with the weight t / |x - b|, at most 1."""
+    b, x = base.double(), source.double()
+    weight = torch.where((x - b).abs() > t, t / (x - b).abs(), 1.0)
+    return Merged(weight * x + (1 - weight) * b, b.abs() + (x - b).abs().clamp(max=t), 4)
+
+
+def direction(x: Tensor, least: float) -> Tensor:
+    return x / torch.linalg.vector_norm(x).clamp(min=least)
+
+
+def by_slice(
+    function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], axis: int | None
+) -> tuple[Tensor, ...]:
+    """What `function` makes of whole tensors, or put together again from their slices along an axis."""
+    if axis is None or tensors[0].ndim < 2:
+        return tuple(function(*tensors))
+    found = [function(*parts) for parts in zip(*(x.unbind(axis) for x in tensors), strict=True)]
+    return tuple(torch.stack(parts, axis) for parts in zip(*found, strict=True))
 
 
 def task_arithmetic(

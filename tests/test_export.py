@@ -45,7 +45,7 @@ logging.disable_progress_bar()
 def recipe_for(
     folders: dict[str, Path], method: str = "linear", dtype: Any = "bfloat16", **parameters: Coefficient
 ) -> Recipe:
-    """A recipe over every folder but the base; required knobs are 0.6."""
+    """A recipe over every folder but the base, or as many as the method takes; required knobs are 0.6."""
     silent = [k for k, v in METHODS[method].knobs.items() if v.default is None and k not in parameters]
     names = [name for name in folders if name != "base"][: METHODS[method].sources[1]]
     sources = [RecipeSource(name=name, path=str(folders[name])) for name in names]
@@ -308,7 +308,7 @@ def test_what_a_killed_export_left_is_cleared_away(family: dict[str, Path], tmp_
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merge_that_is_not_finite_is_refused_by_name(method: str, value: float, tmp_path: Path):
-    folders = write_family(tmp_path / "models", ["one"])
+    folders = write_family(tmp_path / "models", ["one", "two"][: METHODS[method].sources[1]])
     weights = llama_weights(1)
     weights["model.layers.1.mlp.up_proj.weight"][5, 5] = value
     write_weights(folders["one"], weights)

@@ -1,5 +1,7 @@
 """The contract of a merge method: every one in METHODS passes this suite, against the float64 oracle."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +84,21 @@ def truth(
         case "slerp":
             first, second = (base, sources[0]) if len(sources) == 1 else sources
             return oracle.slerp(first, second, shared["t"])
+        case "nuslerp":
+            flatten, row_wise = bool(shared["nuslerp_flatten"]), bool(shared["nuslerp_row_wise"])
+            origin = base if shared["task_vectors"] else None
+            return oracle.nuslerp(origin, sources, each["weight"], flatten, row_wise)
+        case "multislerp":
+            normalize, origin = bool(shared["normalize_weights"]), base if shared["task_vectors"] else None
+            return oracle.multislerp(origin, sources, each["weight"], normalize, shared["eps"])
+        case "karcher":
+            return oracle.karcher(sources, int(shared["max_iter"]), max(shared["tol"], 1e-7))
+        case "model_stock":
+            return oracle.model_stock(base, sources, bool(shared["filter_wise"]))
+        case "passthrough":
+            return oracle.passthrough(sources[0], each["scale"][0])
+        case "nearswap":
+            return oracle.nearswap(base, sources[0], shared["t"])
         case "task_arithmetic":
             return oracle.task_arithmetic(base, sources, each["weight"], shared["lambda"], bool(shared["normalize"]))
         case "ties":
@@ -160,10 +177,15 @@ def knob_values(knob: Knob) -> st.SearchStrategy[float]:
     if knob.choices:
         return st.sampled_from(list(knob.choices.values()))
     if knob.low == 0.0 and knob.high == 1.0:
-        return st.sampled_from([0.0, 1.0, 0.5, 0.1]) | st.floats(0.01, 1.0)
-    if knob.low == 0.0:
-        return st.sampled_from([0.0, 1e-5, 1e-3, 0.2, 1.0])
-    return st.integers(-12, 16).map(lambda n: n / 8)
+        free = st.sampled_from([0.0, 1.0, 0.5, 0.1]) | st.floats(0.01, 1.0)
+    elif knob.low == 0.0:
+        free = st.sampled_from([0.0, 1e-3]) | st.integers(1, 48).map(lambda n: n / 8)
+    else:
+        free = st.integers(-12, 16).map(lambda n: n / 8)
+    return free if knob.default is None else st.just(knob.default) | free
+
+
+SHAPES = [(1,), (2,), (3,), (7,), (16,), (33,), (60,), (4, 9), (7, 3), (1, 5), (3, 2, 5)]
 
 
 @st.composite
@@ -171,12 +193,13 @@ def cases(draw: st.DrawFn, name: str) -> tuple[Knobs, Tensor, list[Tensor]]:
     method = METHODS[name]
     least, most = method.sources
     count = draw(st.integers(least, most or 4))
-    size = draw(st.sampled_from([1, 2, 3, 7, 16, 33, 60]))
-    base = stored(draw(vectors(size)), draw(st.sampled_from(DTYPES)))
+    shape = draw(st.sampled_from(SHAPES))
+    size = math.prod(shape)
+    base = stored(draw(vectors(size)).view(shape), draw(st.sampled_from(DTYPES)))
     sources = []
     for _ in range(count):
         kind = draw(st.sampled_from(["free", "near", "same", "opposite"]))
-        tensor = base.float() if kind == "same" else draw(vectors(size))
+        tensor = base.float() if kind == "same" else draw(vectors(size)).view(shape)
         if kind == "near":
             tensor = base.float() + 1e-3 * tensor
         if kind == "opposite" and sources:
@@ -205,45 +228,94 @@ def test_float32_arithmetic_rounded_once_agrees_with_the_paper(name: str, data: 
 
 
 def usual(name: str, count: int, **given: float) -> Knobs:
-    """A method's own defaults; what has none is 1 / count."""
+    """A method's own defaults; what has none is 1 / count.  count: how many sources."""
     knobs = METHODS[name].knobs
     value = {k: given.get(k, 1 / count if v.default is None else v.default) for k, v in knobs.items()}
     each = {k: (value[k],) * count for k, v in knobs.items() if v.each}
     return Knobs(each, {k: value[k] for k, v in knobs.items() if not v.each})
 
 
-@every_method
+def counts(name: str) -> list[int]:
+    """The numbers of sources that a method is tried with: its least, two, its most or four."""
+    least, most = METHODS[name].sources
+    return sorted({least, min(max(2, least), most or 2), most or 4})
+
+
+every_count = pytest.mark.parametrize(("name", "count"), [(name, n) for name in METHODS for n in counts(name)])
+
+
+@every_count
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merging_equal_models_gives_that_model(name: str, dtype: torch.dtype):
+def test_merging_equal_models_gives_that_model(name: str, count: int, dtype: torch.dtype):
     base = torch.linspace(-3, 3, 101).to(dtype)
-    count = min(2, METHODS[name].sources[1] or 2)
     out = merge(name, usual(name, count), base, [base] * count, dtype)
     assert torch.allclose(out.float(), base.float(), rtol=2 * oracle.UNIT, atol=0.0)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "arcee_fusion"])  # it never takes a source whole
+# Not nuslerp and model_stock: they take two sources at least.  Not nearswap: at t = 1 it takes small changes only.  Not
+# arcee_fusion: it never takes a source whole.
+@pytest.mark.parametrize("name", [n for n in METHODS if 1 in counts(n) and n not in ("nearswap", "arcee_fusion")])
 def test_one_source_at_full_weight_is_that_source(name: str):
     base, source = torch.linspace(-3, 3, 101), torch.linspace(4, -2, 101).cos()
     out = merge(name, usual(name, 1, t=1.0, weight=1.0), base, [source], torch.float32)
     assert torch.allclose(out, source, rtol=0.0, atol=8 * oracle.UNIT)
 
 
-@every_method
-def test_inputs_are_left_as_they_were(name: str):
+weighted = [(name, n) for name in METHODS if "weight" in METHODS[name].knobs for n in counts(name)]
+
+
+@pytest.mark.parametrize(("name", "count"), weighted)
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_source_that_has_all_the_weight_is_the_result(name: str, count: int, which: int):
+    base, *sources = torch.randn(1 + count, 101, generator=torch.Generator().manual_seed(0)).unbind()
+    knobs = usual(name, count)
+    weights = [0.0] * count
+    weights[which] = 1.0
+    out = merge(name, Knobs({**knobs.each, "weight": tuple(weights)}, knobs.shared), base, sources, torch.float32)
+    assert torch.allclose(out, sources[which], rtol=0.0, atol=8 * oracle.UNIT)
+
+
+NO_ANGLE = {
+    "sources that are the base": lambda b, i: b,
+    "zeros": lambda b, i: torch.zeros_like(b),
+    "one change, longer and longer": lambda b, i: b + i * b.cos(),
+    "changes that cancel": lambda b, i: b + (-1) ** i * b.cos(),
+    "sources that are opposite": lambda b, i: (-1) ** i * b.cos(),
+    "one of them the base": lambda b, i: b if i == 1 else b.cos() + i,
+    "one of them zero": lambda b, i: torch.zeros_like(b) if i == 1 else b.cos() + i,
+    "tiny changes": lambda b, i: b + 1e-7 * (i * b).cos(),
+    "no length to speak of": lambda b, i: 1e-38 * (i * b).cos(),
+}
+
+
+@every_count
+@pytest.mark.parametrize("case", NO_ANGLE)
+@pytest.mark.parametrize("origin", [1.0, 0.0], ids=["base", "base of zeros"])
+def test_tensors_without_an_angle_between_them_merge_to_numbers(name: str, count: int, case: str, origin: float):
+    base = origin * torch.linspace(-3, 3, 60).view(6, 10)
+    sources = [NO_ANGLE[case](base, i) for i in range(1, 1 + count)]
+    switches = [k for k, v in METHODS[name].knobs.items() if v.switch]
+    for values in itertools.product([0.0, 1.0], repeat=len(switches)):
+        knobs = usual(name, count, t=0.25, **dict(zip(switches, values, strict=True)))
+        out = merge(name, knobs, base, sources, torch.float32)
+        largest = max(t.abs().max().item() for t in (base, *sources))
+        assert out.abs().max().item() <= 4 * count * largest, switches
+
+
+@every_count
+def test_inputs_are_left_as_they_were(name: str, count: int):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(50, generator=generator) for _ in range(3)]
+    tensors = [torch.randn(50, generator=generator) for _ in range(1 + count)]
     copies = [t.clone() for t in tensors]
-    count = min(2, METHODS[name].sources[1] or 2)
-    merge(name, usual(name, count, density=0.5, t=0.3), tensors[0], tensors[1 : 1 + count], torch.float32)
+    merge(name, usual(name, count, density=0.5, t=0.3), tensors[0], tensors[1:], torch.float32)
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
-@every_method
-def test_a_plan_is_made_of_numbers_and_is_the_same_twice(name: str):
-    tensors = [torch.linspace(-3, 3, 101), torch.linspace(4, -2, 101).cos(), torch.linspace(0, 9, 101).sin()]
-    count = METHODS[name].sources[1] or 2
+@every_count
+def test_a_plan_is_made_of_numbers_and_is_the_same_twice(name: str, count: int):
+    base, *sources = (torch.linspace(-3, i, 101).cos() for i in range(1 + count))
     knobs = usual(name, count)
-    first, second = (METHODS[name].plan(knobs, measurements(tensors[0], tensors[1 : 1 + count])) for _ in range(2))
+    first, second = (METHODS[name].plan(knobs, measurements(base, sources)) for _ in range(2))
     assert isinstance(first, get_args(Plan))
     assert repr(first) == repr(second)
     assert METHODS[name].name == name
@@ -365,3 +437,118 @@ def test_slerp_without_an_arc_takes_the_straight_line(second: list[float]):
     base = torch.tensor([1.0, 2.0])
     out = merge("slerp", Knobs({}, {"t": 0.25}), base, [torch.tensor(second)], torch.float32)
     assert out.tolist() == pytest.approx([0.75 + 0.25 * second[0], 1.5 + 0.25 * second[1]])
+
+
+def nuslerp_knobs(first: float, second: float, **switches: float) -> Knobs:
+    shared = {"nuslerp_flatten": 1.0, "nuslerp_row_wise": 0.0, "task_vectors": 1.0, **switches}
+    return Knobs({"weight": (first, second)}, shared)
+
+
+def test_nuslerp_turns_from_one_task_vector_to_the_other():
+    base = torch.tensor([10.0, 20.0])
+    sources = [base + torch.tensor([3.0, 0.0]), base + torch.tensor([0.0, 3.0])]
+    out = merge("nuslerp", nuslerp_knobs(1.0, 2.0), base, sources, torch.float32)
+    assert (out - base).tolist() == pytest.approx([3 * math.cos(math.pi / 3), 3 * math.sin(math.pi / 3)], rel=1e-5)
+
+
+def test_nuslerp_without_task_vectors_is_slerp_whatever_the_base():
+    first, second = torch.linspace(1, 2, 9), torch.linspace(-1, 3, 9)
+    expected = merge("slerp", Knobs({}, {"t": 0.3}), first, [second], torch.float32)
+    out = merge("nuslerp", nuslerp_knobs(0.7, 0.3, task_vectors=0.0), torch.ones(9), [first, second], torch.float32)
+    assert torch.allclose(out, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("row_wise", "axis"), [(0.0, 0), (1.0, 1)], ids=["rows", "columns"])
+@pytest.mark.parametrize("task_vectors", [0.0, 1.0], ids=["sources", "task vectors"])
+def test_nuslerp_turns_rows_or_columns_one_by_one(row_wise: float, axis: int, task_vectors: float):
+    base, first, second = torch.randn(3, 40, 70, generator=torch.Generator().manual_seed(0)).unbind()
+    knobs = nuslerp_knobs(0.5, 0.25, nuslerp_flatten=0.0, nuslerp_row_wise=row_wise, task_vectors=task_vectors)
+    out = merge("nuslerp", knobs, base, [first, second], torch.float32)
+    flat = nuslerp_knobs(0.5, 0.25, task_vectors=task_vectors)
+    slices = zip(*(x.unbind(axis) for x in (base, first, second)), strict=True)
+    alone = [merge("nuslerp", flat, b.clone(), [x.clone(), y.clone()], torch.float32) for b, x, y in slices]
+    assert torch.allclose(out, torch.stack(alone, axis), rtol=0.0, atol=1e-6)
+
+
+def test_nuslerp_by_rows_treats_a_vector_as_one_row():
+    base, first, second = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).unbind()
+    whole = merge("nuslerp", nuslerp_knobs(0.5, 0.25), base, [first, second], torch.float32)
+    for row_wise in (0.0, 1.0):
+        knobs = nuslerp_knobs(0.5, 0.25, nuslerp_flatten=0.0, nuslerp_row_wise=row_wise)
+        assert torch.allclose(merge("nuslerp", knobs, base, [first, second], torch.float32), whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 0.0), (2.0, -2.0)])
+def test_nuslerp_goes_half_way_where_weights_do_not_say_how_far(weights: tuple[float, float]):
+    base, sources = torch.zeros(2), [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    out = merge("nuslerp", nuslerp_knobs(*weights), base, sources, torch.float32)
+    assert out.tolist() == pytest.approx([0.5**0.5] * 2)
+
+
+def test_multislerp_keeps_the_mean_length_of_the_task_vectors():
+    base, *sources = torch.randn(4, 60, generator=torch.Generator().manual_seed(0)).unbind()
+    out = merge("multislerp", usual("multislerp", 3), base, sources, torch.float32)
+    lengths = [torch.linalg.vector_norm(x - base).item() for x in sources]
+    assert torch.linalg.vector_norm(out - base).item() == pytest.approx(sum(lengths) / 3, rel=1e-6)
+
+
+def test_karcher_of_two_is_the_middle_of_their_arc():
+    first, second = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])
+    out = merge("karcher", usual("karcher", 2), torch.ones(3), [first, second], torch.float32)
+    assert out.tolist() == pytest.approx([3 * 0.5**0.5, 3 * 0.5**0.5, 0.0])
+
+
+def test_karcher_ends_where_the_pulls_of_the_sources_cancel():
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).abs().double()
+    knobs = usual("karcher", 5, tol=1e-7, max_iter=100.0)
+    out = merge("karcher", knobs, torch.zeros(4), x.float().unbind(), torch.float32).double()
+    centre = out / torch.linalg.vector_norm(out)
+    units = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    cosines = (units @ centre)[:, None]
+    pulls = cosines.acos() / cosines.acos().sin() * (units - cosines * centre)
+    assert torch.linalg.vector_norm(pulls.mean(0)).item() < 1e-6
+
+
+def test_karcher_more_than_the_normalised_mean_is_worth_the_iterations():
+    x = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
+    start, end = (merge("karcher", usual("karcher", 3, max_iter=n), x[0], x, torch.float32) for n in (0.0, 10.0))
+    assert math.atan2(start[1], start[0]) == pytest.approx(math.atan2(1, 2), rel=1e-6)
+    assert math.atan2(end[1], end[0]) == pytest.approx(math.pi / 6, rel=1e-6)  # a third of the arc
+
+
+@pytest.mark.parametrize("filter_wise", [0.0, 1.0])
+def test_model_stock_trusts_what_the_sources_agree_on(filter_wise: float):
+    base = torch.zeros(2, 4)
+    sources = [torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]]), torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 1]])]
+    out = merge("model_stock", usual("model_stock", 2, filter_wise=filter_wise), base, sources, torch.float32)
+    mean = sum(sources) / 2
+    t = [2 * 0.5 / 1.5, 0.0] if filter_wise else [2 * 0.25 / 1.25] * 2  # cosines 1/2 and 0, of the whole 1/4
+    assert torch.allclose(out, torch.tensor(t)[:, None] * mean, rtol=1e-6)
+
+
+def test_model_stock_of_opposite_changes_is_the_base():
+    base = torch.tensor([1.0, 2.0])
+    sources = [base + torch.tensor([3.0, 4.0]), base - torch.tensor([3.0, 4.0])]
+    assert torch.equal(merge("model_stock", usual("model_stock", 2), base, sources, torch.float32), base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_passthrough_gives_the_bits_of_the_source(dtype: torch.dtype):
+    source = torch.cat([torch.randn(100), torch.tensor([0.0, -0.0, 1e-7, torch.finfo(dtype).max])]).to(dtype)
+    out = merge("passthrough", usual("passthrough", 1), torch.ones_like(source), [source], dtype)
+    assert torch.equal(out.view(torch.uint8), source.view(torch.uint8))
+
+
+def test_passthrough_scales():
+    knobs = Knobs({"scale": (-1.5,)}, {})
+    assert merge("passthrough", knobs, torch.ones(2), [torch.tensor([2.0, -4.0])], torch.float32).tolist() == [
+        -3.0,
+        6.0,
+    ]
+
+
+def test_nearswap_takes_small_changes_whole_and_of_large_ones_t():
+    base, source = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([1.25, 0.75, 3.0, -1.0])
+    out = merge("nearswap", Knobs({}, {"t": 0.5}), base, [source], torch.float32)
+    assert out.tolist() == [1.25, 0.75, 1.5, 0.5]
+    assert torch.equal(merge("nearswap", Knobs({}, {"t": 0.0}), base, [source], torch.float32), base)

@@ -354,12 +354,12 @@ def test_a_source_overrides_the_common_value_and_silence_means_the_default():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_one_and_two_sources_and_its_knobs_by_layer(method: str):
+def test_every_method_takes_its_least_and_most_sources_and_its_knobs_by_layer(method: str):
+    least, most = METHODS[method].sources
     knobs = METHODS[method].knobs
     named = {k for k, v in knobs.items() if v.switch or v.choices}
     parameters: dict[str, Coefficient] = {k: True if k in named else [0.25, 0.75] for k in knobs}
-    least, most = METHODS[method].sources
-    for count in range(least, 1 + (most or 2)):
+    for count in {least, most or least + 1}:
         found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
         assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
         assert found.shared == {k: 1.0 if k in named else 0.75 for k, v in knobs.items() if not v.each}

@@ -23,7 +23,8 @@ def method_problems(config: SearchConfig) -> list[str]:
         return [f"method: {config.method!r} is not one of {', '.join(METHODS)}", *problems]
     least, most = method.sources
     if not least <= len(config.sources) <= (most or len(config.sources)):
-        problems.append(f"sources: {config.method} takes {least} to {most}, here are {len(config.sources)}")
+        allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
+        problems.append(f"sources: {config.method} takes {allowed}, here are {len(config.sources)}")
     given = {("space", knob): a for knob, a in config.space.axes().items()}
     for source, knobs in config.space.sources.items():
         if source not in names:

@@ -69,6 +69,15 @@ class SpaceConfig(Strict):
     density: AxisValue | None = None
     lambda_: AxisValue | None = Field(default=None, alias="lambda")
     t: AxisValue | None = None
+    scale: AxisValue | None = None
+    max_iter: AxisValue | None = None
+    tol: AxisValue | None = None
+    eps: AxisValue | None = None
+    nuslerp_flatten: bool | None = None
+    nuslerp_row_wise: bool | None = None
+    task_vectors: bool | None = None
+    normalize_weights: bool | None = None
+    filter_wise: bool | None = None
     normalize: bool | None = None
     rescale: bool | Literal["none", "expected", "l1"] | None = None
     epsilon: AxisValue | None = None
@@ -83,8 +92,12 @@ class SpaceConfig(Strict):
         given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
         given |= {"epsilon": self.epsilon, "gamma": self.gamma, "select_topk": self.select_topk}
         given |= {"r": self.r, "alpha": self.alpha}
-        rescale = RESCALE.choices[self.rescale] if isinstance(self.rescale, str) else self.rescale
-        for name, switch in (("normalize", self.normalize), ("rescale", rescale)):
+        given |= {"scale": self.scale, "max_iter": self.max_iter, "tol": self.tol, "eps": self.eps}
+        dense = ("nuslerp_flatten", "nuslerp_row_wise", "task_vectors", "normalize_weights", "filter_wise")
+        switches = {name: getattr(self, name) for name in dense}
+        switches["normalize"] = self.normalize
+        switches["rescale"] = RESCALE.choices[self.rescale] if isinstance(self.rescale, str) else self.rescale
+        for name, switch in switches.items():
             if switch is not None:
                 given[name] = Axis(low=float(switch), high=float(switch))
         return {name: value for name, value in given.items() if value is not None}

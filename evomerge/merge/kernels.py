@@ -56,10 +56,12 @@ def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficie
 def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
     """out = base + clamp(source - base, -limit, limit).  limit: (1,).
 
-    A kernel of its own: clamping is not linear in the task vector, so no blend or mask expresses it.
+    A kernel of its own: clamping is not linear in the task vector, so no blend or mask expresses it.  An infinite
+    source gives NaN: clamping alone would hide it.
     """
     b = base.float()
-    return store(out, torch.minimum(torch.maximum(source.float() - b, -limit), limit) + b)
+    d = source.float() - b
+    return store(out, torch.minimum(torch.maximum(d, -limit), limit) + d * 0.0 + b)
 
 
 def sparse_blend(

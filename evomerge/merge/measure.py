@@ -75,9 +75,21 @@ class Measurements:
     def gram(self) -> Gram:
         return self.once(("gram", self.name, *self.sources), lambda: statistics.gram_matrix(self.operands()))
 
-    def row_grams(self, axis: int) -> NDArray[np.float64]:
-        key = ("row grams", self.name, axis, *self.sources)
-        return self.once(key, lambda: statistics.row_gram_matrices(self.operands(), axis))
+    @property
+    def task_gram(self) -> Gram:
+        def measure() -> Gram:
+            base, *sources = self.operands()
+            return statistics.gram_matrix(sources, origin=base)
+
+        return self.once(("task gram", self.name, *self.sources), measure)
+
+    def row_grams(self, axis: int, of_task_vectors: bool = False) -> NDArray[np.float64]:
+        def measure() -> NDArray[np.float64]:
+            tensors = self.operands()
+            origin = tensors.pop(0) if of_task_vectors else None
+            return statistics.row_gram_matrices(tensors, axis, origin)
+
+        return self.once(("row grams", self.name, axis, of_task_vectors, *self.sources), measure)
 
     def magnitude(self, source: int, rank: int) -> float:
         def measure() -> float:

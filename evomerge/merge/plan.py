@@ -65,8 +65,16 @@ class Measured(Protocol):
     def gram(self) -> Gram:
         """Dot products of base and sources, (1 + N, 1 + N)."""
 
-    def row_grams(self, axis: int) -> NDArray[np.float64]:
-        """One Gram matrix for each slice along `axis`, (slices, 1 + N, 1 + N); a vector is a single row."""
+    @property
+    def task_gram(self) -> Gram:
+        """Dot products of the task vectors, (N, N).
+
+        They are subtracted before they are multiplied: from `gram` the same numbers are differences of nearly equal
+        ones, wrong in their first digits where a task vector is 1e-8 of the base or less.
+        """
+
+    def row_grams(self, axis: int, of_task_vectors: bool = False) -> NDArray[np.float64]:
+        """`gram` or `task_gram` for each slice along `axis` (0 or -1), (slices, ...); a vector is a single row."""
 
     def magnitude(self, source: int, rank: int) -> float:
         """The `rank`-th largest |d_source|, 1 <= rank <= elements."""
@@ -172,7 +180,7 @@ class Method:
     plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
     without_base: int | None = None
-    measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
+    measures: frozenset[Literal["gram", "task_gram", "magnitudes", "ranks"]] = frozenset()
 
 
 def share(total: float) -> float:

@@ -44,10 +44,14 @@ def summed(elements: int, terms: Callable[[slice], Tensor], rows: int = 1) -> ND
     return sums
 
 
-def gram_matrix(tensors: Sequence[Tensor]) -> Gram:
-    """All pairwise dot products, (len(tensors), len(tensors)) float64; the products of float32 are exact."""
+def gram_matrix(tensors: Sequence[Tensor], origin: Tensor | None = None) -> Gram:
+    """All pairwise dot products, (len(tensors), len(tensors)) float64; the products of float32 are exact.
+
+    origin: what is subtracted from every tensor first.
+    """
     n = len(tensors)
     flat = [t.reshape(-1) for t in tensors]
+    flat_origin = None if origin is None else origin.reshape(-1)
     pairs = [(i, j) for i in range(n) for j in range(i, n)]
     sums = np.zeros(len(pairs))
     for segment in chunks(flat[0].numel(), SEGMENT):
@@ -58,6 +62,8 @@ def gram_matrix(tensors: Sequence[Tensor]) -> Gram:
             size = part.stop - part.start
             for i, t in enumerate(flat):
                 wide[i, :size].copy_(t[segment.start + part.start : segment.start + part.stop])
+            if flat_origin is not None:
+                wide[:, :size].sub_(flat_origin[segment.start + part.start : segment.start + part.stop].double())
             for p, (i, j) in enumerate(pairs):
                 lanes[p, :size].addcmul_(wide[i, :size], wide[j, :size])
         sums += total(lanes).cpu().numpy()
@@ -67,13 +73,25 @@ def gram_matrix(tensors: Sequence[Tensor]) -> Gram:
     return gram
 
 
-def row_gram_matrices(tensors: Sequence[Tensor], axis: int) -> NDArray[np.float64]:
-    """One Gram matrix for each slice along `axis`, (slices, N, N); a vector is one slice."""
-    views = [(t.reshape(1, -1) if t.ndim < 2 else t.movedim(axis, 0).flatten(1)).double() for t in tensors]
-    grams = np.zeros((views[0].shape[0], len(views), len(views)))
-    for i, x in enumerate(views):
-        for j, y in enumerate(views[: i + 1]):
-            grams[:, i, j] = grams[:, j, i] = total(x * y).cpu().numpy()
+def row_gram_matrices(tensors: Sequence[Tensor], axis: int, origin: Tensor | None = None) -> NDArray[np.float64]:
+    """`gram_matrix` for each slice along `axis`, (slices, N, N); a vector is one slice."""
+
+    def matrix(t: Tensor) -> Tensor:
+        return t.reshape(1, -1) if t.ndim < 2 else t.movedim(axis, 0).flatten(1)  # (slices, n)
+
+    views = [matrix(t) for t in tensors]
+    slices, n = views[0].shape
+    grams = np.zeros((slices, len(views), len(views)))
+    if n == 0:
+        return grams
+    for part in chunks(slices, max(1, CHUNK // max(1, n))):
+        wide = [v[part].double() for v in views]
+        if origin is not None:
+            shift = matrix(origin)[part].double()
+            wide = [w - shift for w in wide]
+        for i, x in enumerate(wide):
+            for j, y in enumerate(wide[: i + 1]):
+                grams[part, i, j] = grams[part, j, i] = total(x * y).cpu().numpy()
     return grams
 
 

@@ -1,0 +1,20 @@
+"""nearswap: take over small changes, and of large ones no more than t (alchemonaut 2024, the model card of
+QuartetAnemoi-70B; mergekit `nearswap`).
+
+    out = b + clamp(d, -t, t),     d = x - b
+
+mergekit writes this as an interpolation, w x + (1 - w) b = b + w d with w = clamp(t / |d|, 0, 1).  Where |d| <= t, w is
+1 and b + d remains; where |d| > t, w d is t with the sign of d: the clamp.
+
+Different from mergekit: its |d| is at least 1e-6 in t / |d|, so that at t < 1e-6 the smallest changes are scaled by
+t / 1e-6 and not taken over; the results differ by less than 1e-6.
+"""
+
+from evomerge.merge.plan import Clip, Knob, Knobs, Measured, Method
+
+
+def plan(knobs: Knobs, measured: Measured) -> Clip:
+    return Clip(knobs.shared["t"])
+
+
+METHOD = Method("nearswap", {"t": Knob(None, 0.0)}, plan, sources=(1, 1))

@@ -1,0 +1,15 @@
+"""passthrough: one source as it is, or scaled (mergekit `passthrough`).
+
+    out = scale * x
+
+At scale 1 and in the source's own type the result has the source's bits.
+"""
+
+from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method
+
+
+def plan(knobs: Knobs, measured: Measured) -> Blend:
+    return Blend(knobs.each["scale"])
+
+
+METHOD = Method("passthrough", {"scale": Knob(1.0, each=True)}, plan, sources=(1, 1), without_base=1)
