@@ -222,13 +222,13 @@ class Reader:
         return value if value in (None, "base", "union") else self.reference(where, value)
 
     def dtype(self, content: dict[str, Any]) -> str | None:
-        """The type of the output: `out_dtype`, else `dtype`."""
-        found = None
-        for key in ("dtype", "out_dtype"):
-            if content.get(key) is not None:
-                found = str(content[key]).removeprefix("torch.")
-                if found not in ("float32", "bfloat16", "float16"):
-                    self.problem(key, f"{shown(content[key])} is not one of float32, bfloat16, float16")
+        """The type of the output: `out_dtype`, else `dtype`, which else is that of the arithmetic only."""
+        key = "out_dtype" if content.get("out_dtype") is not None else "dtype"
+        if content.get(key) is None:
+            return None
+        found = str(content[key]).removeprefix("torch.")
+        if found not in ("float32", "bfloat16", "float16"):
+            self.problem(key, f"{shown(content[key])} is not one of float32, bfloat16, float16")
         return found
 
 
