@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,19 @@ def read_yaml(path: Path) -> Any:
         raise EvomergeError(f"{path}: cannot be read ({error})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
         raise EvomergeError(f"{path}: not YAML: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvomergeError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise EvomergeError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise EvomergeError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def sync(path: Path) -> None:

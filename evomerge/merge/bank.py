@@ -11,7 +11,6 @@ from evomerge.merge.execute import Keys, random_mask
 from evomerge.merge.layout import BASE, Slice, build_layout
 from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.plan import Chance
-from evomerge.sources.adapter import Adapter
 from evomerge.sources.open import Models
 
 HELD_BYTES = (
@@ -61,7 +60,7 @@ class Bank:
         origin = self.layout.origin(source, name)
         assert origin is not None, f"{source} has no part in {name}"
         model = self.models.sources[source]
-        if isinstance(model, Adapter) and not model.touches(origin):
+        if not model.touches(origin):
             return self.fetch("", origin)
         return self.fetch(source, origin)
 

@@ -17,20 +17,10 @@ from evomerge.merge.materialise import NotFinite, check_finite, check_fits, mate
 from evomerge.merge.recipe import Recipe, dump_recipe, signed
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
+from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary
 
 SHARD_BYTES = 4 << 30
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
 
 def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
@@ -74,7 +64,6 @@ def export(
     disk is full, or the merge is not finite.
     """
     check_fits(recipe, bank)
-    base = bank.models.base
     shards = plan_shards(recipe, bank, shard_bytes)
     with new_folder(folder) as aside:
         weight_map: dict[str, str] = {}
@@ -97,14 +86,20 @@ def export(
             write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         config = {k: v for k, v in bank.layout.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
         write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
-        for name in COPIED:
-            if (base.path / name).exists():
-                shutil.copyfile(base.path / name, aside / name)
+        copy_tokenizer(bank, aside)
         full = signed(recipe)
         full.outputs = fingerprint(aside)
         write_text(aside / "README.md", card(full))
         write_text(aside / "recipe.yaml", dump_recipe(full))
     return full
+
+
+def copy_tokenizer(bank: Bank, folder: Path) -> None:
+    """The files of the output's tokenizer, and the generation settings of the model it is from."""
+    vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
+    vocabulary.write(folder)
+    if (settings := vocabulary.folder / "generation_config.json").exists():
+        shutil.copyfile(settings, folder / settings.name)
 
 
 def merge_to_host(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> None:

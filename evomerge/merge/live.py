@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
+from evomerge.files import read_json
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.checkpoint import open_checkpoint, read_json
+from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
@@ -45,8 +46,8 @@ def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bank.layout.config), dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
         raise EvomergeError(f"{base}: transformers cannot build it ({str(error).splitlines()[0]})") from error
-    if (base / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(base)
+    if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval().to(bank.device)
 
 

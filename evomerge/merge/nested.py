@@ -1,6 +1,7 @@
 """Open the models of a recipe.  A source that is a recipe itself is merged in memory, tensor by tensor, when read."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -13,18 +14,23 @@ from evomerge.merge.recipe import Recipe
 from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
 from evomerge.sources.locate import locate
 from evomerge.sources.open import open_models
+from evomerge.sources.tokenizer import Vocabulary
 
 
 @dataclass
 class Nested(Checkpoint):
     """The model that a recipe makes, as a source of another recipe; it lies nowhere.
 
-    path: its base's folder, whose tokenizer it has.  name: of the source in the outer recipe.
+    path: its base's folder.  name: of the source in the outer recipe.
     """
 
     name: str
     recipe: Recipe
     bank: Bank = field(repr=False)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        return self.bank.models.vocabulary
 
     def stores(self, name: str) -> bool:
         return False
@@ -76,7 +82,7 @@ def open_bank(
     sources = {
         s.name: open_nested(s.name, s.recipe, device, compiled) if s.recipe else locate(s.path) for s in recipe.sources
     }
-    models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices))
+    models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices), vocabulary=recipe.vocabulary)
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
     return bank

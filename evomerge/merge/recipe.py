@@ -15,6 +15,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob, Knobs, Method
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
 from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id
+from evomerge.sources.vocabulary import WHOLE
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
@@ -64,6 +65,9 @@ class RecipeSource(Model):
 class Recipe(BaseModel):
     """One merge.
 
+    vocabulary: `base`, `union` or a source's name: whose tokenizer the output has when the models' differ; rows of
+    embedding and head are then merged by token.  None: the tokenizers must be equal.
+
     Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
     layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
     """
@@ -77,6 +81,7 @@ class Recipe(BaseModel):
     sources: list[RecipeSource] = Field(min_length=1)
     parameters: dict[str, Coefficient] = {}
     slices: list[Slice] = []
+    vocabulary: str | None = None
     outputs: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -147,6 +152,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems += count_problems("sources", method, len(names))
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
+    if recipe.vocabulary is not None and names.count(recipe.vocabulary) + (recipe.vocabulary in WHOLE) != 1:
+        problems.append(f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*WHOLE, *names])}")
     places: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
     places += [(f"sources.{s.name}.parameters", s.parameters, s.name) for s in recipe.sources]
     for where, parameters, source in places:

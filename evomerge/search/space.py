@@ -8,7 +8,6 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, PerLayer, Recipe, RecipeSource
-from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import Component, layer_count, place
 from evomerge.sources.open import Models
 
@@ -106,7 +105,7 @@ def changed_components(models: Models) -> dict[str, set[Component]]:
     """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
-        touched = [t for t in models.base.tensors if not isinstance(source, Adapter) or source.touches(t)]
+        touched = [t for t in models.base.tensors if source.touches(t)]
         found[name] = {place(t).component for t in touched}
     return found
 

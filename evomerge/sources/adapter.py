@@ -6,13 +6,16 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; rank-stabi
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.sources.checkpoint import Checkpoint, open_safetensors, read_json
+from evomerge.files import read_json
+from evomerge.sources.checkpoint import Checkpoint, open_safetensors
+from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
 
 PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?$")
@@ -33,6 +36,11 @@ class Adapter:
     base: Checkpoint
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
     whole: dict[str, torch.Tensor] = field(repr=False)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Its tokenizer's; None if it lies without one, as it mostly does."""
+        return read_vocabulary(self.path)
 
     def touches(self, name: str) -> bool:
         return name in self.pairs or name in self.whole

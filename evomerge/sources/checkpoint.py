@@ -1,6 +1,5 @@
 """Open a safetensors checkpoint, one file or many, by memory map; nothing is read before it is needed."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
+from evomerge.files import read_json
+from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,19 +40,6 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvomergeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise EvomergeError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise EvomergeError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def open_safetensors(path: Path) -> Any:
@@ -86,6 +74,15 @@ class Checkpoint:
         """The input embedding's tensor, which a tied head stands for."""
         ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
         return next((name for name in self.tensors if name.endswith(ends)), None)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Its tokenizer's; None if it has none that can be read."""
+        return read_vocabulary(self.path)
+
+    def touches(self, name: str) -> bool:
+        """Whether the tensor may differ from the base's."""
+        return True
 
     def stores(self, name: str) -> bool:
         """Whether reading this tensor maps a file and computes nothing."""

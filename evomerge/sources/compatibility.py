@@ -1,5 +1,6 @@
 """Can these models be merged?  Every mismatch is one line; nothing is loaded to find out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import yaml
 
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, read_json
+from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
 from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.vocabulary import vocabulary_tensors
 
 # What decides the meaning of a weight: two models that differ here compute different functions of it.
 CONFIG_KEYS = """
@@ -28,10 +30,14 @@ class Compatibility:
     notes: list[str] = field(default_factory=list)
 
 
-def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter], any_depth: bool = False) -> Compatibility:
+def check(
+    base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter], any_depth: bool = False, by_token: bool = False
+) -> Compatibility:
     """Compare each source (by name) with the base: architecture, tensors, tokenizer, declared base model.
 
     any_depth: the stacks are taken apart and put together again, so only what is outside them is compared here.
+    by_token: embedding and head are gathered by token, so tokenizers and numbers of rows may differ; with equal
+    tokenizers the rows beyond them always may.
     """
     found = Compatibility()
     model_type = base.config.get("model_type")
@@ -40,26 +46,39 @@ def check(base: Checkpoint, sources: dict[str, Checkpoint | Adapter], any_depth:
             f"base: unknown architecture {model_type!r}; layers are taken from the numbers in the tensor names "
             f"({layer_count(list(base.tensors))} found)"
         )
-    vocabulary = read_vocabulary(base.path)
+    vocabulary = base.vocabulary
     if vocabulary is None:
         found.problems.append(f"base: no tokenizer in {base.path} (tokenizer.json, or vocab.json and merges.txt)")
     for name, source in sources.items():
+        theirs = source.vocabulary
+        equal = vocabulary is not None and (theirs is None or theirs.tokens == vocabulary.tokens)
+        relaxed = Relaxed(any_depth, any_rows=vocabulary is not None and (by_token or equal))
         if isinstance(source, Checkpoint):
-            compare_config(name, base, source, found, any_depth)
-            compare_tensors(name, base, source, found, any_depth)
+            compare_config(name, base, source, found, relaxed)
+            compare_tensors(name, base, source, found, relaxed)
         else:
             changed = len(source.pairs.keys() | source.whole.keys())
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
-        compare_vocabulary(name, vocabulary, source, found)
+        if theirs is None and isinstance(source, Checkpoint):
+            found.notes.append(f"{name}: has no tokenizer of its own; the base model's is taken to be its")
+        elif theirs is not None and vocabulary is not None and not equal:
+            line = f"{name}: another tokenizer: {vocabulary_difference(vocabulary.tokens, theirs.tokens)}"
+            (found.notes if by_token else found.problems).append(line)
         compare_declared_base(name, base, source, found)
     return found
 
 
-def compare_config(
-    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, any_depth: bool = False
-) -> None:
+@dataclass(frozen=True)
+class Relaxed:
+    """What two models may differ in: the number of layers; the rows of embedding and head."""
+
+    any_depth: bool
+    any_rows: bool
+
+
+def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
     for key in CONFIG_KEYS:
-        if any_depth and key in DEPTH_KEYS:
+        if (relaxed.any_depth and key in DEPTH_KEYS) or (relaxed.any_rows and key == "vocab_size"):
             continue
         ours, theirs = base.config.get(key), source.config.get(key)
         if ours == theirs:
@@ -70,11 +89,9 @@ def compare_config(
         (found.notes if key == "tie_word_embeddings" else found.problems).append(line)
 
 
-def compare_tensors(
-    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, any_depth: bool = False
-) -> None:
+def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
     ours, theirs = (
-        [t for t in model.tensors if not (any_depth and place(t).layer is not None)] for model in (base, source)
+        [t for t in model.tensors if not (relaxed.any_depth and place(t).layer is not None)] for model in (base, source)
     )
     missing = [t for t in ours if t not in source.tensors]
     extra = [t for t in theirs if t not in base.tensors]
@@ -90,7 +107,9 @@ def compare_tensors(
         found.problems.append(f"{name}: lacks {len(missing)} tensor(s) of the base model: {some(missing)}")
     if extra:
         found.problems.append(f"{name}: has {len(extra)} tensor(s) that the base model lacks: {some(extra)}")
-    shapes = [t for t in ours if t in source.tensors and base.tensors[t].shape != source.tensors[t].shape]
+    free = vocabulary_tensors(base) if relaxed.any_rows else []
+    compared = {t: (base.tensors[t].shape, source.tensors[t].shape) for t in ours if t in source.tensors}
+    shapes = [t for t, (x, y) in compared.items() if (x[1:] != y[1:] if t in free else x != y)]
     if shapes:
         first = shapes[0]
         found.problems.append(
@@ -103,36 +122,9 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id, added tokens included; None if the folder has no tokenizer that can be read."""
-    from tokenizers import Tokenizer
-
-    if (folder / "tokenizer.json").exists():
-        try:
-            return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True))
-        except Exception:  # the library raises a bare Exception for a broken file
-            return None
-    if (folder / "vocab.json").exists():
-        return {str(k): int(v) for k, v in read_json(folder / "vocab.json").items()}
-    if (folder / "tokenizer.model").exists():
-        from transformers import AutoTokenizer
-
-        return dict(AutoTokenizer.from_pretrained(folder).get_vocab())
-    return None
-
-
-def compare_vocabulary(
-    name: str, vocabulary: dict[str, int] | None, source: Checkpoint | Adapter, found: Compatibility
-) -> None:
-    theirs = read_vocabulary(source.path)
-    if theirs is None:
-        if isinstance(source, Checkpoint):
-            found.notes.append(f"{name}: has no tokenizer of its own; the base model's is taken to be its")
-        return
-    if vocabulary is None or theirs == vocabulary:
-        return
-    moved = sorted(t for t in vocabulary.keys() & theirs.keys() if vocabulary[t] != theirs[t])
-    only_theirs, only_ours = theirs.keys() - vocabulary.keys(), vocabulary.keys() - theirs.keys()
+def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    moved = sorted(t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t])
+    only_theirs, only_ours = theirs.keys() - ours.keys(), ours.keys() - theirs.keys()
     parts = []
     if moved:
         parts.append(f"{len(moved)} tokens have other ids (the first is {moved[0]!r})")
@@ -140,7 +132,7 @@ def compare_vocabulary(
         parts.append(f"{len(only_theirs)} tokens are not in the base model's (such as {min(only_theirs)!r})")
     if only_ours:
         parts.append(f"{len(only_ours)} of the base model's are missing (such as {min(only_ours)!r})")
-    found.problems.append(f"{name}: another tokenizer: " + "; ".join(parts))
+    return "; ".join(parts)
 
 
 def declared_base(source: Checkpoint | Adapter) -> str | None:

@@ -8,32 +8,54 @@ from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import Compatibility, check
+from evomerge.sources.tokenizer import Vocabulary
+from evomerge.sources.vocabulary import translate
 
 
 @dataclass
 class Models:
-    """The base model and the sources by name, in the order in which recipes list them."""
+    """The base model and the sources by name, in the order in which recipes list them.
+
+    wanted: whose vocabulary was asked for.  vocabulary: what came of it, None if the base has no tokenizer.
+    """
 
     base: Checkpoint
     sources: dict[str, Checkpoint | Adapter]
     compatibility: Compatibility
+    wanted: str | None = None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Whose tokenizer, special tokens and generation settings the output has."""
+        return self.vocabulary.folder if self.vocabulary else self.base.path
 
 
 def open_models(
-    base: Path, sources: Mapping[str, Path | Checkpoint], strict: bool = True, any_depth: bool = False
+    base: Path,
+    sources: Mapping[str, Path | Checkpoint],
+    strict: bool = True,
+    any_depth: bool = False,
+    vocabulary: str | None = None,
 ) -> Models:
     """Open folders as base and sources; a source may be open already.
 
     With `strict`, EvomergeError lists every incompatibility.  any_depth: the number of layers is none of them.
+    vocabulary: `base`, `union` or a source's name; then the tokenizers are none either (see `translate`).
     """
     base_model = open_checkpoint(base)
     opened: dict[str, Checkpoint | Adapter] = {}
     for name, source in sources.items():
         opened[name] = source if isinstance(source, Checkpoint) else open_source(source, base_model)
-    found = check(base_model, opened, any_depth)
-    if strict and found.problems:
-        raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems))
-    return Models(base_model, opened, found)
+    found = check(base_model, opened, any_depth, by_token=vocabulary is not None)
+    if not found.problems:
+        aligned_base, aligned, output = translate(base_model, opened, vocabulary)
+        return Models(aligned_base, aligned, found, vocabulary, output)
+    if strict:
+        hint = "\n  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"
+        hint *= any(": another tokenizer: " in line for line in found.problems)
+        raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems) + hint)
+    return Models(base_model, opened, found, vocabulary, base_model.vocabulary)
 
 
 def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:
