@@ -461,7 +461,8 @@ def test_nuslerp_without_task_vectors_is_slerp_whatever_the_base():
 @pytest.mark.parametrize(("row_wise", "axis"), [(0.0, 0), (1.0, 1)], ids=["rows", "columns"])
 @pytest.mark.parametrize("task_vectors", [0.0, 1.0], ids=["sources", "task vectors"])
 def test_nuslerp_turns_rows_or_columns_one_by_one(row_wise: float, axis: int, task_vectors: float):
-    base, first, second = torch.randn(3, 40, 70, generator=torch.Generator().manual_seed(0)).unbind()
+    # more elements than are measured, or merged, in one piece
+    base, first, second = torch.randn(3, 300, 500, generator=torch.Generator().manual_seed(0)).unbind()
     knobs = nuslerp_knobs(0.5, 0.25, nuslerp_flatten=0.0, nuslerp_row_wise=row_wise, task_vectors=task_vectors)
     out = merge("nuslerp", knobs, base, [first, second], torch.float32)
     flat = nuslerp_knobs(0.5, 0.25, task_vectors=task_vectors)
@@ -483,6 +484,15 @@ def test_nuslerp_goes_half_way_where_weights_do_not_say_how_far(weights: tuple[f
     base, sources = torch.zeros(2), [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])]
     out = merge("nuslerp", nuslerp_knobs(*weights), base, sources, torch.float32)
     assert out.tolist() == pytest.approx([0.5**0.5] * 2)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp"])
+@pytest.mark.parametrize("flatten", [1.0, 0.0])
+def test_small_task_vectors_of_a_large_base_have_exact_angles(name: str, flatten: float):
+    base = torch.tensor([1e20, 0.0, 0.0])
+    sources = [torch.tensor([1e20, 1.0, 0.0]), torch.tensor([1e20, 0.0, 1.0])]
+    out = merge(name, usual(name, 2, nuslerp_flatten=flatten), base, sources, torch.float32)
+    assert out.tolist() == pytest.approx([1e20, 0.5**0.5, 0.5**0.5])
 
 
 def test_multislerp_keeps_the_mean_length_of_the_task_vectors():
