@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-mergekit lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evomerge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
@@ -32,6 +32,16 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# mergekit's pins clash with ours, so it gets an environment of its own; the same files then go through both programs.
+MERGEKIT := .cache/mergekit
+$(MERGEKIT)/ready: Makefile
+	test -x $(MERGEKIT)/bin/python || $(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/pip install --quiet --disable-pip-version-check --no-compile mergekit==0.1.5
+	touch $@
+
+test-mergekit: $(READY) $(MERGEKIT)/ready
+	EVOMERGE_MERGEKIT=$(MERGEKIT)/bin/python $(BIN)/python -m pytest -n 0 -m slow tests/test_mergekit.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ Timeout = Annotated[str | None, typer.Option(help="End after this much search in
 Until = Annotated[str | None, typer.Option(help="End at this local time: 07:00.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Mergekit = Annotated[Path | None, typer.Option("--mergekit", help="Write the merge as a file for mergekit (YAML).")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
@@ -116,8 +117,9 @@ def report(run: RunFolder) -> None:
 @app.command(epilog="Example: evomerge export runs/quickstart --out merged/")
 def export(
     run: RunFolder,
-    out: Out,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of what is recommended.")] = None,
+    mergekit: Mergekit = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
     from evomerge.report.card import results_section
@@ -134,15 +136,22 @@ def export(
             recipe_of_trial(opened, trial),
             f"Trial {trial} of the search; not judged on the holdout.\n",
         )
-    write_model(recipe, out, results, opened.config().device)
+    write_outputs(recipe, out, mergekit, results, opened.config().device)
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
-def merge(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], out: Out, device: Device = "auto") -> None:
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a configuration of mergekit (YAML).")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
+    mergekit: Mergekit = None,
+    device: Device = "auto",
+) -> None:
     """Materialise a recipe as a model folder."""
-    from evomerge.merge.recipe import load_recipe
+    from evomerge.merge.mergekit.read import load_merge
 
-    write_model(load_recipe(recipe), out, "", device)
+    loaded, notes = load_merge(recipe)
+    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    write_outputs(loaded, out, mergekit, "", device)
 
 
 @app.command(epilog="Example: evomerge reproduce merged/recipe.yaml --out again/ --check merged/")
@@ -259,6 +268,22 @@ def run_search(run: Any, until: str | None) -> None:
     print_status(read_status(run), timing=False)
     print(f"report: {run.report_file}")
     print(f"export: evomerge export {run.folder} --out merged/")
+
+
+def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results: str, device: str) -> None:
+    """What was asked for: a model folder, a file for mergekit, or both."""
+    from evomerge.files import write_text
+    from evomerge.merge.mergekit.write import dump_mergekit
+
+    if out is None and mergekit is None:
+        raise EvomergeError("say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit")
+    if mergekit is not None:
+        text, notes = dump_mergekit(recipe)
+        write_text(mergekit, text)
+        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+        print(f"wrote {mergekit}")
+    if out is not None:
+        write_model(recipe, out, results, device)
 
 
 def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:

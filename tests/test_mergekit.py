@@ -1,26 +1,28 @@
-"""Beside mergekit itself: the same merge of the same files, within a few units in the last place of float32.
+"""Beside mergekit 0.1.5 itself: the same configuration and the same files give the same model.
 
-Point EVOMERGE_MERGEKIT at a Python that has mergekit (0.1.5 was used) and run `pytest -m slow tests/test_mergekit.py`.
+`make test-mergekit` makes an environment for mergekit and runs this; or name a Python that has it: EVOMERGE_MERGEKIT.
+One process of mergekit makes all merges, with `dtype: float32`, the arithmetic that evomerge always uses.
 """
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from models import write_family
+from architectures import write_architectures
+from mergekit_cases import CASES, ELSEWHERE, RANDOM, Case
+from models import NAMES
 from torch import Tensor
 
 from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
 from evomerge.merge.export import export
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.nested import open_bank
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.open import open_models
 
 MERGEKIT = os.environ.get("EVOMERGE_MERGEKIT")
 pytestmark = [
@@ -28,36 +30,42 @@ pytestmark = [
     pytest.mark.skipif(not MERGEKIT, reason="EVOMERGE_MERGEKIT does not name a Python with mergekit"),
 ]
 
-# name: (method, whether mergekit lists the base as a model too, weights, all other knobs)
-MERGES: dict[str, tuple[str, list[float], dict[str, Any]]] = {
-    "linear": ("linear", [0.3, 0.9], {"normalize": True}),
-    "linear, not normalised": ("linear", [0.3, 0.9], {"normalize": False}),
-    "slerp": ("slerp", [], {"t": 0.3}),
-    "slerp by layer": ("slerp", [], {"t": [0.2, 0.7]}),
-    "task_arithmetic": ("task_arithmetic", [0.4, -0.2], {"lambda": 1.3}),
-    "task_arithmetic, normalised": ("task_arithmetic", [0.4, 0.7], {"normalize": True}),
-    "ties": ("ties", [0.4, 0.7], {"density": 1.0, "normalize": True}),
-    "ties, trimmed": ("ties", [0.4, 0.7], {"density": 0.5, "normalize": True}),
-    "ties, not normalised": ("ties", [0.4, 0.7], {"density": 0.5, "normalize": False, "lambda": 0.8}),
-    "ties, a negative weight": ("ties", [0.7, -0.4], {"density": 0.5, "normalize": True}),
-}
-
-# Ties is the same to the last bit but one.  The others' sums are rounded in another order there (linear divides at
-# the end, slerp finds the angle in float32), so each side is a unit or two off on its own.
-UNITS = {"linear": 3, "slerp": 3, "task_arithmetic": 2, "ties": 1}
-# mergekit gives these the first value of a gradient, evomerge the last.
-AFTER_THE_STACK = ("model.norm.weight", "lm_head.weight")
+RUNS = [(name, "llama", d) for name in CASES for d in (torch.float32, torch.bfloat16)]
+RUNS += [(name, a, torch.bfloat16) for name in ELSEWHERE for a in ("qwen2", "gemma2", "gpt2")]
+IDS = [f"{name}-{a}-{NAMES[d]}" for name, a, d in RUNS]
 
 
-def run_mergekit(config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
-    file = folder / "mergekit.yaml"
-    file.write_text(yaml.safe_dump(config))
-    program = Path(str(MERGEKIT)).parent / "mergekit-yaml"
-    finished = subprocess.run(
-        [program, file, folder / "theirs", "--quiet"], capture_output=True, text=True, timeout=300, check=False
-    )
+def family(root: Path, architecture: str, dtype: torch.dtype) -> Path:
+    return root / f"{architecture}-{NAMES[dtype]}"
+
+
+def configuration(case: Case, folder: Path, dtype: torch.dtype) -> str:
+    """The case as YAML, with the models' absolute paths and the output in `dtype`."""
+    text = yaml.safe_dump(case.config | {"dtype": case.arithmetic, "out_dtype": NAMES[dtype]}, sort_keys=False)
+    for name in ("base", "one", "two", "three"):
+        text = text.replace(f"<{name}>", str(folder / name))
+    return text
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of families, with what mergekit makes of every case in FAMILY/CASE/theirs."""
+    root = tmp_path_factory.mktemp("mergekit")
+    jobs = []
+    for name, architecture, dtype in [*RUNS, *((name, "llama", torch.float32) for name in RANDOM)]:
+        folder = family(root, architecture, dtype)
+        if not folder.exists():
+            write_architectures(folder, architecture, dtype)
+        file = folder / name / "mergekit.yml"
+        file.parent.mkdir()
+        file.write_text(configuration((CASES | RANDOM)[name], folder, dtype))
+        jobs.append([str(file), str(file.parent / "theirs"), 1])
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    program = Path(__file__).with_name("mergekit_run.py")
+    run = [str(MERGEKIT), program, root / "jobs.json"]
+    finished = subprocess.run(run, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    return tensors_in(folder / "theirs")
+    return root
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -65,52 +73,72 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def units_apart(x: Tensor, y: Tensor, inputs: list[Tensor]) -> float:
-    """The largest difference, in units in the last place of the largest number that went into each element."""
+def both(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Bank]:
+    """What evomerge makes of FOLDER/mergekit.yml, what mergekit made of it, and the bank of inputs."""
+    error = folder / "theirs" / "error.txt"
+    assert not error.exists(), error.read_text()[-2000:]
+    recipe, _ = load_merge(folder / "mergekit.yml")
+    bank = open_bank(recipe, torch.device("cpu"))
+    export(recipe, bank, folder / "ours", model_card)
+    ours, theirs = tensors_in(folder / "ours"), tensors_in(folder / "theirs")
+    assert ours.keys() == theirs.keys()
+    return ours, theirs, bank
+
+
+def on_a_cut(base: Tensor, sources: list[Tensor], cuts: tuple[float, ...]) -> Tensor:
+    """Where some task vector is as large as the element that stands at one of these shares of its order, of those
+    that several elements share."""
+    found = torch.zeros(base.shape, dtype=torch.bool)
+    for source in sources:
+        sizes = (source.float() - base.float()).abs()
+        ordered = sizes.flatten().sort(descending=True).values
+        for cut in cuts:
+            for at in (int(cut * len(ordered)) - 1, int(cut * len(ordered))):
+                alike = sizes == ordered[min(max(at, 0), len(ordered) - 1)]
+                found |= alike & (alike.sum() > 1)
+    return found
+
+
+def units_apart(x: Tensor, y: Tensor, *inputs: Tensor) -> float:
+    """The largest difference, in units in the last place (of the outputs' type) of the largest number that went into
+    each element."""
+    assert x.dtype == y.dtype
+    bits = {torch.float32: 24, torch.bfloat16: 8}[x.dtype]
     largest = torch.stack([t.float().abs() for t in (*inputs, x, y)]).amax(0)
     exponent = torch.frexp(largest).exponent
-    return float(((x.double() - y.double()).abs() / torch.ldexp(torch.tensor(1.0).double(), exponent - 24)).max())
+    return float(((x.double() - y.double()).abs() / torch.exp2((exponent - bits).double())).max())
 
 
-def pairs() -> Iterator[Any]:
-    """Each merge of float32 and of bfloat16 files.  Trimmed bfloat16 is left out: many magnitudes are equal there, of
-    which `torch.topk` takes some and evomerge all."""
-    for name, merge in MERGES.items():
-        for stored in (torch.float32, torch.bfloat16):
-            if stored == torch.float32 or merge[2].get("density", 1.0) == 1.0:
-                yield pytest.param(*merge, stored, id=f"{name}-{stored}")
-
-
-@pytest.mark.parametrize(("method", "weights", "knobs", "stored"), pairs())
-def test_mergekit_makes_the_same_model(
-    method: str, weights: list[float], knobs: dict[str, Any], stored: torch.dtype, tmp_path: Path
-):
-    names = ["one", "two"] if weights else ["one"]
-    folders = write_family(tmp_path / "models", names, dtype=stored)
-    base = str(folders["base"])
-    models: list[dict[str, Any]] = [
-        {"model": str(folders[n]), "parameters": {"weight": w}} for n, w in zip(names, weights, strict=False)
-    ]
-    config: dict[str, Any] = {"merge_method": method, "dtype": "float32", "parameters": knobs, "models": models}
-    if method == "slerp":
-        config |= {"models": [{"model": base}, {"model": str(folders["one"])}]}
-    if method != "linear":
-        config |= {"base_model": base}
-    theirs = run_mergekit(config, tmp_path)
-
-    sources = [RecipeSource(name=n, path=str(folders[n])) for n in names]
-    for source, weight in zip(sources, weights, strict=False):
-        source.parameters["weight"] = weight
-    recipe = Recipe(method=method, dtype="float32", base=Model(path=base), sources=sources, parameters=knobs)
-    bank = Bank(open_models(folders["base"], {n: folders[n] for n in names}))
-    export(recipe, bank, tmp_path / "ours", model_card)
-    ours = tensors_in(tmp_path / "ours")
-
-    assert ours.keys() == theirs.keys()
+@pytest.mark.parametrize(("name", "architecture", "dtype"), RUNS, ids=IDS)
+def test_a_mergekit_file_makes_what_mergekit_makes(name: str, architecture: str, dtype: torch.dtype, merged: Path):
+    ours, theirs, bank = both(family(merged, architecture, dtype) / name)
     apart = {}
-    for name in ours:
-        if isinstance(knobs.get("t"), list) and name in AFTER_THE_STACK:
-            continue
-        inputs = [bank.base(name), *(bank.source(s, name) for s in names)]
-        apart[name] = units_apart(ours[name], theirs[name], inputs)
-    assert max(apart.values()) <= UNITS[method], apart
+    for tensor in ours:
+        taking_part = bank.taking_part(tensor, list(bank.models.sources))
+        base, sources = bank.base(tensor), [bank.source(s, tensor) for s in taking_part]
+        clear = ~on_a_cut(base, sources, CASES[name].cuts)
+        apart[tensor] = units_apart(*(x[clear] for x in (ours[tensor], theirs[tensor], base, *sources)))
+    print(f"{max(apart.values()):.2f} units apart at most, {max(apart, key=lambda n: apart[n])}")
+    allowed = CASES[name].units if dtype == torch.float32 else min(1, CASES[name].units)
+    assert max(apart.values()) <= allowed, apart
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_a_random_mask_keeps_the_same_share_and_the_same_norm(method: str, merged: Path):
+    """One source of weight 1: what remains of its task vector shows the mask."""
+    ours, theirs, bank = both(family(merged, "llama", torch.float32) / method)
+    kept: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+    for tensor, whole in {n: bank.source("one", n) - bank.base(n) for n in ours}.items():
+        ranks = whole.abs().reshape(-1, whole.shape[-1]).argsort(1).argsort(1).reshape(whole.shape)
+        upper = ranks >= whole.shape[-1] / 2  # of each row, the half that is larger
+        for side, merge in (("ours", ours), ("theirs", theirs)):
+            left = merge[tensor] - bank.base(tensor)
+            assert left.abs().sum() == pytest.approx(float(whole.abs().sum()), rel=1e-4), (side, tensor)
+            mask = left != 0
+            kept[side].append([float(mask[half].sum()) for half in (upper, ~upper)])
+    count = sum(t.numel() for t in ours.values()) / 2
+    shares = {side: torch.tensor(sums).sum(0) / count for side, sums in kept.items()}
+    print(f"kept of the larger and the smaller half: {shares}")
+    expected = [0.7, 0.5] if "della" in method else [0.6, 0.6]  # della: from 0.4 to 0.8 along a row
+    for side in shares:
+        assert shares[side].tolist() == pytest.approx(expected, abs=0.03), shares

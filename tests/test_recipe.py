@@ -22,6 +22,7 @@ from evomerge.merge.plan import Knob
 from evomerge.merge.recipe import (
     Coefficient,
     Model,
+    Part,
     Recipe,
     RecipeSource,
     check_fingerprints,
@@ -52,7 +53,12 @@ def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     number = st.floats(low, high) | st.integers(math.ceil(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
     per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
-    return per_layer | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
+    named = st.builds(Part, filter=st.text(min_size=1, max_size=6), value=per_layer)
+    return (
+        per_layer
+        | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
+        | st.builds(lambda parts, rest: [*parts, Part(value=rest)], st.lists(named, max_size=3), per_layer)
+    )
 
 
 @st.composite
@@ -296,6 +302,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"parameters": {"weight": {"mlp": [], "default": 1}}},
         "parameters.weight: an empty list",
     ),
+    "names without a default": (
+        {"parameters": {"weight": [{"filter": "mlp", "value": 1}]}},
+        "parameters.weight: needs a last entry without `filter`",
+    ),
+    "a default before names": (
+        {"parameters": {"weight": [{"value": 1}, {"filter": "mlp", "value": 1}, {"value": 2}]}},
+        "parameters.weight: an entry without `filter` fits every tensor",
+    ),
+    "one name out of range": (
+        {"parameters": {"weight": 1, "density": [{"filter": "mlp", "value": [0.5, 3.0]}, {"value": 1}]}},
+        "parameters.density: 3.0 is outside 0 to 1",
+    ),
+    "an unknown key beside a name": (
+        {"parameters": {"weight": [{"filtre": "mlp", "value": 1}, {"value": 1}]}},
+        "parameters.weight",
+    ),
+    "an empty list of a name": (
+        {"parameters": {"weight": [{"filter": "mlp", "value": []}, {"value": 1}]}},
+        "parameters.weight: an empty list",
+    ),
     "a word for a number": ({"parameters": {"weight": "much"}}, "parameters.weight"),
     "not a number": ({"parameters": {"weight": float("nan")}}, "parameters.weight"),
     "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight"),
@@ -380,6 +406,7 @@ def recipe_with(method: str = "ties", sources: int = 2, **parameters: Coefficien
     [
         ([0.1, 0.2, 0.3], "parameters.weight: has 3 values, but the base model has 2 layers"),
         ({"mlp": [0.1], "default": 1.0}, "parameters.weight: has 1 values, but the base model has 2 layers"),
+        ([Part(filter="mlp", value=[0.1]), Part(value=1.0)], "parameters.weight: has 1 values"),
     ],
 )
 def test_a_list_must_have_a_number_for_each_layer(weight: Coefficient, line: str):
@@ -428,6 +455,25 @@ def test_each_component_has_its_number_and_the_rest_the_default():
 
 def test_a_linear_average_may_say_the_decay_that_means_nothing():
     assert recipe_with("checkpoint_average", decay=[1.0, 1.0], linear=True).parameters["linear"] is True
+
+
+def test_the_first_part_whose_name_fits_decides():
+    weight = [
+        Part(filter="layers.0.mlp", value=0.1),
+        Part(filter="mlp", value=[0.2, 0.3]),
+        Part(filter=HEAD, value=0.4),
+    ]
+    recipe = recipe_with(weight=[*weight, Part(value=[0.5, 0.6])])
+    expected = {
+        EMBEDDING: 0.5,
+        "model.layers.0.self_attn.q_proj.weight": 0.5,
+        "model.layers.0.mlp.up_proj.weight": 0.1,
+        "model.layers.1.mlp.up_proj.weight": 0.3,
+        "model.layers.1.input_layernorm.weight": 0.6,
+        FINAL_NORM: 0.6,
+        HEAD: 0.4,
+    }
+    assert {name: weight_at(recipe, name)[0] for name in expected} == expected
 
 
 def test_all_components_named_need_no_default():

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from evomerge.files import write_text
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Recipe, load_recipe
+from evomerge.merge.recipe import Recipe, load_recipe, named_parts
 from evomerge.report.status import Status, read_status
 from evomerge.search.run import Run
 from evomerge.sources.anatomy import Component, Place, layer_count
@@ -148,10 +148,13 @@ def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.Figure]]:
     """A heat map per knob that the search moved: rows source and component, columns layers.
 
-    Components that share a source's coefficients share its row.
+    Components that share a source's coefficients share its row.  What is given by tensor names has no such picture.
     """
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():
+        given = [p.get(name, 0.0) for p in (recipe.parameters, *(s.parameters for s in recipe.sources))]
+        if any(map(named_parts, given)):
+            continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):
             per_component = {}

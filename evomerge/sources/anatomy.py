@@ -1,7 +1,7 @@
 """Anatomy: which layer and which component a tensor belongs to, read from its name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -30,10 +30,14 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor sits.  layer: index from 0, None outside the stack (embeddings, final norm, head)."""
+    """Where a tensor sits.  layer: index from 0, None outside the stack (embeddings, final norm, head).
+
+    tensor: its name, which recipes may name in part; places are equal whatever their tensors are called.
+    """
 
     layer: int | None
     component: Component
+    tensor: str = field(default="", compare=False)
 
 
 @lru_cache(maxsize=65536)
@@ -41,7 +45,7 @@ def place(name: str) -> Place:
     """The place of the tensor called `name` in a checkpoint."""
     layer = LAYER.search(name) or ANY_NUMBER.search(name)
     component: Component = next((c for c, pattern in COMPONENT_PATTERNS if pattern.search(name)), "other")
-    return Place(int(layer.group(1)) if layer else None, component)
+    return Place(int(layer.group(1)) if layer else None, component, name)
 
 
 def layer_count(names: list[str]) -> int:
@@ -59,7 +63,8 @@ def at_layer(name: str, layer: int) -> str:
 
 def relative_depth(where: Place, layers: int) -> int:
     """The layer whose coefficients a tensor uses: its own, the first for embeddings, the last for what follows
-    the stack (final norm, head).  mergekit's gradients give those the first layer's too."""
+    the stack (final norm, head).  mergekit's gradients give those the first layer's too; `merge/mergekit/` says how
+    its files are read all the same."""
     if where.layer is not None:
         return where.layer
     return 0 if where.component == "embedding" else max(layers - 1, 0)

@@ -16,6 +16,13 @@ def looks_like_hub_id(text: str) -> bool:
     return HUB_ID.match(text) is not None and not text.startswith(".")
 
 
+def absolute_model(text: str, folder: Path) -> str:
+    """What a file in `folder` calls a model, good from anywhere: an absolute path, or a hub id as it is."""
+    if looks_like_hub_id(text) and not os.path.isdir(folder / text):
+        return text
+    return str((folder / os.path.expanduser(text)).resolve())
+
+
 def locate(text: str, relative_to: Path | None = None) -> Path:
     """The folder of a model: an existing path (relative ones from `relative_to`), or a hub id `owner/name`,
     with `@revision` if wanted, downloaded into the Hugging Face cache.  EvomergeError if it is neither."""

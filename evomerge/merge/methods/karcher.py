@@ -75,5 +75,6 @@ METHOD = Method(
     "karcher",
     {"max_iter": Knob(10.0, 0.0, 1000.0), "tol": Knob(1e-5, 0.0, 1.0)},
     plan,
+    without_base=1,
     measures=frozenset({"gram"}),
 )

@@ -12,4 +12,4 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     return Blend(knobs.each["scale"])
 
 
-METHOD = Method("passthrough", {"scale": Knob(1.0, each=True)}, plan, sources=(1, 1))
+METHOD = Method("passthrough", {"scale": Knob(1.0, each=True)}, plan, sources=(1, 1), without_base=1)

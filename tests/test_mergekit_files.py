@@ -1,0 +1,383 @@
+"""mergekit's files, read and written: the recipe has mergekit's value at every tensor, what cannot be said is refused
+with a readable line, and the way there and back changes nothing."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import LAYERS, llama_shapes, write_adapter, write_family
+
+from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.file import parse
+from evomerge.merge.mergekit.methods import MERGEKIT
+from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.values import coefficient, value_of
+from evomerge.merge.mergekit.write import dump_mergekit
+from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe import Model, Part, Recipe, RecipeSource, named_parts
+from evomerge.sources.anatomy import place, relative_depth
+
+TENSORS = list(llama_shapes())
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+UP0, UP1 = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models base, one, two and the adapter lora."""
+    path = tmp_path_factory.mktemp("family")
+    write_family(path, ["one", "two", "three"])
+    write_adapter(path / "lora", path / "base")
+    return path
+
+
+def written(folder: Path, content: Any) -> Path:
+    file = folder / "file.yml"
+    file.write_text(yaml.safe_dump(content) if not isinstance(content, str) else content)
+    return file
+
+
+def merge(**content: Any) -> dict[str, Any]:
+    plain = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "one"}, {"model": "two"}]}
+    return {k: v for k, v in (plain | {"parameters": {"weight": 1}} | content).items() if v is not None}
+
+
+def recipe_of(folder: Path, **content: Any) -> Recipe:
+    return load_merge(written(folder, merge(**content)))[0]
+
+
+def weights(recipe: Recipe, *names: str) -> list[tuple[float, ...]]:
+    return [recipe.knobs(place(name), LAYERS).each["weight"] for name in names]
+
+
+# --- Values ---
+
+
+def test_a_gradient_is_read_layer_by_layer_and_outside_the_stack_its_first_value_counts(folder: Path):
+    recipe = recipe_of(folder, parameters={"weight": [0.2, 0.4, 1.0]})
+    assert [w[0] for w in weights(recipe, EMBEDDING, Q0, UP1, FINAL_NORM, HEAD)] == [0.2, 0.2, 1.0, 0.2, 0.2]
+
+
+def test_a_models_own_value_comes_first_and_what_no_filter_fits_falls_through(folder: Path):
+    own = {"weight": [{"filter": "self_attn", "value": [0.1, 0.3]}, {"filter": "norm", "value": "5e-1"}]}
+    recipe = recipe_of(
+        folder,
+        models=[{"model": "one", "parameters": own}, {"model": "two"}, {"model": "base", "parameters": {"weight": 9}}],
+        parameters={"weight": [{"filter": "mlp", "value": 0.7}, {"filter": "*", "value": 0.9}]},
+    )
+    assert weights(recipe, Q0, Q1, UP0, FINAL_NORM, HEAD) == [
+        (0.1, 0.9),
+        (0.3, 0.9),
+        (0.7, 0.7),
+        (0.5, 0.9),
+        (0.9, 0.9),
+    ]
+
+
+def test_values_that_are_the_same_everywhere_stay_one_number(folder: Path):
+    recipe = recipe_of(folder, parameters={"weight": [0.5, 0.5], "normalize": "true", "lambda": "1.5"})
+    assert recipe.sources[0].parameters == {"weight": 0.5}
+    assert recipe.parameters == {"normalize": True, "lambda": 1.5}
+
+
+names_of_tensors = st.sampled_from(TENSORS)
+numbers = st.integers(0, 3).map(float)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.fixed_dictionaries(dict.fromkeys(TENSORS, numbers)), filters=st.lists(st.text("lmn.01_ay", min_size=1))
+)
+def test_a_coefficient_has_the_values_it_was_made_of(values: dict[str, float], filters: list[str]):
+    found = coefficient(values, filters, LAYERS)
+    parts = named_parts(found) or [Part(value=found)]  # type: ignore[arg-type]
+    assert {n: value_of(parts, n, LAYERS, relative_depth) for n in TENSORS} == values
+
+
+gradients = numbers | st.lists(numbers, min_size=1, max_size=4)
+conditionals = st.lists(
+    st.fixed_dictionaries({"value": gradients}, optional={"filter": st.sampled_from(["mlp", "norm", "layers.1", "*"])}),
+    min_size=1, max_size=3,
+)  # fmt: skip
+scopes = st.fixed_dictionaries({}, optional={"weight": gradients | conditionals})
+
+
+def mergekits_value(setting: Any, name: str, t: float) -> float | None:
+    """mergekit's documented rule, written down once more."""
+    if isinstance(setting, list) and isinstance(setting[0], dict):
+        for part in setting:
+            if part.get("filter", "*") == "*" or part["filter"] in name:
+                return mergekits_value(part["value"], name, t)
+        return None
+    if isinstance(setting, list):
+        knots = [i / max(1, len(setting) - 1) for i in range(len(setting))]
+        right = next(i for i, k in enumerate(knots) if k >= t or i == len(knots) - 1)
+        left = max(0, right - 1)
+        width = knots[right] - knots[left] or 1.0
+        return setting[left] + (setting[right] - setting[left]) * min(1.0, (t - knots[left]) / width)
+    return float(setting)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(own=scopes, common=scopes)
+def test_every_tensor_has_the_value_that_mergekit_gives_it(own: dict[str, Any], common: dict[str, Any], folder: Path):
+    common = common | {"weight": [*as_list(common.get("weight", 0.5)), {"value": 2.0}]}
+    recipe = recipe_of(folder, models=[{"model": "one", "parameters": own}], parameters=common)
+    for name in TENSORS:
+        t = float(place(name).layer or 0)  # of two layers
+        expected = [mergekits_value(s["weight"], name, t) for s in (own, common) if "weight" in s]
+        first = next(v for v in expected if v is not None)
+        assert weights(recipe, name)[0][0] == pytest.approx(first, abs=1e-12), name
+
+
+def as_list(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) and isinstance(setting[0], dict) else [{"value": setting}]
+
+
+# --- Models, types, templates ---
+
+
+def test_methods_that_know_no_base_take_every_model_and_the_first_ones_tokenizer(folder: Path):
+    recipe = recipe_of(folder, merge_method="linear", base_model=None)
+    assert [recipe.base.path, *(s.path for s in recipe.sources)] == [str(folder / n) for n in ("one", "one", "two")]
+    assert [s.name for s in recipe.sources] == ["one", "two"]
+
+
+def test_linear_takes_the_base_model_as_one_of_its_models(folder: Path):
+    recipe = recipe_of(folder, merge_method="linear")
+    assert [recipe.base.path, *(s.path for s in recipe.sources)] == [
+        str(folder / n) for n in ("base", "one", "two", "base")
+    ]
+    assert [s.name for s in recipe.sources] == ["one", "two", "base-2"]
+
+
+def test_an_adapter_on_the_base_is_a_source(folder: Path):
+    recipe = recipe_of(folder, models=[{"model": "base+lora"}, {"model": {"model": "base", "lora": "lora"}}][:1])
+    assert [(s.name, s.path) for s in recipe.sources] == [("lora", str(folder / "lora"))]
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ({}, "float32"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "torch.bfloat16"}, "bfloat16"),
+    ],
+)
+def test_the_output_has_the_type_that_the_file_names_or_the_bases(types: dict[str, str], expected: str, folder: Path):
+    assert recipe_of(folder, **types).dtype == expected
+
+
+def test_what_mergekit_passes_over_is_passed_over_and_said(folder: Path):
+    models = [{"model": "one", "parameters": {"normalize": True}}, {"model": "base", "parameters": {"weight": 3}}]
+    parameters = {"weight": 1, "int8_mask": True, "t": 0.5}
+    recipe, notes = load_merge(written(folder, merge(models=models, parameters=parameters)))
+    assert recipe.parameters == {}
+    assert [note.split(":")[0] for note in notes] == ["int8_mask", "normalize", "t", "parameters of the base model"]
+
+
+def test_a_recipe_of_ones_own_is_read_as_before(folder: Path):
+    own = {"method": "linear", "base": {"path": "base"}, "sources": [{"name": "a", "path": "one"}]}
+    recipe, notes = load_merge(written(folder, own))
+    assert (recipe.method, recipe.sources[0].path, notes) == ("linear", str(folder / "one"), [])
+
+
+def test_every_method_of_mergekit_is_here_with_its_knobs():
+    for name, theirs in MERGEKIT.items():
+        assert set(theirs.parameters) - set(METHODS[name].knobs) <= {"rescale"}, name
+
+
+# --- Bad files ---
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"merge_method": "mash"}, "merge_method: 'mash' is not one of linear, slerp"),
+    "unknown key": ({"modells": []}, "modells: unknown key; allowed: models"),
+    "nothing to merge": (
+        {"models": None},
+        "models: exactly one of models, slices and modules must be given, here are 0",
+    ),
+    "two outputs": ({"slices": []}, "models: exactly one of models, slices and modules must be given, here are 2"),
+    "other modules": (
+        {"models": None, "modules": {"text_decoder": {"models": [{"model": "one"}]}}},
+        "modules: only the one module `default`",
+    ),
+    "no model": ({"models": [{"parameters": {}}]}, "models.0.model: expected text, found None"),
+    "unknown key of a model": ({"models": [{"modell": "one"}]}, "models.0.modell: unknown key"),
+    "two adapters": ({"models": [{"model": "a+b+c"}]}, "models.0.model: 'a+b+c' is not MODEL or MODEL+LORA"),
+    "unknown parameter": (
+        {"parameters": {"wait": 1}},
+        "parameters.wait: mergekit has no parameter of that name; it has alpha",
+    ),
+    "no number": ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number, found 'much'"),
+    "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight: expected a number, found inf"),
+    "no truth": (
+        {"parameters": {"weight": 1, "normalize": 2}},
+        "parameters.normalize: expected true or false, found 2",
+    ),
+    "an empty gradient": ({"parameters": {"weight": []}}, "parameters.weight: expected a number, found []"),
+    "an empty filter": (
+        {"parameters": {"weight": [{"filter": "", "value": 1}]}},
+        "parameters.weight.0.filter: expected",
+    ),
+    "a wrong key beside a filter": (
+        {"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}},
+        "parameters.weight.0.filtre: unknown key",
+    ),
+    "mixed list": ({"parameters": {"weight": [1, {"value": 1}]}}, "parameters.weight.0: expected a mapping, found 1"),
+    "unknown dtype": ({"dtype": "int8"}, "dtype: 'int8' is not one of float32"),
+    "token rules": (
+        {"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "one"}}}},
+        "tokenizer.tokens: rules for single tokens cannot be read",
+    ),
+    "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: give it or tokenizer_source"),
+    "required parameter missing": (
+        {"parameters": {}},
+        "weight: must be given for one; lm_head.weight has no",
+    ),
+    "required parameter missing at some tensors": (
+        {"parameters": {"weight": [{"filter": "mlp", "value": 1}]}},
+        "weight: must be given for one; lm_head.weight has no value",
+    ),
+    "no base": ({"base_model": None}, "base_model: task_arithmetic needs it"),
+    "one model twice": ({"models": [{"model": "one"}, {"model": "./one"}]}, "models: the same model twice"),
+    "too many models": (
+        {"merge_method": "slerp", "parameters": {"t": 0.5}},
+        "models: slerp takes 1 model(s) besides the base, here are 2",
+    ),
+    "an adapter on another model": ({"models": [{"model": "one+lora"}]}, "lora: is an adapter on "),
+    "an adapter as the base": ({"base_model": "base+lora"}, "base_model: an adapter cannot be the base"),
+    "out of our range": (
+        {"merge_method": "slerp", "models": [{"model": "one"}], "parameters": {"t": 1.5}},
+        "1.5 is outside 0 to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), BAD.values(), ids=BAD)
+def test_a_file_that_cannot_be_merged_is_refused_with_a_line_that_says_why(
+    changes: dict[str, Any], line: str, folder: Path
+):
+    file = written(folder, merge(**changes))
+    with pytest.raises(EvomergeError, match=re.escape(line)) as caught:
+        load_merge(file)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_all_problems_of_a_file_are_said_together(folder: Path):
+    with pytest.raises(EvomergeError, match="3 problem") as caught:
+        load_merge(written(folder, merge(merge_method="mash", dtype="int8", seed=1)))
+    assert len(str(caught.value).splitlines()) == 4
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["one", "base+lora"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["model", "value", "filter", "weight", "t", "sources", "layer_range", "default", "models", "x"]),
+        inner, max_size=3,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+keys = [
+    "models",
+    "slices",
+    "modules",
+    "merge_method",
+    "base_model",
+    "dtype",
+    "tokenizer",
+    "chat_template",
+    "parameters",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(changes=st.dictionaries(st.sampled_from(keys), anything, max_size=4), whole=st.none() | anything)
+def test_whatever_a_file_holds_nothing_but_a_readable_error_comes_out(
+    changes: dict[str, Any], whole: Any, folder: Path
+):
+    try:
+        parse(merge(**changes) if whole is None else whole, folder / "file.yml")
+    except EvomergeError as error:
+        assert "problem(s)" in str(error)
+
+
+# --- The way back ---
+
+
+def round_trip(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
+    text, notes = dump_mergekit(recipe)
+    return load_merge(written(folder, text))[0], notes
+
+
+per_layer = numbers | st.lists(numbers, min_size=LAYERS, max_size=LAYERS)
+coefficients = (
+    per_layer
+    | st.fixed_dictionaries(
+        {"default": per_layer}, optional=dict.fromkeys(("attention", "mlp", "norm", "head"), per_layer)
+    )
+    | st.builds(
+        lambda parts, rest: [*parts, Part(value=rest)],
+        st.lists(st.builds(Part, filter=st.sampled_from(["mlp", "1.self", "norm"]), value=per_layer), max_size=2),
+        per_layer,
+    )
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(
+    first=coefficients, second=coefficients, scale=coefficients, method=st.sampled_from(["task_arithmetic", "linear"])
+)
+def test_there_and_back_every_tensor_keeps_its_coefficients(
+    first: Any, second: Any, scale: Any, method: str, folder: Path
+):
+    sources = [
+        RecipeSource(name="one", path=str(folder / "one"), parameters={"weight": first}),
+        RecipeSource(name="lora", path=str(folder / "lora"), parameters={"weight": second}),
+    ]
+    parameters = {"lambda": scale} if method == "task_arithmetic" else {"normalize": False}
+    recipe = Recipe(
+        method=method, dtype="float16", base=Model(path=str(folder / "base")), sources=sources, parameters=parameters
+    )
+    back, notes = round_trip(recipe, folder)
+    assert (back.base, back.dtype, notes) == (recipe.base, recipe.dtype, [])
+    assert [(s.name, s.path) for s in back.sources] == [(s.name, s.path) for s in sources]
+    for name in TENSORS:
+        theirs, ours = back.knobs(place(name), LAYERS), recipe.knobs(place(name), LAYERS)
+        assert (theirs.each, theirs.shared) == (ours.each, ours.shared), name
+
+
+@pytest.mark.parametrize("method", MERGEKIT)
+def test_every_method_comes_back_with_its_knobs(method: str, folder: Path):
+    count = METHODS[method].sources[0] if METHODS[method].sources[1] else max(2, METHODS[method].sources[0])
+    sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two", "three")[:count]]
+    parameters: dict[str, Any] = {
+        k: "l1" if v.choices else True if v.switch else 3 if k == "max_iter" else 0.25
+        for k, v in METHODS[method].knobs.items()
+    }
+    recipe = Recipe(method=method, base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
+    back, _ = round_trip(recipe, folder)
+    assert back.knobs(place(Q1), LAYERS) == recipe.knobs(place(Q1), LAYERS)
+
+
+def test_slerp_of_two_sources_has_the_first_as_base(folder: Path):
+    sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two")]
+    recipe = Recipe(method="slerp", base=Model(path=str(folder / "base")), sources=sources, parameters={"t": 0.3})
+    back, notes = round_trip(recipe, folder)
+    assert (back.base.path, [s.path for s in back.sources]) == (str(folder / "one"), [str(folder / "two")])
+    assert notes == ["mergekit takes the configuration and the tokenizer from one."]
+
+
+def test_other_masks_are_said_in_the_file(folder: Path):
+    sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two")]
+    parameters = {"weight": 0.5, "density": 0.5}
+    recipe = Recipe(method="dare_ties", base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
+    text, notes = dump_mergekit(recipe)
+    assert len(notes) == 2
+    assert all(f"# {note}\n" in text for note in notes)
