@@ -18,11 +18,15 @@ class Strict(BaseModel):
 
 
 class SourceConfig(Strict):
-    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes."""
+    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes.
+
+    statistics: a file of `evomerge statistics`, for the methods that need one.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     path: str
     role: Literal["specialist", "generalist"] | None = None
+    statistics: str | None = None
 
 
 class Axis(Strict):
@@ -68,6 +72,7 @@ class SpaceConfig(Strict):
     density: AxisValue | None = None
     lambda_: AxisValue | None = Field(default=None, alias="lambda")
     t: AxisValue | None = None
+    alpha: AxisValue | None = None
     normalize: bool | None = None
     rescale: bool | None = None
     sources: dict[str, dict[str, AxisValue]] = {}
@@ -75,6 +80,7 @@ class SpaceConfig(Strict):
     def axes(self) -> dict[str, Axis]:
         """The knobs that the file names, switches included, by the recipe's names."""
         given = {"weight": self.weight, "density": self.density, "lambda": self.lambda_, "t": self.t}
+        given["alpha"] = self.alpha
         for name, switch in (("normalize", self.normalize), ("rescale", self.rescale)):
             if switch is not None:
                 given[name] = Axis(low=float(switch), high=float(switch))

@@ -20,7 +20,7 @@ def model_card(recipe: Recipe, results: str = "") -> str:
     slim = recipe.model_copy(deep=True)
     slim.outputs, slim.base.sha256 = {}, {}
     for source in slim.sources:
-        source.sha256 = {}
+        source.sha256, source.statistics_sha256 = {}, None
     return "\n".join([
         *head, "---", "",
         f"# A merge of {len(recipe.sources)} models by `{recipe.method}`", "",

@@ -74,6 +74,7 @@ def export(
     disk is full, or the merge is not finite.
     """
     base = bank.models.base
+    bank.gathered(recipe)  # says what is wrong with a statistics file before anything is written
     shards = plan_shards(recipe, bank, shard_bytes)
     with new_folder(folder) as aside:
         weight_map: dict[str, str] = {}
@@ -103,6 +104,8 @@ def export(
         signed.base.sha256 = fingerprint(base.path)
         for source in signed.sources:
             source.sha256 = fingerprint(bank.models.sources[source.name].path)
+            if source.statistics is not None:
+                source.statistics_sha256 = sha256(Path(source.statistics))
         signed.outputs = fingerprint(aside)
         write_text(aside / "README.md", card(signed))
         write_text(aside / "recipe.yaml", dump_recipe(signed))

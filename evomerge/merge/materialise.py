@@ -7,7 +7,7 @@ import torch
 from evomerge.merge.bank import Bank, mask_keys
 from evomerge.merge.execute import execute
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend, SparseBlend
+from evomerge.merge.plan import Blend, Derived, FisherBlend, SparseBlend
 from evomerge.merge.recipe import Recipe, check_layers
 from evomerge.sources.anatomy import place
 
@@ -28,18 +28,23 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
         out.copy_(base)
         return torch.zeros((), device=bank.device)
     names = [s.name for s in recipe.sources]
-    measured = bank.measurements(name, names, recipe.seed)
+    gathered = bank.gathered(recipe)
+    measured = bank.measurements(name, names, recipe.seed, gathered)
     plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers), measured)
     planes: list[torch.Tensor] = []
     if isinstance(plan, Blend):
         # An operand that does not count is not read: the base stands in for it.
         sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
+    elif isinstance(plan, Derived):
+        sources = bank.derived(plan, name, names, gathered)
     else:
         sources = [bank.source(s, name) for s in names]
     if isinstance(plan, SparseBlend) and plan.keep == "rank":
         planes = [measured.levels(i) for i in range(len(names))]
     elif isinstance(plan, SparseBlend) and plan.keep == "importance":
         planes = [measured.divergences()]
+    elif isinstance(plan, FisherBlend):
+        planes = [g.read(name).to(bank.device) for g in gathered]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     keys = mask_keys(recipe.seed, name, names)
     largest = execute(plan, target, base, sources, planes, keys, bank.compiled)

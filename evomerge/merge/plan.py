@@ -58,6 +58,21 @@ class Measured(Protocol):
     def gram(self) -> Gram:
         """Dot products of base and sources, (1 + N, 1 + N)."""
 
+    @property
+    def source_count(self) -> int:
+        """How many sources there are."""
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is the matrix of a layer: two axes, neither an embedding nor the head."""
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the sources' statistics files speak of this tensor."""
+
+    def fisher_size(self, source: int) -> float:
+        """The root mean square of a source's Fisher information over its whole model."""
+
     def row_grams(self, axis: int) -> NDArray[np.float64]:
         """One Gram matrix for each slice along `axis`, (slices, 1 + N, 1 + N); a vector is a single row."""
 
@@ -146,7 +161,37 @@ class Clip:
     limit: float
 
 
-Plan = Blend | SliceBlend | SparseBlend | Clip
+@dataclass(frozen=True)
+class FisherBlend:
+    """A mean whose weights differ per element:  out = base + [sum_i f_i d_i] / [sum_i f_i].
+
+    f_i = weights[i] * max(scales[i] * F_i, floor), F_i the source's diagonal Fisher information; where the sum of
+    the f_i is 0 the divisor is 1.
+    """
+
+    weights: tuple[float, ...]
+    scales: tuple[float, ...]
+    floor: float
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A blend of matrices that linear algebra makes of the task vectors:  out = base + sum_j coefficients[j] * D_j.
+
+    kind: how the D_j are made (`derived.py`).  settings: what they depend on besides the tensors; without settings
+    they are made once and kept, with settings for every merge anew.
+    """
+
+    kind: Literal["tsv", "iso_c", "regmean"]
+    coefficients: tuple[float, ...]
+    settings: tuple[float, ...] = ()
+
+
+Plan = Blend | SliceBlend | SparseBlend | Clip | FisherBlend | Derived
+
+
+Statistics = Literal["fisher", "regmean"]
+"""What is gathered on a source's own items: squared gradients, or Gram matrices of the linear layers' inputs."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +201,8 @@ class Method:
     plan: pure, (knobs, measured) -> Plan.
     sources: the least and the most sources it takes (None: any number).
     measures: what its plans ask for at every tensor, so that it can be measured beforehand in one pass.
+    statistics: the kind of statistics file that every source must have (`gathered.py`).
+    keeps_parent: whether weight 1 for one source and 0 for the others gives that source.
     """
 
     name: str
@@ -163,6 +210,8 @@ class Method:
     plan: Callable[[Knobs, Measured], Plan]
     sources: tuple[int, int | None] = (1, None)
     measures: frozenset[Literal["gram", "magnitudes", "ranks"]] = frozenset()
+    statistics: Statistics | None = None
+    keeps_parent: bool = True
 
 
 def share(total: float) -> float:

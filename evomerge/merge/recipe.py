@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
+from evomerge.files import read_yaml, sha256
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob, Knobs
 from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
@@ -31,7 +31,11 @@ class Model(BaseModel):
 
 
 class RecipeSource(Model):
+    """statistics: the file of `evomerge statistics` for the methods that need one, and its SHA-256 once known."""
+
     name: str
+    statistics: str | None = None
+    statistics_sha256: str | None = None
     parameters: dict[str, Coefficient] = {}
 
 
@@ -99,6 +103,11 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if len(recipe.sources) < least or (most is not None and len(recipe.sources) > most):
         allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
         problems.append(f"sources: {recipe.method} takes {allowed}, here are {len(recipe.sources)}")
+    if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
+        problems.append(
+            f"sources.{lacking[0]}.statistics: {recipe.method} needs a file there; make it with "
+            f"`evomerge statistics --kind {method.statistics}`"
+        )
     names = [s.name for s in recipe.sources]
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
@@ -161,6 +170,9 @@ def load_recipe(path: Path) -> Recipe:
     for model in (recipe.base, *recipe.sources):
         if (path.parent / model.path).is_dir() or not looks_like_hub_id(model.path):
             model.path = str((path.parent / os.path.expanduser(model.path)).resolve())
+    for source in recipe.sources:
+        if source.statistics is not None:
+            source.statistics = str((path.parent / os.path.expanduser(source.statistics)).resolve())
     return recipe
 
 
@@ -186,6 +198,11 @@ def check_fingerprints(recipe: Recipe) -> None:
         if model.sha256:
             now = fingerprint(folder)
             differing += [f"{folder / f}" for f, digest in model.sha256.items() if now.get(f) != digest]
+    for source in recipe.sources:
+        if source.statistics is not None and source.statistics_sha256 is not None:
+            file = Path(source.statistics)
+            if not file.is_file() or sha256(file) != source.statistics_sha256:
+                differing.append(str(file))
     if differing:
         raise EvomergeError(
             "these inputs are not the files that the recipe was made with:\n  " + "\n  ".join(differing)

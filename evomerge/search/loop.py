@@ -74,7 +74,7 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     space = build_space(config, models)
     study = SearchStudy(open_study(run.storage_url(config), config.name, create=True), space)
     listener.phase("preparing the items")
-    scorer = Scorer(config, models, stop.check)
+    scorer = Scorer(config, models, stop.check, cache=run.folder / "cache")
     known = baselines(space)
     ledger = Ledger(study.stored, scorer, run, listener.step)
     for baseline in known:

@@ -1,20 +1,24 @@
 """From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
+from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.bank import Bank
+from evomerge.merge.gathered import open_gathered, read_origin
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import materialise
+from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe
 from evomerge.search.verdict import mean_score
 from evomerge.sources.locate import locate
@@ -41,6 +45,13 @@ def open_config_models(config: SearchConfig) -> Models:
     return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
 
 
+def check_statistics(config: SearchConfig, models: Models) -> None:
+    """EvomergeError if a statistics file does not fit its source."""
+    if kind := METHODS[config.method].statistics:
+        for source in config.sources:
+            open_gathered(Path(str(source.statistics)), kind, source.name, models)
+
+
 def load_tokenizer(path: Any) -> Any:
     from transformers import AutoTokenizer
 
@@ -50,14 +61,17 @@ def load_tokenizer(path: Any) -> Any:
 class Scorer:
     """One device's workshop: bank, live model, engine and prepared items."""
 
-    def __init__(self, config: SearchConfig, models: Models, check: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SearchConfig, models: Models, check: Callable[[], None], cache: Path | None = None
+    ) -> None:
         self.config = config
         self.check = check
         self.tasks = open_tasks(config.tasks)
         self.items: dict[str, dict[Split, list[Item]]] = {
             t.name: deal(t, config.splits, config.seed) for t in self.tasks
         }
-        self.bank = Bank(models, resolve_device(config.device))
+        refuse_seen(config, self.items)
+        self.bank = Bank(models, resolve_device(config.device), cache=cache)
         self.model = load_live_model(models.base.path, TORCH_DTYPES[config.dtype], self.bank.device)
         self.destinations = destinations(self.model, self.bank)
         self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)
@@ -99,6 +113,23 @@ class Scorer:
     def objective(self, outcome: Outcome) -> float:
         """The value that trials are told with: the weighted mean over tasks of the mean objective."""
         return mean_score(outcome.of(self.tasks, "objective"), self.weights)
+
+
+def refuse_seen(config: SearchConfig, items: Mapping[str, Mapping[Split, list[Item]]]) -> None:
+    """EvomergeError if a source's statistics were gathered on items that the search judges by."""
+    for number, source in enumerate(config.sources):
+        if source.statistics is None:
+            continue
+        origin, _ = read_origin(Path(source.statistics))
+        for task, splits in items.items():
+            seen = set(origin.items.get(task, ()))
+            for split in ("holdout", "selection"):
+                if count := sum(i.id in seen for i in splits[split]):
+                    raise EvomergeError(
+                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
+                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
+                        "items of the search split alone"
+                    )
 
 
 def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:

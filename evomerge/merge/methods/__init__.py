@@ -1,6 +1,6 @@
 """The merge methods, one file each; the names, knobs and meanings are mergekit's."""
 
-from evomerge.merge.methods import dare, linear, slerp, task_arithmetic, ties
+from evomerge.merge.methods import dare, fisher, iso_c, linear, regmean, slerp, task_arithmetic, ties, tsv
 from evomerge.merge.plan import Method
 
 METHODS: dict[str, Method] = {
@@ -12,5 +12,9 @@ METHODS: dict[str, Method] = {
         ties.METHOD,
         dare.LINEAR,
         dare.TIES,
+        tsv.METHOD,
+        iso_c.METHOD,
+        fisher.METHOD,
+        regmean.METHOD,
     )
 }
