@@ -23,7 +23,7 @@ from evomerge.evaluate.tasks import Item, Task, deal, items_of
 from evomerge.files import disk_errors, sync
 from evomerge.merge.bank import Bank
 from evomerge.merge.gathered import Origin
-from evomerge.merge.live import destinations, live_tensor, open_live_model
+from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.plan import Statistics
 from evomerge.sources.anatomy import place
 from evomerge.sources.locate import fingerprint
@@ -50,20 +50,19 @@ def gather(
     kind: Statistics,
     folder: Path,
     base: Path | None,
+    live: tuple[Any, Any],
     tasks: Sequence[Task],
     chosen: Mapping[str, list[Item]],
-    device: torch.device,
     out: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write the statistics file of the model in `folder` (an adapter on `base`) over the chosen items.
 
-    progress: called with the number of items done.  EvomergeError if the model cannot be opened or its gradients are
-    not finite.
+    live: the model in float32 and its tokenizer, as `open_live_model` gives them.  progress: called with the number
+    of items done.  EvomergeError if the statistics are not finite.
     """
-    model, tokenizer = open_live_model(folder, base, torch.float32, device)
-    below = base or folder
-    bank = Bank(open_models(below, {}))
+    model, tokenizer = live
+    bank = Bank(open_models(base or folder, {}))
     engine = Engine(model, tokenizer, batch_tokens=1)
     rows = [engine.gold_rows(task, item) for task in tasks for item in chosen[task.name]]
     items = {name: [item.id for item in found] for name, found in chosen.items()}

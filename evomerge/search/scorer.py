@@ -1,6 +1,6 @@
 """From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.bank import Bank
-from evomerge.merge.gathered import open_gathered, read_origin
+from evomerge.merge.gathered import open_gathered
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
@@ -23,6 +23,9 @@ from evomerge.merge.recipe import Recipe
 from evomerge.search.verdict import mean_score
 from evomerge.sources.locate import locate
 from evomerge.sources.open import Models, open_models
+
+Dealt = dict[str, dict[Split, list[Item]]]
+"""Task -> split -> its items."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,25 @@ def open_config_models(config: SearchConfig) -> Models:
     return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
 
 
-def check_statistics(config: SearchConfig, models: Models) -> None:
-    """EvomergeError if a statistics file does not fit its source."""
-    if kind := METHODS[config.method].statistics:
-        for source in config.sources:
-            open_gathered(Path(str(source.statistics)), kind, source.name, models)
+def deal_all(tasks: Sequence[Task], config: SearchConfig) -> Dealt:
+    return {t.name: deal(t, config.splits, config.seed) for t in tasks}
+
+
+def check_statistics(config: SearchConfig, models: Models, items: Dealt) -> None:
+    """EvomergeError if a statistics file does not fit its source, or saw items that the search judges by."""
+    kind = METHODS[config.method].statistics
+    for number, source in enumerate(config.sources if kind else []):
+        assert kind is not None
+        origin = open_gathered(Path(str(source.statistics)), kind, source.name, models).origin
+        for task, splits in items.items():
+            seen = set(origin.items.get(task, ()))
+            for split in ("holdout", "selection"):
+                if count := sum(i.id in seen for i in splits[split]):
+                    raise EvomergeError(
+                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
+                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
+                        "items of the search split alone"
+                    )
 
 
 def load_tokenizer(path: Any) -> Any:
@@ -67,10 +84,8 @@ class Scorer:
         self.config = config
         self.check = check
         self.tasks = open_tasks(config.tasks)
-        self.items: dict[str, dict[Split, list[Item]]] = {
-            t.name: deal(t, config.splits, config.seed) for t in self.tasks
-        }
-        refuse_seen(config, self.items)
+        self.items = deal_all(self.tasks, config)
+        check_statistics(config, models, self.items)
         self.bank = Bank(models, resolve_device(config.device), cache=cache)
         self.model = load_live_model(models.base.path, TORCH_DTYPES[config.dtype], self.bank.device)
         self.destinations = destinations(self.model, self.bank)
@@ -113,23 +128,6 @@ class Scorer:
     def objective(self, outcome: Outcome) -> float:
         """The value that trials are told with: the weighted mean over tasks of the mean objective."""
         return mean_score(outcome.of(self.tasks, "objective"), self.weights)
-
-
-def refuse_seen(config: SearchConfig, items: Mapping[str, Mapping[Split, list[Item]]]) -> None:
-    """EvomergeError if a source's statistics were gathered on items that the search judges by."""
-    for number, source in enumerate(config.sources):
-        if source.statistics is None:
-            continue
-        origin, _ = read_origin(Path(source.statistics))
-        for task, splits in items.items():
-            seen = set(origin.items.get(task, ()))
-            for split in ("holdout", "selection"):
-                if count := sum(i.id in seen for i in splits[split]):
-                    raise EvomergeError(
-                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
-                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
-                        "items of the search split alone"
-                    )
 
 
 def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
