@@ -20,16 +20,18 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.file import load_config
+from evomerge.config.schema import SearchConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Row
-from evomerge.evaluate.tasks import items_of, open_tasks
+from evomerge.evaluate.tasks import deal, items_of, open_tasks
 from evomerge.merge import derived
 from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
 from evomerge.merge.execute import execute
 from evomerge.merge.export import differences, export
+from evomerge.merge.gathered import read_origin
 from evomerge.merge.live import destinations, load_live_model, open_live_model
 from evomerge.merge.materialise import materialise_tensor
 from evomerge.merge.plan import FisherBlend
@@ -290,11 +292,13 @@ def test_gram_matrices_are_those_of_the_layers_inputs(tmp_path: Path):
     assert not model.model.layers[0].self_attn.q_proj._forward_pre_hooks
 
 
-def write_gathered(kind: Any, folder: Path, tasks: Sequence[Path], count: int, out: Path) -> None:
+def write_gathered(
+    kind: Any, folder: Path, tasks: Sequence[Path], count: int, out: Path, search: SearchConfig | None = None
+) -> None:
     """What `evomerge statistics` does, without a process of its own."""
     opened = open_tasks([TaskConfig(task=str(t)) for t in tasks])
     live = open_live_model(folder, None, torch.float32, CPU)
-    gather(kind, folder, None, live, opened, choose_items(opened, count, None), out)
+    gather(kind, folder, None, live, opened, choose_items(opened, count, search), out)
 
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -470,6 +474,17 @@ def test_statistics_are_the_same_twice(tiny_family: Path, files: Path, tmp_path:
     assert (tmp_path / "again").read_bytes() == (files / "rev.fisher").read_bytes()
 
 
+def test_statistics_of_a_search_take_its_search_items_alone(tiny_family: Path, tmp_path: Path):
+    task, dealt = ROOT / "evals" / "tiny" / "rev.yaml", write_config(tmp_path, tiny_family)
+    arguments = ["--kind", "fisher", "--model", tiny_family / "rev", "--task", task, "--search", dealt]
+    done = run_cli("statistics", *arguments, "--out", tmp_path / "rev.fisher")
+    assert done.returncode == 0, done.stderr
+    (opened,) = open_tasks([TaskConfig(task=str(task))])
+    config = load_config(dealt)
+    wanted = [item.id for item in deal(opened, config.splits, config.seed)["search"]]
+    assert read_origin(tmp_path / "rev.fisher")[0].items == {"tiny_rev": wanted}
+
+
 def test_bad_arguments_of_statistics_are_one_message(tiny_family: Path, files: Path, tmp_path: Path):
     task = ROOT / "evals" / "tiny" / "rev.yaml"
     given = ["--model", tiny_family / "rev", "--task", task]
@@ -506,10 +521,8 @@ def test_weights_of_a_data_method_can_be_searched(method: str, tiny_family: Path
     files = tmp_path if method != "tsv" else None
     dealt = write_config(tmp_path, tiny_family)  # the same tasks, splits and seed
     for skill in SKILLS if files else ():
-        task = ROOT / "evals" / "tiny" / f"{skill}.yaml"
-        arguments = ["--kind", method, "--model", tiny_family / skill, "--task", task, "--search", dealt]
-        done = run_cli("statistics", *arguments, "--out", tmp_path / f"{skill}.{method}")
-        assert done.returncode == 0, done.stderr
+        task, out = ROOT / "evals" / "tiny" / f"{skill}.yaml", tmp_path / f"{skill}.{method}"
+        write_gathered(method, tiny_family / skill, [task], 8, out, load_config(dealt))
     config = searchable(tmp_path, tiny_family, method, files)
     done = run_cli("search", config, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
