@@ -52,14 +52,14 @@ def search(
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.search.limits import with_budget
     from evomerge.search.run import create_run, refuse_existing
-    from evomerge.search.scorer import open_config_models
+    from evomerge.search.scorer import check_statistics, deal_all, open_config_models
 
     loaded = with_budget(load_config(config), trials, timeout)
     folder = run or Path("runs") / loaded.name
     refuse_existing(folder)
     # All that can be wrong with the inputs is said before there is a run folder.
-    open_config_models(loaded)
-    open_tasks(loaded.tasks)
+    models = open_config_models(loaded)
+    check_statistics(loaded, models, deal_all(open_tasks(loaded.tasks), loaded))
     created = create_run(loaded, config, folder)
     print(f"run folder: {folder}", flush=True)
     run_search(created, until)
@@ -239,6 +239,50 @@ def evaluate(
     if output is not None:
         content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
         write_text(output, json.dumps(content, indent=2, default=str) + "\n")
+
+
+@app.command(epilog="Example: evomerge statistics --kind fisher --model models/math --task math.yaml --out math.fisher")
+def statistics(
+    kind: Annotated[str, typer.Option(help="fisher or regmean: the merge method that will use them.")],
+    model: Annotated[str, typer.Option(help="The source: a model or a LoRA adapter, a folder or a hub id.")],
+    task: Annotated[list[str], typer.Option("--task", help="A task file or an lm-eval task that it is good at.")],
+    out: Annotated[Path, typer.Option("--out", help="The safetensors file to write; it must be new.")],
+    base: Annotated[str | None, typer.Option(help="The base model, if the source is an adapter.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Items per task.")] = 256,
+    search: Annotated[
+        Path | None, typer.Option("--search", help="Take only items of this configuration's search split.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
+    from typing import get_args
+
+    import torch
+
+    from evomerge.config.file import load_config
+    from evomerge.config.schema import TaskConfig
+    from evomerge.device import resolve_device
+    from evomerge.evaluate.tasks import open_tasks, task_files
+    from evomerge.merge.live import open_live_model
+    from evomerge.merge.plan import Statistics
+    from evomerge.report.terminal import Bar
+    from evomerge.search.gather import choose_items, gather
+    from evomerge.sources.locate import locate
+
+    if (wanted := next((k for k in get_args(Statistics) if k == kind), None)) is None:
+        raise EvomergeError(f"--kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
+    if out.exists():
+        raise EvomergeError(f"{out}: exists already; choose another name")
+    opened = open_tasks([TaskConfig(task=t) for name in task for t in task_files(name)])
+    chosen = choose_items(opened, items, load_config(search) if search else None)
+    folder, below = locate(model), locate(base) if base else None
+    live = open_live_model(folder, below, torch.float32, resolve_device(device))
+    bar = Bar("gathering", sum(map(len, chosen.values())), "items")
+    try:
+        gather(wanted, folder, below, live, opened, chosen, out, bar.update)
+    finally:
+        bar.close()
+    print(f"wrote {out}")
 
 
 def run_search(run: Any, until: str | None) -> None:

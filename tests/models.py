@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from evomerge.merge.gathered import Origin
+from evomerge.sources.locate import fingerprint
+
 VOCABULARY = ["<pad>", "<s>", "</s>", *" \n=+.?", *"abcdefghijklmnopqrstu", *"0123456789"]  # 40 tokens
 HIDDEN, INNER, LAYERS, HEADS = 16, 24, 2, 2
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -167,3 +170,18 @@ def write_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(plain | config, indent=2))
     return folder
+
+
+def write_statistics(file: Path, kind: str, model: Path, base: Path | None = None, seed: int = 0) -> Path:
+    """A statistics file for the tiny Llama in `model` (an adapter on `base`), its numbers drawn at random."""
+    tied = bool(json.loads(((base or model) / "config.json").read_text()).get("tie_word_embeddings"))
+    shapes = llama_shapes(tied)
+    if kind == "fisher":
+        tensors = {name: x.square() for name, x in random_tensors(shapes, seed).items()}
+    else:
+        layers = {name: (40, shape[1]) for name, shape in shapes.items() if "proj" in name}
+        tensors = {name: x.double().T @ x.double() for name, x in random_tensors(layers, seed).items()}
+    items = {"task": [f"item {k}" for k in range(40)]}
+    origin = Origin(kind, items, fingerprint(model), fingerprint(base) if base else {}, size=3.0**0.5)
+    save_file(tensors, file, metadata=origin.metadata())
+    return file

@@ -11,6 +11,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 UNIT = 2.0**-24  # half a unit in the last place of 1.0 in float32: the error of one rounding
@@ -365,6 +366,59 @@ def elect_and_merge(
     total = votes.sum(0)
     doubt = (len(vectors) + 3) * UNIT * votes.abs().sum(0)
     return Elected(merged(values > 0), merged(values < 0), total > doubt, total < -doubt)
+
+
+def rounded_vectors(base: Tensor, sources: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+    """Task vectors as float32 has them: singular vectors magnify the last bit."""
+    return [(x.float() - base.float()).double().numpy() for x in sources]
+
+
+def spectral(base: Tensor, parts: Sequence[NDArray[np.float64]], coefficients: Sequence[float]) -> Merged:
+    terms = torch.stack([c * torch.from_numpy(d) for c, d in zip(coefficients, parts, strict=True)])
+    return Merged(base.double() + terms.sum(0), base.double().abs() + terms.abs().sum(0), len(parts) + 5)
+
+
+def tsv(base: Tensor, sources: Sequence[Tensor], weights: Sequence[float], scale: float) -> Merged:
+    """Gargiulo et al. 2025: the top min(m, n) // N triplets of each task vector, U and V made orthonormal together."""
+    k = min(base.shape) // len(sources)
+    triplets = [np.linalg.svd(d, full_matrices=False) for d in rounded_vectors(base, sources)]
+
+    def orthonormal(columns: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        p, _, qt = np.linalg.svd(np.hstack(columns), full_matrices=False)
+        return np.asarray(p @ qt)
+
+    u = orthonormal([u[:, :k] for u, _, _ in triplets])
+    v = orthonormal([vt[:k].T for _, _, vt in triplets])
+    columns = [slice(i * k, (i + 1) * k) for i in range(len(sources))]
+    parts = [u[:, c] @ np.diag(s[:k]) @ v[:, c].T for c, (_, s, _) in zip(columns, triplets, strict=True)]
+    return spectral(base, parts, [scale * w for w in weights])
+
+
+def iso_c(base: Tensor, sources: Sequence[Tensor], scale: float) -> Merged:
+    """Marczak et al. 2025: the singular values of the summed task vectors replaced by their mean."""
+    u, s, vt = np.linalg.svd(sum(rounded_vectors(base, sources)), full_matrices=False)
+    return spectral(base, [s.mean() * (u @ vt)], [scale])
+
+
+def fisher(base: Tensor, sources: Sequence[Tensor], information: Sequence[Tensor]) -> Merged:
+    """Matena & Raffel 2022: sum F x / sum F.  information: the F, weights and floor included."""
+    f = torch.stack([x.double() for x in information])
+    x = torch.stack([x.double() for x in sources])
+    total = f.sum(0)
+    exact = torch.where(total > 0, (f * x).sum(0) / total.where(total > 0, 1.0), base.double())
+    size = base.double().abs() + torch.stack([d.abs() for d in task_vectors(base, sources)]).sum(0)
+    return Merged(exact, size, 2 * len(sources) + 6)
+
+
+def regmean(
+    base: Tensor, sources: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], alpha: float
+) -> Merged:
+    """Jin et al. 2023: W = (sum G)^-1 sum G W in (in, out) form.  sources: (out, in)."""
+    scaled = [w * g.numpy() * (alpha + (1 - alpha) * np.eye(len(g))) for w, g in zip(weights, grams, strict=True)]
+    right = sum(g @ x.double().numpy().T for g, x in zip(scaled, sources, strict=True))
+    exact = torch.from_numpy(np.linalg.inv(sum(scaled)) @ right).T
+    # The ridge and the inverse here cost a little beyond float32's own rounding.
+    return Merged(exact, base.double().abs() + exact.abs(), 16)
 
 
 def hashed(index: int, keys: tuple[int, int]) -> int:

@@ -272,7 +272,10 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "name": draw(names),
         "base": draw(st.sampled_from(["base", "owner/model", "owner/model@v1"])),
-        "sources": [{"name": n, "path": "one", "role": draw(st.sampled_from([None, "specialist"]))} for n in sources],
+        "sources": [
+            {"name": n, "path": "one", "role": draw(st.sampled_from([None, "specialist"])), "statistics": "task.yaml"}
+            for n in sources
+        ],
         "method": method,
         "space": space,
         "tasks": [

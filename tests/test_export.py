@@ -10,7 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import HIDDEN, llama_weights, write_adapter, write_family, write_llama, write_tokenizer, write_weights
+from models import (
+    HIDDEN,
+    llama_weights,
+    write_adapter,
+    write_family,
+    write_llama,
+    write_statistics,
+    write_tokenizer,
+    write_weights,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -50,6 +59,10 @@ def recipe_for(
     silent = [k for k, v in METHODS[method].knobs.items() if v.default is None and k not in parameters]
     names = [name for name in folders if name != "base"][: METHODS[method].sources[1]]
     sources = [RecipeSource(name=name, path=str(folders[name])) for name in names]
+    if kind := METHODS[method].statistics:
+        for source in sources:
+            file = Path(source.path).parent / f"{source.name}.{kind}"
+            source.statistics = str(write_statistics(file, kind, Path(source.path)))
     base = Model(path=str(folders["base"]))
     parameters |= dict.fromkeys(silent, 0.6)
     return Recipe(method=method, dtype=dtype, seed=7, base=base, sources=sources, parameters=parameters)

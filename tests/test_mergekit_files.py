@@ -2,6 +2,7 @@
 with a readable line, and the way there and back changes nothing."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,11 +277,21 @@ def test_all_problems_of_a_file_are_said_together(folder: Path):
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["one", "base+lora"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["model", "value", "filter", "weight", "t", "sources", "layer_range", "default", "models", "x"]),
-        inner, max_size=3,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["one", "base+lora"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["model", "value", "filter", "weight", "t", "sources", "layer_range", "default", "models", "x"]
+            ),
+            inner,
+            max_size=3,
+        )
     ),
     max_leaves=8,
 )

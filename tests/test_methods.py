@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from models import write_family
+from models import write_family, write_statistics
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.merge.bank import Bank, mask_keys
 from evomerge.merge.execute import Keys, execute, random_mask
+from evomerge.merge.gathered import Gathered
 from evomerge.merge.kernels import variance
 from evomerge.merge.materialise import materialise_tensor
 from evomerge.merge.measure import Measurements
@@ -75,10 +76,33 @@ def keys_of(count: int) -> Keys:
 
 
 def truth(
-    name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], keys: Keys
+    name: str,
+    knobs: Knobs,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    keys: Keys,
+    tensor: str = "tensor",
+    gathered: Sequence[Gathered] = (),
 ) -> oracle.Merged | oracle.Elected:
     each, shared = knobs.each, knobs.shared
+    is_layer_matrix = base.ndim == 2 and place(tensor).component not in ("embedding", "head")
     match name:
+        case "tsv" if is_layer_matrix:
+            return oracle.tsv(base, sources, each["weight"], shared["lambda"])
+        case "iso_c" if is_layer_matrix:
+            return oracle.iso_c(base, sources, shared["lambda"])
+        case "tsv" | "iso_c":
+            weights = each.get("weight", (1.0,) * len(sources))
+            return oracle.task_arithmetic(base, sources, weights, shared["lambda"] / len(sources), normalize=False)
+        case "fisher" if gathered:
+            scale = [g.size if shared["normalize"] else sum(h.size for h in gathered) / len(gathered) for g in gathered]
+            pairs = zip(gathered, each["weight"], scale, strict=True)
+            return oracle.fisher(base, sources, [w * (g.read(tensor).double() / s).clamp(1e-6) for g, w, s in pairs])
+        case "regmean" if gathered and gathered[0].covers(tensor):
+            grams = [g.read(tensor) for g in gathered]
+            return oracle.regmean(base, sources, grams, each["weight"], shared["alpha"])
+        case "fisher" | "regmean":
+            return oracle.task_arithmetic(base, sources, each["weight"], 1.0, normalize=True)
         case "linear":
             return oracle.linear(sources, each["weight"], bool(shared["normalize"]))
         case "uniform_soup":
@@ -333,12 +357,16 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
     bank = Bank(open_models(folders["base"], sources))
     knobs = METHODS[name].knobs
     wanted = {"weight": 0.75, "density": 0.4, "t": 0.3, "lambda": 1.25, "decay": 0.6, "select_topk": 0.5}
+    statistics = {}
+    if kind := METHODS[name].statistics:
+        for seed, (s, folder) in enumerate(sources.items()):
+            statistics[s] = str(write_statistics(tmp_path / f"{s}.{kind}", kind, folder, seed=seed))
     recipe = Recipe(
         method=name,
         dtype=dtype,
         seed=5,
         base=Model(path=str(folders["base"])),
-        sources=[RecipeSource(name=s, path=str(folder)) for s, folder in sources.items()],
+        sources=[RecipeSource(name=s, path=str(folder), statistics=statistics.get(s)) for s, folder in sources.items()],
         parameters={k: wanted[k] for k in knobs if k in wanted},
     )
     for tensor in bank.names:
@@ -347,7 +375,13 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
         materialise_tensor(recipe, bank, tensor, out)
         keys = mask_keys(5, tensor, list(sources))
         expected = truth(
-            name, recipe.knobs(place(tensor), bank.layers), base, [bank.source(s, tensor) for s in sources], keys
+            name,
+            recipe.knobs(place(tensor), bank.layers),
+            base,
+            [bank.source(s, tensor) for s in sources],
+            keys,
+            tensor,
+            bank.gathered(recipe),
         )
         assert expected.allows(out).all(), tensor
         if name != "arcee_fusion" or base.ndim > 1:  # a vector of 16 may hold nothing important

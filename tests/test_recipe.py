@@ -88,6 +88,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 name=name,
                 path=draw(folders),
                 sha256=draw(digests),
+                statistics="/statistics" if method.statistics else None,
                 parameters=draw(st.fixed_dictionaries({}, optional=own)),
             )
             for name in names
@@ -397,7 +398,8 @@ def test_a_path_of_an_unknown_user_is_refused(tmp_path: Path):
 
 
 def recipe_with(method: str = "ties", sources: int = 2, **parameters: Coefficient) -> Recipe:
-    models = [RecipeSource(name=n, path=f"/models/{n}") for n in "abc"[:sources]]
+    statistics = "/statistics" if METHODS[method].statistics else None
+    models = [RecipeSource(name=n, path=f"/models/{n}", statistics=statistics) for n in "abc"[:sources]]
     return Recipe(method=method, base=Model(path="/models/base"), sources=models, parameters=parameters)
 
 

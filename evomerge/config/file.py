@@ -26,6 +26,13 @@ def method_problems(config: SearchConfig) -> list[str]:
     if not least <= len(config.sources) <= (most or len(config.sources)):
         allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
         problems.append(f"sources: {config.method} takes {allowed}, here are {len(config.sources)}")
+    if method.statistics:
+        problems += [
+            f"sources.{i}.statistics: {config.method} needs a file there; make it with "
+            f"`evomerge statistics --kind {method.statistics}`"
+            for i, s in enumerate(config.sources)
+            if s.statistics is None
+        ]
     given = {("space", knob): a for knob, a in config.space.axes(method).items()}
     for source, knobs in config.space.sources.items():
         if source not in names:
@@ -68,6 +75,9 @@ def path_problems(config: SearchConfig) -> list[str]:
     for where, path in models:
         if not os.path.isdir(path) and not looks_like_hub_id(path):
             problems.append(f"{where}: no such folder: {path}")
+    for i, source in enumerate(config.sources):
+        if source.statistics is not None and not os.path.isfile(source.statistics):
+            problems.append(f"sources.{i}.statistics: no such file: {source.statistics}")
     for i, task in enumerate(config.tasks):
         if task.is_file and not os.path.isfile(task.task):
             problems.append(f"tasks.{i}.task: no such file: {task.task}")
@@ -99,6 +109,12 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(content.get("sources"), list):
         content["sources"] = [
             {**s, "path": model(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
+        ]
+        content["sources"] = [
+            {**s, "statistics": absolute(s["statistics"])}
+            if isinstance(s, dict) and isinstance(s.get("statistics"), str)
+            else s
+            for s in content["sources"]
         ]
     if isinstance(content.get("baselines"), list):
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]

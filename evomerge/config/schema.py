@@ -19,11 +19,15 @@ class Strict(BaseModel):
 
 
 class SourceConfig(Strict):
-    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes."""
+    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes.
+
+    statistics: a file of `evomerge statistics`, for the methods that need one.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     path: str
     role: Literal["specialist", "generalist"] | None = None
+    statistics: str | None = None
 
 
 class Axis(Strict):

@@ -139,6 +139,16 @@ class Engine:
             )
         return Row(tuple((context + continuation)[-(self.lm.max_length + 1) :]), len(continuation))
 
+    def gold_rows(self, task: Task, item: Item) -> list[Row]:
+        """The rows whose log-likelihoods add up to that of an item's gold answer."""
+        instances = self.instances(task, item)
+        if task.kind == "generate_until":
+            return [self.gold_row(task, item, instances[0].args[0])]
+        if task.kind == "multiple_choice":
+            gold = gold_choice(task, item.doc)
+            instances = [i for i in instances if i.idx == gold]
+        return [row for instance in instances for row in self.rows(task, instance)]
+
     def gold_row(self, task: Task, item: Item, context: str) -> Row:
         """The gold answer of a generation item as a continuation of its prompt.
 

@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from evomerge.errors import EvomergeError
 from evomerge.merge.compiled import Compiled
+from evomerge.merge.derived import derive, fingerprint, kept
 from evomerge.merge.execute import Keys, random_mask
+from evomerge.merge.gathered import Gathered, open_gathered
 from evomerge.merge.layout import BASE, Slice, build_layout
 from evomerge.merge.measure import Kept, Measurements
-from evomerge.merge.plan import Chance
+from evomerge.merge.methods import METHODS
+from evomerge.merge.plan import Chance, Derived
+from evomerge.merge.recipe import Recipe
 from evomerge.sources.open import Models
 
-HELD_BYTES = (
-    4 << 30
-)  # computed tensors (adapters, nested recipes) kept in memory at most; beyond it they are computed again when needed
+HELD_BYTES = 4 << 30  # computed tensors (adapters, nested recipes) kept in memory; the others are computed when needed
 
 
 class Bank:
@@ -35,7 +40,9 @@ class Bank:
         capacity: int | None = None,
         compiled: Compiled | None = None,
         slices: Sequence[Slice] = (),
+        cache: Path | None = None,
     ) -> None:
+        """cache: a folder for what takes long to make of the sources; without it that is kept in memory."""
         self.models = models
         self.slices = list(slices)
         self.layout = build_layout(models, slices)
@@ -47,6 +54,9 @@ class Bank:
         self.held: dict[tuple[str, str], torch.Tensor] = {}
         self.recent: dict[tuple[str, str], torch.Tensor] = {}
         self.kept: Kept = {}
+        self.cache = cache
+        self.made: dict[tuple[str, ...], list[Tensor]] = {}
+        self.files: dict[tuple[str, str], Gathered] = {}
 
     def base(self, name: str) -> torch.Tensor:
         """The base's tensor; where it takes no part, the first source's, to give the shape."""
@@ -87,7 +97,53 @@ class Bank:
         """Let go of what did not fit: it stays only while one tensor is merged."""
         self.recent.clear()
 
-    def measurements(self, name: str, sources: Sequence[str], seed: int = 0) -> Measurements:
+    def gathered(self, recipe: Recipe, names: Sequence[str] | None = None) -> list[Gathered]:
+        """The statistics of the sources (or those in `names`), opened and checked once; [] if the method uses none.
+
+        EvomergeError if a file does not fit its source, or two do not speak of the same tensors.
+        """
+        kind = METHODS[recipe.method].statistics
+        if kind is None:
+            return []
+        found = []
+        for source in recipe.sources:
+            if names is not None and source.name not in names:
+                continue
+            assert source.statistics is not None, "the recipe was not checked"
+            key = (source.statistics, source.name)
+            if key not in self.files:
+                self.files[key] = open_gathered(Path(source.statistics), kind, source.name, self.models)
+            found.append(self.files[key])
+        for other in found[1:]:
+            if differing := sorted(other.names ^ found[0].names):
+                raise EvomergeError(f"{other.path} and {found[0].path}: only one of them has {differing[0]}")
+        return found
+
+    def derived(self, plan: Derived, name: str, sources: Sequence[str], gathered: Sequence[Gathered]) -> list[Tensor]:
+        """The D_j of a plan.  What does not depend on settings is made once: in the cache folder, or in memory as
+        long as there is room."""
+        operands = [self.base(name), *(self.source(s, name) for s in sources)]
+        if plan.settings:
+            return [d.to(self.device) for d in derive(plan, name, operands[0], operands[1:], gathered)]
+        key = (plan.kind, name, *sources)
+        if key in self.made:
+            return self.made[key]
+        if self.cache is not None:
+            digest = fingerprint(plan.kind, operands)
+            made = kept(self.cache / "derived", digest, lambda: derive(plan, name, operands[0], operands[1:]))
+        else:
+            made = derive(plan, name, operands[0], operands[1:])
+        made = [d.to(self.device) for d in made]
+        is_mapped = self.cache is not None and self.device.type == "cpu"
+        size = 0 if is_mapped else sum(d.nbytes for d in made)
+        if size <= self.capacity:
+            self.capacity -= size
+            self.made[key] = made
+        return made
+
+    def measurements(
+        self, name: str, sources: Sequence[str], seed: int = 0, gathered: Sequence[Gathered] = ()
+    ) -> Measurements:
         """What planners may ask about a tensor; whatever was measured before is not measured again."""
 
         def mask(source: int, chance: Chance, part: slice) -> torch.Tensor:
@@ -96,7 +152,7 @@ class Bank:
             found = random_mask(chance, part.start, part.stop - part.start, (words[0], words[1][source]), levels)
             return found.to(self.device)
 
-        measured = Measurements(self, name, sources, self.kept, mask)
+        measured = Measurements(self, name, sources, self.kept, mask, gathered)
         return measured
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from evomerge.merge import kernels
 from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.kernels import SparseForm, signed
-from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend
+from evomerge.merge.plan import Blend, Chance, Clip, Derived, FisherBlend, Plan, SliceBlend, SparseBlend
 
 PIECE = 1 << 15  # elements: every operand stays in the second-level cache, and below torch's threading grain
 SLAB = 1 << 30  # elements of one kernel call at most: an int32 counts them
@@ -41,6 +41,10 @@ def execute(
         limit = torch.tensor([plan.limit], dtype=torch.float32, device=out.device)
         flat, flat_base, source = out.view(-1), base.reshape(-1), sources[0].reshape(-1)
         return piecewise(lambda p: kernels.clip(flat[p], flat_base[p], source[p], limit), out.numel(), piece)
+    if isinstance(plan, FisherBlend):
+        return fisher_blend(plan, out, base, sources, planes, piece)
+    if isinstance(plan, Derived):
+        plan = Blend(plan.coefficients, base=1.0)
     if isinstance(plan, Blend):
         return blend(plan, out, base, sources, compiled, piece)
     return sparse_blend(plan, out, base, sources, planes, keys, compiled, piece)
@@ -72,6 +76,25 @@ def blend(
     return piecewise(
         lambda part: kernels.blend(
             flat[part], None if origin is None else origin[part], [x[part] for x in operands], coefficients
+        ),
+        out.numel(),
+        piece,
+    )
+
+
+def fisher_blend(
+    plan: FisherBlend, out: Tensor, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], piece: int
+) -> Tensor:
+    used = [i for i, w in enumerate(plan.weights) if w != 0.0]
+    if not used:
+        return kernels.store(out, base)
+    rows = [[plan.weights[i] for i in used], [plan.scales[i] for i in used], [plan.floor] * len(used)]
+    numbers = torch.tensor(rows, dtype=torch.float32, device=out.device)
+    flat, flat_base = out.view(-1), base.reshape(-1)
+    operands, fishers = [sources[i].reshape(-1) for i in used], [planes[i].reshape(-1) for i in used]
+    return piecewise(
+        lambda p: kernels.fisher_blend(
+            flat[p], flat_base[p], [x[p] for x in operands], [f[p] for f in fishers], numbers
         ),
         out.numel(),
         piece,

@@ -53,6 +53,7 @@ def export(
     disk is full, or the merge is not finite.
     """
     check_fits(recipe, bank)
+    bank.gathered(recipe)  # says what is wrong with a statistics file before anything is written
     tensors = output_tensors(recipe, bank)
     shards = plan_shards(tensors, shard_bytes)
     with new_folder(folder) as aside:

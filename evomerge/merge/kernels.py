@@ -64,6 +64,21 @@ def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
     return store(out, torch.minimum(torch.maximum(d, -limit), limit) + d * 0.0 + b)
 
 
+def fisher_blend(
+    out: Tensor, base: Tensor, sources: Sequence[Tensor], fishers: Sequence[Tensor], numbers: Tensor
+) -> Tensor:
+    """A mean with weights per element; see `FisherBlend`.
+
+    out, base, sources, fishers: one shape, any floating types.  numbers: (3, N) float32, rows weight, scale, floor.
+    A kernel of its own: the coefficients are tensors, and their sum divides.
+    """
+    b = base.float()
+    weights = [torch.maximum(f.float() * numbers[1, i], numbers[2, i]) * numbers[0, i] for i, f in enumerate(fishers)]
+    total = added([(x.float() - b) * w for x, w in zip(sources, weights, strict=True)])
+    divisor = added(weights)
+    return store(out, total / (divisor + divisor.eq(0.0).float()) + b)
+
+
 def sparse_blend(
     out: Tensor,
     base: Tensor,

@@ -11,6 +11,7 @@ from evomerge.files import read_json
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.anatomy import is_old_buffer
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
 
@@ -104,11 +105,6 @@ def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> 
 def is_tied_copy(name: str, bank: Bank) -> bool:
     """A head that the file stores although the model ties it to the embedding."""
     return name in ("lm_head.weight", "embed_out.weight") and bank.models.base.ties_head
-
-
-def is_old_buffer(name: str) -> bool:
-    """Tables that old checkpoints store and transformers now computes: causal masks and rotary frequencies."""
-    return name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
 
 
 def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:

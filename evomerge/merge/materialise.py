@@ -8,7 +8,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank, mask_keys
 from evomerge.merge.execute import execute
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend
+from evomerge.merge.plan import Blend, Derived, FisherBlend
 from evomerge.merge.recipe import Recipe, check_layers
 from evomerge.sources.anatomy import place
 
@@ -30,7 +30,8 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
         out.copy_(base)
         return torch.zeros((), device=bank.device)
     names = bank.taking_part(name, [s.name for s in recipe.sources])
-    measured = bank.measurements(name, names, recipe.seed)
+    gathered = bank.gathered(recipe, names)
+    measured = bank.measurements(name, names, recipe.seed, gathered)
     if names:
         plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers, names), measured)
     else:
@@ -38,11 +39,16 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     if isinstance(plan, Blend):
         # An operand that does not count is not read: the base stands in for it.
         sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
+    elif isinstance(plan, Derived):
+        sources = bank.derived(plan, name, names, gathered)
     else:
         sources = [bank.source(s, name) for s in names]
+    planes = measured.planes(plan)
+    if isinstance(plan, FisherBlend):
+        planes = [g.read(name).to(bank.device) for g in gathered]
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     keys = mask_keys(recipe.seed, name, names)
-    largest = execute(plan, target, base, sources, measured.planes(plan), keys, bank.compiled)
+    largest = execute(plan, target, base, sources, planes, keys, bank.compiled)
     if target is not out:
         out.copy_(target)
     return largest

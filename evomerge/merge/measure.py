@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merge import kernels, statistics
+from evomerge.merge.gathered import Gathered
 from evomerge.merge.plan import Chance, Gram, Plan, SparseBlend
 from evomerge.merge.statistics import Magnitudes, Sizes, summed
+from evomerge.sources.anatomy import place
 
 T = TypeVar("T")
 Kept = dict[tuple[Any, ...], Any]
@@ -34,8 +36,13 @@ class Measurements:
         sources: Sequence[str],
         kept: Kept,
         mask: Callable[[int, Chance, slice], Tensor] | None = None,
+        gathered: Sequence[Gathered] = (),
     ) -> None:
-        """mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps."""
+        """mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps.
+
+        gathered: the sources' statistics, if the method uses them.
+        """
+        self.gathered = tuple(gathered)
         self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -90,6 +97,18 @@ class Measurements:
             return statistics.row_gram_matrices(tensors, axis, origin)
 
         return self.once(("row grams", self.name, axis, of_task_vectors, *self.sources), measure)
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        is_matrix = self.tensors.base(self.name).ndim == 2
+        return is_matrix and place(self.name).component not in ("embedding", "head")
+
+    @property
+    def is_gathered(self) -> bool:
+        return bool(self.gathered) and all(g.covers(self.name) for g in self.gathered)
+
+    def fisher_size(self, source: int) -> float:
+        return self.gathered[source].size
 
     def magnitudes(self, source: int) -> Magnitudes:
         key = ("magnitudes", self.name, self.sources[source])

@@ -80,6 +80,17 @@ class Measured(Protocol):
     def row_grams(self, axis: int, of_task_vectors: bool = False) -> NDArray[np.float64]:
         """`gram` or `task_gram` for each slice along `axis` (0 or -1), (slices, ...); a vector is a single row."""
 
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is the matrix of a layer: two axes, neither an embedding nor the head."""
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the sources' statistics files speak of this tensor."""
+
+    def fisher_size(self, source: int) -> float:
+        """The root mean square of a source's Fisher information over its whole model."""
+
     def magnitude(self, source: int, rank: int) -> float:
         """The `rank`-th largest |d_source|, 1 <= rank <= elements."""
 
@@ -165,7 +176,37 @@ class Clip:
     limit: float
 
 
-Plan = Blend | SliceBlend | SparseBlend | Clip
+@dataclass(frozen=True)
+class FisherBlend:
+    """A mean whose weights differ per element:  out = base + [sum_i f_i d_i] / [sum_i f_i].
+
+    f_i = weights[i] * max(scales[i] * F_i, floor), F_i the source's diagonal Fisher information; where the sum of
+    the f_i is 0 the divisor is 1.
+    """
+
+    weights: tuple[float, ...]
+    scales: tuple[float, ...]
+    floor: float
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A blend of matrices that linear algebra makes of the task vectors:  out = base + sum_j coefficients[j] * D_j.
+
+    kind: how the D_j are made (`derived.py`).  settings: what they depend on besides the tensors; without settings
+    they are made once and kept, with settings for every merge anew.
+    """
+
+    kind: Literal["tsv", "iso_c", "regmean"]
+    coefficients: tuple[float, ...]
+    settings: tuple[float, ...] = ()
+
+
+Plan = Blend | SliceBlend | SparseBlend | Clip | FisherBlend | Derived
+
+
+Statistics = Literal["fisher", "regmean"]
+"""What is gathered on a source's own items: squared gradients, or Gram matrices of the linear layers' inputs."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +219,8 @@ class Method:
     layers leave it out.
     measures: what its plans ask for at every tensor, so that it can be measured beforehand in one pass.
     excludes: switch -> the knob that must keep its default while the switch is on.
+    statistics: the kind of statistics file that every source must have (`gathered.py`).
+    keeps_parent: whether weight 1 for one source and 0 for the others gives that source.
     """
 
     name: str
@@ -187,6 +230,8 @@ class Method:
     without_base: int | None = None
     measures: frozenset[Literal["gram", "task_gram", "magnitudes", "ranks"]] = frozenset()
     excludes: Mapping[str, str] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    keeps_parent: bool = True
 
 
 def share(total: float) -> float:

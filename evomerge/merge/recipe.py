@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
+from evomerge.files import read_yaml, sha256
 from evomerge.merge.layout import BASE, Slice
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob, Knobs, Method, choices_of
@@ -46,17 +46,24 @@ class Model(BaseModel):
 
 
 class RecipeSource(Model):
-    """A source by its `path`, or the result of a `recipe` of its own, rounded to that recipe's dtype."""
+    """A source by its `path`, or the result of a `recipe` of its own, rounded to that recipe's dtype.
+
+    statistics: the file of `evomerge statistics` for the methods that need one, and its SHA-256 once known.
+    """
 
     name: str
     path: str = ""
     recipe: "Recipe | None" = None
+    statistics: str | None = None
+    statistics_sha256: str | None = None
     parameters: dict[str, Coefficient] = {}
 
     @model_validator(mode="after")
     def check_origin(self) -> "RecipeSource":
         if bool(self.path) == (self.recipe is not None):
             raise ValueError("needs a `path` or a `recipe`, one of them")
+        if self.recipe and self.statistics:
+            raise ValueError("statistics: are of a model on disk, not of a recipe")
         if self.recipe and self.sha256:
             raise ValueError("sha256: belongs to the models of the `recipe`, not to the recipe")
         return self
@@ -174,6 +181,11 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     if method is None:
         return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
     problems = []
+    if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
+        problems.append(
+            f"sources.{lacking[0]}.statistics: {recipe.method} needs a file there; make it with "
+            f"`evomerge statistics --kind {method.statistics}`"
+        )
     names = [s.name for s in recipe.sources]
     if recipe.slices:
         problems += slice_problems(recipe, method)
@@ -217,6 +229,7 @@ def slice_problems(recipe: Recipe, method: Method) -> list[str]:
     """What is wrong with the slices.  A slice of the base alone is the base's layers, whatever the method."""
     names = [s.name for s in recipe.sources]
     problems = [f"sources: {BASE!r} is the base's name in slices; call the source otherwise"] * (BASE in names)
+    problems += [f"slices: {method.name} needs statistics, which speak of whole models"] * bool(method.statistics)
     for number, part in enumerate(recipe.slices):
         where = f"slices.{number}.layers"
         used = [n for n in part.layers if n != BASE]
@@ -286,6 +299,8 @@ def load_recipe(path: Path) -> Recipe:
     for _, model in leaves(recipe):
         if (path.parent / model.path).is_dir() or not looks_like_hub_id(model.path):
             model.path = str((path.parent / os.path.expanduser(model.path)).resolve())
+        if isinstance(model, RecipeSource) and model.statistics is not None:
+            model.statistics = str((path.parent / os.path.expanduser(model.statistics)).resolve())
     return recipe
 
 
@@ -319,6 +334,8 @@ def signed(recipe: Recipe) -> Recipe:
     for _, model in leaves(copy):
         folder = locate(model.path)
         known[folder] = model.sha256 = known.get(folder) or fingerprint(folder)
+        if isinstance(model, RecipeSource) and model.statistics is not None:
+            model.statistics_sha256 = sha256(Path(model.statistics))
     return copy
 
 
@@ -328,6 +345,8 @@ def unsigned(recipe: Recipe) -> Recipe:
     copy.outputs = {}
     for _, model in leaves(copy):
         model.sha256 = {}
+        if isinstance(model, RecipeSource):
+            model.statistics_sha256 = None
     return copy
 
 
@@ -339,6 +358,10 @@ def check_fingerprints(recipe: Recipe) -> None:
             folder = locate(model.path)
             now = fingerprint(folder)
             differing |= {f"{folder / f}": None for f, digest in model.sha256.items() if now.get(f) != digest}
+        if isinstance(model, RecipeSource) and model.statistics is not None and model.statistics_sha256 is not None:
+            file = Path(model.statistics)
+            if not file.is_file() or sha256(file) != model.statistics_sha256:
+                differing[str(file)] = None
     if differing:
         raise EvomergeError(
             "these inputs are not the files that the recipe was made with:\n  " + "\n  ".join(differing)

@@ -71,11 +71,10 @@ def in_space(
     """
     own = space.config.method
     same = own == method or ({own, method} == {"linear", "task_arithmetic"} and abs(sum(weights.values()) - 1) < 1e-9)
-    alone = kind == "parent" and "weight" in METHODS[own].knobs  # one whole source is itself in every method
+    alone = kind == "parent" and "weight" in METHODS[own].knobs and METHODS[own].keeps_parent
     if same or alone:
         each = {s: {"weight": w, "density": density} for s, w in weights.items()}
-        normalize = 1.0 if own in ("linear", "ties") else 0.0
-        point = space.point(each, {"lambda": 1.0, "normalize": normalize})
+        point = space.point(each, {"lambda": 1.0})
         if point is not None:
             return Baseline(name, kind, space.recipe(point), point)
     return Baseline(name, kind, plain_recipe(space, method, weights, density), None)

@@ -76,7 +76,7 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     space = build_space(config, models)
     study = SearchStudy(open_study(run.storage_url(config), config.name, create=True), space)
     listener.phase("preparing the items")
-    scorer = Scorer(config, models, stop.check, run.log)
+    scorer = Scorer(config, models, stop.check, run.log, cache=run.folder / "cache")
     listener.phase("measuring the sources")
     names = [s.name for s in config.sources]
     prepare(scorer.bank, config.method, names, run.folder / "cache", run.manifest()["inputs"])

@@ -15,7 +15,7 @@ from evomerge import __version__
 from evomerge.config.file import config_differences, dump_config, load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import disk_errors, write_text
+from evomerge.files import disk_errors, sha256, write_text
 from evomerge.search.study import sqlite_url
 from evomerge.sources.locate import fingerprint, locate
 
@@ -92,9 +92,13 @@ def open_run(folder: Path) -> Run:
 
 
 def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
-    """SHA-256 of every file of the base (`base`) and of each source, by name."""
+    """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path."""
     folders = {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
-    return {name: fingerprint(folder) for name, folder in folders.items()}
+    prints = {name: fingerprint(folder) for name, folder in folders.items()}
+    for source in config.sources:
+        if source.statistics is not None:
+            prints[source.name][source.statistics] = sha256(Path(source.statistics))
+    return prints
 
 
 def refuse_existing(folder: Path) -> None:

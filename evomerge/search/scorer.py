@@ -1,25 +1,32 @@
 """From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
+from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine, Workload, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.bank import Bank
 from evomerge.merge.compiled import compiled_for
+from evomerge.merge.gathered import open_gathered
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
+from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe
 from evomerge.search.verdict import mean_score
 from evomerge.sources.locate import locate
 from evomerge.sources.open import Models, open_models
+
+Dealt = dict[str, dict[Split, list[Item]]]
+"""Task -> split -> its items."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,27 @@ def open_config_models(config: SearchConfig) -> Models:
     return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
 
 
+def deal_all(tasks: Sequence[Task], config: SearchConfig) -> Dealt:
+    return {t.name: deal(t, config.splits, config.seed) for t in tasks}
+
+
+def check_statistics(config: SearchConfig, models: Models, items: Dealt) -> None:
+    """EvomergeError if a statistics file does not fit its source, or saw items that the search judges by."""
+    kind = METHODS[config.method].statistics
+    for number, source in enumerate(config.sources if kind else []):
+        assert kind is not None
+        origin = open_gathered(Path(str(source.statistics)), kind, source.name, models).origin
+        for task, splits in items.items():
+            seen = set(origin.items.get(task, ()))
+            for split in ("holdout", "selection"):
+                if count := sum(i.id in seen for i in splits[split]):
+                    raise EvomergeError(
+                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
+                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
+                        "items of the search split alone"
+                    )
+
+
 def load_tokenizer(path: Any) -> Any:
     from transformers import AutoTokenizer
 
@@ -52,16 +80,20 @@ class Scorer:
     """One device's workshop: bank, live model, engine and prepared items."""
 
     def __init__(
-        self, config: SearchConfig, models: Models, check: Callable[[], None], log: Callable[[str], None]
+        self,
+        config: SearchConfig,
+        models: Models,
+        check: Callable[[], None],
+        log: Callable[[str], None],
+        cache: Path | None = None,
     ) -> None:
         self.config = config
         self.check = check
         self.tasks = open_tasks(config.tasks)
-        self.items: dict[str, dict[Split, list[Item]]] = {
-            t.name: deal(t, config.splits, config.seed) for t in self.tasks
-        }
+        self.items = deal_all(self.tasks, config)
+        check_statistics(config, models, self.items)
         device = resolve_device(config.device)
-        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log))
+        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log), cache=cache)
         self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
         self.destinations = destinations(self.model, self.bank)
         self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)

@@ -77,7 +77,8 @@ class Space:
             seed=self.config.seed,
             base=Model(path=self.config.base),
             sources=[
-                RecipeSource(name=s.name, path=s.path, parameters=per_source[s.name]) for s in self.config.sources
+                RecipeSource(name=s.name, path=s.path, parameters=per_source[s.name], statistics=s.statistics)
+                for s in self.config.sources
             ],
             parameters=shared,
         )

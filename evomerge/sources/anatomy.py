@@ -68,3 +68,8 @@ def relative_depth(where: Place, layers: int) -> int:
     if where.layer is not None:
         return where.layer
     return 0 if where.component == "embedding" else max(layers - 1, 0)
+
+
+def is_old_buffer(name: str) -> bool:
+    """Tables that old checkpoints store and transformers now computes: causal masks and rotary frequencies."""
+    return name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))

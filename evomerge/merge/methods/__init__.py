@@ -6,6 +6,8 @@ from evomerge.merge.methods import (
     checkpoint_average,
     dare,
     della,
+    fisher,
+    iso_c,
     karcher,
     linear,
     model_stock,
@@ -14,10 +16,12 @@ from evomerge.merge.methods import (
     nuslerp,
     passthrough,
     ram,
+    regmean,
     sce,
     slerp,
     task_arithmetic,
     ties,
+    tsv,
     uniform_soup,
 )
 from evomerge.merge.plan import Method
@@ -47,5 +51,9 @@ METHODS: dict[str, Method] = {
         arcee_fusion.METHOD,
         ram.RAM,
         ram.PLUS,
+        tsv.METHOD,
+        iso_c.METHOD,
+        fisher.METHOD,
+        regmean.METHOD,
     )
 }
