@@ -17,7 +17,7 @@ def counted(recipe, bank, name, out):
     calls[0] += 1
     if calls[0] == 9 * 38 + 17:
         die()
-    real(recipe, bank, name, out)
+    return real(recipe, bank, name, out)
 m.materialise_tensor = counted
 """
 )
@@ -81,7 +81,7 @@ def counted(*a):
     calls[0] += 1
     if calls[0] == 20:
         die()
-    real(*a)
+    return real(*a)
 e.materialise_tensor = counted
 """
 )
