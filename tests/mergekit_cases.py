@@ -174,5 +174,19 @@ RANDOM: dict[str, Case] = {
     for method in ("dare_linear", "dare_ties", "della_linear", "della")
 }
 
+# <base> and <one> here have tokenizers of their own; rows are compared by token.
+VOCABULARIES: dict[str, Case] = {
+    name: Case(
+        {"merge_method": method, "base_model": "<base>", "models": inputs, "parameters": parameters}
+        | ({"tokenizer": {"source": wanted}} if wanted == "union" else {"tokenizer_source": wanted}),
+        units=units,
+    )
+    for name, wanted, method, inputs, parameters, units in (
+        ("a union", "union", "task_arithmetic", models(0.5, 0.25), {}, 0),
+        ("the base's", "base", "linear", models(0.5, 0.25), {"weight": 0.25, "normalize": False}, 1),
+        ("a source's", "<one>", "ties", models(0.5, 0.25), {"density": 0.5}, 0),
+    )
+}
+
 # These run on the other architectures too.
 ELSEWHERE = ["linear", "slerp, by names and layers", "ties", "precedence"]

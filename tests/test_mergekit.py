@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import CASES, ELSEWHERE, RANDOM, Case
-from models import NAMES
+from mergekit_cases import CASES, ELSEWHERE, RANDOM, VOCABULARIES, Case
+from models import NAMES, VOCABULARY, write_llama
 from torch import Tensor
 
 from evomerge.merge.bank import Bank
@@ -23,12 +23,17 @@ from evomerge.merge.export import export
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.nested import open_bank
 from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.tokenizer import read_vocabulary
+from evomerge.sources.vocabulary import vocabulary_tensors
 
 MERGEKIT = os.environ.get("EVOMERGE_MERGEKIT")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not MERGEKIT, reason="EVOMERGE_MERGEKIT does not name a Python with mergekit"),
 ]
+
+SPECIAL, LETTERS = VOCABULARY[:3], VOCABULARY[3:]
+TOKENIZERS = ([*SPECIAL, *reversed(LETTERS), "v", "w"], [*SPECIAL, "w", "x", *LETTERS[4:]])
 
 RUNS = [(name, "llama", d) for name in CASES for d in (torch.float32, torch.bfloat16)]
 RUNS += [(name, a, torch.bfloat16) for name in ELSEWHERE for a in ("qwen2", "gemma2", "gpt2")]
@@ -51,14 +56,18 @@ def configuration(case: Case, folder: Path, dtype: torch.dtype) -> str:
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of families, with what mergekit makes of every case in FAMILY/CASE/theirs."""
     root = tmp_path_factory.mktemp("mergekit")
+    for seed, tokens in enumerate((VOCABULARY, *TOKENIZERS)):
+        write_llama(root / "words" / ("base", "one", "two")[seed], seed, vocabulary=tokens)
+    plain = [*RUNS, *((name, "llama", torch.float32) for name in RANDOM)]
+    for architecture, dtype in dict.fromkeys((a, d) for _, a, d in plain):
+        write_architectures(family(root, architecture, dtype), architecture, dtype)
+    wanted = [(CASES | RANDOM, family(root, a, d), name, d) for name, a, d in plain]
+    wanted += [(VOCABULARIES, root / "words", name, torch.float32) for name in VOCABULARIES]
     jobs = []
-    for name, architecture, dtype in [*RUNS, *((name, "llama", torch.float32) for name in RANDOM)]:
-        folder = family(root, architecture, dtype)
-        if not folder.exists():
-            write_architectures(folder, architecture, dtype)
+    for cases, folder, name, dtype in wanted:
         file = folder / name / "mergekit.yml"
         file.parent.mkdir()
-        file.write_text(configuration((CASES | RANDOM)[name], folder, dtype))
+        file.write_text(configuration(cases[name], folder, dtype))
         jobs.append([str(file), str(file.parent / "theirs"), 1])
     (root / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).with_name("mergekit_run.py")
@@ -83,6 +92,13 @@ def both(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], Bank]:
     ours, theirs = tensors_in(folder / "ours"), tensors_in(folder / "theirs")
     assert ours.keys() == theirs.keys()
     return ours, theirs, bank
+
+
+def rows_of(folder: Path) -> list[int]:
+    """The rows of a model's embedding in the alphabetical order of their tokens."""
+    vocabulary = read_vocabulary(folder)
+    assert vocabulary is not None
+    return [vocabulary.tokens[token] for token in sorted(vocabulary.tokens)]
 
 
 def on_a_cut(base: Tensor, sources: list[Tensor], cuts: tuple[float, ...]) -> Tensor:
@@ -121,6 +137,23 @@ def test_a_mergekit_file_makes_what_mergekit_makes(name: str, architecture: str,
     print(f"{max(apart.values()):.2f} units apart at most, {max(apart, key=lambda n: apart[n])}")
     allowed = CASES[name].units if dtype == torch.float32 else min(1, CASES[name].units)
     assert max(apart.values()) <= allowed, apart
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_models_of_different_tokenizers_merge_token_by_token_as_in_mergekit(name: str, merged: Path):
+    folder = merged / "words" / name
+    ours, theirs, bank = both(folder)
+    ours_by_token, theirs_by_token = rows_of(folder / "ours"), rows_of(folder / "theirs")
+    assert len(ours_by_token) == len(theirs_by_token)
+    for tensor in ours:
+        x, y, inputs = (
+            ours[tensor],
+            theirs[tensor],
+            [bank.base(tensor), *(bank.source(s, tensor) for s in bank.models.sources)],
+        )
+        if tensor in vocabulary_tensors(open_checkpoint(folder / "ours")):
+            x, y, inputs = x[ours_by_token], y[theirs_by_token], [i[ours_by_token] for i in inputs]
+        assert units_apart(x, y, *inputs) <= VOCABULARIES[name].units, tensor
 
 
 @pytest.mark.parametrize("method", RANDOM)

@@ -1,10 +1,13 @@
 """The search space, the samplers and what a failing trial costs."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import write_family
@@ -15,9 +18,10 @@ from searches import run_cli, trials_of, write_config
 from evomerge.config.file import load_config
 from evomerge.search.baselines import baselines
 from evomerge.search.cma import CmaEsSampler, trial_seed
+from evomerge.search.scorer import open_config_models
 from evomerge.search.space import Space, build_space, spread
 from evomerge.search.study import SearchStudy, open_study, sqlite_url
-from evomerge.sources.anatomy import Place
+from evomerge.sources.anatomy import Place, place
 from evomerge.sources.open import open_models
 
 
@@ -112,6 +116,56 @@ def test_roles_bring_the_blend_of_specialists_and_generalists(family: Path, tmp_
     ]
     found = {b.name: b for b in baselines(space_of(family, tmp_path, sources=sources))}
     assert found["specialists 0.65"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
+
+
+MERGEKIT_FILE = """
+merge_method: task_arithmetic
+base_model: {family}/base
+models:
+- model: {family}/rev
+  parameters: {{weight: [{{filter: norm, value: 0.7}}, {{value: {rev}}}]}}
+- model: {family}/add
+parameters: {{weight: 0.25}}
+"""
+
+
+def start(family: Path, folder: Path, rev: str, **changes: Any) -> Space:
+    (folder / "mine.yml").write_text(MERGEKIT_FILE.format(family=family, rev=rev))
+    silent = {"start_from": "mine.yml", "base": None, "sources": None, "method": None}
+    config = yaml.safe_load(write_config(folder, family, **silent, **changes).read_text())
+    file = folder / "search.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    loaded = load_config(file)
+    return build_space(loaded, open_config_models(loaded))
+
+
+@pytest.mark.parametrize("granularity", ["model", "depth", "group", "layer"])
+def test_a_search_starts_from_a_mergekit_file(granularity: str, family: Path, tmp_path: Path) -> None:
+    space = start(family, tmp_path, "0.5", space={"weight": [0, 1], "granularity": granularity, "components": ["norm"]})
+    assert [(s.name, s.path) for s in space.config.sources] == [(n, str(family / n)) for n in ("rev", "add")]
+    first = baselines(space)[0]
+    assert (first.name, first.kind) == ("mine", "given")
+    assert first.point is not None
+    expected = {"weight.rev": 0.5, "weight.rev.norm": 0.7, "weight.add": 0.25, "weight.add.norm": 0.25}
+    for axis, value in first.point.items():
+        assert value == expected[re.sub(r"\.(depth|group|layer)\d+$", "", axis)], axis
+
+
+@pytest.mark.parametrize(
+    ("rev", "space"),
+    [
+        ("2.0", {"weight": [0, 1], "components": ["norm"]}),  # beyond the bounds
+        ("0.5", {"weight": [0, 1]}),  # norms have no value of their own
+        ("[0, 1]", {"weight": [0, 1], "components": ["norm"], "granularity": "depth"}),  # the head has the first value
+        ("0.5", {"weight": [0, 1], "components": ["norm"], "lambda": 0.5}),
+    ],
+)
+def test_a_start_that_the_space_cannot_express_is_a_recipe_of_its_own(
+    rev: str, space: dict[str, Any], family: Path, tmp_path: Path
+) -> None:
+    first = baselines(start(family, tmp_path, rev, space=space))[0]
+    assert (first.name, first.point) == ("mine", None)
+    assert first.recipe.knobs(place("lm_head.weight"), 2).each["weight"][1] == 0.25
 
 
 def fitness(point: dict[str, float]) -> float:

@@ -1,6 +1,7 @@
 """Read and write the configuration file; whatever is wrong with it is said at once, before anything is loaded."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
+from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import choices_of, is_named, values_of
 from evomerge.sources.locate import looks_like_hub_id
@@ -118,6 +120,8 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         ]
     if isinstance(content.get("baselines"), list):
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
+    if isinstance(content.get("start_from"), str):
+        content["start_from"] = absolute(content["start_from"])
     if isinstance(content.get("tasks"), list):
         content["tasks"] = [
             {**t, "task": absolute(t["task"])}
@@ -126,6 +130,21 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             for t in content["tasks"]
         ]
     return content
+
+
+def with_start(content: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the base, the sources and the method of `start_from` where it does not say them.
+
+    EvomergeError if that file is no merge, or one that a search cannot vary.
+    """
+    file = content.get("start_from")
+    if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
+        return content
+    recipe, _ = load_merge(Path(file))
+    if recipe.slices or any(s.recipe for s in recipe.sources):
+        raise EvomergeError(f"{file}: a search cannot start from slices or from recipes in recipes")
+    sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
+    return {"base": recipe.base.path, "sources": sources, "method": recipe.method} | content
 
 
 def readable(error: dict[str, Any]) -> str:
@@ -147,7 +166,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     """
     if not isinstance(content, dict):
         raise EvomergeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
-    content = absolute_paths(content, origin.parent.resolve())
+    content = with_start(absolute_paths(content, origin.parent.resolve()))
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)

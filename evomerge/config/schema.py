@@ -178,7 +178,8 @@ class BudgetConfig(Strict):
 class SearchConfig(Strict):
     """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
 
-    baselines: recipe files of one's own, on the same sources, that the winner must beat too.
+    baselines: recipe files of one's own, on the same sources, that the winner must beat too.  start_from: one more, a
+    recipe or a mergekit file, which also gives the base, the sources and the method where they are not said here.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -189,6 +190,7 @@ class SearchConfig(Strict):
     tasks: list[TaskConfig] = Field(min_length=1)
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []
+    start_from: str | None = None
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -10,7 +10,7 @@ import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import new_folder, sha256, write_text
+from evomerge.files import new_folder, read_json, sha256, write_text
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.recipe import Recipe, dump_recipe, signed
@@ -72,6 +72,8 @@ def export(
         config = {k: v for k, v in bank.layout.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
         write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
         copy_tokenizer(bank, aside)
+        if recipe.chat_template is not None:
+            set_template(aside, recipe.chat_template)
         full = signed(recipe)
         full.outputs = fingerprint(aside)
         write_text(aside / "README.md", card(full))
@@ -85,6 +87,15 @@ def copy_tokenizer(bank: Bank, folder: Path) -> None:
     vocabulary.write(folder)
     if (settings := vocabulary.folder / "generation_config.json").exists():
         shutil.copyfile(settings, folder / settings.name)
+
+
+def set_template(folder: Path, template: str) -> None:
+    """Give a model folder a chat template, the only one it has."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    write_text(folder / "chat_template.jinja", template)
+    if (file := folder / "tokenizer_config.json").exists():
+        settings = {k: v for k, v in read_json(file).items() if k != "chat_template"}
+        write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.Tensor:

@@ -73,7 +73,8 @@ class Recipe(BaseModel):
     """One merge.
 
     vocabulary: `base`, `union` or a source's name: whose tokenizer the output has when the models' differ; rows of
-    embedding and head are then merged by token.  None: the tokenizers must be equal.
+    embedding and head are then merged by token.  None: the tokenizers must be equal.  chat_template: the output's, as
+    Jinja; None: its tokenizer's own.
 
     Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
     layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
@@ -89,6 +90,7 @@ class Recipe(BaseModel):
     parameters: dict[str, Coefficient] = {}
     slices: list[Slice] = []
     vocabulary: str | None = None
+    chat_template: str | None = None
     outputs: dict[str, str] = {}
 
     @field_validator("sources", mode="before")

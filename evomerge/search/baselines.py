@@ -1,12 +1,13 @@
 """Known good points, tried first: they start the search, and the winner must beat them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
+from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource
 from evomerge.search.space import Point, Space
 
 Kind = Literal["parent", "uniform", "greedy", "recommended", "given"]
@@ -30,7 +31,7 @@ def baselines(space: Space) -> list[Baseline]:
 
     Recommended: task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
     dare_ties with density and weight 0.5 (the common starting point), and specialists 0.65 to generalists 0.35
-    where the configuration gives roles.  Last come the recipes that the configuration names.
+    where the configuration gives roles.  `start_from` comes first; last come the recipes that the configuration names.
     """
     names = [s.name for s in space.config.sources]
     count = len(names)
@@ -50,16 +51,27 @@ def baselines(space: Space) -> list[Baseline]:
         weights |= dict.fromkeys(specialists, 0.65 / len(specialists))
         weights |= dict.fromkeys(generalists, 0.35 / len(generalists))
         found.append(in_space(space, "specialists 0.65", "recommended", weights, "linear"))
+    if space.config.start_from:
+        start = given(space, Path(space.config.start_from))
+        point = space.point_of(start.recipe)
+        found.insert(0, start if point is None else replace(start, recipe=space.recipe(point), point=point))
     return found + [given(space, Path(path)) for path in space.config.baselines]
 
 
 def given(space: Space, path: Path) -> Baseline:
-    """A recipe file of the user's, named by the file.  EvomergeError if it is not one of the search's sources."""
-    recipe = load_recipe(path)
-    names = [s.name for s in space.config.sources]
-    if unknown := [s.name for s in recipe.sources if s.name not in names]:
-        raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
-    return Baseline(path.stem, "given", recipe.model_copy(update={"dtype": space.config.dtype}), None)
+    """A recipe or mergekit file of the user's, named by the file.
+
+    Sources are the search's by their paths, else by their names.  EvomergeError if one is not among the search's.
+    """
+    recipe, _ = load_merge(path)
+    names = {s.path: s.name for s in space.config.sources}
+    sources = [s.model_copy(update={"name": names.get(s.path, s.name)}) for s in recipe.sources]
+    if unknown := [s.name for s in sources if s.name not in names.values()]:
+        raise EvomergeError(
+            f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names.values())}"
+        )
+    recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources})
+    return Baseline(path.stem, "given", recipe, None)
 
 
 def in_space(

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, PerLayer, Recipe, RecipeSource
-from evomerge.sources.anatomy import Component, layer_count, place
+from evomerge.sources.anatomy import Component, Place, layer_count, place, relative_depth
 from evomerge.sources.open import Models
 
 Point = dict[str, float]
@@ -39,11 +40,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Space:
-    """What may move in one search.  layers: of the base model."""
+    """What may move in one search.  layers: of the base model.  tensors: their names, where coefficients are looked
+    up."""
 
     config: SearchConfig
     layers: int
     groups: tuple[Group, ...]
+    tensors: tuple[str, ...] = ()
 
     @property
     def axes(self) -> dict[str, FloatDistribution]:
@@ -101,6 +104,38 @@ class Space:
                 point |= dict.fromkeys(group.axes, float(value))
         return point
 
+    def point_of(self, recipe: Recipe) -> Point | None:
+        """The point with a recipe's coefficients at every tensor, None if there is none.  Seeds are not compared."""
+        sources = {s.name: i for i, s in enumerate(recipe.sources)}
+        if recipe.method != self.config.method or sources.keys() != {s.name for s in self.config.sources}:
+            return None
+        point: Point = {}
+        for group in self.groups:
+            if group.idle:
+                continue
+            known: dict[int, float] = {}
+            for where in self.places(group):
+                knobs = recipe.knobs(where, self.layers)
+                value = knobs.each[group.knob][sources[group.source]] if group.source else knobs.shared[group.knob]
+                if known.setdefault(relative_depth(where, self.layers), value) != value:
+                    return None
+            values = gather(known, group.granularity, len(group.axes), self.layers)
+            again = spread(values, group.granularity, self.layers)
+            found = {layer: again[layer] if isinstance(again, list) else again for layer in known}
+            if any(abs(found[layer] - known[layer]) > 1e-9 for layer in known):
+                return None
+            if not all(group.low <= value <= group.high for value in values):
+                return None
+            if not group.fixed:
+                point |= dict(zip(group.axes, values, strict=True))
+        return point
+
+    def places(self, group: Group) -> list[Place]:
+        """The tensors whose coefficients a group gives."""
+        own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
+        found = [place(name) for name in self.tensors]
+        return [p for p in found if (p.component if p.component in own else "default") == group.component]
+
 
 def changed_components(models: Models) -> dict[str, set[Component]]:
     """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
@@ -129,7 +164,7 @@ def build_space(config: SearchConfig, models: Models) -> Space:
                 axis = Axis(low=knob.default, high=knob.default)
             reach = changed[source] if source else set().union(*changed.values())
             groups += component_groups(knob_name, source, axis, config.space, layers, reach)
-    return Space(config, layers, tuple(groups))
+    return Space(config, layers, tuple(groups), tuple(models.base.tensors))
 
 
 def component_groups(
@@ -173,3 +208,16 @@ def spread(values: list[float], granularity: Granularity, layers: int) -> PerLay
         left = min(int(at), len(values) - 2)
         along.append(values[left] + (values[left + 1] - values[left]) * (at - left))
     return along
+
+
+def gather(known: Mapping[int, float], granularity: Granularity, count: int, layers: int) -> list[float]:
+    """The values that `spread` would have to be given for these values of layers, if there are such."""
+    depths = sorted(known)
+    if granularity == "model":
+        return [known[depths[0]]] if depths else [0.0]
+    along = np.interp(range(layers), depths, [known[d] for d in depths])
+    if granularity == "depth":
+        along = np.interp(np.linspace(0, layers - 1, count), range(layers), along)
+    if granularity == "group":
+        along = along[[-(-k * layers // count) for k in range(count)]]
+    return [float(value) for value in along]

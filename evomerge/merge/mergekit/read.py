@@ -1,8 +1,7 @@
 """From a mergekit file to the recipe that means the same."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ from pydantic import ValidationError
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
+from evomerge.merge.mergekit.evaluate import Tensor, output_tensors, setting_at
 from evomerge.merge.mergekit.file import Input, MergekitFile, Reference, Settings, Slice, parse
-from evomerge.merge.mergekit.methods import MERGEKIT, Kind, Scalar, is_required, kind
+from evomerge.merge.mergekit.methods import MERGEKIT, Scalar, is_required, kind
+from evomerge.merge.mergekit.template import template_text
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
-from evomerge.sources.anatomy import at_layer, layer_count, place
+from evomerge.sources.anatomy import layer_count
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.locate import locate
 
@@ -34,59 +35,6 @@ def load_merge(path: Path) -> tuple[Recipe, list[str]]:
 
 def is_mergekit(content: Any) -> bool:
     return isinstance(content, dict) and "merge_method" in content and not content.keys() & {"recipe", "method"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the output.  t: where it is on the gradients of its slice, 0 to 1; outside the stack 0.
-    step: how many layers it is from the beginning of its slice, None outside the stack."""
-
-    name: str
-    slice: Slice
-    t: float
-    step: int | None
-
-    def name_in(self, model: Input) -> str:
-        """What the tensor is called in an input, whose layers have numbers of their own."""
-        if self.step is None or model.layers is None:
-            return self.name
-        return at_layer(self.name, model.layers[0] + self.step)
-
-
-def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
-    """The tensors of the output, of a model whose tensors have these names: those outside the stack belong to the
-    first slice (embeddings) or to the last."""
-    layers = layer_count(names)
-    for name in names:
-        if place(name).layer is None:
-            yield Tensor(name, slices[0 if place(name).component == "embedding" else -1], 0.0, None)
-    done = 0
-    for part in slices:
-        first, end = part.inputs[0].layers or (0, layers)
-        for step in range(end - first):
-            t = step / (end - first - 1) if end - first > 1 else 1.0
-            like = min(first + step, layers - 1)
-            yield from (Tensor(at_layer(n, done), part, t, step) for n in names if place(n).layer == like)
-            done += 1
-
-
-def setting_at(scopes: Iterable[Settings], parameter: str, name: str, t: float) -> Scalar | None:
-    """The value of a parameter at a tensor: the first scope that has an entry for it decides."""
-    for settings in scopes:
-        for entry in settings.get(parameter, []):
-            if entry.filter is None or entry.filter in name:
-                return on_gradient(entry.values, t, kind(parameter))
-    return None
-
-
-def on_gradient(values: tuple[Scalar, ...], t: float, of: Kind) -> Scalar:
-    """The value at t between evenly spread knots, on straight lines; booleans change at the knots."""
-    at = t * (len(values) - 1)
-    left = int(at)
-    if of == "boolean":
-        return values[left]
-    right = min(left + 1, len(values) - 1)
-    return (1 - (at - left)) * values[left] + (at - left) * values[right]
 
 
 class Reading:
@@ -214,6 +162,29 @@ class Reading:
         whole = len(found) == 1 and set(found[0]["layers"].values()) == {(0, layers)}
         return [] if whole else found
 
+    def vocabulary(self) -> str | None:
+        """Whose tokenizer the output has, in the recipe's words."""
+        wanted = self.file.tokenizer
+        if not isinstance(wanted, Reference):
+            return wanted
+        if wanted.model == self.base:
+            return "base"
+        if wanted in self.sources:
+            return self.names[self.sources.index(wanted)]
+        self.problems.append(f"tokenizer: {wanted.model} is not one of the models")
+        return None
+
+    def template(self) -> str | None:
+        """The chat template that the file asks for."""
+        if self.file.chat_template is None:
+            return None
+        models = dict.fromkeys([self.base, *(m.model for m in self.sources)])
+        try:
+            return template_text(self.file.chat_template, map(locate, models))
+        except EvomergeError as error:
+            self.problems.append(str(error))
+            return None
+
     def unused(self) -> list[str]:
         """Notes on parameters that mergekit passes over."""
         theirs, notes = self.theirs, list(self.file.notes)
@@ -252,6 +223,7 @@ def to_recipe(file: MergekitFile, path: Path) -> tuple[Recipe, list[str]]:
     base = open_checkpoint(locate(reading.base))
     tensors = list(output_tensors(reading.slices, list(base.tensors)))
     shared, each = reading.parameters(tensors)
+    vocabulary, template = reading.vocabulary(), reading.template()
     if reading.problems:
         raise EvomergeError(f"{path}: {len(reading.problems)} problem(s):\n  " + "\n  ".join(reading.problems))
     content: dict[str, Any] = {
@@ -263,6 +235,8 @@ def to_recipe(file: MergekitFile, path: Path) -> tuple[Recipe, list[str]]:
             for n, m, p in zip(reading.names, reading.sources, each, strict=True)
         ],
         "parameters": shared,
+        "vocabulary": vocabulary,
+        "chat_template": template,
         "slices": reading.layout(layer_count(list(base.tensors))),
     }
     try:

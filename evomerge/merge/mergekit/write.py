@@ -72,7 +72,8 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
         content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in per_run[0]["sources"]]
         content["models"] = [m for m in content["models"] if m["model"] != base]
         content["parameters"] = per_run[0].get("parameters", {})
-    content |= {"dtype": "float32", "out_dtype": recipe.dtype}
+    content |= {"dtype": "float32", "out_dtype": recipe.dtype, "chat_template": recipe.chat_template}
+    content["tokenizer_source"] = {s.name: s.path for s in sources}.get(recipe.vocabulary or "", recipe.vocabulary)
     problems += unsaid(recipe, theirs)
     if problems:
         raise EvomergeError("mergekit cannot make this merge:\n  " + "\n  ".join(problems))

@@ -1,0 +1,40 @@
+"""`chat_template` of a mergekit file, as the template's text."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from evomerge.errors import EvomergeError
+from evomerge.files import read_json
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
+    """A template by its text, by the name `chatml`, or `auto`: the one that most of the models have, None if none has.
+
+    EvomergeError for any other name.
+    """
+    if wanted == "auto":
+        found = Counter(text for text in map(template_of, folders) if text)
+        return found.most_common(1)[0][0] if found else None
+    if wanted == "chatml":
+        return CHATML
+    if "{" not in wanted:
+        raise EvomergeError(f"chat_template: {wanted!r} is no template; give its text, auto or chatml")
+    return wanted
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template of the model in a folder."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text(encoding="utf-8").strip()
+    if not (file := folder / "tokenizer_config.json").exists():
+        return None
+    found = read_json(file).get("chat_template")
+    if isinstance(found, list):  # one for each use, of which `default` is the chat's
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found.strip() if isinstance(found, str) else None
