@@ -746,3 +746,14 @@ def test_tensors_of_any_shape_are_merged(name: str, shape: tuple[int, ...]):
     assert out.shape == shape
     if out.numel():
         assert truth(name, knobs, base, sources, keys_of(count)).allows(out).all()
+
+
+# --- The documentation ---
+
+
+def test_the_list_of_methods_names_every_method_with_its_coefficients():
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| [`")}
+    assert rows.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        assert all(f"`{knob}`" in rows[name] for knob in method.knobs), name
