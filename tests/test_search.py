@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import write_family
@@ -13,6 +14,7 @@ from optuna.trial import TrialState
 from searches import run_cli, trials_of, write_config
 
 from evomerge.config.file import load_config
+from evomerge.errors import EvomergeError
 from evomerge.search.baselines import baselines
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.space import Space, build_space, spread
@@ -102,6 +104,21 @@ def test_roles_bring_the_blend_of_specialists_and_generalists(family: Path, tmp_
     ]
     found = {b.name: b for b in baselines(space_of(family, tmp_path, sources=sources))}
     assert found["specialists 0.65"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
+
+
+@pytest.mark.parametrize("changes", [
+    {"slices": [{"layers": {"rev": [0, 1]}}]},
+    {"vocabulary": "union"},
+    {"sources": [{"name": "rev", "recipe": {"method": "linear", "base": {"path": "/base"},
+                                            "sources": [{"name": "add", "path": "/add"}]}}]},
+])  # fmt: skip
+def test_a_baseline_that_would_be_another_model_than_the_searchs_is_refused(
+    changes: dict[str, object], family: Path, tmp_path: Path
+) -> None:
+    recipe = {"method": "linear", "base": {"path": "/base"}, "sources": [{"name": "rev", "path": "/rev"}]} | changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(EvomergeError, match=r"mine\.yaml: a baseline is merged into the search's own model"):
+        baselines(space_of(family, tmp_path, baselines=[str(tmp_path / "mine.yaml")]))
 
 
 def fitness(point: dict[str, float]) -> float:

@@ -59,6 +59,11 @@ def given(space: Space, path: Path) -> Baseline:
     names = [s.name for s in space.config.sources]
     if unknown := [s.name for s in recipe.sources if s.name not in names]:
         raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
+    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+        raise EvomergeError(
+            f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
+            "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
+        )
     return Baseline(path.stem, "given", recipe.model_copy(update={"dtype": space.config.dtype}), None)
 
 
