@@ -284,7 +284,7 @@ def sce(base: Tensor, sources: Sequence[Tensor], variance: Tensor, share: float)
         k = int(np.float32(int((variance > 0).sum())) * np.float32(share))
         floor = variance.flatten().sort(descending=True).values[k - 1] if k else torch.nan
         vectors = vectors.where(variance >= floor, 0.0)
-    squares = vectors.flatten(1).square().mean(1)
+    squares = vectors.reshape(len(sources), -1).square().mean(1)
     equal = torch.full_like(squares, 1 / len(squares))
     weights = squares / squares.sum() if squares.sum() >= 1e-6 else equal
     weights = weights.where(weights >= 1e-6, 0.0).tolist()

@@ -25,7 +25,7 @@ from evomerge.merge.measure import Measurements
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.della import rank_chance
 from evomerge.merge.methods.rescale import RESCALE
-from evomerge.merge.plan import Chance, Knob, Knobs, Plan, chance
+from evomerge.merge.plan import Chance, Knob, Knobs, Plan, SparseBlend, chance
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.merge.statistics import divergences
 from evomerge.sources.anatomy import place
@@ -562,3 +562,117 @@ def test_nearswap_takes_small_changes_whole_and_of_large_ones_t():
     out = merge("nearswap", Knobs({}, {"t": 0.5}), base, [source], torch.float32)
     assert out.tolist() == [1.25, 0.75, 1.5, 0.5]
     assert torch.equal(merge("nearswap", Knobs({}, {"t": 0.0}), base, [source], torch.float32), base)
+
+
+# --- The sparse methods ---
+
+
+def shared_knobs(**shared: float) -> Knobs:
+    return Knobs({}, shared)
+
+
+def test_ram_adds_what_one_source_changed_and_averages_what_several_did():
+    base = torch.ones(4)
+    sources = [
+        torch.tensor([2.0, 3.0, 1.0, 1.0]),
+        torch.tensor([1.0, 5.0, 1.0, 0.5]),
+        torch.tensor([1.0, 2.0, 1.0, 1.0]),
+    ]
+    out = merge("ram", shared_knobs(epsilon=1e-5), base, sources, torch.float32)
+    assert out.tolist() == pytest.approx([2.0, 1 + 7 / 3, 1.0, 0.5])
+
+
+def test_ram_counts_only_what_changed_by_more_than_epsilon():
+    sources = [torch.tensor([0.25, 0.5]), torch.tensor([1.0, 1.0])]
+    out = merge("ram", shared_knobs(epsilon=0.25), torch.zeros(2), sources, torch.float32)
+    assert out.tolist() == [1.0, 0.75]
+
+
+def test_ramplus_tl_amplifies_what_was_changed_alone_by_how_much_was_shared():
+    sources = [torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 2.0])]
+    out = merge("ramplus_tl", shared_knobs(epsilon=0.0, r=0.5, alpha=1.5), torch.zeros(4), sources, torch.float32)
+    assert out.tolist() == [1 + 0.5 * 1.5, 2.0, 2.0, 2 * (1 + 0.5 * 1.5)]
+
+
+def test_sce_weighs_by_energy_and_erases_the_minority():
+    sources = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, -2.0, 2.0])]
+    out = merge("sce", shared_knobs(select_topk=1.0), torch.zeros(3), sources, torch.float32)
+    first, second = 14 / 23, 9 / 23
+    assert out.tolist() == pytest.approx([3 * first + second, -2.0, 2.0])
+
+
+def test_sce_selects_where_the_sources_differ_most():
+    sources = [torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([1.0, 0.9, 2.0, 1.2])]
+    out = merge("sce", shared_knobs(select_topk=0.4), torch.zeros(4), sources, torch.float32)
+    assert out.tolist() == pytest.approx([3 * 0.9 + 0.1, 0.0, 0.0, 0.0])  # one of the three that vary
+
+
+def test_sce_weighs_equally_what_hardly_moved():
+    sources = [torch.tensor([4e-4, 2e-4]), torch.tensor([2e-4, 2e-4])]
+    out = merge("sce", shared_knobs(select_topk=1.0), torch.zeros(2), sources, torch.float32)
+    assert out.tolist() == pytest.approx([3e-4, 2e-4])
+
+
+def test_one_source_varies_nowhere_so_sce_selects_nothing():
+    base, source = torch.zeros(3), torch.ones(3)
+    assert torch.equal(merge("sce", shared_knobs(select_topk=0.99), base, [source], torch.float32), base)
+    assert torch.equal(merge("sce", shared_knobs(select_topk=1.0), base, [source], torch.float32), source)
+
+
+def test_a_source_without_weight_still_has_its_vote_in_a_plain_election():
+    base, out = torch.zeros(1), torch.empty(1)
+    sources = [torch.tensor([1.0]), torch.tensor([-2.0])]
+    execute(SparseBlend((1.0, 0.0), elect="plain", normalize=True), out, base, sources)
+    assert out.item() == 0.0
+
+
+def test_breadcrumbs_keeps_the_middle():
+    source = torch.tensor([10.0, -9.0, 8.0, -7.0, 6.0, -5.0, 4.0, -3.0, 2.0, -1.0])
+    knobs = Knobs({"weight": (1.0,), "density": (0.5,), "gamma": (0.2,)}, {"lambda": 1.0, "normalize": 0.0})
+    out = merge("breadcrumbs", knobs, torch.zeros(10), [source], torch.float32)
+    assert out.tolist() == [0.0, 0.0, 8.0, -7.0, 6.0, -5.0, 4.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@pytest.mark.parametrize(("density", "expected"), [(0.0, 0.0), (1.0, 1.0)])
+def test_della_at_the_ends_keeps_nothing_or_all(name: str, density: float, expected: float):
+    base, source = torch.zeros(2, 9), torch.ones(2, 9)
+    knobs = Knobs({"weight": (1.0,), "density": (density,), "epsilon": (0.15,)}, usual(name, 1).shared)
+    assert torch.equal(merge(name, knobs, base, [source], torch.float32), expected * source)
+
+
+def test_della_keeps_large_changes_sooner_than_small_ones():
+    base, source = torch.zeros(400, 500), torch.linspace(0.1, 1, 500).repeat(400, 1)
+    each = {"weight": (1.0,), "density": (0.5,), "epsilon": (0.3,)}
+    out = merge("della_linear", Knobs(each, usual("della_linear", 1).shared), base, [source], torch.float32)
+    kept = (out != 0).float().mean(0)
+    assert kept[:50].mean().item() == pytest.approx(0.23, abs=0.02)
+    assert kept[-50:].mean().item() == pytest.approx(0.77, abs=0.02)
+    assert out.sum().item() == pytest.approx(source.sum().item(), rel=0.02)
+
+
+def test_arcee_fusion_takes_over_the_outliers_of_importance():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(8, 100, generator=generator)
+    source = base + 0.01 * torch.randn(8, 100, generator=generator)
+    source[2, 5] += 1.0
+    out = merge("arcee_fusion", Knobs(), base, [source], torch.float32)
+    assert out[2, 5] == pytest.approx(source[2, 5].item())
+    assert 0 < (out != base).float().mean().item() < 0.2
+
+
+def drawn_tensors(shape: tuple[int, ...], count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(), (1,), (5, 0), (3, 4, 5), (2, 3, 2, 2)], ids=str)
+def test_tensors_of_any_shape_are_merged(name: str, shape: tuple[int, ...]):
+    count = min(2, METHODS[name].sources[1] or 2)
+    base, *sources = drawn_tensors(shape, 1 + count)
+    knobs = usual(name, count, density=0.5, t=0.3, select_topk=0.5)
+    out = merge(name, knobs, base, sources, torch.float32)
+    assert out.shape == shape
+    if out.numel():
+        assert truth(name, knobs, base, sources, keys_of(count)).allows(out).all()

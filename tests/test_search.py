@@ -63,6 +63,16 @@ def test_a_fixed_knob_is_no_axis_but_is_in_the_recipe(family: Path, tmp_path: Pa
     assert space.recipe(middle(space)).knobs(Place(0, "mlp"), 2).each["density"] == (0.3, 0.3)
 
 
+@pytest.mark.parametrize(("given", "written"), [(False, "none"), (True, "expected"), ("l1", "l1")])
+def test_a_choice_is_written_into_the_recipe_by_name(given: object, written: str, family: Path, tmp_path: Path) -> None:
+    bounds = {"weight": [0, 1], "density": [0.2, 0.9], "epsilon": [0.05, 0.2], "rescale": given}
+    space = space_of(family, tmp_path, method="della", space=bounds)
+    assert len(space.axes) == 6
+    recipe = space.recipe(middle(space))
+    assert recipe.parameters["rescale"] == written
+    assert recipe.knobs(Place(0, "mlp"), 2).each["epsilon"] == (0.125, 0.125)
+
+
 def test_one_source_may_have_bounds_of_its_own(family: Path, tmp_path: Path) -> None:
     space = space_of(family, tmp_path, space={"weight": [0, 1], "sources": {"add": {"weight": [-1, 0]}}})
     assert space.axes["weight.add"] == FloatDistribution(-1, 0)
