@@ -188,5 +188,7 @@ VOCABULARIES: dict[str, Case] = {
     )
 }
 
+ADAPTER = of_base("task_arithmetic", [{"model": "<base>+<lora>", "parameters": {"weight": 0.5}}])
+
 # These run on the other architectures too.
 ELSEWHERE = ["linear", "slerp, by names and layers", "ties", "precedence"]

@@ -13,6 +13,8 @@ from models import write_family, write_llama
 from safetensors.torch import load_file, save_file
 from searches import ROOT, Done, run_cli, trials_of, verdict_of, write_config
 
+from evomerge.merge.methods import METHODS
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -131,6 +133,27 @@ def test_merge_averages_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     assert [s["name"] for s in yaml.safe_load((out / "recipe.yaml").read_text())["sources"]] == used
     again = run_cli("reproduce", out / "recipe.yaml", "--out", tmp_path / "again", "--check", out)
     assert again.returncode == 0, again.stdout
+
+
+def test_a_mergekit_file_is_merged_and_a_recipe_becomes_one(tmp_path: Path) -> None:
+    write_family(tmp_path, ("one", "two"))
+    content = {"merge_method": "ties", "base_model": "base", "models": [{"model": "one"}, {"model": "two"}]}
+    parameters = {"weight": [0.2, 0.8], "density": 0.5, "int8_mask": True}
+    (tmp_path / "mergekit.yml").write_text(yaml.safe_dump(content | {"parameters": parameters}))
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = run_cli("merge", tmp_path / "mergekit.yml", "--out", first)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "note: int8_mask: means nothing to ties; passed over, as mergekit does\n"
+    done = run_cli("merge", first / "recipe.yaml", "--mergekit", tmp_path / "again.yml")
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'again.yml'}\n"), done.stderr
+    assert run_cli("merge", tmp_path / "again.yml", "--out", second).returncode == 0
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_exported_for_mergekit(finished: Path, tmp_path: Path) -> None:
+    assert run_cli("export", finished, "--mergekit", tmp_path / "winner.yml").returncode == 0
+    assert yaml.safe_load((tmp_path / "winner.yml").read_text())["merge_method"] in METHODS
+    refuses(run_cli("export", finished), "--out FOLDER", "--mergekit FILE")
 
 
 def test_evaluate_prints_lm_evals_metrics_and_writes_items(tiny_family: Path, tmp_path: Path) -> None:

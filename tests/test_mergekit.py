@@ -13,15 +13,17 @@ import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import CASES, ELSEWHERE, RANDOM, VOCABULARIES, Case
-from models import NAMES, VOCABULARY, write_llama
+from mergekit_cases import ADAPTER, CASES, ELSEWHERE, RANDOM, VOCABULARIES, Case
+from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
 from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
 from evomerge.merge.export import export
 from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.write import dump_mergekit
 from evomerge.merge.nested import open_bank
+from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.tokenizer import read_vocabulary
 from evomerge.sources.vocabulary import vocabulary_tensors
@@ -47,7 +49,7 @@ def family(root: Path, architecture: str, dtype: torch.dtype) -> Path:
 def configuration(case: Case, folder: Path, dtype: torch.dtype) -> str:
     """The case as YAML, with the models' absolute paths and the output in `dtype`."""
     text = yaml.safe_dump(case.config | {"dtype": case.arithmetic, "out_dtype": NAMES[dtype]}, sort_keys=False)
-    for name in ("base", "one", "two", "three"):
+    for name in ("base", "one", "two", "three", "lora"):
         text = text.replace(f"<{name}>", str(folder / name))
     return text
 
@@ -63,12 +65,18 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_architectures(family(root, architecture, dtype), architecture, dtype)
     wanted = [(CASES | RANDOM, family(root, a, d), name, d) for name, a, d in plain]
     wanted += [(VOCABULARIES, root / "words", name, torch.float32) for name in VOCABULARIES]
+    wanted += [({"an adapter": ADAPTER}, root / "words", "an adapter", torch.float32)]
+    write_adapter(root / "words" / "lora", root / "words" / "base")
     jobs = []
     for cases, folder, name, dtype in wanted:
         file = folder / name / "mergekit.yml"
         file.parent.mkdir()
         file.write_text(configuration(cases[name], folder, dtype))
         jobs.append([str(file), str(file.parent / "theirs"), 1])
+        if dtype == torch.float32 and name not in RANDOM:
+            again, _ = dump_mergekit(load_merge(file)[0])
+            (file.parent / "again.yml").write_text(again)
+            jobs.append([str(file.parent / "again.yml"), str(file.parent / "again"), 1])
     (root / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).with_name("mergekit_run.py")
     run = [str(MERGEKIT), program, root / "jobs.json"]
@@ -137,6 +145,39 @@ def test_a_mergekit_file_makes_what_mergekit_makes(name: str, architecture: str,
     print(f"{max(apart.values()):.2f} units apart at most, {max(apart, key=lambda n: apart[n])}")
     allowed = CASES[name].units if dtype == torch.float32 else min(1, CASES[name].units)
     assert max(apart.values()) <= allowed, apart
+
+
+@pytest.mark.parametrize("name", [*CASES, *VOCABULARIES, "an adapter"])
+def test_mergekit_makes_the_same_of_the_file_that_is_written_here(name: str, merged: Path):
+    """A file of mergekit, read as a recipe and written as a file again: mergekit's model is the same."""
+    folder = (family(merged, "llama", torch.float32) if name in CASES else merged / "words") / name
+    assert not (folder / "again" / "error.txt").exists(), (folder / "again" / "error.txt").read_text()[-2000:]
+    first, second = tensors_in(folder / "theirs"), tensors_in(folder / "again")
+    rows = rows_of(folder / "theirs"), rows_of(folder / "again")
+    by_token = vocabulary_tensors(open_checkpoint(folder / "again"))
+    for tensor in first:
+        x, y = first[tensor], second[tensor]
+        if tensor in by_token:
+            x, y = x[rows[0]], y[rows[1]]
+        # Angles are found in float64 where the first file says so.
+        assert (
+            torch.equal(x, y)
+            if (CASES | VOCABULARIES).get(name, ADAPTER).arithmetic == "float32"
+            else (units_apart(x, y, torch.ones(x.shape)) <= 2)
+        ), tensor
+
+
+def test_an_adapter_is_merged_as_mergekit_merges_it(merged: Path):
+    """Of the sum B A, which both round, the terms count as numbers that go in."""
+    ours, theirs, bank = both(merged / "words" / "an adapter")
+    lora = bank.models.sources["lora"]
+    assert isinstance(lora, Adapter)
+    for tensor in ours:
+        inputs = [bank.base(tensor)]
+        if tensor in lora.pairs:
+            a, b = lora.pairs[tensor]
+            inputs.append(lora.scale(tensor) * b.abs() @ a.abs())
+        assert units_apart(ours[tensor], theirs[tensor], *inputs) <= 2, tensor
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_adapter, write_family
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.card import model_card
+from evomerge.merge.export import export
 from evomerge.merge.mergekit.file import parse
 from evomerge.merge.mergekit.methods import MERGEKIT
-from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.read import load_merge, to_recipe
 from evomerge.merge.mergekit.values import coefficient, value_of
 from evomerge.merge.mergekit.write import dump_mergekit
 from evomerge.merge.methods import METHODS
+from evomerge.merge.nested import open_bank
 from evomerge.merge.recipe import Model, Part, Recipe, RecipeSource, named_parts
 from evomerge.sources.anatomy import place, relative_depth
 
@@ -194,6 +197,55 @@ def test_every_method_of_mergekit_is_here_with_its_knobs():
         assert set(theirs.parameters) - set(METHODS[name].knobs) <= {"rescale"}, name
 
 
+SLICES = [
+    {"sources": [{"model": "base", "layer_range": [0, 2]}, {"model": "one", "layer_range": [0, 2]}]},
+    {"sources": [{"model": "two", "layer_range": [1, 2], "parameters": {"weight": [0.3, 0.6]}},
+                 {"model": "base", "layer_range": ["1", 2]}]},
+]  # fmt: skip
+
+
+def test_slices_are_the_recipes_slices_and_gradients_run_along_each(folder: Path):
+    recipe = recipe_of(folder, models=None, slices=SLICES, parameters={"weight": [0.1, 0.2]})
+    assert [part.layers for part in recipe.slices] == [{"one": (0, 2), "base": (0, 2)}, {"two": (1, 2), "base": (1, 2)}]
+    one, two = (source.parameters["weight"] for source in recipe.sources)
+    knobs = {n: recipe.knobs(place(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
+    assert [knobs[n][0] for n in (EMBEDDING, Q0, Q1)] == [0.1, 0.1, 0.2], one
+    assert [knobs[n][1] for n in (Q1.replace("1", "2"), HEAD)] == [0.6, 0.3], two  # a single layer is at the end
+
+
+def test_slices_of_whole_models_are_no_slices(folder: Path):
+    whole = [{"sources": [{"model": n, "layer_range": [0, 2]} for n in ("base", "one")]}]
+    assert recipe_of(folder, models=None, slices=whole).slices == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"tokenizer_source": "union"}, "union"),
+        ({"tokenizer": {}}, "union"),
+        ({"tokenizer": {"source": "base"}}, "base"),
+        ({"tokenizer_source": "./two"}, "two"),
+        ({"tokenizer_source": {"model": "./base"}}, "base"),
+    ],
+)
+def test_a_tokenizer_is_the_recipes_vocabulary(keys: dict[str, Any], expected: str, folder: Path):
+    assert recipe_of(folder, **keys).vocabulary == expected
+
+
+def test_a_chat_template_is_written_to_the_model(folder: Path, tmp_path: Path):
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "two" / "chat_template.jinja").write_text(template)
+    recipe = recipe_of(folder, chat_template="auto")
+    assert recipe.chat_template == template
+    export(recipe, open_bank(recipe), tmp_path / "out", model_card)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc"
+    assert "im_start" in str(recipe_of(folder, chat_template="chatml").chat_template)
+    (folder / "two" / "chat_template.jinja").unlink()
+
+
 # --- Bad files ---
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -236,6 +288,29 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "one"}}}},
         "tokenizer.tokens: rules for single tokens cannot be read",
     ),
+    "a tokenizer of another model": ({"tokenizer_source": "./three"}, "three is not one of the models"),
+    "a template by an unknown name": ({"chat_template": "alpaca"}, "chat_template: 'alpaca' is no template"),
+    "slices of other lengths": (
+        {
+            "models": None,
+            "slices": [
+                {"sources": [{"model": "base", "layer_range": [0, 2]}, {"model": "one", "layer_range": [0, 1]}]}
+            ],
+        },
+        "slices.0: its sources have layer ranges of different lengths",
+    ),
+    "a slice without the base": (
+        {"models": None, "slices": [{"sources": [{"model": "one", "layer_range": [0, 1]}]}]},
+        "slices.0: lacks the base model",
+    ),
+    "no range": (
+        {"models": None, "slices": [{"sources": [{"model": "one", "layer_range": [1, 1]}]}]},
+        "slices.0.sources.0.layer_range: expected [FIRST, END]",
+    ),
+    "a base of its own": (
+        {"models": None, "slices": [{"base_model": "two", "sources": [{"model": "one", "layer_range": [0, 1]}]}]},
+        "slices.0.base_model: one base model for the whole merge",
+    ),
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: give it or tokenizer_source"),
     "required parameter missing": (
         {"parameters": {}},
@@ -277,23 +352,25 @@ def test_all_problems_of_a_file_are_said_together(folder: Path):
 
 
 anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["one", "base+lora"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["model", "value", "filter", "weight", "t", "sources", "layer_range", "default", "models", "x"]
-            ),
-            inner,
-            max_size=3,
-        )
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("base+lora"),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["model", "value", "filter", "weight", "sources", "layer_range", "default", "models", "x"]),
+        inner, max_size=3,
     ),
     max_leaves=8,
+)  # fmt: skip
+models = st.lists(
+    st.fixed_dictionaries(
+        {"model": st.sampled_from(["base", "one", "two", "base+lora"])},
+        optional={
+            "layer_range": st.sampled_from([[0, 1], [0, 2], [1, 9]]),
+            "parameters": st.dictionaries(
+                st.sampled_from(["weight", "t", "density", "max_iter"]), anything, max_size=2
+            ),
+        },
+    ),
+    max_size=3,
 )
 keys = [
     "models",
@@ -308,13 +385,21 @@ keys = [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-@given(changes=st.dictionaries(st.sampled_from(keys), anything, max_size=4), whole=st.none() | anything)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@given(
+    changes=st.dictionaries(st.sampled_from(keys), anything, max_size=4)
+    | st.fixed_dictionaries(
+        {"merge_method": st.sampled_from(list(MERGEKIT)), "base_model": st.sampled_from([None, "base", "one"])},
+        optional={"models": models, "slices": st.lists(st.fixed_dictionaries({"sources": models}), max_size=2)},
+    ),
+    whole=st.none() | anything,
+)
 def test_whatever_a_file_holds_nothing_but_a_readable_error_comes_out(
     changes: dict[str, Any], whole: Any, folder: Path
 ):
     with suppress(EvomergeError):
-        parse(merge(**changes) if whole is None else whole, folder / "file.yml")
+        file = folder / "file.yml"
+        to_recipe(parse(merge(**changes) if whole is None else whole, file), file)
 
 
 # --- The way back ---
@@ -373,6 +458,22 @@ def test_every_method_comes_back_with_its_knobs(method: str, folder: Path):
     recipe = Recipe(method=method, base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
     back, _ = round_trip(recipe, folder)
     assert back.knobs(place(Q1), LAYERS) == recipe.knobs(place(Q1), LAYERS)
+
+
+def test_slices_come_back(folder: Path):
+    parameters = {
+        "weight": [{"filter": "mlp", "value": [0.1, 0.2]}, {"filter": "layers.1", "value": 0.7}, {"value": 0.4}]
+    }
+    recipe = recipe_of(folder, models=None, slices=SLICES, parameters=parameters, tokenizer_source="union")
+    back, _ = round_trip(recipe, folder)
+    assert back == recipe
+
+
+def test_what_mergekit_has_no_words_for_is_refused(folder: Path):
+    base, inner = Model(path=str(folder / "base")), RecipeSource(name="one", path=str(folder / "one"))
+    nested = Recipe(method="linear", base=base, sources=[inner])
+    with pytest.raises(EvomergeError, match="mergekit cannot merge merges: twice has a recipe of its own"):
+        dump_mergekit(Recipe(method="linear", base=base, sources=[RecipeSource(name="twice", recipe=nested)]))
 
 
 def test_slerp_of_two_sources_has_the_first_as_base(folder: Path):
