@@ -3,6 +3,7 @@
     python benchmarks/merge.py                                        compiled and eager kernels, CPU
     python benchmarks/merge.py --mergekit .cache/mergekit/bin/python  and mergekit on the same files, in the same run
     python benchmarks/merge.py --device cuda --model 7b               on an accelerator, against its own copy
+    python benchmarks/merge.py --device cuda --model 7b --stream      sources in pinned memory, against its copy rate
 
 The floor is `copy_` over as many bytes: base and sources read once, the result written once.  Every repetition
 measures floor and candidate one after the other, and every candidate has coefficients that no candidate had before.
@@ -136,8 +137,16 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def floor(tensors: list[list[torch.Tensor]], out: list[torch.Tensor]) -> None:
-    """Read `tensors` once and write `out` once: copies that move as many bytes (a copy reads one and writes one)."""
+def floor(tensors: list[list[torch.Tensor]], out: list[torch.Tensor], stream: bool) -> None:
+    """Read `tensors` once and write `out` once: copies that move as many bytes (a copy reads one and writes one).
+
+    stream: the tensors lie in pinned memory, and what counts is their way to the device.
+    """
+    if stream:
+        for model in tensors:
+            for x, o in zip(model, out, strict=True):
+                o.copy_(x, non_blocking=True)
+        return
     moved = (len(tensors) + 1) / 2
     for model in tensors[: int(moved)]:
         for x, o in zip(model, out, strict=True):
@@ -159,10 +168,13 @@ def anonymous_bytes() -> int:
 def measure(method: str, folders: dict[str, Path], compiled: Compiled | None, args: argparse.Namespace) -> str:
     device = torch.device(args.device)
     names = SOURCES[: METHODS[method].sources[1]]
-    bank = Bank(open_models(folders["base"], {n: folders[n] for n in names}), device, compiled=compiled)
+    models = open_models(folders["base"], {n: folders[n] for n in names})
+    bank = Bank(models, device, capacity=0 if args.stream else None, compiled=compiled)
     out = {n: torch.zeros(i.shape, dtype=torch.bfloat16, device=device) for n, i in bank.models.base.tensors.items()}
     operands = [[bank.base(n) for n in bank.names], *([bank.source(s, n) for n in bank.names] for s in names)]
-    floor(operands, list(out.values()))
+    if args.stream:  # the floor is then every source's way from pinned memory to the device
+        operands = [[x.cpu().pin_memory() for x in model] for model in operands]
+    floor(operands, list(out.values()), args.stream)
     before = anonymous_bytes()
     inputs = {n: fingerprint(folders[n]) for n in ("base", *names)}
     cache = folders["base"].parent / "cache"
@@ -173,7 +185,7 @@ def measure(method: str, folders: dict[str, Path], compiled: Compiled | None, ar
     recipes = [recipe(method, folders, i) for i in range(args.repeat + 1 if compiled else max(1, args.repeat // 4))]
     merges, floors = [], []
     for made in recipes:
-        floors.append(timed(lambda: floor(operands, list(out.values())), device))
+        floors.append(timed(lambda: floor(operands, list(out.values()), args.stream), device))
         merges.append(timed(partial(materialise, made, bank, out), device))
     if compiled and len(merges) > 1:
         merges, floors = merges[1:], floors[1:]  # the first loads or compiles its kernels
@@ -253,6 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["tiny", "135m", "7b"], default="135m")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stream", action="store_true", help="hold nothing on the device")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--methods", nargs="*", default=[m for m in CASES if m in METHODS])

@@ -17,7 +17,7 @@ from evomerge.merge import compiled as compile_module
 from evomerge.merge import statistics
 from evomerge.merge.bank import mask_key, mask_keys
 from evomerge.merge.compiled import Compiled, Variant
-from evomerge.merge.execute import PIECE, execute, random_mask
+from evomerge.merge.execute import execute, random_mask
 from evomerge.merge.kernels import SparseForm, signed
 from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
 from evomerge.merge.statistics import Magnitudes, gram_matrix
@@ -57,7 +57,7 @@ def run(
     base: Tensor,
     sources: Sequence[Tensor],
     dtype: torch.dtype,
-    piece: int = PIECE,
+    piece: int | None = None,
     compiled: Compiled | None = None,
 ) -> Tensor:
     out = torch.empty(base.shape, dtype=dtype, device=base.device)

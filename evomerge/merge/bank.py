@@ -1,5 +1,6 @@
 """The bank: base and sources where they fit, and what was measured of them, tensor by tensor."""
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -30,7 +31,8 @@ class Bank:
 
     On the CPU checkpoints stay memory-mapped: the page cache is the bank.  On an accelerator a tensor is copied
     there on first use and stays while `capacity` bytes last, and so does what is computed (an adapter's sum with the
-    base, a nested recipe's result).
+    base, a nested recipe's result); the others wait in pinned host memory and are copied while the tensor before them
+    is merged.
     """
 
     def __init__(
@@ -53,6 +55,9 @@ class Bank:
         self.capacity = capacity if capacity is not None else default_capacity(self.device)
         self.held: dict[tuple[str, str], torch.Tensor] = {}
         self.recent: dict[tuple[str, str], torch.Tensor] = {}
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.pinned: dict[tuple[str, str], Tensor] = {}
+        self.coming: dict[tuple[str, str], tuple[Tensor, torch.Event]] = {}
         self.kept: Kept = {}
         self.cache = cache
         self.made: dict[tuple[str, ...], list[Tensor]] = {}
@@ -84,13 +89,49 @@ class Bank:
             if (source, name) in store:
                 return store[source, name]
         model = self.models.sources[source] if source else self.models.base
-        tensor = model.read(name).to(self.device)
+        tensor = self.arrived(source, name)
         is_mapped = self.device.type == "cpu" and model.stores(name)
         if is_mapped or tensor.nbytes <= self.capacity:
             self.capacity -= 0 if is_mapped else tensor.nbytes
             self.held[source, name] = tensor
         else:
             self.recent[source, name] = tensor
+        return tensor
+
+    def prefetch(self, name: str, sources: Sequence[str]) -> None:
+        """Begin to copy what an output tensor is made of to the accelerator while another is merged."""
+        if self.copies is None:
+            return
+        wanted = [("", self.layout.origin(BASE, name)), *((s, self.layout.origin(s, name)) for s in sources)]
+        for source, origin in wanted:
+            key = (source, origin or "")
+            if origin is None or key in self.held or key in self.coming:
+                continue
+            if source and not self.models.sources[source].touches(origin):
+                continue
+            host = self.in_pinned_memory(source, origin)
+            with torch.cuda.stream(self.copies):
+                self.coming[key] = host.to(self.device, non_blocking=True), self.copies.record_event()
+
+    def in_pinned_memory(self, source: str, name: str) -> Tensor:
+        """A model's tensor where the accelerator can read it by itself; it stays there while half the memory lasts."""
+        if (source, name) not in self.pinned:
+            model = self.models.sources[source] if source else self.models.base
+            host = model.read(name).contiguous().pin_memory()
+            if sum(t.nbytes for t in self.pinned.values()) + host.nbytes > host_memory() // 2:
+                return host
+            self.pinned[source, name] = host
+        return self.pinned[source, name]
+
+    def arrived(self, source: str, name: str) -> Tensor:
+        """A model's tensor on the device, copied now if it was not on its way."""
+        if (source, name) not in self.coming:
+            model = self.models.sources[source] if source else self.models.base
+            return model.read(name).to(self.device)
+        tensor, event = self.coming.pop((source, name))
+        here = torch.cuda.current_stream(self.device)
+        here.wait_event(event)
+        tensor.record_stream(here)
         return tensor
 
     def forget_recent(self) -> None:
@@ -162,6 +203,11 @@ def default_capacity(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.8)
     return HELD_BYTES
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @lru_cache(maxsize=65536)

@@ -12,6 +12,7 @@ from evomerge.merge.kernels import SparseForm, signed
 from evomerge.merge.plan import Blend, Chance, Clip, Derived, FisherBlend, Plan, SliceBlend, SparseBlend
 
 PIECE = 1 << 15  # elements: every operand stays in the second-level cache, and below torch's threading grain
+PIECE_ON_ACCELERATOR = 1 << 24  # there a launch costs more than a pass over memory
 SLAB = 1 << 30  # elements of one kernel call at most: an int32 counts them
 
 Keys = tuple[int, Sequence[int]]
@@ -26,7 +27,7 @@ def execute(
     planes: Sequence[Tensor] = (),
     keys: Keys = (0, ()),
     compiled: Compiled | None = None,
-    piece: int = PIECE,
+    piece: int | None = None,
 ) -> Tensor:
     """Write what `plan` makes of base and sources to `out`; the largest |out| as a float32 scalar, NaN if any is.
 
@@ -35,6 +36,8 @@ def execute(
     """
     if out.numel() == 0:
         return torch.zeros((), device=out.device)
+    if piece is None:
+        piece = PIECE if out.device.type == "cpu" else PIECE_ON_ACCELERATOR
     if isinstance(plan, SliceBlend):
         return slice_blend(plan, out, base, sources, piece)
     if isinstance(plan, Clip):

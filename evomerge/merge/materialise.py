@@ -85,8 +85,10 @@ def materialise(
     """
     check_fits(recipe, bank)
     largest = {}
-    for name in bank.names:
+    names = [name for name in bank.names if name in destinations]
+    for name, following in zip(names, [*names[1:], None], strict=True):
         between()
-        if name in destinations:
-            largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+        if following is not None:
+            bank.prefetch(following, [s.name for s in recipe.sources])
+        largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
     check_finite(largest)
