@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from searches import run_cli, trials_of, write_config
 
 from evomerge.config.file import load_config
+from evomerge.errors import EvomergeError
 from evomerge.search.baselines import baselines
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.scorer import open_config_models
@@ -166,6 +167,21 @@ def test_a_start_that_the_space_cannot_express_is_a_recipe_of_its_own(
     first = baselines(start(family, tmp_path, rev, space=space))[0]
     assert (first.name, first.point) == ("mine", None)
     assert first.recipe.knobs(place("lm_head.weight"), 2).each["weight"][1] == 0.25
+
+
+@pytest.mark.parametrize("changes", [
+    {"slices": [{"layers": {"rev": [0, 1]}}]},
+    {"vocabulary": "union"},
+    {"sources": [{"name": "rev", "recipe": {"method": "linear", "base": {"path": "/base"},
+                                            "sources": [{"name": "add", "path": "/add"}]}}]},
+])  # fmt: skip
+def test_a_baseline_that_would_be_another_model_than_the_searchs_is_refused(
+    changes: dict[str, object], family: Path, tmp_path: Path
+) -> None:
+    recipe = {"method": "linear", "base": {"path": "/base"}, "sources": [{"name": "rev", "path": "/rev"}]} | changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(EvomergeError, match=r"mine\.yaml: a baseline is merged into the search's own model"):
+        baselines(space_of(family, tmp_path, baselines=[str(tmp_path / "mine.yaml")]))
 
 
 def fitness(point: dict[str, float]) -> float:

@@ -70,6 +70,11 @@ def given(space: Space, path: Path) -> Baseline:
         raise EvomergeError(
             f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names.values())}"
         )
+    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+        raise EvomergeError(
+            f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
+            "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
+        )
     recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources})
     return Baseline(path.stem, "given", recipe, None)
 
