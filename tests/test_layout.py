@@ -127,7 +127,9 @@ def test_each_layer_is_what_the_method_makes_of_the_layers_that_its_slice_names(
 def test_a_method_without_the_base_gives_the_same_when_the_base_is_another(name: str, models: Folders, tmp_path: Path):
     knobs = METHODS[name].knobs
     given = {k: 0.4 for k, v in knobs.items() if v.default is None}
-    slices = [{"one": [0, 2], "two": [2, 4]}]
+    most = METHODS[name].sources[1] or 2
+    slices = [dict(list({"one": [0, 2], "two": [2, 4]}.items())[:most])]
+    models = {n: models[n] for n in ("base", *slices[0])}
     other = write_llama(tmp_path / "other", 9, layers=1)
     first = merged(recipe_of(models, slices, name, parameters=given))
     second = merged(recipe_of(models | {"base": other}, slices, name, parameters=given))

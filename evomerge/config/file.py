@@ -141,8 +141,8 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
         return content
     recipe, _ = load_merge(Path(file))
-    if recipe.slices or any(s.recipe for s in recipe.sources):
-        raise EvomergeError(f"{file}: a search cannot start from slices or from recipes in recipes")
+    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+        raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
     sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
     return {"base": recipe.base.path, "sources": sources, "method": recipe.method} | content
 
