@@ -39,11 +39,12 @@ from evomerge.errors import EvomergeError
 from evomerge.files import new_folder
 from evomerge.merge.bank import Bank
 from evomerge.merge.card import model_card
+from evomerge.merge.coefficients import Coefficient
 from evomerge.merge.export import differences, export, output_tensors, total_bytes
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, check_fingerprints, load_recipe
+from evomerge.merge.recipe import Model, Recipe, RecipeSource, check_fingerprints, load_recipe
 from evomerge.merge.shards import plan_shards
 from evomerge.sources.adapter import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint

@@ -14,6 +14,7 @@ from models import LAYERS, llama_shapes, write_adapter, write_family
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.card import model_card
+from evomerge.merge.coefficients import Part, named_parts
 from evomerge.merge.export import export
 from evomerge.merge.mergekit.file import parse
 from evomerge.merge.mergekit.methods import MERGEKIT
@@ -22,7 +23,7 @@ from evomerge.merge.mergekit.values import coefficient, value_of
 from evomerge.merge.mergekit.write import dump_mergekit
 from evomerge.merge.methods import METHODS
 from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Model, Part, Recipe, RecipeSource, named_parts
+from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import place, relative_depth
 
 TENSORS = list(llama_shapes())

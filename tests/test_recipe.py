@@ -16,13 +16,12 @@ from models import LAYERS, llama_shapes, write_family
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank
+from evomerge.merge.coefficients import Coefficient, Part
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knob
 from evomerge.merge.recipe import (
-    Coefficient,
     Model,
-    Part,
     Recipe,
     RecipeSource,
     check_fingerprints,

@@ -9,8 +9,9 @@ import plotly.io
 from optuna.trial import TrialState
 
 from evomerge.files import write_text
+from evomerge.merge.coefficients import named_parts
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Recipe, load_recipe, named_parts
+from evomerge.merge.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.search.run import Run
 from evomerge.sources.anatomy import Component, Place, layer_count

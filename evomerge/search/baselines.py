@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.coefficients import Coefficient
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource
+from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space import Point, Space
 
 Kind = Literal["parent", "uniform", "greedy", "recommended", "given"]

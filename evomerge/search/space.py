@@ -7,8 +7,9 @@ import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
+from evomerge.merge.coefficients import Coefficient, PerLayer
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, PerLayer, Recipe, RecipeSource
+from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import Component, Place, layer_count, place, relative_depth
 from evomerge.sources.open import Models
 

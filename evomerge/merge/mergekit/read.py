@@ -10,13 +10,14 @@ from pydantic import ValidationError
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
+from evomerge.merge.coefficients import Coefficient
 from evomerge.merge.mergekit.evaluate import Tensor, output_tensors, setting_at
 from evomerge.merge.mergekit.file import Input, MergekitFile, Reference, Settings, Slice, parse
 from evomerge.merge.mergekit.methods import MERGEKIT, Scalar, is_required, kind
 from evomerge.merge.mergekit.template import template_text
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Model, Recipe, RecipeSource, load_recipe
+from evomerge.merge.recipe import Model, Recipe, RecipeSource, load_recipe
 from evomerge.sources.anatomy import layer_count
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.locate import locate

@@ -7,10 +7,11 @@ from typing import Any
 import yaml
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.coefficients import Coefficient, as_parts, named_parts, value_at
 from evomerge.merge.mergekit.methods import MERGEKIT, Theirs
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Coefficient, Recipe, RecipeSource, as_parts, named_parts, value_at
+from evomerge.merge.recipe import Recipe, RecipeSource
 from evomerge.sources.anatomy import at_layer, layer_count, place
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
