@@ -182,7 +182,7 @@ def test_inspect_tells_distances_and_refuses_strangers(tiny_family: Path, tmp_pa
 def test_a_wrong_configuration_lists_all_its_problems(tiny_family: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_family, base="/no/such/base", space={"weigth": [0, 1]}, seed=-1)
     done = run_cli("search", config, "--run", tmp_path / "run")
-    refuses(done, "space.weigth: unknown key", "seed", "base: no such folder")
+    refuses(done, "space.weigth: not a coefficient of task_arithmetic", "seed", "base: no such folder")
     assert not (tmp_path / "run").exists()
 
 

@@ -29,7 +29,7 @@ def scorer(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Score
             splits={"search": 1, "selection": 1, "holdout": 100},
         )
     )
-    return Scorer(config, open_config_models(config), lambda: None)
+    return Scorer(config, open_config_models(config), lambda: None, print)
 
 
 def skills(scorer: Scorer, weights: dict[str, float]) -> dict[str, float]:

@@ -22,6 +22,8 @@ def derive(
     plan: Derived, name: str, base: Tensor, sources: Sequence[Tensor], gathered: Sequence[Gathered] = ()
 ) -> list[Tensor]:
     """The D_j of a plan for the tensor `name`, float32 on the CPU."""
+    if base.numel() == 0:
+        return [base.float().cpu() for _ in plan.coefficients]
     with one_thread():
         if plan.kind == "tsv":
             return spectral.singular_parts(base, sources)
