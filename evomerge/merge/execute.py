@@ -11,7 +11,7 @@ from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.kernels import SparseForm, signed
 from evomerge.merge.plan import Blend, Chance, Clip, Derived, FisherBlend, Plan, SliceBlend, SparseBlend
 
-PIECE = 1 << 15  # elements: every operand stays in the second-level cache, and below torch's threading grain
+PIECE = 1 << 15  # elements for one thread: every operand stays in its cache, and below torch's threading grain
 PIECE_ON_ACCELERATOR = 1 << 24  # there a launch costs more than a pass over memory
 SLAB = 1 << 30  # elements of one kernel call at most: an int32 counts them
 
@@ -37,7 +37,8 @@ def execute(
     if out.numel() == 0:
         return torch.zeros((), device=out.device)
     if piece is None:
-        piece = PIECE if out.device.type == "cpu" else PIECE_ON_ACCELERATOR
+        threads = torch.get_num_threads()
+        piece = PIECE_ON_ACCELERATOR if out.device.type != "cpu" else PIECE if threads == 1 else 4 * PIECE * threads
     if isinstance(plan, SliceBlend):
         return slice_blend(plan, out, base, sources, piece)
     if isinstance(plan, Clip):

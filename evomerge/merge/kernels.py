@@ -48,9 +48,9 @@ def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficie
     total = None
     for i, x in enumerate(terms):
         term = (x.float() if origin is None else x.float() - origin) * coefficients[i]
-        total = term if total is None else total + term
+        total = term if total is None else total.add_(term)
     assert total is not None, "nothing to blend"
-    return store(out, total if origin is None else total + origin)
+    return store(out, total if origin is None else total.add_(origin))
 
 
 def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
@@ -120,45 +120,56 @@ def sparse_blend(
         else:
             chance = words[CHANCE, i] + planes[i].int() * words[STEP, i]
             mask = at_most(second_hash(spread, words[KEY, i]), chance)
-        kept.append(d * mask)
-    values = [d * numbers[WEIGHT, i] for i, d in enumerate(kept)]
+        kept.append(d.mul_(mask))
+    plain = added(kept) if form.elect == "plain" else None
+    values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
     if form.elect:
-        sign = at_least(added(values if form.elect == "weighted" else kept), 0.0) * 2.0 - 1.0
+        sign = at_least(added(values) if plain is None else plain, 0.0).mul_(2.0).sub_(1.0)
         agree = [above(v * sign, 0.0) for v in values]  # zeros are of no sign
-        values = [v * a for v, a in zip(values, agree, strict=True)]
+        values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
     elif form.normalize:
-        agree = [v.ne(0.0).float() for v in values]
+        agree = [equal(v, 0.0).mul_(-1.0).add_(1.0) for v in values]
     total = added(values)
     if form.normalize:
-        divisor = added([a * numbers[DIVISOR, i] for i, a in enumerate(agree)])
+        divisor = added([a.mul_(numbers[DIVISOR, i]) for i, a in enumerate(agree)])
         if form.alone:
-            single = divisor.eq(1.0).float()
-            extra = added([v * numbers[ALONE, i] for i, v in enumerate(values)])  # alone - 1
-            total = total + single * extra
-        total = total / (divisor + divisor.eq(0.0).float())
-    return store(out, total * numbers[SCALE, 0] + b)
+            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])  # alone - 1
+            total = total.add_(extra.mul_(equal(divisor, 1.0)))
+        total = total.div_(equal(divisor, 0.0).add_(divisor))
+    return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
 
 
-# Comparisons as 1.0 and 0.0.  Each may overwrite its first argument, which is cheaper when nothing is fused.
+# Nothing is fused where a kernel runs piece by piece: there a tensor of its own is better overwritten than made anew.
+# Comparisons give 1.0 and 0.0.
 
 
 def at_least(x: Tensor, bound: Tensor | float) -> Tensor:
+    """Where x >= bound.  It may overwrite x."""
     return (x >= bound).float() if torch.compiler.is_compiling() else x.ge_(bound).float()
 
 
 def at_most(x: Tensor, bound: Tensor) -> Tensor:
+    """Where x <= bound.  It may overwrite x."""
     return (x <= bound).float() if torch.compiler.is_compiling() else x.le_(bound).float()
 
 
 def above(x: Tensor, bound: Tensor | float) -> Tensor:
+    """Where x > bound.  It may overwrite x."""
     return (x > bound).float() if torch.compiler.is_compiling() else x.gt_(bound).float()
+
+
+def equal(x: Tensor, value: float) -> Tensor:
+    """Where x == value."""
+    return (x == value).float() if torch.compiler.is_compiling() else x.clone().eq_(value)
 
 
 def added(terms: Sequence[Tensor]) -> Tensor:
     """The sum from the first term to the last, a tensor of its own."""
-    total = terms[0].clone() if len(terms) == 1 else terms[0]
-    for term in terms[1:]:
-        total = total + term
+    if len(terms) == 1:
+        return terms[0].clone()
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total.add_(term)
     return total
 
 
@@ -176,21 +187,20 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
 
 def first_hash(index: Tensor, key: Tensor) -> Tensor:
     """The lowbias32 hash of 32-bit indices under a tensor's key.  int32 stands for uint32."""
-    h = index ^ key
-    h = (h ^ shifted(h, 16)) * signed(0x7FEB352D)
-    h = (h ^ shifted(h, 15)) * signed(0x846CA68B)
-    return h ^ shifted(h, 16)
+    h = folded(index ^ key, 16).mul_(signed(0x7FEB352D))
+    h = folded(h, 15).mul_(signed(0x846CA68B))
+    return folded(h, 16)
 
 
 def second_hash(spread: Tensor, key: Tensor) -> Tensor:
     """A well-mixed word once more under a source's key, its order that of unsigned numbers."""
-    h = (spread ^ key) * signed(0x7FEB352D)
-    return ((h ^ shifted(h, 15)) * signed(0x846CA68B)) ^ SIGN_BIT
+    h = (spread ^ key).mul_(signed(0x7FEB352D))
+    return folded(h, 15).mul_(signed(0x846CA68B)).bitwise_xor_(SIGN_BIT)
 
 
-def shifted(h: Tensor, by: int) -> Tensor:
-    """A logical shift to the right; torch's is arithmetic."""
-    return (h >> by) & ((1 << (32 - by)) - 1)
+def folded(h: Tensor, by: int) -> Tensor:
+    """h ^ (h >> by) with a logical shift; torch's is arithmetic."""
+    return (h >> by).bitwise_and_((1 << (32 - by)) - 1).bitwise_xor_(h)
 
 
 def signed(word: int) -> int:
