@@ -219,14 +219,16 @@ import transformers
 torch.set_num_threads(int(sys.argv[1]))
 for method, text in json.load(sys.stdin).items():
     seconds = []
-    for _ in range(2):
+    for _ in range(1):
         config = MergeConfiguration.model_validate(yaml.safe_load(text))
         options = MergeOptions(lazy_unpickle=False)
         LoaderCache().setup(options=options)
         model_config = transformers.AutoConfig.from_pretrained(str(config.referenced_models()[0].model.path))
         arch = get_architecture_info(config, options)
         started = time.perf_counter()
-        tasks = MergePlanner(config, arch, options=options, out_model_config=model_config).plan_in_memory()
+        planner = MergePlanner(config, arch, options=options, out_model_config=model_config)
+        planner._plan()  # what plan_in_memory does before it wraps the tasks
+        tasks = [task for _, task in planner._tensors]
         for task, value in Executor(tasks, math_device="cpu", storage_device="cpu").run(quiet=True):
             pass
         seconds.append(time.perf_counter() - started)
@@ -250,9 +252,9 @@ def mergekit_config(method: str, folders: dict[str, Path]) -> str:
     return json.dumps(content)
 
 
-def beside_mergekit(python: str, folders: dict[str, Path]) -> None:
+def beside_mergekit(python: str, methods: list[str], folders: dict[str, Path]) -> None:
     """mergekit's in-memory path (plan and execute, nothing written) on the same files."""
-    configs = {m: mergekit_config(m, folders) for m in MERGEKIT if m in METHODS}
+    configs = {m: mergekit_config(m, folders) for m in methods if m in MERGEKIT}
     command = [python, "-W", "ignore", "-c", MERGEKIT_SCRIPT, str(torch.get_num_threads())]
     process = subprocess.run(command, input=json.dumps(configs), stdout=subprocess.PIPE, text=True, check=True)
     for line in process.stdout.splitlines():
@@ -285,7 +287,7 @@ def main() -> None:
             for method in args.methods:
                 print(measure(method, folders, None, args), flush=True)
         if args.mergekit:
-            beside_mergekit(args.mergekit, folders)
+            beside_mergekit(args.mergekit, args.methods, folders)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
                 measured.l1(i)
                 measured.rank_weighted_l1(i)
         save(file, {k: v for k, v in list(bank.kept.items()) if k not in before and k[1] == name})
+        bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
         bank.forget_recent()
         return True
 

@@ -121,7 +121,7 @@ class Magnitudes:
         filled = counts.nonzero()
         self.lowest, self.highest = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
         self.from_top = counts[self.lowest : self.highest + 1].flip(0).cumsum(0)  # in the r + 1 highest bins
-        self.odd = torch.cat(odd) if few and odd else None
+        self.odd = torch.from_numpy(np.sort(torch.cat(odd).numpy())) if few and odd else None
 
     @classmethod
     def restored(cls, state: dict[str, Tensor]) -> "Magnitudes":
@@ -141,12 +141,12 @@ class Magnitudes:
         above = int(self.from_top[rank - 1]) if rank else 0
         wanted = self.highest - rank
         if self.odd is not None:
-            inside = self.odd[(self.odd >> 16) == wanted]
-            if k - above > inside.numel():  # one of those that are the bin's own lower edge
+            first, last = torch.searchsorted(self.odd, torch.tensor([wanted << 16, (wanted + 1) << 16])).tolist()
+            if k - above > last - first:  # one of those that are the bin's own lower edge
                 return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
-        else:
-            parts = (bits_of(sizes(part)) for part in chunks(self.elements, CHUNK))
-            inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
+            return float(self.odd[last - (k - above)].view(torch.float32))
+        parts = (bits_of(sizes(part)) for part in chunks(self.elements, CHUNK))
+        inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
 
