@@ -120,35 +120,41 @@ class Magnitudes:
                 few = sum(map(len, odd)) <= 1024 + part.stop // 16
         filled = counts.nonzero()
         self.lowest, self.highest = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
-        self.from_top = counts[self.lowest : self.highest + 1].flip(0).cumsum(0)  # in the r + 1 highest bins
-        self.odd = torch.from_numpy(np.sort(torch.cat(odd).numpy())) if few and odd else None
+        self.from_top = counts[self.lowest : self.highest + 1].flip(0).cumsum(0).numpy()  # in the r + 1 highest bins
+        self.odd = np.sort(torch.cat(odd).numpy()) if few and odd else None
 
     @classmethod
     def restored(cls, state: dict[str, Tensor]) -> "Magnitudes":
         """From what `state` gave."""
         self = cls.__new__(cls)
-        self.from_top, self.odd = state["from_top"], state.get("odd")
+        self.from_top, self.odd = state["from_top"].numpy(), state["odd"].numpy() if "odd" in state else None
         self.elements, self.lowest, self.highest = map(int, state["range"])
         return self
 
     def state(self) -> dict[str, Tensor]:
-        found = {"from_top": self.from_top, "range": torch.tensor([self.elements, self.lowest, self.highest])}
-        return found if self.odd is None else found | {"odd": self.odd}
+        limits = torch.tensor([self.elements, self.lowest, self.highest])
+        found = {"from_top": torch.from_numpy(self.from_top), "range": limits}
+        return found if self.odd is None else found | {"odd": torch.from_numpy(self.odd)}
 
     def kth(self, k: int, sizes: Sizes) -> float:
         """The k-th largest size, 1 <= k <= elements."""
-        rank = int(torch.searchsorted(self.from_top, k))
+        rank = int(np.searchsorted(self.from_top, k))
         above = int(self.from_top[rank - 1]) if rank else 0
         wanted = self.highest - rank
         if self.odd is not None:
-            first, last = torch.searchsorted(self.odd, torch.tensor([wanted << 16, (wanted + 1) << 16])).tolist()
+            least, greatest = self.edges(wanted)
+            first, last = int(np.searchsorted(self.odd, least)), int(np.searchsorted(self.odd, greatest, "right"))
             if k - above > last - first:  # one of those that are the bin's own lower edge
-                return float(torch.tensor(wanted << 16, dtype=torch.int32).view(torch.float32))
-            return float(self.odd[last - (k - above)].view(torch.float32))
+                return float(np.int32(wanted << 16).view(np.float32))
+            return float(self.odd[last - (k - above)].view(np.float32))
         parts = (bits_of(sizes(part)) for part in chunks(self.elements, CHUNK))
         inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
+
+    def edges(self, wanted: int) -> tuple[np.int32, np.int32]:
+        """The least number of a bin and the last, as the type of what is kept aside (another would copy it)."""
+        return np.int32(wanted << 16), np.int32(((wanted + 1) << 16) - 1)
 
     def zeros(self, sizes: Sizes) -> int:
         """How many are exactly zero."""
