@@ -334,15 +334,13 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
     from evomerge.device import resolve_device
     from evomerge.merge.card import model_card
-    from evomerge.merge.compiled import compiled_for
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
     from evomerge.merge.nested import open_bank
     from evomerge.report.terminal import Bar
 
     # One merge reads every tensor once: nothing is worth holding.
-    bank = open_bank(recipe, resolve_device(device), capacity=0)
-    bank.compiled = compiled_for(bank.layout.tensors, print)
+    bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:

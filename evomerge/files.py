@@ -85,6 +85,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file that appears under its name only when it is whole.
+
+    Yields a name beside `path` (same suffix, this process's own) to write to; on success it is renamed, on an error
+    removed.
+    """
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete.
 

@@ -376,13 +376,19 @@ def test_an_adapters_statistics_belong_to_its_base(tmp_path: Path):
     assert f"another model than {other}" in refused(recipe, folders | {"base": other})
 
 
-def test_a_file_that_lacks_a_tensor_is_refused(family: dict[str, Path]):
-    file = family["two"].with_suffix(".fisher")
+def without_the_matrix(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Take a tensor out of a statistics file; what is left in it, and its metadata."""
     with safe_open(file, "pt") as handle:
         metadata = handle.metadata()
     tensors = load_file(file)
     del tensors[MATRIX]
     save_file(tensors, file, metadata)
+    return tensors, metadata
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(family: dict[str, Path]):
+    file = family["two"].with_suffix(".fisher")
+    tensors, metadata = without_the_matrix(file)
     assert f"lacks the tensor {MATRIX}" in refused(recipe_over(family, "fisher", "fisher"), family)
     save_file(tensors | {MATRIX: torch.ones(2)}, file, metadata)
     assert f"{MATRIX} is (2,), in" in refused(recipe_over(family, "fisher", "fisher"), family)
@@ -390,11 +396,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(family: dict[str, Path]):
 
 def test_two_files_over_different_layers_are_refused(family: dict[str, Path]):
     file = family["two"].with_suffix(".regmean")
-    with safe_open(file, "pt") as handle:
-        metadata = handle.metadata()
-    tensors = load_file(file)
-    del tensors[MATRIX]
-    save_file(tensors, file, metadata)
+    without_the_matrix(file)
     assert f"only one of them has {MATRIX}" in refused(recipe_over(family, "regmean", "regmean"), family)
 
 

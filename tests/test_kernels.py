@@ -1,7 +1,6 @@
 """Same bits everywhere: not chunks, threads nor memory layout may show, and masks and thresholds are what they say."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from evomerge.merge import compiled as compile_module
 from evomerge.merge import statistics
 from evomerge.merge.bank import mask_key, mask_keys
 from evomerge.merge.compiled import Compiled, Variant
+from evomerge.merge.derived import threads
 from evomerge.merge.execute import execute, random_mask
 from evomerge.merge.kernels import SparseForm, signed
 from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
@@ -73,16 +73,6 @@ def run(
     largest = execute(plan, out, base, sources, [x.to(base.device) for x in planes], KEYS, compiled, piece)
     assert torch.equal(largest.cpu(), out.float().abs().amax().cpu() if out.numel() else torch.zeros(()))
     return out
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- The kernels ---

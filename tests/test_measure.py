@@ -1,7 +1,6 @@
 """What planners ask of tensors, against the obvious float64; and that random masks by rank keep what they promise."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from evomerge.merge import kernels, statistics
 from evomerge.merge.bank import mask_keys
+from evomerge.merge.derived import threads
 from evomerge.merge.execute import random_mask
 from evomerge.merge.measure import Measurements
 from evomerge.merge.methods.breadcrumbs import band
@@ -240,16 +240,6 @@ def everything(measured: Measurements) -> list[object]:
         measured.changed(1e-3),
         measured.gram.tolist(),
     ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_nothing_depends_on_threads():

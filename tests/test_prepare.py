@@ -8,6 +8,7 @@ import torch
 from models import write_family
 
 from evomerge.merge.bank import Bank
+from evomerge.merge.derived import threads
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.prepare import prepare
@@ -76,15 +77,11 @@ def test_a_torn_file_is_measured_anew(family: dict[str, Path], tmp_path: Path):
 
 
 def test_threads_do_not_change_what_is_measured(family: dict[str, Path], tmp_path: Path):
-    before = torch.get_num_threads()
     grams = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            bank = bank_of(family)
-            prepare(bank, "slerp", NAMES, tmp_path / str(threads), inputs_of(family))
-            grams.append({k: v for k, v in bank.kept.items() if k[0] == "gram"})
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        bank = bank_of(family)
+        with threads(count):
+            prepare(bank, "slerp", NAMES, tmp_path / str(count), inputs_of(family))
+        grams.append({k: v for k, v in bank.kept.items() if k[0] == "gram"})
     assert grams[0].keys() == grams[1].keys()
     assert all(np.array_equal(grams[0][k], grams[1][k]) for k in grams[0])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evomerge.files import written_aside
 from evomerge.merge import kernels
 from evomerge.merge.kernels import SparseForm
 from evomerge.sources.checkpoint import TensorInfo
@@ -173,14 +174,9 @@ def compile_to(variant: Variant, file: Path) -> None:
     example = variant.example()
     lengths = tuple({0: n} if x.ndim == 1 and x.numel() == 4096 else {} for x in example)
     exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.stem}.{os.getpid()}.part.pt2")
     options = {"cpp.dynamic_threads": True, "emulate_precision_casts": True}
-    try:
+    with written_aside(file) as aside:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @cache

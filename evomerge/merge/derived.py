@@ -1,7 +1,6 @@
 """Tensors made of the sources by linear algebra, in minutes: made once, kept in a folder, mapped from there."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomerge.files import disk_errors
+from evomerge.files import written_aside
 from evomerge.merge import regression, spectral
 from evomerge.merge.compiled import machine
 from evomerge.merge.gathered import Gathered
@@ -24,7 +23,7 @@ def derive(
     """The D_j of a plan for the tensor `name`, float32 on the CPU."""
     if base.numel() == 0:
         return [base.float().cpu() for _ in plan.coefficients]
-    with one_thread():
+    with threads(1):  # the order in which a library sums depends on how many there are
         if plan.kind == "tsv":
             return spectral.singular_parts(base, sources)
         if plan.kind == "iso_c":
@@ -35,14 +34,14 @@ def derive(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch, as the order in which a library sums depends on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """So many threads for torch while this lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def fingerprint(kind: str, operands: Sequence[Tensor]) -> str:
@@ -68,14 +67,8 @@ def kept(folder: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tenso
         except (SafetensorError, OSError):
             file.unlink(missing_ok=True)
     tensors = make()
-    aside = file.with_suffix(f".{os.getpid()}.part")
-    with disk_errors(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({str(j): x.contiguous() for j, x in enumerate(tensors)}, aside)
-            aside.replace(file)
-        finally:
-            aside.unlink(missing_ok=True)
+    with written_aside(file) as aside:
+        save_file({str(j): x.contiguous() for j, x in enumerate(tensors)}, aside)
     return mapped(file)
 
 

@@ -9,12 +9,11 @@ Each returns the largest |out| as float32, NaN if there is one: whether the resu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from evomerge.merge.plan import Keep
+from evomerge.merge.plan import Elect, Keep
 
 WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
 KEY, CHANCE, STEP, TENSOR_KEY = range(4)  # rows of `words`
@@ -26,7 +25,7 @@ class SparseForm:
     """What of a `SparseBlend` changes the code and not only its numbers."""
 
     keep: Keep
-    elect: Literal["weighted", "plain"] | None
+    elect: Elect
     normalize: bool
     alone: bool
 

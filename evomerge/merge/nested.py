@@ -1,5 +1,6 @@
 """Open the models of a recipe.  A source that is a recipe itself is merged in memory, tensor by tensor, when read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -8,13 +9,15 @@ import torch
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank
-from evomerge.merge.compiled import Compiled
+from evomerge.merge.compiled import compiled_for
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.recipe import Recipe
 from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
 from evomerge.sources.locate import locate
 from evomerge.sources.open import open_models
 from evomerge.sources.tokenizer import Vocabulary
+
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -52,10 +55,10 @@ class Nested(Checkpoint):
         return out
 
 
-def open_nested(name: str, recipe: Recipe, device: torch.device | str, compiled: Compiled | None) -> Nested:
+def open_nested(name: str, recipe: Recipe, device: torch.device | str, log: Log | None) -> Nested:
     """A nested recipe as the model it makes.  Its bank holds nothing: the outer one holds the results."""
     try:
-        bank = open_bank(recipe, device, capacity=0, compiled=compiled)
+        bank = open_bank(recipe, device, capacity=0, log=log)
     except EvomergeError as error:
         raise EvomergeError(f"in the recipe of source {name}: {error}") from error
     return Nested(
@@ -73,16 +76,19 @@ def open_bank(
     recipe: Recipe,
     device: torch.device | str = "cpu",
     capacity: int | None = None,
-    compiled: Compiled | None = None,
+    log: Log | None = None,
 ) -> Bank:
     """The bank of a recipe: all its models opened and checked against each other.
+
+    log: who is told of compiled kernels, which large models then get; without it none.
 
     EvomergeError if a model cannot be found, or they do not fit together or into the recipe's slices and lists.
     """
     sources = {
-        s.name: open_nested(s.name, s.recipe, device, compiled) if s.recipe else locate(s.path) for s in recipe.sources
+        s.name: open_nested(s.name, s.recipe, device, log) if s.recipe else locate(s.path) for s in recipe.sources
     }
     models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices), vocabulary=recipe.vocabulary)
+    compiled = compiled_for(models.base.tensors, log) if log else None
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
     return bank

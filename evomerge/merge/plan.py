@@ -140,6 +140,7 @@ class SliceBlend:
     of_task_vectors: bool = False
 
 
+Elect = Literal["weighted", "plain"] | None
 Keep = Literal["all", "magnitude", "band", "random", "rank", "variance", "importance"]
 
 
@@ -164,7 +165,7 @@ class SparseBlend:
     ceilings: tuple[float, ...] | None = None
     chances: tuple[Chance, ...] | None = None
     alone: tuple[float, ...] | None = None
-    elect: Literal["weighted", "plain"] | None = None
+    elect: Elect = None
     normalize: bool = False
     scale: float = 1.0
 
@@ -237,6 +238,12 @@ class Method:
 def share(total: float) -> float:
     """A divisor for normalisation; a sum too close to zero counts as 1 (mergekit's rule)."""
     return 1.0 if abs(total) < 1e-8 else total
+
+
+def divided(knobs: Knobs, elect: Elect) -> tuple[bool, float]:
+    """`normalize` and `scale` of a sparse plan: without election the divisor is one number and goes into the scale."""
+    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
+    return (normalize, scale) if elect or not normalize else (False, scale / share(sum(knobs.each["weight"])))
 
 
 def chance(probability: float) -> Chance:

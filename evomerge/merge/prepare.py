@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from evomerge.files import disk_errors
+from evomerge.files import written_aside
 from evomerge.merge import statistics
 from evomerge.merge.bank import Bank
-from evomerge.merge.measure import Kept
+from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.methods import METHODS
 from evomerge.merge.statistics import Magnitudes
 
@@ -30,15 +30,16 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
     wanted = METHODS[method].measures
     if not wanted:
         return 0
+    common = key(method, sources, inputs)
     names = [n for n in bank.names if bank.models.base.tensors[n].dtype.is_floating_point]
 
     def one(name: str) -> bool:
-        file = folder / f"{key(method, name, sources, inputs)}.safetensors"
+        file = folder / f"{hashlib.sha256(f'{common} {name}'.encode()).hexdigest()[:32]}.safetensors"
         if (found := load(file, bank.device)) is not None:
             bank.kept.update(found)
             return False
-        measured = bank.measurements(name, sources)
-        before = set(bank.kept)
+        found = {}
+        measured = Measurements(bank, name, sources, found)
         if "gram" in wanted:
             _ = measured.gram
         if "task_gram" in wanted:
@@ -51,22 +52,20 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
             if "ranks" in wanted:
                 measured.l1(i)
                 measured.rank_weighted_l1(i)
-        save(file, {k: v for k, v in list(bank.kept.items()) if k not in before and k[1] == name})
+        save(file, found)
         bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
         bank.forget_recent()
         return True
 
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            return sum(pool.map(one, names))
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        return sum(pool.map(one, names))
 
 
-def key(method: str, name: str, sources: Sequence[str], inputs: Fingerprints) -> str:
-    """A file name that changes with the inputs, the tensor, the order of the sources, and the code that measures."""
+def key(method: str, sources: Sequence[str], inputs: Fingerprints) -> str:
+    """A name that changes with the inputs, the order of the sources, and the code that measures."""
     code = Path(statistics.__file__).read_text(encoding="utf-8")
-    what = [sorted(METHODS[method].measures), name, [[s, inputs[s]] for s in ("base", *sources)], code]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    what = [sorted(METHODS[method].measures), [[s, inputs[s]] for s in ("base", *sources)], code]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def save(file: Path, kept: Kept) -> None:
@@ -80,9 +79,8 @@ def save(file: Path, kept: Kept) -> None:
             tensors[label] = value.cpu().contiguous()
         else:
             tensors[label] = torch.from_numpy(np.asarray(value, dtype=np.float64).copy())
-    aside = file.with_suffix(".part")
-    save_file(tensors, aside)
-    aside.replace(file)
+    with written_aside(file) as aside:
+        save_file(tensors, aside)
 
 
 def load(file: Path, device: torch.device) -> Kept | None:

@@ -5,7 +5,6 @@ from the model.  It needs no sampling, so the same items give the same file, and
 lacks against the true one (Kunstner et al. 2019) is that a model sure of the gold answer has small gradients.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Row, kept_logits, plan_batches
 from evomerge.evaluate.tasks import Item, Task, deal, items_of
-from evomerge.files import disk_errors, sync
+from evomerge.files import sync, written_aside
 from evomerge.merge.bank import Bank
 from evomerge.merge.gathered import Origin
 from evomerge.merge.live import destinations, live_tensor
@@ -159,12 +158,6 @@ def watched(layers: Sequence[tuple[Any, str]], found: dict[str, Tensor]) -> Iter
 
 def write_statistics(out: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
     """Write a statistics file in one step."""
-    aside = out.with_name(f"{out.name}.{os.getpid()}.part")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, aside, metadata=origin.metadata())
-            sync(aside)
-            aside.replace(out)
-        finally:
-            aside.unlink(missing_ok=True)
+    with written_aside(out) as aside:
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, aside, metadata=origin.metadata())
+        sync(aside)

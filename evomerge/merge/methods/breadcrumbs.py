@@ -11,9 +11,9 @@ Different from mergekit on purpose: elements as large as the largest or smallest
 some of them, by a sort that is not stable).
 """
 
-from typing import Literal
+from functools import partial
 
-from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, share, trim
+from evomerge.merge.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, divided, trim
 
 KNOBS = {
     "weight": Knob(None, each=True),
@@ -38,13 +38,11 @@ def band(density: float, gamma: float, measured: Measured, source: int) -> tuple
     return trim(measured, source, n - dropped), ceiling
 
 
-def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) -> SparseBlend:
-    """Masks by magnitude.  Without election the divisor is one number and goes into the scale."""
+def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
+    """Masks by magnitude."""
     weights, density, gamma = knobs.each["weight"], knobs.each["density"], knobs.each["gamma"]
     bands = [band(p, g, measured, i) for i, (p, g) in enumerate(zip(density, gamma, strict=True))]
-    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
-    if normalize and not elect:
-        scale, normalize = scale / share(sum(weights)), False
+    normalize, scale = divided(knobs, elect)
     return SparseBlend(
         weights=weights,
         keep="band",
@@ -56,13 +54,5 @@ def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) ->
     )
 
 
-def plan_linear(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect=None)
-
-
-def plan_ties(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect="weighted")
-
-
-LINEAR = Method("breadcrumbs", KNOBS, plan_linear, measures=frozenset({"magnitudes"}))
-TIES = Method("breadcrumbs_ties", KNOBS, plan_ties, measures=frozenset({"magnitudes"}))
+LINEAR = Method("breadcrumbs", KNOBS, partial(plan, elect=None), measures=frozenset({"magnitudes"}))
+TIES = Method("breadcrumbs_ties", KNOBS, partial(plan, elect="weighted"), measures=frozenset({"magnitudes"}))

@@ -10,10 +10,10 @@ on device, order or process, and the mask at density 0.4 lies inside the mask at
 density as the paper does, where mergekit restores the L1 norm of the task vector (here `rescale: l1`, see rescale.py).
 """
 
-from typing import Literal
+from functools import partial
 
 from evomerge.merge.methods.rescale import RESCALE, gain
-from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, chance, share
+from evomerge.merge.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 
 KNOBS = {
     "weight": Knob(None, each=True),
@@ -24,12 +24,10 @@ KNOBS = {
 }
 
 
-def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) -> SparseBlend:
-    """Random masks, gain 1 / density.  Without election the divisor is one number and goes into the scale."""
+def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
+    """Random masks, gain 1 / density."""
     weights, density = knobs.each["weight"], knobs.each["density"]
-    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
-    if normalize and not elect:
-        scale, normalize = scale / share(sum(weights)), False
+    normalize, scale = divided(knobs, elect)
     chances, how = tuple(map(chance, density)), knobs.shared["rescale"]
     return SparseBlend(
         weights=weights,
@@ -42,13 +40,5 @@ def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) ->
     )
 
 
-def plan_linear(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect=None)
-
-
-def plan_ties(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect="weighted")
-
-
-LINEAR = Method("dare_linear", KNOBS, plan_linear)
-TIES = Method("dare_ties", KNOBS, plan_ties)
+LINEAR = Method("dare_linear", KNOBS, partial(plan, elect=None))
+TIES = Method("dare_ties", KNOBS, partial(plan, elect="weighted"))

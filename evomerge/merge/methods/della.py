@@ -14,10 +14,10 @@ of three and more dimensions are ranked by the first, where mergekit ranks along
 """
 
 import math
-from typing import Literal
+from functools import partial
 
 from evomerge.merge.methods.rescale import RESCALE, gain
-from evomerge.merge.plan import Chance, Knob, Knobs, Measured, Method, SparseBlend, chance, share
+from evomerge.merge.plan import Chance, Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 
 KNOBS = {
     "weight": Knob(None, each=True),
@@ -37,13 +37,11 @@ def rank_chance(density: float, epsilon: float) -> Chance:
     return Chance(low, step) if step and low >= 1 and low + 255 * step < 2**32 else chance(density)
 
 
-def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) -> SparseBlend:
-    """Masks by rank.  Without election the divisor is one number and goes into the scale."""
+def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
+    """Masks by rank."""
     weights, how = knobs.each["weight"], knobs.shared["rescale"]
     chances = tuple(map(rank_chance, knobs.each["density"], knobs.each["epsilon"]))
-    normalize, scale = bool(knobs.shared["normalize"]), knobs.shared["lambda"]
-    if normalize and not elect:
-        scale, normalize = scale / share(sum(weights)), False
+    normalize, scale = divided(knobs, elect)
     return SparseBlend(
         weights=weights,
         keep="rank" if any(c.step for c in chances) else "random",
@@ -55,15 +53,10 @@ def plan(knobs: Knobs, measured: Measured, elect: Literal["weighted"] | None) ->
     )
 
 
-def plan_linear(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect=None)
-
-
-def plan_elected(knobs: Knobs, measured: Measured) -> SparseBlend:
-    return plan(knobs, measured, elect="weighted")
-
-
 LINEAR = Method(
-    "della_linear", KNOBS | {"normalize": Knob(0.0, 0.0, 1.0, switch=True)}, plan_linear, measures=frozenset({"ranks"})
+    "della_linear",
+    KNOBS | {"normalize": Knob(0.0, 0.0, 1.0, switch=True)},
+    partial(plan, elect=None),
+    measures=frozenset({"ranks"}),
 )
-DELLA = Method("della", KNOBS, plan_elected, measures=frozenset({"ranks"}))
+DELLA = Method("della", KNOBS, partial(plan, elect="weighted"), measures=frozenset({"ranks"}))
