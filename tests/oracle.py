@@ -254,8 +254,8 @@ def drop_and_rescale(
 
 
 def levels(base: Tensor, source: Tensor) -> Tensor:
-    """Where each |x - b| stands in its row, floor(256 rank / n); equal ones in the order of their columns."""
-    magnitude = (source.float() - base.float()).abs()
+    """Where each |x - b|, cut to a bfloat16, stands in its row, floor(256 rank / n); equal ones by their columns."""
+    magnitude = (source.float() - base.float()).abs().view(torch.int32) >> 16
     rows = magnitude.reshape(magnitude.shape[0], -1) if magnitude.ndim > 1 else magnitude.reshape(1, -1)
     rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
     return (rank * 256 // max(1, rows.shape[1])).to(torch.uint8).reshape(base.shape)
@@ -422,10 +422,10 @@ def regmean(
 
 
 def hashed(index: int, keys: tuple[int, int]) -> int:
-    """The 32-bit hash of an element's index, in whole numbers of any length: C. Wellons' lowbias32 under the
-    tensor's key, then its two multiplications once more under the source's."""
-    h = index % 2**32 ^ keys[0] ^ (index // 2**32 * 0x9E3779B9 % 2**32)
+    """The hash of an element's index as a signed 32-bit number plus 2^31, in whole numbers of any length: C. Wellons'
+    lowbias32 under the tensor's key, times the source's factor."""
+    h = index % 2**32 ^ keys[0] % 2**32 ^ (index // 2**32 * 0x9E3779B9 % 2**32)
     h = (h ^ h >> 16) * 0x7FEB352D % 2**32
     h = (h ^ h >> 15) * 0x846CA68B % 2**32
-    h = (h ^ h >> 16 ^ keys[1]) * 0x7FEB352D % 2**32
-    return (h ^ h >> 15) * 0x846CA68B % 2**32
+    key, factor = keys[1] % 2**32, keys[1] // 2**32 | 1
+    return ((h ^ h >> 16 ^ key) * factor + 2**31) % 2**32

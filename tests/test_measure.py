@@ -127,6 +127,11 @@ def test_levels_are_the_ranks_of_a_stable_sort(shape: tuple[int, ...], dtype: to
         assert torch.equal(levels, oracle.levels(base, source))
 
 
+def test_a_row_of_any_length_has_levels():
+    base, source = tensors((2, 70_000), 1)
+    assert torch.equal(rank_levels(source, base), oracle.levels(base, source))
+
+
 def test_levels_do_not_depend_on_how_many_rows_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch):
     base, source = tensors((37, 50), 1, torch.bfloat16)
     whole = rank_levels(source, base)

@@ -212,8 +212,8 @@ def host_memory() -> int:
 
 @lru_cache(maxsize=65536)
 def mask_key(seed: int, tensor: str, source: str = "") -> int:
-    """The 32-bit word that names the random masks of a tensor, or of one source's, under one seed."""
-    return int.from_bytes(blake2b(f"{seed}\0{tensor}\0{source}".encode(), digest_size=4).digest(), "little")
+    """The 64-bit word that names the random masks of a tensor, or of one source's, under one seed."""
+    return int.from_bytes(blake2b(f"{seed}\0{tensor}\0{source}".encode(), digest_size=8).digest(), "little")
 
 
 def mask_keys(seed: int, tensor: str, sources: Sequence[str]) -> Keys:

@@ -27,6 +27,8 @@ by tensor name, of which the first that fits decides; or the name of one of a kn
 
 def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
     """The number that a coefficient has at a place."""
+    if type(coefficient) is float:
+        return coefficient  # most are, and a candidate asks thousands of times
     assert coefficient is not None, "a required knob was not checked"
     along = part_at(coefficient, where)
     return float(along[relative_depth(where, layers)] if isinstance(along, list) else along)

@@ -92,7 +92,7 @@ class Variant:
             return (*head, *terms, torch.ones(self.count, device=self.device))
         planes = [] if self.levels is None else [flat(self.levels) for _ in range(self.count)]
         numbers = torch.ones((6, self.count), device=self.device)
-        words = torch.ones((4, self.count), dtype=torch.int32, device=self.device)
+        words = torch.ones((5, self.count), dtype=torch.int32, device=self.device)
         return (*head, *terms, *planes, numbers, words, torch.zeros(1, dtype=torch.int32, device=self.device))
 
 

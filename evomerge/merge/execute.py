@@ -16,7 +16,7 @@ PIECE_ON_ACCELERATOR = 1 << 24  # there a launch costs more than a pass over mem
 SLAB = 1 << 30  # elements of one kernel call at most: an int32 counts them
 
 Keys = tuple[int, Sequence[int]]
-"""The 32-bit words of a tensor's random masks: the tensor's own, and one per source."""
+"""The 64-bit words of a tensor's random masks: the tensor's own (32 bits are used), and one per source."""
 
 
 def execute(
@@ -38,11 +38,11 @@ def execute(
         return torch.zeros((), device=out.device)
     if piece is None:
         threads = torch.get_num_threads()
-        piece = PIECE_ON_ACCELERATOR if out.device.type != "cpu" else PIECE if threads == 1 else 4 * PIECE * threads
+        piece = PIECE_ON_ACCELERATOR if out.device.type != "cpu" else PIECE if threads == 1 else 2 * PIECE * threads
     if isinstance(plan, SliceBlend):
         return slice_blend(plan, out, base, sources, piece)
     if isinstance(plan, Clip):
-        limit = torch.tensor([plan.limit], dtype=torch.float32, device=out.device)
+        limit = tensor_of([plan.limit], np.float32, out.device)
         flat, flat_base, source = out.view(-1), base.reshape(-1), sources[0].reshape(-1)
         return piecewise(lambda p: kernels.clip(flat[p], flat_base[p], source[p], limit), out.numel(), piece)
     if isinstance(plan, FisherBlend):
@@ -67,16 +67,14 @@ def blend(
     flat = out.view(-1)
     operands = [x.reshape(-1) for x, _ in terms]
     origin = base.reshape(-1) if plan.of_task_vectors else None
-    coefficients = torch.tensor([c for _, c in terms], dtype=torch.float32, device=out.device)
+    coefficients = tensor_of([c for _, c in terms], np.float32, out.device)
     fused = None
     if compiled is not None:
         operands = same_type(operands)
         fused = compiled.kernel(Variant.of_blend(flat, origin, operands))
     if fused is not None:
-        return slabs(
-            lambda part, _: fused([flat[part], *optional(origin, part), *(x[part] for x in operands), coefficients]),
-            out.numel(),
-        )
+        whole = [flat, *operands] if origin is None else [flat, origin, *operands]
+        return slabs(whole, lambda parts, _: fused([*parts, coefficients]))
     return piecewise(
         lambda part: kernels.blend(
             flat[part], None if origin is None else origin[part], [x[part] for x in operands], coefficients
@@ -93,7 +91,7 @@ def fisher_blend(
     if not used:
         return kernels.store(out, base)
     rows = [[plan.weights[i] for i in used], [plan.scales[i] for i in used], [plan.floor] * len(used)]
-    numbers = torch.tensor(rows, dtype=torch.float32, device=out.device)
+    numbers = tensor_of(rows, np.float32, out.device)
     flat, flat_base = out.view(-1), base.reshape(-1)
     operands, fishers = [sources[i].reshape(-1) for i in used], [planes[i].reshape(-1) for i in used]
     return piecewise(
@@ -126,8 +124,8 @@ def sparse_blend(
     rows = [[plan.weights[i] * gains[i] for i in used], [plan.weights[i] for i in used]]
     rows += [[values[i] for i in used] for values in (floors, ceilings)]
     rows += [[alone[i] - 1.0 for i in used], [plan.scale] * len(used)]
-    numbers = torch.tensor(rows, dtype=torch.float32, device=out.device)
-    words = torch.tensor(mask_words(plan, used, keys), dtype=torch.int32, device=out.device)
+    numbers = tensor_of(rows, np.float32, out.device)
+    words = tensor_of(mask_words(plan, used, keys), np.int32, out.device)
     form = SparseForm(plan.keep, plan.elect, plan.normalize, plan.alone is not None)
     flat, flat_base = out.view(-1), base.reshape(-1)
     operands, levels = [sources[i].reshape(-1) for i in used], [planes[i].reshape(-1) for i in used if planes]
@@ -139,15 +137,10 @@ def sparse_blend(
         fused = compiled.kernel(Variant.of_sparse(flat, flat_base, operands, levels, form))
     if fused is not None:
         return slabs(
-            lambda part, start: fused(
-                [
-                    *(x[part] for x in (flat, flat_base, *operands, *levels)),
-                    numbers,
-                    with_high_word(words, start),
-                    low_word(start, out.device),
-                ]
+            [flat, flat_base, *operands, *levels],
+            lambda parts, start: fused(
+                [*parts, numbers, with_high_word(words, start), low_word(start, out.device)],
             ),
-            out.numel(),
         )
     return piecewise(
         lambda part: kernels.sparse_blend(
@@ -178,14 +171,15 @@ def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
 
 
 def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[list[int]]:
-    """The int32 rows of a random mask: keys, chances less 1 in the order of signed numbers, steps, tensor's key."""
+    """The int32 rows of a random mask: keys, factors, chances less 1 as signed numbers, steps, tensor's key."""
     tensor_key, source_keys = keys
     if plan.chances is None:
-        return [[0] * len(used)] * 4
+        return [[0] * len(used)] * 5
     chances = [plan.chances[i] for i in used]
     return [
         [signed(source_keys[i]) for i in used],
-        [signed(c.low - 1 + kernels.SIGN_BIT) for c in chances],
+        [signed(source_keys[i] >> 32 | 1) for i in used],
+        [signed(c.low - 1 - 2**31) for c in chances],
         [signed(c.step) for c in chances],
         [signed(tensor_key)] * len(used),
     ]
@@ -198,10 +192,10 @@ def random_mask(chance: Chance, start: int, size: int, keys: tuple[int, int], le
     """
     device = torch.device("cpu") if levels is None else levels.device
     plan = SparseBlend((1.0,), "rank", chances=(chance,))
-    words = torch.tensor(mask_words(plan, [0], (keys[0], [keys[1]])), dtype=torch.int32, device=device)
-    words = with_high_word(words, start)
+    words = with_high_word(tensor_of(mask_words(plan, [0], (keys[0], [keys[1]])), np.int32, device), start)
     index = torch.arange(size, dtype=torch.int32, device=device) + low_word(start, device)
-    hashed = kernels.second_hash(kernels.first_hash(index, words[kernels.TENSOR_KEY, 0]), words[kernels.KEY, 0])
+    spread = kernels.index_hash(index, words[kernels.TENSOR_KEY, 0])
+    hashed = kernels.source_hash(spread, words[kernels.KEY, 0], words[kernels.FACTOR, 0])
     bound = words[kernels.CHANCE, 0]
     if levels is not None:
         bound = bound + levels.int() * words[kernels.STEP, 0]
@@ -219,11 +213,12 @@ def with_high_word(words: Tensor, start: int) -> Tensor:
 
 
 def low_word(start: int, device: torch.device) -> Tensor:
-    return torch.tensor([signed(start)], dtype=torch.int32, device=device)
+    return tensor_of([signed(start)], np.int32, device)
 
 
-def optional(tensor: Tensor | None, part: slice) -> list[Tensor]:
-    return [] if tensor is None else [tensor[part]]
+def tensor_of(numbers: object, dtype: type[np.generic], device: torch.device) -> Tensor:
+    """A small tensor of plain numbers; `torch.tensor` takes three times as long, and a candidate makes hundreds."""
+    return torch.from_numpy(np.array(numbers, dtype=dtype)).to(device)
 
 
 def same_type(operands: list[Tensor]) -> list[Tensor]:
@@ -232,10 +227,12 @@ def same_type(operands: list[Tensor]) -> list[Tensor]:
     return operands if len(types) == 1 else [x.float() for x in operands]
 
 
-def slabs(call: Callable[[slice, int], Tensor], elements: int) -> Tensor:
-    """Run a fused kernel on as much of a tensor as an int32 can count, and again."""
-    found = [call(slice(s, min(s + SLAB, elements)), s) for s in range(0, elements, SLAB)]
-    return found[0] if len(found) == 1 else torch.stack(found).amax()
+def slabs(operands: Sequence[Tensor], call: Callable[[Sequence[Tensor], int], Tensor]) -> Tensor:
+    """Run a fused kernel on as much of flat tensors as an int32 can count, and again."""
+    elements = operands[0].numel()
+    if elements <= SLAB:
+        return call(operands, 0)
+    return torch.stack([call([x[s : s + SLAB] for x in operands], s) for s in range(0, elements, SLAB)]).amax()
 
 
 def piecewise(call: Callable[[slice], Tensor], elements: int, piece: int) -> Tensor:

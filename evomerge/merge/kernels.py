@@ -16,8 +16,7 @@ from torch import Tensor
 from evomerge.merge.plan import Elect, Keep
 
 WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
-KEY, CHANCE, STEP, TENSOR_KEY = range(4)  # rows of `words`
-SIGN_BIT = -(2**31)
+KEY, FACTOR, CHANCE, STEP, TENSOR_KEY = range(5)  # rows of `words`
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,14 @@ def sparse_blend(
     """Mask, elect, blend; see `SparseBlend`.
 
     out, base, sources: one shape, any floating types.  planes: per source the uint8 levels for `rank`, or one
-    float32 factor per element (or row) for `importance`.  numbers: (6, N) float32; words: (4, N) int32; their rows
+    float32 factor per element (or row) for `importance`.  numbers: (6, N) float32; words: (5, N) int32; their rows
     are named above.  start: (1,) int32, the index of the first element in the whole tensor, modulo 2^32.
     """
     b = base.float()
     deltas = [x.float() - b for x in sources]
     if form.keep == "random" or form.keep == "rank":
         index = torch.arange(out.numel(), dtype=torch.int32, device=out.device).view(out.shape)
-        spread = first_hash(index + start, words[TENSOR_KEY, 0])
+        spread = index_hash(index + start, words[TENSOR_KEY, 0])
     if form.keep == "variance":
         common = at_least(variance(deltas), numbers[FLOOR, 0])
     kept = []
@@ -115,15 +114,15 @@ def sparse_blend(
         elif form.keep == "importance":
             mask = at_least(d.abs() * planes[i], numbers[FLOOR, i])
         elif form.keep == "random":
-            mask = at_most(second_hash(spread, words[KEY, i]), words[CHANCE, i])
+            mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), words[CHANCE, i])
         else:
-            chance = words[CHANCE, i] + planes[i].int() * words[STEP, i]
-            mask = at_most(second_hash(spread, words[KEY, i]), chance)
+            chance = planes[i].int().mul_(words[STEP, i]).add_(words[CHANCE, i])
+            mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), chance)
         kept.append(d.mul_(mask))
     plain = added(kept) if form.elect == "plain" else None
     values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
     if form.elect:
-        sign = at_least(added(values) if plain is None else plain, 0.0).mul_(2.0).sub_(1.0)
+        sign = unit(added(values) if plain is None else plain)
         agree = [above(v * sign, 0.0) for v in values]  # zeros are of no sign
         values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
     elif form.normalize:
@@ -162,6 +161,12 @@ def equal(x: Tensor, value: float) -> Tensor:
     return (x == value).float() if torch.compiler.is_compiling() else x.clone().eq_(value)
 
 
+def unit(x: Tensor) -> Tensor:
+    """1.0 with the sign of x.  It may overwrite x."""
+    one = torch.ones((), device=x.device)
+    return torch.copysign(one, x) if torch.compiler.is_compiling() else torch.copysign(one, x, out=x)
+
+
 def added(terms: Sequence[Tensor]) -> Tensor:
     """The sum from the first term to the last, a tensor of its own."""
     if len(terms) == 1:
@@ -179,22 +184,25 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
     return added([(d - mean) * (d - mean) for d in deltas]) / count
 
 
-# Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and then with
-# each source's; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared as an integer, so the
-# mask of a lower chance lies inside that of a higher one.
+# Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and each source
+# turns the well-mixed word into its own; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared
+# as a signed integer, so the mask of a lower chance lies inside that of a higher one.
 
 
-def first_hash(index: Tensor, key: Tensor) -> Tensor:
+def index_hash(index: Tensor, key: Tensor) -> Tensor:
     """The lowbias32 hash of 32-bit indices under a tensor's key.  int32 stands for uint32."""
     h = folded(index ^ key, 16).mul_(signed(0x7FEB352D))
     h = folded(h, 15).mul_(signed(0x846CA68B))
     return folded(h, 16)
 
 
-def second_hash(spread: Tensor, key: Tensor) -> Tensor:
-    """A well-mixed word once more under a source's key, its order that of unsigned numbers."""
-    h = (spread ^ key).mul_(signed(0x7FEB352D))
-    return folded(h, 15).mul_(signed(0x846CA68B)).bitwise_xor_(SIGN_BIT)
+def source_hash(spread: Tensor, key: Tensor, factor: Tensor) -> Tensor:
+    """A well-mixed word under a source's key and its odd factor.
+
+    The upper bits of a product depend on all bits of the word, and comparisons look at them first; two sources'
+    words are independent as two numbers of a multiplicative generator are.
+    """
+    return (spread ^ key).mul_(factor)
 
 
 def folded(h: Tensor, by: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Measure tensors for planners: each number once, kept for the next plan, and for the next run beside this one."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -44,6 +45,7 @@ class Measurements:
         """
         self.gathered = tuple(gathered)
         self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
+        self.read: dict[int, Tensor] = {}
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self.kept:
@@ -51,15 +53,23 @@ class Measurements:
         found: T = self.kept[key]
         return found
 
+    @cached_property
+    def base(self) -> Tensor:
+        return self.tensors.base(self.name)
+
+    def source(self, number: int) -> Tensor:
+        if number not in self.read:
+            self.read[number] = self.tensors.source(self.sources[number], self.name)
+        return self.read[number]
+
     def operands(self) -> list[Tensor]:
         """Base and sources."""
-        return [self.tensors.base(self.name), *(self.tensors.source(s, self.name) for s in self.sources)]
+        return [self.base, *map(self.source, range(len(self.sources)))]
 
     def sizes(self, source: int) -> Sizes:
         """A slice of the flattened tensor -> |d_source| in float32."""
-        base = self.tensors.base(self.name).reshape(-1)
-        x = self.tensors.source(self.sources[source], self.name).reshape(-1)
-        return lambda part: (x[part].float() - base[part].float()).abs_()
+        base, x = self.base, self.source(source)
+        return lambda part: (x.reshape(-1)[part].float() - base.reshape(-1)[part].float()).abs_()
 
     def deltas(self) -> Callable[[slice], list[Tensor]]:
         """A slice of the flattened tensor -> the task vectors in float32."""
@@ -68,7 +78,7 @@ class Measurements:
 
     def untouched(self, source: int) -> bool:
         """Whether the source's tensor is the base's own: an adapter leaves it alone."""
-        return self.tensors.source(self.sources[source], self.name) is self.tensors.base(self.name)
+        return self.source(source) is self.base
 
     @property
     def count(self) -> int:
@@ -76,7 +86,7 @@ class Measurements:
 
     @property
     def elements(self) -> int:
-        return self.tensors.base(self.name).numel()
+        return self.base.numel()
 
     @property
     def gram(self) -> Gram:
@@ -100,7 +110,7 @@ class Measurements:
 
     @property
     def is_layer_matrix(self) -> bool:
-        is_matrix = self.tensors.base(self.name).ndim == 2
+        is_matrix = self.base.ndim == 2
         return is_matrix and place(self.name).component not in ("embedding", "head")
 
     @property
@@ -133,7 +143,7 @@ class Measurements:
         """uint8, of the tensor's shape; see `Chance`."""
 
         def measure() -> Tensor:
-            base, x = self.tensors.base(self.name), self.tensors.source(self.sources[source], self.name)
+            base, x = self.base, self.source(source)
             return statistics.rank_levels(x, base) if x is not base else no_levels(base)
 
         return self.once(("levels", self.name, self.sources[source]), measure)
@@ -183,7 +193,7 @@ class Measurements:
             n, sizes = self.elements, self.sizes(0)
             if n == 0:
                 return 0.0
-            rows = self.divergences().expand(self.tensors.base(self.name).shape).reshape(-1)
+            rows = self.divergences().expand(self.base.shape).reshape(-1)
 
             def scores(part: slice) -> Tensor:
                 return sizes(part) * rows[part]
@@ -217,8 +227,7 @@ class Measurements:
             return [self.divergences()]
         if isinstance(plan, SparseBlend) and plan.keep == "rank":
             assert plan.chances is not None, "ranks without chances"
-            base = self.tensors.base(self.name)
-            return [self.levels(i) if c.step else no_levels(base) for i, c in enumerate(plan.chances)]
+            return [self.levels(i) if c.step else no_levels(self.base) for i, c in enumerate(plan.chances)]
         return []
 
 

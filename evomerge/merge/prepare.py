@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.files import written_aside
 from evomerge.merge import statistics
 from evomerge.merge.bank import Bank
+from evomerge.merge.derived import threads
 from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.methods import METHODS
 from evomerge.merge.statistics import Magnitudes
@@ -50,14 +51,14 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
             if "magnitudes" in wanted:
                 measured.magnitudes(i)
             if "ranks" in wanted:
-                measured.l1(i)
-                measured.rank_weighted_l1(i)
+                measured.levels(i)
         save(file, found)
         bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
         bank.forget_recent()
         return True
 
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+    count = torch.get_num_threads()
+    with threads(1), ThreadPoolExecutor(count) as pool:  # a tensor for each, so that none waits for another
         return sum(pool.map(one, names))
 
 
