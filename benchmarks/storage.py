@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 
 from evomerge.config.schema import SearchConfig
+from evomerge.search.scores import pack
 from evomerge.search.space import Group, Space
 from evomerge.search.study import SearchStudy, open_study, sqlite_url
 
@@ -53,7 +54,7 @@ def main() -> None:
         study = SearchStudy(
             open_study(sqlite_url(folder / "study.db"), "x", create=True), space_of(arguments.dimensions)
         )
-        record = {"scores": {f"task{k}": [0.123456789] * 60 for k in range(4)}}
+        record = {"items": "0" * 16, "scores": {f"task{k}": {"acc": pack([0.123456789] * 60)} for k in range(4)}}
         proposed, stored, floor = [], [], []
         for number in range(arguments.trials):
             start = time.perf_counter()

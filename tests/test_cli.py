@@ -61,7 +61,7 @@ def test_status_shows_best_trials_rate_and_timing(finished: Path) -> None:
 
 
 def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path: Path) -> None:
-    """The live candidate and the exported files are the same model: the objective agrees to the last digit."""
+    """The live candidate and the exported files are the same model; only the batches differ, by the race's chunks."""
     best = max((t for t in trials_of(finished) if t[1] == "COMPLETE"), key=lambda t: t[3] or 0.0)
     assert run_cli("export", finished, "--out", tmp_path / "m", "--trial", str(best[0])).returncode == 0
     config = yaml.safe_load((finished / "config.yaml").read_text())
@@ -69,7 +69,7 @@ def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path:
     config |= {"sources": [{"name": "same", "path": str(tmp_path / "m")}], "budget": {"trials": 1}}
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
     assert run_cli("search", tmp_path / "again.yaml", "--run", tmp_path / "run").returncode == 0
-    assert trials_of(tmp_path / "run")[0][3] == pytest.approx(best[3], abs=1e-9)
+    assert trials_of(tmp_path / "run")[0][3] == pytest.approx(best[3], abs=1e-5)
 
 
 def test_the_exported_folder_opens_and_its_card_tells_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:

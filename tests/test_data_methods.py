@@ -244,7 +244,7 @@ def test_gram_matrices_that_are_none_are_refused():
 def rows_of(model: Any, tokenizer: Any) -> list[list[Row]]:
     task = open_tasks([TaskConfig(task=str(ROOT / "evals" / "tiny" / "rev.yaml"))])[0]
     engine = Engine(model, tokenizer, 1)
-    return [engine.gold_rows(task, item) for item in items_of(task, task.lm.eval_docs)[:5]]
+    return [engine.requests.gold_rows(task, item) for item in items_of(task, task.lm.eval_docs)[:5]]
 
 
 def silent(done: int) -> None:

@@ -1,6 +1,5 @@
 """Scores: the same numbers as lm-eval's, items dealt once and for all, tasks that run no code of their own."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,45 +9,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval_tasks import metrics, write_task
 from models import VOCABULARY, write_llama
 
 from evomerge.config.schema import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.engine import Engine, Workload, scores_of
+from evomerge.evaluate.engine import Engine, scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.standalone import TaskResult, evaluate_model
 from evomerge.evaluate.tasks import Item, Split, Task, deal, items_of, open_tasks
+from evomerge.evaluate.workload import Workload
 
 PROMPTS = [f"{a}{b}+{b}=" for a in "abcd" for b in "ef123"]  # 20 of them
 TINY = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def write_task(folder: Path, name: str, docs: list[dict[str, Any]], **content: Any) -> Path:
-    """A task file and its test data; `train` and `validation` are documents of these splits."""
-    data = {"test": f"{name}.jsonl"}
-    write_lines(folder / data["test"], docs)
-    for split in ("train", "validation"):
-        if split in content:
-            data[split] = f"{name}.{split}.jsonl"
-            write_lines(folder / data[split], content.pop(split))
-    content = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": data},
-        "test_split": "test",
-        "target_delimiter": "",
-    } | content
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    return folder / f"{name}.yaml"
-
-
-def write_lines(file: Path, docs: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(doc, ensure_ascii=False) + "\n" for doc in docs), encoding="utf-8")
-
-
-def metrics(*names: str) -> list[dict[str, str]]:
-    return [{"metric": name} for name in names]
 
 
 def write_choice(folder: Path, name: str, choices: list[str], **content: Any) -> Path:
@@ -338,7 +312,7 @@ def test_the_objective_alone_gives_what_everything_gives(llama: Any, tokenizer: 
     items = items_of(task, task.lm.eval_docs)
     alone, everything = (engine.prepare(task, items, everything=e) for e in (False, True))
     assert len(alone.gold) == len(everything.gold)
-    assert alone.rows < everything.rows
+    assert len(alone.rows) < len(everything.rows)
     scores = [scores_of(task, "gold_prob", engine.score(work, Clock())) for work in (alone, everything)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
@@ -363,6 +337,98 @@ def test_scores_follow_the_weights_and_may_be_taken_again(tokenizer: Any, llama_
     with torch.no_grad():
         model.lm_head.weight.copy_(head)
     assert score() == before
+
+
+def shots_task(folder: Path) -> Task:
+    """Forty items of multiple choice behind the same two examples."""
+    docs = [{"prompt": f"{a}{b}+{b}=", "choices": ["ab", "c", "defg"], "gold": 0} for a in "abcdefgh" for b in "12345"]
+    ask = {"doc_to_text": "{{prompt}}", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    shots = {"training_split": "train", "fewshot_split": "train", "train": docs[:2], "num_fewshot": 2}
+    first = {"fewshot_config": {"sampler": "first_n"}}
+    return open_task(write_task(folder, "shots", docs, output_type="multiple_choice", **ask, **shots, **first))
+
+
+def test_chunks_share_what_their_candidate_computed_and_score_the_same(
+    llama: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    task = shots_task(tmp_path)
+    items = items_of(task, task.docs)
+    engine = Engine(llama, tokenizer, 256)
+    whole = engine.score(engine.prepare(task, items, everything=True), Clock())
+    trunks: dict[Any, Any] = {}
+    found: dict[str, list[Any]] = {}
+    asked = engine.asked(task, items, everything=True)
+    for work in engine.in_chunks([asked], [[range(7)], [range(7, 25)], [range(25, 40)]]):
+        assert {batch.trunk for batch in work.batches} <= set(work.shared or [])
+        for metric, values in engine.score(work, Clock(), trunks).items():
+            found.setdefault(metric, []).extend(values)
+    assert len(trunks) == 1
+    for metric, values in whole.items():
+        np.testing.assert_allclose(flat(found[metric]), flat(values), rtol=1e-5, atol=1e-5)
+
+
+def test_tasks_that_share_batches_score_as_they_do_alone(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    write_all(tmp_path, llama, tokenizer)
+    tasks = open_tasks(TaskConfig(task=str(file)) for file in sorted(tmp_path.glob("*.yaml")))
+    engine = Engine(llama, tokenizer, 512)
+    alone, asked = [], []
+    for task in tasks:
+        items = items_of(task, task.lm.eval_docs)
+        alone.append(engine.score(engine.prepare(task, items, everything=True), Clock()))
+        asked.append(engine.asked(task, items, everything=True))
+    orders = [np.random.default_rng(n).permutation(len(work.items)) for n, work in enumerate(asked)]
+    chunks = [[order[k::2] for order in orders] for k in range(2)]
+    for chunk, work in zip(chunks, engine.in_chunks(asked, chunks), strict=True):
+        assert [part.task.name for part in work.by_task] == [t.name for t in tasks]
+        for task, order, theirs, ours in zip(tasks, chunk, alone, engine.score_parts(work, Clock()), strict=True):
+            assert ours.keys() == theirs.keys()
+            for metric, values in ours.items():
+                expected = flat([theirs[metric][i] for i in order])
+                np.testing.assert_allclose(
+                    flat(values), expected, rtol=1e-5, atol=1e-5, err_msg=f"{task.name} {metric}"
+                )
+
+
+def test_nothing_of_a_candidate_is_left_for_the_next(tokenizer: Any, llama_folder: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", llama_folder)
+    task = shots_task(tmp_path)
+    items = items_of(task, task.docs)
+    engine = Engine(model, tokenizer, 256)
+    work = engine.prepare(task, items, everything=True)
+    assert any(batch.trunk for batch in work.batches)
+    before = engine.score(work, Clock())["gold_logprob"]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(3)
+    after = engine.score(work, Clock())["gold_logprob"]
+    fresh = Engine(model, tokenizer, 256)
+    assert after == fresh.score(fresh.prepare(task, items, everything=True), Clock())["gold_logprob"]
+    assert after != before
+
+
+def test_out_of_memory_halves_the_budget_for_good(
+    llama_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error itself is CUDA's; here the model raises it where a forward has more than 300 tokens."""
+    model = tiny_model("llama", llama_folder)
+    log: list[str] = []
+    engine = Engine(model, tokenizer, 4096, log.append)
+    task = shots_task(tmp_path)
+    work = engine.prepare(task, items_of(task, task.docs), everything=True)
+    expected = engine.score(work, Clock())["gold_logprob"]
+    forward = model.forward
+
+    def small(inputs: Any, **options: Any) -> Any:
+        if inputs.numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(inputs, **options)
+
+    monkeypatch.setattr(model, "forward", small)
+    assert engine.score(work, Clock())["gold_logprob"] == pytest.approx(expected, abs=1e-5)
+    assert engine.batch_tokens < 4096
+    assert log[-1] == f"note: out of memory; from now on {engine.batch_tokens} tokens a batch"
+    lines = len(log)
+    engine.score(work, Clock())
+    assert len(log) == lines
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -572,6 +638,20 @@ def test_a_task_file_with_a_python_function_is_refused_and_not_run(
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_python_function_is_run_when_the_configuration_says_so(tmp_path: Path, generation_task: Path) -> None:
+    (tmp_path / "code.py").write_text("def first_three(docs):\n    return docs.select(range(3))\n")
+    generation_task.write_text(generation_task.read_text() + "process_docs: !function code.first_three\n")
+    assert "say `allow_task_code: true` beside the task" in refused(generation_task)
+    task = open_task(generation_task, allow_task_code=True)
+    assert len(items_of(task, task.docs)) == 3
+
+
+def test_a_limit_of_the_configuration_takes_the_first_documents(generation_task: Path) -> None:
+    task = open_task(generation_task, limit=4)
+    assert [i.doc["prompt"] for i in items_of(task, task.docs)] == PROMPTS[:4]
+    assert sum(map(len, deal(task, SplitsConfig(search=2, selection=1, holdout=1), 0).values())) == 4
+
+
 def test_a_python_function_in_an_included_file_is_refused_too(tmp_path: Path) -> None:
     (tmp_path / "common.yaml").write_text("process_docs: !function code.run\n")
     (tmp_path / "task.yaml").write_text("task: x\ninclude: common.yaml\n")
@@ -655,8 +735,10 @@ def test_data_files_count_from_the_folder_of_the_task_file(
 def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
     generation_task: Path, key: str, name: str
 ) -> None:
-    message = f"task generation: {key} {name!r} is not one of its metrics: exact_match, gold_logprob, gold_prob"
-    assert refused(generation_task, **{key: name}) == message
+    known = "exact_match, gold_logprob, gold_prob, bits_per_byte"
+    assert (
+        refused(generation_task, **{key: name}) == f"task generation: {key} {name!r} is not one of its metrics: {known}"
+    )
 
 
 def test_the_first_metric_is_the_default_for_both(generation_task: Path) -> None:
@@ -681,7 +763,7 @@ def test_the_number_of_shots_can_be_set_from_outside(llama: Any, tokenizer: Any,
     task = with_train(tmp_path, [100, 101, 102])
     shots = open_task(tmp_path / "numbers.yaml", num_fewshot=2)
     engine = Engine(llama, tokenizer, 256)
-    prompts = [engine.instances(t, items_of(t, t.lm.eval_docs)[0])[0].args[0] for t in (task, shots)]
+    prompts = [engine.requests.instances(t, items_of(t, t.lm.eval_docs)[0])[0].args[0] for t in (task, shots)]
     assert [p.count("=") for p in prompts] == [1, 3]
 
 

@@ -4,7 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from searches import run_cli, trials_of, verdict_of, write_config
+import yaml
+from searches import ROOT, run_cli, trials_of, verdict_of, write_config
 
 # Each prelude kills the process (no handler can catch it) at one exact moment of its work.
 KILL = "import os, signal\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -25,13 +26,13 @@ DURING_AN_EVALUATION = (
     KILL
     + """
 import evomerge.search.scorer as s
-calls, real = [0], s.Engine.score
-def counted(self, work, clock):
+calls, real = [0], s.Engine.score_parts
+def counted(*a):
     calls[0] += 1
-    if calls[0] == 22:
+    if calls[0] == 22:  # among the chunks of a race
         die()
-    return real(self, work, clock)
-s.Engine.score = counted
+    return real(*a)
+s.Engine.score_parts = counted
 """
 )
 BETWEEN_RESULT_AND_END = (
@@ -149,6 +150,25 @@ def test_an_interrupted_search_gives_its_trial_back(undisturbed: Path, tiny_fami
     assert [t[1] for t in trials_of(run)].count("RUNNING") == 1
     assert run_cli("resume", run).returncode == 0
     assert trials_of(run) == trials_of(undisturbed)
+
+
+def test_a_changed_data_file_is_refused_until_it_is_accepted(tiny_family: Path, tmp_path: Path) -> None:
+    task = yaml.safe_load((ROOT / "evals" / "tiny" / "rev.yaml").read_text())
+    (source,) = task["dataset_kwargs"]["data_files"].values()
+    lines = (ROOT / "evals" / "tiny" / source).read_text().splitlines()
+    task["dataset_kwargs"]["data_files"] = dict.fromkeys(task["dataset_kwargs"]["data_files"], "items.jsonl")
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "items.jsonl").write_text("\n".join(lines[:80]) + "\n")
+    run = tmp_path / "run"
+    tasks = [{"task": str(tmp_path / "task.yaml"), "objective": "gold_logprob"}]
+    config = write_config(tmp_path, tiny_family, tasks=tasks, budget={"trials": 4})
+    assert run_cli("search", config, "--run", run).returncode == 0
+    (tmp_path / "items.jsonl").write_text("\n".join(lines[1:90]) + "\n")
+    refused = run_cli("resume", run)
+    assert refused.returncode == 2
+    assert "items are others now" in refused.stderr
+    assert run_cli("resume", run, "--accept-changes", "--trials", "5").returncode == 0
+    assert run_cli("resume", run).returncode == 0
 
 
 def test_a_changed_configuration_is_refused_until_it_is_accepted(tiny_family: Path, tmp_path: Path) -> None:

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from models import write_family
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
-from searches import run_cli, trials_of, write_config
+from pyarrow import parquet
+from searches import run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.file import load_config
 from evomerge.errors import EvomergeError
 from evomerge.search.baselines import baselines
 from evomerge.search.cma import CmaEsSampler, trial_seed
+from evomerge.search.run import open_run
 from evomerge.search.scorer import open_config_models
+from evomerge.search.scores import unpack
 from evomerge.search.space import Space, build_space, spread
-from evomerge.search.study import SearchStudy, open_study, sqlite_url
+from evomerge.search.study import SearchStudy, in_full, open_study, record_of, sqlite_url
 from evomerge.sources.anatomy import Place, place
 from evomerge.sources.open import open_models
 
@@ -258,14 +261,20 @@ def test_a_trial_is_in_the_database_before_its_work_begins(family: Path, tmp_pat
 
 FAILING = """
 import evomerge.search.scorer as s
-calls, real = [0], s.Engine.score
-def sometimes(self, work, clock):
+calls, real = [0], s.Engine.score_parts
+def sometimes(self, *arguments):
     calls[0] += 1
     if CONDITION:
         raise ERROR
-    return real(self, work, clock)
-s.Engine.score = sometimes
+    return real(self, *arguments)
+s.Engine.score_parts = sometimes
 """
+
+
+def study_of(run: Path) -> optuna.Study:
+    opened = open_run(run)
+    config = opened.config()
+    return open_study(opened.storage_url(config), config.name, create=False)
 
 
 def test_a_failing_trial_is_recorded_and_the_search_goes_on(tiny_family: Path, tmp_path: Path) -> None:
@@ -289,10 +298,103 @@ def test_ten_failures_in_a_row_end_the_search_with_an_explanation(tiny_family: P
     assert run_cli("status", run).returncode == 0
 
 
-def test_weights_that_overflow_fail_their_trial(tiny_family: Path, tmp_path: Path) -> None:
+def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_family, space={"weight": [-1e39, 1e39]}, budget={"trials": 8}, name="wild")
-    done = run_cli("search", config, "--run", tmp_path / "run")
+    run = tmp_path / "run"
+    done = run_cli("search", config, "--run", run)
     assert done.returncode == 0, done.stderr
-    failed = [t for t in trials_of(tmp_path / "run") if t[1] == "FAIL"]
-    assert failed
-    assert "not finite" in done.stdout or "is nan" in done.stdout
+    trials = study_of(run).get_trials()
+    broken = [t for t in trials if "broken" in record_of(t)]
+    assert broken
+    assert all(t.state == TrialState.COMPLETE for t in trials)
+    for trial in broken:
+        assert trial.value == min(t.value for t in trials[: trial.number] if t.value is not None)
+        assert trial.user_attrs["record"]["broken"] in done.stdout
+    assert f"{len(broken)} broken" in run_cli("status", run).stdout
+
+
+# --- Racing ---
+
+
+@pytest.fixture(scope="module")
+def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search whose candidates ran against each other."""
+    folder = tmp_path_factory.mktemp("raced")
+    splits = {"search": 100, "selection": 10, "holdout": 40}
+    done = run_cli(
+        "search", write_config(folder, tiny_family, splits=splits, budget={"trials": 24}), "--run", folder / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
+    study = study_of(raced)
+    trials = study.get_trials()
+    stopped = [t for t in trials if "partial" in record_of(t)]
+    assert stopped, "nothing was stopped, so this test says nothing"
+    for trial in stopped:
+        assert 0 < record_of(trial)["partial"] < 1
+        before = [t.value for t in trials[: trial.number] if in_full(t)]
+        assert trial.value is not None
+        assert trial.value < max(v for v in before if v is not None)
+        scores = np.concatenate([unpack(text) for m in record_of(trial)["scores"].values() for text in m.values()])
+        assert np.isfinite(scores).mean() == pytest.approx(record_of(trial)["partial"])
+    assert in_full(study.best_trial)
+    finalists = {f["trial"] for f in verdict_of(raced)["finalists"]}
+    assert finalists.isdisjoint({t.number for t in stopped})
+
+
+def test_a_candidate_that_runs_to_the_end_has_the_mean_of_its_items(raced: Path) -> None:
+    for trial in study_of(raced).get_trials():
+        if in_full(trial):
+            means = [unpack(t).mean() for m in record_of(trial)["scores"].values() for t in m.values()]
+            assert trial.value == pytest.approx(np.mean(means), abs=1e-9)
+
+
+def test_racing_can_be_turned_off(tiny_family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path, tiny_family, racing=False, budget={"trials": 12})
+    assert run_cli("search", config, "--run", run).returncode == 0
+    assert all(map(in_full, study_of(run).get_trials()))
+
+
+def test_every_item_score_is_in_the_table(raced: Path, tmp_path: Path) -> None:
+    out = tmp_path / "items.parquet"
+    done = run_cli("items", raced, "--out", out)
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(out).to_pandas()
+    trials = study_of(raced).get_trials()
+    counted = table[table.trial.notna()].groupby("trial").size()
+    for trial in trials:
+        assert counted[trial.number] == round(200 * record_of(trial).get("partial", 1.0))
+    assert set(table[table.recipe.notna()].split) == {"search", "selection", "holdout"}
+    best = study_of(raced).best_trial
+    own = table[table.trial == best.number].groupby("task").score.mean()
+    assert own.mean() == pytest.approx(best.value, abs=1e-6)
+    again = run_cli("items", raced, "--out", out)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    wrong = run_cli("items", raced, "--out", tmp_path / "items.xlsx")
+    assert (wrong.returncode, ".parquet or .csv" in wrong.stderr) == (2, True)
+
+
+def test_a_task_that_is_added_to_a_finished_run_is_all_that_its_finalists_are_scored_on(
+    tiny_family: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path, tiny_family, budget={"trials": 8})
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(content | {"tasks": content["tasks"][:1]}))
+    assert run_cli("search", config, "--run", run).returncode == 0
+    before = verdict_of(run)
+    config.write_text(yaml.safe_dump(content))
+    log = (run / "log.txt").read_text()
+    done = run_cli("resume", run, "--accept-changes")
+    assert done.returncode == 0, done.stderr
+    new = (run / "log.txt").read_text().removeprefix(log)
+    assert "on 10 items of selection" in new  # those of the new task; both tasks have 20
+    assert "on 40 items of holdout" in new
+    assert "on 20 items of selection" not in new
+    assert "on 80 items of holdout" not in new
+    assert verdict_of(run)["finalists"] != before["finalists"]
+    assert set(verdict_of(run)["tasks"]) == {"tiny_rev", "tiny_add"}

@@ -133,7 +133,7 @@ def test_the_greedy_soup_is_the_last_baseline_before_the_sampler_begins(finished
 
 def test_every_soup_is_scored_once(finished: Path) -> None:
     log = (finished / "log.txt").read_text()
-    scored = [line.split(" ", 1)[1] for line in log.splitlines() if line.endswith("on search")]
+    scored = [line.split(" ", 1)[1] for line in log.splitlines() if line.endswith("items of search")]
     assert len(scored) == len(set(scored)) == 1 + 3  # dare_ties, two sources, those two with each of the others
 
 
@@ -153,7 +153,7 @@ def test_a_soup_that_is_a_baseline_already_is_not_scored_or_judged_again(family:
     verdict = verdict_of(run)
     assert verdict["greedy_soup"].endswith(": the same model as the baseline uniform.")
     assert GREEDY not in {c["name"] for c in verdict["comparisons"]}
-    assert (run / "log.txt").read_text().count("on search") == 1  # dare_ties, which is no point of the space
+    assert (run / "log.txt").read_text().count("items of search") == 1  # dare_ties, which is no point of the space
 
 
 def test_a_soup_outside_the_bounds_is_judged_but_is_no_trial(family: Path, tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_a_budget_that_ends_among_the_baselines_does_not_spare_the_winner_the_so
 BREAKING_THE_FIRST_SOUP = """
 import evomerge.search.scorer as s
 from evomerge.merge.materialise import NotFinite
-calls, real = [0], s.Scorer.evaluate
+calls, real = [0], s.Scorer.materialise
 def sometimes(self, *a, **k):
     calls[0] += 1
     if calls[0] == 9:
         raise NotFinite("a soup that is no model")
     return real(self, *a, **k)
-s.Scorer.evaluate = sometimes
+s.Scorer.materialise = sometimes
 """
 
 
@@ -199,13 +199,13 @@ def test_a_soup_that_is_not_finite_is_passed_over(family: Path, tmp_path: Path) 
 DYING_AT_EVALUATION = """
 import os, signal
 import evomerge.search.scorer as s
-calls, real = [0], s.Scorer.evaluate
+calls, real = [0], s.Scorer.materialise
 def counted(self, *a, **k):
     calls[0] += 1
     if calls[0] == NUMBER:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *a, **k)
-s.Scorer.evaluate = counted
+s.Scorer.materialise = counted
 """
 
 
@@ -222,5 +222,5 @@ def test_a_search_killed_before_every_soup_resumes_to_the_same_trials_and_winner
     assert run_cli("resume", run).returncode == 0
     assert trials_of(run) == trials_of(finished)
     assert verdict_of(run) == verdict_of(finished)
-    begun = [(folder / "log.txt").read_text().count("on search") for folder in (finished, run)]
+    begun = [(folder / "log.txt").read_text().count("items of search") for folder in (finished, run)]
     assert begun == [4, 4 + 3]  # each soup was begun twice and finished once

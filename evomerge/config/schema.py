@@ -11,7 +11,8 @@ from evomerge.merge.recipe import Dtype
 from evomerge.sources.anatomy import Component
 
 Granularity = Literal["model", "depth", "group", "layer"]
-SMOOTH_METRICS = ("gold_logprob", "gold_prob")
+GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone
+CHOICE_METRICS = ("margin", "brier")  # they need every choice's
 
 
 class Strict(BaseModel):
@@ -93,9 +94,13 @@ class TaskConfig(Strict):
     """One lm-eval task.
 
     task: a YAML file or the name of one of lm-eval's own.  weight: its share in the score.  objective: the metric
-    that the search climbs (default: `metric`); any per-item metric of the task, or the gold answer's
-    log-probability `gold_logprob` or probability `gold_prob`.  metric: what the verdict is about (default: the
-    task's first).  gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
+    that the search climbs (default: `metric`); any per-item metric of the task, or a smooth one: of the gold answer
+    its log-probability `gold_logprob`, its probability `gold_prob`, its `bits_per_byte`; of multiple choice the
+    `margin` between the gold choice and the best other, and the `brier` score.  metric: what the verdict is about
+    (default: the task's first).  gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
+
+    num_fewshot, apply_chat_template, fewshot_as_multiturn (with a chat template, examples as turns of their own),
+    limit (the first so many documents): as in lm-eval.  allow_task_code: whether the task's file may run Python.
     """
 
     task: str
@@ -104,6 +109,10 @@ class TaskConfig(Strict):
     metric: str | None = None
     gold: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    limit: int | None = Field(default=None, ge=1)
+    allow_task_code: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -175,6 +184,21 @@ class BudgetConfig(Strict):
         return self
 
 
+class RacingConfig(Strict):
+    """Candidates that are surely worse than the best so far are stopped before all items are scored.
+
+    alpha: the chance that a candidate just as good is stopped.  informative: items that tell models apart come early.
+    """
+
+    alpha: float = Field(default=0.02, gt=0, lt=1)
+    informative: bool = True
+
+
+def racing_or_not(value: object) -> object:
+    """`true` stands for the defaults."""
+    return RacingConfig() if value is True else value
+
+
 class SearchConfig(Strict):
     """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
 
@@ -193,8 +217,9 @@ class SearchConfig(Strict):
     start_from: str | None = None
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
+    racing: Annotated[RacingConfig | Literal[False], BeforeValidator(racing_or_not)] = RacingConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(default=4096, ge=64)
+    batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = 4096
     storage: str | None = None

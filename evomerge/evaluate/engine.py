@@ -1,60 +1,61 @@
 """Score the live model on prepared items: the model runs forwards, everything else was done before."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from evomerge.config.schema import SMOOTH_METRICS
+import torch
+
+from evomerge.config.schema import GOLD_METRICS
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.abilities import probe
+from evomerge.evaluate.budget import LEAST, token_budget
+from evomerge.evaluate.cache import KeysValues
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.generation import GenerationBatch, Prompt, Stops, generate, plan_generation
-from evomerge.evaluate.loglikelihood import Batch, Row, plan_batches, score_batches
-from evomerge.evaluate.metrics import ItemMetrics, gold_choice, gold_metrics, item_score, lm_eval_metrics
+from evomerge.evaluate.generation import Stops, generate, plan_generation
+from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
+from evomerge.evaluate.metrics import (
+    ItemMetrics,
+    choice_metrics,
+    gold_choice,
+    gold_metrics,
+    item_score,
+    lm_eval_metrics,
+)
+from evomerge.evaluate.prefix import ALONE, Leaf, Tokens, choose_trunks
+from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
+from evomerge.evaluate.workload import Workload, together
 
-
-@dataclass
-class Workload:
-    """A task's items, ready to be scored any number of times.
-
-    metrics: whether lm-eval's metrics are computed, or only the gold answer's log-probability.
-    instances: per item, lm-eval's requests.  spans: per item, the range of its rows among all rows.
-    gold: per item, the row of its gold answer, -1 if there is none.
-    """
-
-    task: Task
-    items: list[Item]
-    metrics: bool
-    instances: list[list[Any]] = field(default_factory=list)
-    spans: list[list[range]] = field(default_factory=list)
-    gold: list[int] = field(default_factory=list)
-    rows: int = 0
-    batches: list[Batch] = field(default_factory=list)
-    prompts: int = 0
-    generations: list[GenerationBatch] = field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        """How many batches an evaluation of this workload runs."""
-        return len(self.batches) + len(self.generations)
+Trunks = dict[Tokens, KeysValues]
+"""What a candidate has computed of shared prefixes: to be thrown away with the candidate."""
 
 
 class Engine:
     """Scores one live model.  Tokenisation follows lm-eval's HFLM, whose methods are used for it.
 
-    model: a causal language model of transformers.  batch_tokens: padded tokens per forward.
+    model: a causal language model of transformers.  batch_tokens: padded tokens per forward (`auto` asks
+    the device), halved for good when the memory does not hold them.  log: gets a line for all that the model cannot do.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_tokens: int | Literal["auto"],
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         from lm_eval.models.huggingface import HFLM
 
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
+        self.log = log
         self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+        self.requests = Requests(self.lm)
         end = {self.lm.eot_token_id, *as_list(getattr(model.generation_config, "eos_token_id", None))}
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.stops = Stops(tokenizer, vocabulary, {int(t) for t in end if t is not None})
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
+        self.batch_tokens = token_budget(batch_tokens, model, self.vocabulary)
+        self.abilities = probe(model, self.vocabulary, log)
 
     def prepare(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
         """Build prompts, token ids and batches of a task's items.
@@ -62,147 +63,138 @@ class Engine:
         everything: all of the task's metrics and the gold answer's log-probability; else only the objective.
         EvomergeError if an item has an empty answer or does not fit the model.
         """
-        only_gold = not everything and task.objective in SMOOTH_METRICS
+        work = self.asked(task, items, everything)
+        self.plan(work)
+        return work
+
+    def in_chunks(self, asked: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
+        """Tasks whose items are scored chunk by chunk, all tasks of a chunk in the same batches.
+
+        chunks: for each of them and each task, the places of its items.  What all chunks begin with is found over all
+        of them, so that a candidate which carries its `Trunks` from chunk to chunk computes it once.
+        """
+        works = [
+            together([work.pick(where) for work, where in zip(asked, chunk, strict=True) if len(where)])
+            for chunk in chunks
+        ]
+        if self.abilities.trunks:
+            rows = [row.leaf for work in asked for row in work.rows]
+            prompts = [Leaf(p.context, len(p.context) - 1) for work in asked for p in work.prompts]
+            shared = [*choose_trunks(rows), *choose_trunks(prompts, ALONE)]
+            for work in works:
+                work.shared = shared
+        for work in works:
+            self.plan(work)
+        return works
+
+    def asked(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
+        """What the model is asked for these items, tokenised, without batches."""
+        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples in turn: start anew, or each call differs
+        only_gold = not everything and task.objective in GOLD_METRICS and task.kind != "loglikelihood_rolling"
         work = Workload(task, list(items), metrics=not only_gold)
-        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples in turn: start anew, or each prepare differs
-        rows: list[Row] = []
-        prompts: list[Prompt] = []
         for item in work.items:
-            instances = self.instances(task, item)
+            instances = self.requests.instances(task, item)
             spans: list[range] = []
-            gold = -1
+            gold, answer = -1, ""
+            first_row, first_prompt = len(work.rows), len(work.prompts)
             for instance in [] if only_gold and task.kind == "generate_until" else instances:
                 if instance.request_type == "generate_until":
-                    prompts.append(self.prompt(task, *instance.args))
+                    work.prompts.append(self.requests.prompt(task, *instance.args))
                     continue
                 if only_gold and task.kind == "multiple_choice" and instance.idx != gold_choice(task, item.doc):
                     continue
-                new = self.rows(task, instance)
-                spans.append(range(len(rows), len(rows) + len(new)))
-                rows += new
+                new = self.requests.rows(task, instance)
+                spans.append(range(len(work.rows), len(work.rows) + len(new)))
+                work.rows += new
             if task.kind == "generate_until" and (everything or only_gold):
-                gold = len(rows)
-                rows.append(self.gold_row(task, item, instances[0].args[0]))
+                gold = len(work.rows)
+                context, answer = self.requests.gold_pair(task, item, instances[0].args[0])
+                work.rows.append(self.requests.row(task, context, answer))
             elif task.kind == "multiple_choice":
-                gold = spans[0 if only_gold else gold_choice(task, item.doc)].start
+                choice = gold_choice(task, item.doc)
+                gold, answer = spans[0 if only_gold else choice].start, instances[choice].args[1]
             elif task.kind == "loglikelihood":
-                gold = spans[0].start
+                gold, answer = spans[0].start, instances[0].args[1]
             work.instances.append(instances)
             work.spans.append(spans)
             work.gold.append(gold)
-        device = self.model.device
-        work.rows, work.prompts = len(rows), len(prompts)
-        work.batches = plan_batches(rows, self.batch_tokens, device) if rows else []
-        pad = self.tokenizer.pad_token_id or 0
-        work.generations = plan_generation(prompts, self.batch_tokens, pad, device) if prompts else []
+            work.gold_bytes.append(len(answer.encode("utf-8")))
+            work.own_rows.append(range(first_row, len(work.rows)))
+            work.own_prompts.append(range(first_prompt, len(work.prompts)))
         return work
 
-    def instances(self, task: Task, item: Item) -> list[Any]:
-        """lm-eval's requests for one item."""
-        shots = task.lm.config.num_fewshot or 0
-        context = task.lm.fewshot_context(item.doc, num_fewshot=shots, gen_prefix=task.lm.doc_to_prefix(item.doc))
-        built = task.lm.construct_requests(doc=item.doc, ctx=context, metadata=(task.name, 0, 1))
-        return list(built) if isinstance(built, list) else [built]
-
-    def rows(self, task: Task, instance: Any) -> list[Row]:
-        """The rows of one log-likelihood request; a rolling one is cut into windows of the model's length."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        if instance.request_type == "loglikelihood":
-            return [self.row(task, *instance.args[:2])]
-        windows = get_rolling_token_windows(
-            token_list=self.lm.tok_encode(instance.args[0]),
-            prefix_token=self.lm.prefix_token_id,
-            max_seq_len=self.lm.max_length,
-            context_len=1,
-        )
-        return [self.cut(task, *make_disjoint_window(w)) for w in windows]
-
-    def row(self, task: Task, context: str, continuation: str) -> Row:
-        """Tokens of context and continuation, split between them as lm-eval splits."""
-        if context == "":
-            tokens = self.lm.tok_encode(continuation, add_special_tokens=False)
-            prefix = self.lm.prefix_token_id
-            if tokens and tokens[0] == prefix:
-                return self.cut(task, tokens[:1], tokens[1:])
-            return self.cut(task, [prefix], tokens)
-        return self.cut(task, *self.lm._encode_pair(context, continuation))
-
-    def cut(self, task: Task, context: list[int], continuation: list[int]) -> Row:
-        """A row no longer than the model takes; what is too much goes from the left."""
-        if not continuation:
-            raise EvomergeError(f"task {task.name}: an item has an empty answer, which has no log-likelihood")
-        if len(continuation) > self.lm.max_length:
-            raise EvomergeError(
-                f"task {task.name}: an answer of {len(continuation)} tokens is longer than the model's "
-                f"{self.lm.max_length}"
+    def plan(self, work: Workload) -> None:
+        """Make the batches of a workload for the present budget."""
+        work.budget = self.batch_tokens
+        longest = max([len(r.tokens) for r in work.rows] + [len(p.context) + p.limit for p in work.prompts])
+        work.packs = self.abilities.packs and self.abilities.reaches(longest)
+        if work.packs != self.abilities.packs:
+            self.log(
+                f"note: task {work.task.name} has rows of {longest} tokens, the model attends to "
+                f"{self.abilities.window}; one row a sequence"
             )
-        return Row(tuple((context + continuation)[-(self.lm.max_length + 1) :]), len(continuation))
+        shared = work.shared if self.abilities.trunks else []
+        plan = Plan(work.budget, self.model.device, self.vocabulary, work.packs, shared)
+        work.batches = plan_batches(work.rows, plan)
+        work.generations = plan_generation(work.prompts, self.tokenizer.pad_token_id or 0, plan)
 
-    def gold_rows(self, task: Task, item: Item) -> list[Row]:
-        """The rows whose log-likelihoods add up to that of an item's gold answer."""
-        instances = self.instances(task, item)
-        if task.kind == "generate_until":
-            return [self.gold_row(task, item, instances[0].args[0])]
-        if task.kind == "multiple_choice":
-            gold = gold_choice(task, item.doc)
-            instances = [i for i in instances if i.idx == gold]
-        return [row for instance in instances for row in self.rows(task, instance)]
+    def score(self, work: Workload, clock: Clock, trunks: Trunks | None = None) -> ItemMetrics:
+        """Every metric of one task's workload for the model's present weights, one raw value per item.
 
-    def gold_row(self, task: Task, item: Item, context: str) -> Row:
-        """The gold answer of a generation item as a continuation of its prompt.
-
-        A `gold` template that starts with white space stands as it is; else the task's delimiter comes first.
+        Trunks and errors: see `score_parts`.
         """
-        from lm_eval.utils import apply_template
-
-        if task.gold is not None:
-            answer = apply_template(task.gold, item.doc)
-        else:
-            answer = task.lm.doc_to_target(item.doc)
-            if task.lm.config.doc_to_choice is not None:
-                answer = task.lm.doc_to_choice(item.doc)[answer]
-            answer = str(answer[0] if isinstance(answer, list) else answer)
-        delimiter = "" if task.gold is not None and answer[:1].isspace() else task.lm.config.target_delimiter
-        return self.row(task, context, delimiter + answer)
-
-    def prompt(self, task: Task, context: str, options: dict[str, Any]) -> Prompt:
-        """A generation request with lm-eval's stops and limits.  EvomergeError if it asks for sampling."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
-        options = normalize_gen_kwargs(options, self.lm.max_gen_toks)
-        if options.get("do_sample") and options.get("temperature", 0) > 0:
-            raise EvomergeError(f"task {task.name}: asks for sampling; only greedy generation gives scores to rely on")
-        end = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
-        limit = int(options["max_gen_toks"])
-        room = self.lm.max_length - limit
-        if room <= 0:
-            raise EvomergeError(
-                f"task {task.name}: max_gen_toks {limit} leaves no room in the model's {self.lm.max_length} tokens"
-            )
-        tokens = self.lm.tok_encode(context)[-room:]
-        return Prompt(tuple(tokens), tuple(handle_stop_sequences(options.get("until"), eos=end)), limit)
-
-    def score(self, work: Workload, clock: Clock) -> ItemMetrics:
-        """Every metric of a workload for the model's present weights, one raw value per item.
-
-        NotFiniteScore if a log-likelihood is NaN or infinite.
-        """
-        lls = score_batches(self.model, work.batches, work.rows, clock) if work.rows else []
-        answers = generate(self.model, work.generations, work.prompts, self.stops, clock) if work.prompts else []
-        with clock.time("score"):
-            found: ItemMetrics = {}
-            if work.metrics:
-                texts = iter([self.text(tokens, work.generations) for tokens in answers])
-                for spans, instances in zip(work.spans, work.instances, strict=True):
-                    for k, instance in enumerate(instances):
-                        instance.resps = [self.response(instance, spans, k, lls, texts)]
-                found = lm_eval_metrics(work.task, work.items, work.instances)
-            if all(g >= 0 for g in work.gold):
-                found |= gold_metrics([lls[g][0] for g in work.gold])
+        (found,) = self.score_parts(work, clock, trunks)
         return found
 
-    def response(self, instance: Any, spans: list[range], k: int, lls: list[tuple[float, bool]], texts: Any) -> Any:
+    def score_parts(self, work: Workload, clock: Clock, trunks: Trunks | None = None) -> list[ItemMetrics]:
+        """`score` for each part of a workload of several tasks.
+
+        trunks: what this very candidate has computed of shared prefixes in other chunks; added to.
+        NotFiniteScore if a log-likelihood is NaN or infinite.  Out of memory, the budget is halved for good and the
+        workload begun anew.
+        """
+        while True:
+            if work.budget != self.batch_tokens:
+                self.plan(work)
+            try:
+                return self.score_planned(work, clock, trunks)
+            except torch.OutOfMemoryError:
+                if self.batch_tokens <= LEAST:
+                    raise
+            self.batch_tokens = max(LEAST, self.batch_tokens // 2)
+            self.log(f"note: out of memory; from now on {self.batch_tokens} tokens a batch")
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def score_planned(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[ItemMetrics]:
+        lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks) if work.rows else []
+        answers = self.answers(work, clock, trunks) if work.prompts else []
+        found, row, prompt = [], 0, 0
+        with clock.time("score"):
+            for part in work.by_task:
+                last_row, last_prompt = row + len(part.rows), prompt + len(part.prompts)
+                found.append(self.metrics(part, lls[row:last_row], answers[prompt:last_prompt]))
+                row, prompt = last_row, last_prompt
+        return found
+
+    def metrics(self, work: Workload, lls: Sequence[tuple[float, bool]], answers: Sequence[str]) -> ItemMetrics:
+        """The metrics of one task from the answers to its requests."""
+        found: ItemMetrics = {}
+        if work.metrics:
+            texts = iter(answers)
+            for spans, instances in zip(work.spans, work.instances, strict=True):
+                for k, instance in enumerate(instances):
+                    instance.resps = [self.response(instance, spans, k, lls, texts)]
+            found = lm_eval_metrics(work.task, work.items, work.instances)
+            if work.task.kind == "multiple_choice":
+                choices = [[lls[span.start][0] for span in spans] for spans in work.spans]
+                gold = [spans.index(range(g, g + 1)) for spans, g in zip(work.spans, work.gold, strict=True)]
+                found |= choice_metrics(choices, gold)
+        if all(g >= 0 for g in work.gold):
+            found |= gold_metrics([lls[g][0] for g in work.gold], work.gold_bytes)
+        return found
+
+    def response(self, instance: Any, spans: list[range], k: int, lls: Sequence[tuple[float, bool]], texts: Any) -> Any:
         """What lm-eval's model would have answered to one request."""
         if instance.request_type == "generate_until":
             return next(texts)
@@ -210,14 +202,26 @@ class Engine:
             return sum(lls[r][0] for r in spans[k])
         return lls[spans[k].start]
 
-    def text(self, tokens: list[int], batches: list[GenerationBatch]) -> str:
+    def answers(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
+        """The generated text of every prompt."""
+        if self.abilities.steps:
+            count = len(work.prompts)
+            tokens = generate(self.model, work.generations, count, self.stops, clock, work.packs, trunks)
+            with clock.time("score"):
+                return [self.text(t, p.until) for t, p in zip(tokens, work.prompts, strict=True)]
+        clock.check()
+        with clock.time("forward"):
+            asked = [i for group in work.instances for i in group if i.request_type == "generate_until"]
+            return list(self.lm.generate_until(asked, disable_tqdm=True))
+
+    def text(self, tokens: list[int], until: Sequence[str]) -> str:
         """Generated tokens as text, cut at the first stop string."""
         from lm_eval.models.utils import postprocess_generated_text
 
         if tokens and tokens[-1] in self.stops.end_tokens:
             tokens = tokens[:-1]
         text: str = self.lm.tok_decode(tokens)
-        return str(postprocess_generated_text(text, list(batches[0].until), None))
+        return str(postprocess_generated_text(text, list(until), None))
 
 
 def as_list(value: Any) -> list[Any]:

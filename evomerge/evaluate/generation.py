@@ -5,134 +5,251 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from evomerge.evaluate.cache import KeysValues, empty_cache, roomy_cache
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.loglikelihood import Plan, head_only_at, run_trunk
+from evomerge.evaluate.prefix import ALONE, Leaf, Tokens, by_trunk, choose_trunks
+
+LEAVE = 0.8  # rows go on without those that are done once they are this part of them: leaving copies the others
+NEAR, FILLED = 0.85, 512  # a forward over prompts takes those of near length, once it has this many tokens
+SHORT = 32  # a trunk parts the rows that decode together: a shorter one saves less than that costs
+CACHED = 4  # cached tokens for each token of the budget: keys and values are little beside what a forward holds
 
 
 @dataclass(frozen=True)
 class Prompt:
     """context: token ids.  until: stop strings (the end-of-text token's among them).  limit: new tokens at most."""
 
-    context: tuple[int, ...]
+    context: Tokens
     until: tuple[str, ...]
     limit: int
 
 
 @dataclass
 class GenerationBatch:
-    """inputs, mask: (B, T) left-padded ids and 1 where a token is real.  owner: which prompts these are."""
+    """Prompts that are generated from together.
 
-    inputs: torch.Tensor
-    mask: torch.Tensor
+    inputs, mask: (B, T) left-padded ids behind the trunk, and 1 where a token is real.  parts: the rows of each
+    forward over prompts, and the column where the longest of them begins.  owner: which prompts these are.
+    """
+
+    inputs: Tensor
+    mask: Tensor
+    trunk: Tokens
+    parts: list[tuple[slice, int]]
     owner: list[int]
     until: tuple[str, ...]
     limit: int
 
 
-def plan_generation(prompts: Sequence[Prompt], budget: int, pad: int, device: torch.device) -> list[GenerationBatch]:
-    """Batches of prompts with the same stops and limit, of near lengths, at most `budget` tokens when full."""
+def plan_generation(prompts: Sequence[Prompt], pad: int, plan: Plan) -> list[GenerationBatch]:
+    """Batches of prompts with the same stops, limit and trunk, the longest first, each forward within the budget."""
     batches = []
     groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault((prompt.until, prompt.limit), []).append(number)
-    for (until, limit), members in groups.items():
-        members.sort(key=lambda n: (-len(prompts[n].context), prompts[n].context))
-        while members:
-            width = len(prompts[members[0]].context)
-            owner = members[: max(1, budget // (width + limit))]
-            del members[: len(owner)]
-            inputs = torch.full((len(owner), width), pad, dtype=torch.long)
-            mask = torch.zeros(len(owner), width, dtype=torch.long)
-            for b, number in enumerate(owner):
-                context = prompts[number].context
-                inputs[b, width - len(context) :] = torch.tensor(context)
-                mask[b, width - len(context) :] = 1
-            batches.append(GenerationBatch(inputs.to(device), mask.to(device), owner, until, limit))
+    for (until, limit), numbers in groups.items():
+        owners: dict[Tokens, list[int]] = {}
+        for number in numbers:
+            owners.setdefault(prompts[number].context, []).append(number)
+        leaves = [Leaf(context, len(context) - 1) for context in owners]
+        trunks: Sequence[Tokens] = ()
+        if plan.packs:
+            trunks = choose_trunks(leaves, ALONE) if plan.trunks is None else plan.trunks
+            trunks = [t for t in trunks if len(t) >= SHORT]
+        for trunk, contexts in by_trunk(leaves, trunks).items():
+            members = [n for c in sorted(contexts, key=lambda c: (-len(c), c)) for n in owners[c]]
+            while members:
+                width = len(prompts[members[0]].context) - len(trunk)
+                budget = plan.budget * CACHED if plan.packs else plan.budget
+                owner = members[: max(1, budget // (width + limit))]
+                del members[: len(owner)]
+                rests = [prompts[number].context[len(trunk) :] for number in owner]
+                batches.append(make_batch(rests, trunk, owner, until, limit, pad, plan))
     return batches
+
+
+def make_batch(
+    rests: list[Tokens], trunk: Tokens, owner: list[int], until: tuple[str, ...], limit: int, pad: int, plan: Plan
+) -> GenerationBatch:
+    """rests: what comes after the trunk, the longest first."""
+    rows, width = len(rests), len(rests[0])
+    inputs = torch.full((rows, width), pad, dtype=torch.long)
+    mask = torch.zeros(rows, width, dtype=torch.long)
+    for b, rest in enumerate(rests):
+        inputs[b, width - len(rest) :] = torch.tensor(rest)
+        mask[b, width - len(rest) :] = 1
+    parts = []
+    start = 0
+    while start < rows:
+        longest = len(rests[start])
+        end = min(rows, start + max(1, plan.budget // longest)) if plan.packs else rows
+        near = sum(len(rest) >= NEAR * longest for rest in rests[start:end])  # they come in order of length
+        if plan.packs and near * longest >= FILLED:
+            end = start + near
+        parts.append((slice(start, end), width - longest))
+        start = end
+    return GenerationBatch(inputs.to(plan.device), mask.to(plan.device), trunk, parts, owner, until, limit)
 
 
 class Stops:
     """Tells when a row is finished: its text holds a stop string.
 
     Decoding every row at every step would cost more than a small model's forward, so a table built once tells
-    which tokens can end a stop string; only rows that produced such a token are decoded.
+    which tokens can end a stop string; only rows that produced such a token are decoded, and of them the end.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: set[int]) -> None:
         self.tokenizer = tokenizer
         self.texts = [tokenizer.decode([i]) for i in range(vocabulary)]
         self.end_tokens = end_tokens
-        self.tables: dict[tuple[str, ...], torch.Tensor] = {}
+        self.tables: dict[tuple[str, ...], list[bool]] = {}
 
-    def table(self, until: tuple[str, ...]) -> torch.Tensor:
-        """(V,) bool: whether a token's text holds the last character of a stop string, or part of a character."""
+    def table(self, until: tuple[str, ...]) -> list[bool]:
+        """Token id -> whether its text holds a stop string's last character, or part of a character."""
         if until not in self.tables:
             last = {stop[-1] for stop in until if stop} | {"�"}
-            self.tables[until] = torch.tensor(
-                [i in self.end_tokens or any(c in text for c in last) for i, text in enumerate(self.texts)]
-            )
+            self.tables[until] = [
+                i in self.end_tokens or any(c in text for c in last) for i, text in enumerate(self.texts)
+            ]
         return self.tables[until]
 
     def finished(self, tokens: list[int], until: tuple[str, ...]) -> bool:
+        """Whether a stop string ends in the last token.  A token has a character at the least, or part of one."""
         if tokens[-1] in self.end_tokens:
             return True
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        reach = max(len(stop.encode("utf-8")) for stop in until) + 2  # the first token's space may be lost
+        text = self.tokenizer.decode(tokens[-reach:], skip_special_tokens=False)
         return any(stop in text for stop in until if stop)
 
 
 @torch.inference_mode()
 def generate(
-    model: Any, batches: Sequence[GenerationBatch], requests: int, stops: Stops, clock: Clock
+    model: Any,
+    batches: Sequence[GenerationBatch],
+    requests: int,
+    stops: Stops,
+    clock: Clock,
+    packs: bool,
+    trunks: dict[Tokens, KeysValues] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every prompt, up to and with the token that completed a stop."""
+    """The new tokens of every prompt, up to and with the token that completed a stop.
+
+    packs: whether the model takes masks of four dimensions; others get masks of two and the plainest cache.
+    trunks: the keys and values of what this very candidate computed before; added to.
+    """
     answers: list[list[int]] = [[] for _ in range(requests)]
+    trunks = {} if trunks is None else trunks
     for batch in batches:
-        for number, tokens in zip(batch.owner, generate_batch(model, batch, stops, clock), strict=True):
+        if batch.trunk and batch.trunk not in trunks:
+            with clock.time("forward"):
+                trunks[batch.trunk] = run_trunk(model, batch.trunk)
+        run = Run(model, batch, packs, trunks.get(batch.trunk))
+        for number, tokens in zip(batch.owner, generate_batch(run, batch, stops, clock), strict=True):
             answers[number] = tokens
         clock.step()
     return answers
 
 
-def generate_batch(model: Any, batch: GenerationBatch, stops: Stops, clock: Clock) -> list[list[int]]:
-    from transformers import DynamicCache
+class Run:
+    """The model's side of one batch: keys and values, masks and positions of the rows that still run."""
 
-    table = stops.table(batch.until).to(model.device)
+    def __init__(self, model: Any, batch: GenerationBatch, packs: bool, trunk: KeysValues | None) -> None:
+        self.model = model
+        self.packs = packs
+        self.batch = batch
+        depth = len(batch.trunk)
+        self.seen = depth + batch.inputs.shape[1]  # tokens of every row, padding among them
+        self.positions = depth + (batch.mask.cumsum(1) - 1).clamp_(min=0)  # (B, T), then (B, 1)
+        self.real = torch.nn.functional.pad(batch.mask, (depth, batch.limit), value=1).bool()  # (B, capacity)
+        self.low = torch.finfo(model.dtype).min
+        self.newest = batch.inputs[:, -1:]  # (B, 1)
+        if packs:
+            layers = model.config.get_text_config().num_hidden_layers
+            self.cache = roomy_cache(layers, len(self.real), self.real.shape[1], trunk)
+            self.hidden = torch.zeros_like(self.real, dtype=model.dtype).masked_fill_(~self.real, self.low)
+        else:
+            self.cache = empty_cache()
+
+    def first(self) -> Tensor:
+        """(B,) the likeliest token after every prompt."""
+        found = []
+        depth = len(self.batch.trunk)
+        for part, skipped in self.batch.parts:
+            inputs, positions = self.batch.inputs[part, skipped:], self.positions[part, skipped:]
+            if self.packs:
+                place = torch.arange(self.seen, device=inputs.device)
+                own = place[depth + skipped :, None]  # (W, 1)
+                mask = self.hidden[part, None, None, : self.seen].masked_fill(place > own, self.low)
+                mask.masked_fill_(place == own, 0)  # padding sees itself, or its softmax were over nothing
+                self.write(part, depth + skipped)
+            else:
+                mask = self.real[:, : self.seen].long()
+            found.append(self.likeliest(inputs, positions, mask))
+        return self.advance(torch.cat(found))
+
+    def next(self) -> Tensor:
+        """(B,) the likeliest token after every row's newest, which is taken in."""
+        if self.packs:
+            mask = self.hidden[:, None, None, : self.seen + 1]
+            self.write(slice(None), self.seen)
+        else:
+            mask = self.real[:, : self.seen + 1].long()
+        best = self.likeliest(self.newest, self.positions, mask)
+        self.seen += 1
+        return self.advance(best)
+
+    def advance(self, best: Tensor) -> Tensor:
+        self.newest, self.positions = best[:, None], self.positions[:, -1:] + 1
+        return best
+
+    def write(self, part: slice, column: int) -> None:
+        """Say where the next keys and values go."""
+        for layer in self.cache.layers:
+            layer.part, layer.column = part, column
+
+    def likeliest(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        rows, width = inputs.shape
+        last = torch.arange(1, rows + 1, device=inputs.device) * width - 1
+        with head_only_at(self.model, last):
+            logits: Tensor = self.model(
+                inputs, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            ).logits
+        reached = logits.shape[:2] == (1, rows)  # and not (rows, width): the head was computed at the last places alone
+        return (logits[0] if reached else logits[:, -1]).argmax(1)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Go on with some of the rows alone."""
+        keep = torch.tensor(rows, device=self.newest.device)
+        for layer in self.cache.layers:
+            layer.keep_rows(keep) if self.packs else layer.batch_select_indices(keep)
+        self.newest, self.positions, self.real = self.newest[keep], self.positions[keep], self.real[keep]
+        if self.packs:
+            self.hidden = self.hidden[keep]
+
+
+def generate_batch(run: Run, batch: GenerationBatch, stops: Stops, clock: Clock) -> list[list[int]]:
+    table = stops.table(batch.until)
     answers: list[list[int]] = [[] for _ in batch.owner]
     running = list(range(len(batch.owner)))  # rows of this batch that are still in the model's batch
     done: set[int] = set()
-    mask = batch.mask  # (B, T so far)
-    inputs = batch.inputs  # (B, T), then (B, 1)
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)  # (B, T)
-    cache = DynamicCache(config=model.config)
     for step in range(batch.limit):
         clock.check()
         with clock.time("forward"):
-            logits = model(
-                inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]  # (B, V)
-            best = logits.float().argmax(1)  # (B,)
-            chosen = best.tolist()
+            chosen = (run.next() if step else run.first()).tolist()
         with clock.time("score"):
-            suspects = table[best].tolist()
-            for row, token, suspect in zip(running, chosen, suspects, strict=True):
+            for row, token in zip(running, chosen, strict=True):
                 if row not in done:
                     answers[row].append(token)
-                    if suspect and stops.finished(answers[row], batch.until):
+                    if table[token] and stops.finished(answers[row], batch.until):
                         done.add(row)
         if len(done) == len(batch.owner) or step + 1 == batch.limit:
             break
-        with clock.time("forward"):
-            inputs, positions = best[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            waiting = [i for i, row in enumerate(running) if row not in done]
-            if len(waiting) <= len(running) // 2:  # most are done: go on with the others alone
-                keep = torch.tensor(waiting, device=mask.device)
-                cache.batch_select_indices(keep)
-                inputs, positions, mask = inputs[keep], positions[keep], mask[keep]
-                running = [running[i] for i in waiting]
+        waiting = [i for i, row in enumerate(running) if row not in done]
+        if len(waiting) <= LEAVE * len(running):
+            with clock.time("forward"):
+                run.keep_rows(waiting)
+            running = [running[i] for i in waiting]
     return answers

@@ -1,15 +1,18 @@
-"""Log-likelihoods of continuations: rows built once, each distinct input computed once, the head only where needed."""
+"""Log-likelihoods of continuations: each distinct token computed once, the head only where a token is scored."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from evomerge.evaluate.cache import KeysValues, empty_cache, trunk_cache
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.prefix import Leaf, PackedRow, Tokens, by_trunk, choose_trunks, packed_rows
 
-HEAD_ROWS = 4096  # positions whose logits are held at a time: 4096 x 50,000 x 4 bytes = 0.8 GB
+LOGITS = 2**27  # logits held at a time: 0.5 GB in float32
 
 
 class NotFiniteScore(ArithmeticError):
@@ -20,88 +23,151 @@ class NotFiniteScore(ArithmeticError):
 class Row:
     """tokens: context and continuation.  scored: how many tokens at the end are the continuation."""
 
-    tokens: tuple[int, ...]
+    tokens: Tokens
     scored: int
+
+    @property
+    def leaf(self) -> Leaf:
+        """What must be computed for it: all tokens but the last, with logits from `first` on."""
+        return Leaf(self.tokens[:-1], len(self.tokens) - 1 - self.scored)
 
 
 @dataclass
 class Batch:
     """One forward.
 
-    inputs: (B, T) right-padded token ids.  keep: (K,) positions whose logits any row needs, contiguous.
-    row, column: (M,) where each scored token's logits are in (B, K).  target: (M,) the scored token.
-    owner: (M,) which of the requests the scored token belongs to.
+    inputs: (B, W) token ids, padded on the right.  positions, ends: (B, W) each token's position and where its
+    subtree ends (see `PackedRow`); None for rows of one sequence each.  trunk: the tokens before every row.
+    keep: (K,) where in the flattened (B * W) the logits are needed.  node, target, owner: (M,) for each scored token
+    its place in `keep`, its id and the request it belongs to.
     """
 
-    inputs: torch.Tensor
-    keep: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
-    target: torch.Tensor
-    owner: torch.Tensor
+    inputs: Tensor
+    positions: Tensor | None
+    ends: Tensor | None
+    trunk: Tokens
+    keep: Tensor
+    node: Tensor
+    target: Tensor
+    owner: Tensor
 
 
-def plan_batches(rows: Sequence[Row], budget: int, device: torch.device) -> list[Batch]:
-    """Batches of at most `budget` padded tokens (at least one row each), longest first.
+@dataclass(frozen=True)
+class Plan:
+    """How rows become batches.
 
-    Rows with the same input (all but the last token) share one forward: the one-token choices of an item, for
-    instance.  Membership depends on the rows alone, so every candidate sees the same padding.
+    budget: padded tokens per forward.  packs: whether sequences may share a row.  trunks: prefixes that may be
+    computed before the rows; None chooses them.  vocabulary: bounds how many logits a forward holds.
     """
-    owners: dict[tuple[int, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        owners.setdefault(row.tokens[:-1], []).append(number)
-    inputs = sorted(owners, key=lambda tokens: (-len(tokens), tokens))
+
+    budget: int
+    device: torch.device
+    vocabulary: int
+    packs: bool = True
+    trunks: Sequence[Tokens] | None = None
+
+
+def plan_batches(rows: Sequence[Row], plan: Plan) -> list[Batch]:
+    """Batches of near lengths, longest first; membership depends on the rows alone, so padding is everybody's.
+
+    Rows with the same input (all but the last token) share it: the one-token choices of an item, for instance.
+    """
+    owners: dict[Tokens, list[int]] = {}
+    leaves = [row.leaf for row in rows]
+    for number, leaf in enumerate(leaves):
+        owners.setdefault(leaf.tokens, []).append(number)
+    if not plan.packs:
+        alone = [single_row(tokens) for tokens in sorted(owners, key=lambda t: (-len(t), t))]
+        return split(alone, (), owners, rows, plan)
+    trunks = choose_trunks(leaves) if plan.trunks is None else plan.trunks
     batches = []
-    start = 0
-    while start < len(inputs):
-        count = max(1, budget // len(inputs[start]))
-        batches.append(make_batch(inputs[start : start + count], owners, rows, device))
-        start += count
+    for trunk, sequences in by_trunk(leaves, trunks).items():
+        batches += split(packed_rows(sequences, len(trunk)), trunk, owners, rows, plan)
+    return batches
+
+
+def single_row(tokens: Tokens) -> PackedRow:
+    return PackedRow(list(tokens), [], [], {tokens: list(range(len(tokens)))})
+
+
+def split(
+    packed: list[PackedRow], trunk: Tokens, owners: dict[Tokens, list[int]], rows: Sequence[Row], plan: Plan
+) -> list[Batch]:
+    """Rows, the longest first, as batches within the budget of tokens and of logits (at least one row each)."""
+    batches = []
+    while packed:
+        count = max(1, plan.budget // len(packed[0].tokens))
+        scored, fit = 0, 0
+        for row in packed[:count]:
+            scored += sum(rows[n].scored for tokens in row.paths for n in owners[tokens])
+            if fit and scored * plan.vocabulary > LOGITS:
+                break
+            fit += 1
+        batches.append(make_batch(packed[:fit], trunk, owners, rows, plan.device))
+        packed = packed[fit:]
     return batches
 
 
 def make_batch(
-    inputs: list[tuple[int, ...]],
-    owners: dict[tuple[int, ...], list[int]],
+    packed: list[PackedRow],
+    trunk: Tokens,
+    owners: dict[Tokens, list[int]],
     rows: Sequence[Row],
     device: torch.device,
 ) -> Batch:
-    width = len(inputs[0])
-    padded = torch.zeros(len(inputs), width, dtype=torch.long)  # (B, T)
-    entries = []  # (row in batch, position of the logits, target token, request)
-    for b, tokens in enumerate(inputs):
-        padded[b, : len(tokens)] = torch.tensor(tokens)
-        for number in owners[tokens]:
-            row = rows[number]
-            first = len(tokens) - row.scored
-            entries += [(b, first + k, row.tokens[first + 1 + k], number) for k in range(row.scored)]
-    at = torch.tensor(entries, dtype=torch.long)  # (M, 4)
-    low, high = int(at[:, 1].min()), int(at[:, 1].max()) + 1
-    columns = (padded, torch.arange(low, high), at[:, 0], at[:, 1] - low, at[:, 2], at[:, 3])
-    return Batch(*(c.contiguous().to(device) for c in columns))
+    width = len(packed[0].tokens)
+    inputs = torch.zeros(len(packed), width, dtype=torch.long)  # (B, W)
+    positions = torch.zeros_like(inputs)
+    ends = torch.arange(1, width + 1).repeat(len(packed), 1)  # padding sees itself, or its softmax were over nothing
+    nodes: dict[int, int] = {}  # place in the flattened batch -> place in `keep`
+    entries: list[tuple[int, int, int]] = []  # (node, target token, request)
+    for b, row in enumerate(packed):
+        size = len(row.tokens)
+        inputs[b, :size] = torch.tensor(row.tokens)
+        if row.ends:
+            positions[b, :size] = torch.tensor(row.positions)
+            ends[b, :size] = torch.tensor(row.ends)
+        for tokens, path in row.paths.items():
+            for number in owners[tokens]:
+                first = len(tokens) - rows[number].scored
+                for k, target in enumerate(rows[number].tokens[first + 1 :]):
+                    place = b * width + path[first + k - len(trunk)]
+                    entries.append((nodes.setdefault(place, len(nodes)), target, number))
+    keep = torch.tensor(list(nodes), dtype=torch.long).to(device)
+    node, target, owner = (c.contiguous().to(device) for c in torch.tensor(entries, dtype=torch.long).T)
+    if not packed[0].ends:
+        return Batch(inputs.to(device), None, None, trunk, keep, node, target, owner)
+    return Batch(inputs.to(device), positions.to(device), ends.to(device), trunk, keep, node, target, owner)
 
 
 @torch.inference_mode()
-def score_batches(model: Any, batches: Sequence[Batch], requests: int, clock: Clock) -> list[tuple[float, bool]]:
+def score_batches(
+    model: Any,
+    batches: Sequence[Batch],
+    requests: int,
+    clock: Clock,
+    trunks: dict[Tokens, KeysValues] | None = None,
+) -> list[tuple[float, bool]]:
     """(log-likelihood, whether greedy decoding gives the continuation) of every request.
 
-    The softmax is in float32 whatever the model's type.  NotFiniteScore if a log-likelihood is not finite.
+    trunks: the keys and values of what this very candidate computed before; added to.  The softmax is in float32
+    whatever the model's type.  NotFiniteScore if a log-likelihood is not finite.
     """
     device = model.device
+    trunks = {} if trunks is None else trunks
     total = torch.zeros(requests, dtype=torch.float64, device=device)
     wrong = torch.zeros(requests, dtype=torch.long, device=device)
     for batch in batches:
         clock.check()
         with clock.time("forward"):
-            logits = kept_logits(model, batch)  # (B, K, V)
+            if batch.trunk and batch.trunk not in trunks:
+                trunks[batch.trunk] = run_trunk(model, batch.trunk)
+            logits = kept_logits(model, batch, trunks.get(batch.trunk))  # (K, V)
         with clock.time("score"):
-            for start in range(0, len(batch.target), HEAD_ROWS):
-                part = slice(start, start + HEAD_ROWS)
-                chosen = logits[batch.row[part], batch.column[part]].float()  # (m, V)
-                target, owner = batch.target[part], batch.owner[part]
-                logprob = chosen.gather(1, target[:, None])[:, 0] - chosen.logsumexp(1)  # (m,)
-                total.index_add_(0, owner, logprob.double())
-                wrong.index_add_(0, owner, (chosen.argmax(1) != target).long())
+            logits = logits.float()
+            logprob = logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]  # (M,)
+            total.index_add_(0, batch.owner, logprob.double())
+            wrong.index_add_(0, batch.owner, (logits.argmax(1)[batch.node] != batch.target).long())
         clock.step()
     with clock.time("score"):
         scores, misses = total.tolist(), wrong.tolist()
@@ -111,10 +177,57 @@ def score_batches(model: Any, batches: Sequence[Batch], requests: int, clock: Cl
     return [(score, miss == 0) for score, miss in zip(scores, misses, strict=True)]
 
 
-def kept_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits at the positions `batch.keep`, (B, K, V); the head is not computed elsewhere if the model can skip it."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits: torch.Tensor = model(batch.inputs, use_cache=False, logits_to_keep=batch.keep).logits
-        return logits
-    full: torch.Tensor = model(batch.inputs, use_cache=False).logits
-    return full[:, batch.keep]
+def kept_logits(model: Any, batch: Batch, trunk: KeysValues | None = None) -> Tensor:
+    """Logits at the places `batch.keep`, (K, V).  trunk: keys and values of the tokens before the rows."""
+    options: dict[str, Any] = {"use_cache": False}
+    if batch.ends is not None:
+        depth = len(batch.trunk)
+        options["position_ids"] = batch.positions
+        options["attention_mask"] = tree_mask(batch.ends, depth, model.dtype)
+        if trunk is not None:
+            options |= {"past_key_values": trunk_cache(trunk), "use_cache": True}
+    with head_only_at(model, batch.keep):
+        logits: Tensor = model(batch.inputs, **options).logits
+    if logits.shape[:2] == batch.inputs.shape:  # the head is out of reach
+        return logits.flatten(0, 1)[batch.keep]
+    return logits[0]
+
+
+def tree_mask(ends: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, W, depth + W), 0 where a token (third) may see another (last), else the least number of the type."""
+    place = torch.arange(ends.shape[1], device=ends.device)
+    seen = (place[:, None] >= place) & (place[:, None] < ends[:, None, None, :])  # (B, 1, W, W)
+    mask = torch.zeros(*seen.shape[:3], depth + ends.shape[1], dtype=dtype, device=ends.device)
+    mask[..., depth:].masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask
+
+
+@contextmanager
+def head_only_at(model: Any, keep: Tensor) -> Iterator[None]:
+    """While this lasts, the head is computed at the places `keep` of the flattened batch alone: (1, K, V).
+
+    What a model does to its logits (soft caps, scales) goes on as it is.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def gather(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, -2)[keep][None], *inputs[1:])  # (1, K, H)
+
+    handle = head.register_forward_pre_hook(gather, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def run_trunk(model: Any, tokens: Tokens) -> KeysValues:
+    """The keys and values of every layer for a sequence."""
+    cache = empty_cache()
+    inputs = torch.tensor([tokens], device=model.device)
+    with head_only_at(model, torch.zeros(1, dtype=torch.long, device=model.device)):
+        model(inputs, past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]

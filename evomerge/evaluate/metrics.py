@@ -1,4 +1,4 @@
-"""Item scores: lm-eval's own metrics one item at a time, and the two smooth ones that guide a search."""
+"""Item scores: lm-eval's own metrics one item at a time, and the smooth ones that guide a search."""
 
 import math
 from collections.abc import Sequence
@@ -31,9 +31,33 @@ def lm_eval_metrics(task: Task, items: Sequence[Item], instances: Sequence[list[
     return found
 
 
-def gold_metrics(logprobs: Sequence[float]) -> ItemMetrics:
-    """gold_logprob: the log-probability of the gold answer, in nats.  gold_prob: the probability itself."""
-    return {"gold_logprob": list(logprobs), "gold_prob": [math.exp(min(0.0, x)) for x in logprobs]}
+def gold_metrics(logprobs: Sequence[float], sizes: Sequence[int]) -> ItemMetrics:
+    """gold_logprob: the log-probability of the gold answer, in nats.  gold_prob: the probability itself.
+    bits_per_byte: its surprise per byte of its text in UTF-8, the lower the better.
+
+    sizes: the bytes of every answer.
+    """
+    return {
+        "gold_logprob": list(logprobs),
+        "gold_prob": [math.exp(min(0.0, x)) for x in logprobs],
+        "bits_per_byte": [-x / math.log(2) / max(1, size) for x, size in zip(logprobs, sizes, strict=True)],
+    }
+
+
+def choice_metrics(logprobs: Sequence[Sequence[float]], gold: Sequence[int]) -> ItemMetrics:
+    """margin: the gold choice's log-likelihood minus the best other one's, in nats: above 0 where `acc` is 1.
+    brier: the squared error of the softmax over the choices (Brier 1950), 0 to 2, the lower the better.
+
+    logprobs: per item, of every choice.  gold: per item, which choice is right.
+    """
+    margins, squares = [], []
+    for choices, right in zip(logprobs, gold, strict=True):
+        others = [x for k, x in enumerate(choices) if k != right]
+        margins.append(choices[right] - max(others, default=choices[right]))
+        highest = max(choices)
+        odds = [math.exp(x - highest) for x in choices]
+        squares.append(sum((x / sum(odds) - (k == right)) ** 2 for k, x in enumerate(odds)))
+    return {"margin": margins, "brier": squares}
 
 
 def gold_choice(task: Task, doc: dict[str, Any]) -> int:

@@ -36,7 +36,7 @@ def evaluate_model(
     engine = Engine(model, tokenizer, batch_tokens)
     prepared = []
     for task in tasks:
-        items = items_of(task, task.lm.eval_docs)[:limit]
+        items = items_of(task, task.docs)[:limit]
         prepared.append((task, items, engine.prepare(task, items, everything=True)))
     clock.step = counter(sum(work.steps for _, _, work in prepared), progress)
     results = []

@@ -6,19 +6,22 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from evomerge.config.schema import SMOOTH_METRICS, Share, SplitsConfig, TaskConfig
+from evomerge.config.schema import CHOICE_METRICS, GOLD_METRICS, Share, SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # dealt in this order: the holdout comes first
 FEWSHOT_SEED = 1234  # lm-eval's default, so that few-shot prompts are the same
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
+ALLOW = "read it, and say `allow_task_code: true` beside the task if it may"
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "brier")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Task:
     """An lm-eval task with what the search asks of it.
 
     objective, metric: the metric that trials climb, and the one the verdict is about.
-    lm: lm-eval's own task object, which builds prompts, filters answers and scores them.
+    lm: lm-eval's own task object, which builds prompts, filters answers and scores them.  chat, multiturn: whether
+    prompts go through the chat template, and few-shot examples as turns of their own.  limit: documents at most.
     """
 
     name: str
@@ -43,6 +47,9 @@ class Task:
     metric: str
     gold: str | None
     lm: Any
+    chat: bool = False
+    multiturn: bool = False
+    limit: int | None = None
 
     @property
     def kind(self) -> str:
@@ -54,12 +61,24 @@ class Task:
         return list(self.lm._metric_fn_list)
 
     @property
+    def smooth(self) -> list[str]:
+        """The metrics of our own that the task has."""
+        if self.kind == "loglikelihood_rolling":
+            return []
+        return [*GOLD_METRICS, *(CHOICE_METRICS if self.kind == "multiple_choice" else ())]
+
+    @property
+    def docs(self) -> Iterable[dict[str, Any]]:
+        """The documents that lm-eval evaluates."""
+        return islice(self.lm.eval_docs, self.limit)
+
+    @property
     def filters(self) -> list[str]:
         return [f.name for f in self.lm._filters]
 
     def higher_is_better(self, metric: str) -> bool:
-        if metric in SMOOTH_METRICS:
-            return True
+        if metric in self.smooth:
+            return metric not in LOWER_IS_BETTER
         return bool(self.lm.higher_is_better().get(metric.split(",")[0], metric not in LOWER_IS_BETTER))
 
 
@@ -67,7 +86,7 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
     """Open tasks (groups become their tasks, sharing the weight).  EvomergeError if one is unknown or broken."""
     opened: list[Task] = []
     for config in configs:
-        lm_tasks = load_file(Path(config.task)) if config.is_file else load_named(config.task)
+        lm_tasks = load_file(Path(config.task), config.allow_task_code) if config.is_file else load_named(config.task)
         for lm_task in lm_tasks:
             if config.num_fewshot is not None:
                 lm_task.set_config("num_fewshot", config.num_fewshot)
@@ -91,9 +110,10 @@ def task_files(name: str) -> list[str]:
 
 def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
     """Fill in the default metric and refuse metrics that the task does not have."""
-    task = Task(str(lm_task.config.task), weight, "", "", config.gold, lm_task)
+    chat, multiturn = config.apply_chat_template, config.fewshot_as_multiturn
+    task = Task(str(lm_task.config.task), weight, "", "", config.gold, lm_task, chat, multiturn, config.limit)
     metric = config.metric or (task.metrics[0] if task.metrics else "")
-    allowed = [*task.metrics, *SMOOTH_METRICS]
+    allowed = list(dict.fromkeys([*task.metrics, *task.smooth]))
     for key, name in (("metric", metric), ("objective", config.objective or metric)):
         plain, _, filter_name = name.partition(",")
         if plain not in allowed or (filter_name and filter_name not in task.filters):
@@ -104,34 +124,46 @@ def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
     return task
 
 
-def quiet_libraries() -> None:
-    """lm-eval and datasets report every step; here a person sees one progress bar."""
+def prepare_libraries() -> None:
+    """lm-eval and datasets report every step; here a person sees one progress bar.
+
+    And lm-eval compiles a template for each document, whenever it is scored: a millisecond, more than its forward on
+    a small model.  A compiled template is kept.
+    """
     import datasets
+    from lm_eval import utils
+
+    if not hasattr(utils.env.from_string, "cache_info"):
+        utils.env.from_string = lru_cache(maxsize=1024)(utils.env.from_string)
 
     datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load_file(path: Path) -> list[Any]:
+def load_file(path: Path, allow_code: bool = False) -> list[Any]:
     """The task in a YAML file.  Data files that it names count from the YAML's own folder.
+
+    allow_code: whether it may name Python functions, which lie beside it, and scripts of metrics.
 
     EvomergeError if the file or its data are missing or broken, or if it wants to run Python code.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    quiet_libraries()
+    prepare_libraries()
     if not path.is_file():
         raise EvomergeError(f"{path}: no such task file")
-    refuse_code(path, seen=set())
+    if not allow_code:
+        refuse_code(path, seen=set())
     try:
-        content = load_yaml(path, resolve_func=False)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        content = load_yaml(path, resolve_func=allow_code)
+    except (ValueError, OSError, yaml.YAMLError, ImportError, AttributeError) as error:
         raise EvomergeError(f"{path}: not a task file ({error})") from error
     if "task" not in content or not isinstance(content["task"], str):
         raise EvomergeError(f"{path}: has no `task:` name")
-    refuse_metric_scripts(content, path)
+    if not allow_code:
+        refuse_metric_scripts(content, path)
     kwargs = content.get("dataset_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise EvomergeError(f"{path}: dataset_kwargs must be a mapping, found {kwargs!r}")
@@ -153,12 +185,12 @@ def refuse_code(path: Path, seen: set[Path]) -> None:
         content = read_yaml(path)
     except EvomergeError as error:
         if "!function" in str(error.__cause__):
-            raise EvomergeError(f"{path}: runs Python code (`!function`), which a local task may not do") from error
+            raise EvomergeError(f"{path}: runs Python code (`!function`); {ALLOW}") from error
         raise
     if not isinstance(content, dict):
         raise EvomergeError(f"{path}: expected a mapping, found {type(content).__name__}")
     if "class" in content:
-        raise EvomergeError(f"{path}: runs Python code (`class`), which a local task may not do")
+        raise EvomergeError(f"{path}: runs Python code (`class`); {ALLOW}")
     includes = content.get("include", [])
     for name in includes if isinstance(includes, list) else [includes]:
         refuse_code((path.parent / str(name)).resolve(), seen)
@@ -202,7 +234,7 @@ def load_named(name: str) -> list[Any]:
     """One of lm-eval's own tasks or groups.  EvomergeError with near names if there is none of that name."""
     from lm_eval.tasks import TaskManager
 
-    quiet_libraries()
+    prepare_libraries()
     manager = TaskManager()
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, manager.task_index, n=3)
@@ -246,7 +278,7 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
         if isinstance(share, str):
             dealt[name] = [i for i in items_of(task, own_split(task, share)) if i.id not in taken]
             taken |= {i.id for i in dealt[name]}
-    pool = [i for i in items_of(task, task.lm.eval_docs) if i.id not in taken]
+    pool = [i for i in items_of(task, task.docs) if i.id not in taken]
     total = len(pool)
     position = {item.id: n for n, item in enumerate(pool)}  # in the data's order
     pool.sort(key=lambda i: hashlib.sha256(f"{seed}\0{i.id}".encode()).hexdigest())
@@ -271,5 +303,4 @@ def own_split(task: Task, name: str) -> Iterable[dict[str, Any]]:
     docs = {"train": task.lm.training_docs, "validation": task.lm.validation_docs, "test": task.lm.test_docs}[name]()
     if docs is None:
         raise EvomergeError(f"task {task.name}: has no {name} split of its own; give a number of items instead")
-    found: Iterable[dict[str, Any]] = docs
-    return found
+    return islice(docs, task.limit)

@@ -1,6 +1,7 @@
 """report.html: the verdict, the table, the road to the best score, the winner's coefficients; one file, no network."""
 
 import html
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.search.run import Run
+from evomerge.search.study import in_full
 from evomerge.sources.anatomy import Component, Place, layer_count
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
@@ -66,11 +68,8 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
 
 def summary(status: Status) -> str:
     config = status.config
-    failed = status.count(TrialState.FAIL)
-    return (
-        f"{config.method} of {len(config.sources)} sources; {config.sampler.name}, seed {config.seed}; "
-        f"{status.count(TrialState.COMPLETE)} trials" + (f", {failed} failed" if failed else "")
-    )
+    sources = f"{config.method} of {len(config.sources)} sources"
+    return f"{sources}; {config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
 
 
 def explanation(verdict: dict[str, Any]) -> str:
@@ -120,15 +119,21 @@ def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
     """Every finished trial, the best so far, and the baselines."""
     complete = [t for t in status.trials if t.state == TrialState.COMPLETE and t.value is not None]
     values = [float(t.value or 0.0) for t in complete]
-    best = [max(values[: i + 1]) for i in range(len(values))]
+    full = [v if in_full(t) else -math.inf for t, v in zip(complete, values, strict=True)]
+    best = [max(full[: i + 1]) for i in range(len(full))]
     numbers = [t.number for t in complete]
     names = [status.baselines.get(n, "") for n in numbers]
     figure = go.Figure()
-    searched = [i for i, name in enumerate(names) if not name]
+    searched = [i for i, name in enumerate(names) if not name and full[i] > -math.inf]
+    stopped = [i for i, name in enumerate(names) if not name and full[i] == -math.inf]
     known = [i for i, name in enumerate(names) if name]
     figure.add_scatter(
         x=[numbers[i] for i in searched], y=[values[i] for i in searched], mode="markers", name="trial",
         marker={"color": "#9db7d1", "size": 6},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[numbers[i] for i in stopped], y=[values[i] for i in stopped], mode="markers", name="stopped early",
+        marker={"color": "#d0d0d0", "size": 5, "symbol": "x-thin-open"},
     )  # fmt: skip
     figure.add_scatter(
         x=[numbers[i] for i in known], y=[values[i] for i in known], text=[names[i] for i in known], mode="markers",

@@ -9,9 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.loop import trial_seconds
 from evomerge.search.run import Run
-from evomerge.search.study import FINISHED, open_study
+from evomerge.search.study import FINISHED, in_full, open_study, record_of
 
-PARTS = ("propose", "merge", "forward", "score", "store")
+PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,29 @@ class Status:
     def count(self, state: TrialState) -> int:
         return sum(t.state == state for t in self.trials)
 
+    def noted(self, note: str) -> list[FrozenTrial]:
+        """The trials that are `partial` (stopped by the race) or `broken`."""
+        return [t for t in self.trials if note in record_of(t)]
+
+    @property
+    def evaluated(self) -> float:
+        """The share of the items that a trial was scored on, on average."""
+        partial = [float(record_of(t)["partial"]) for t in self.noted("partial")]
+        full = sum(map(in_full, self.trials))
+        return (sum(partial) + full) / (len(partial) + full) if partial else 1.0
+
+    @property
+    def finished(self) -> int:
+        return self.count(TrialState.COMPLETE) + self.count(TrialState.FAIL)
+
+    @property
+    def endings(self) -> str:
+        """How many trials did not end as they should."""
+        partial, broken = len(self.noted("partial")), len(self.noted("broken"))
+        text = f", {partial} stopped early ({self.evaluated:.0%} of all items scored)" if partial else ""
+        failed = self.count(TrialState.FAIL)
+        return text + (f", {broken} broken" if broken else "") + (f", {failed} failed" if failed else "")
+
     @property
     def left(self) -> float | None:
         """Seconds of search left by the budget, None if it cannot be told yet."""
@@ -52,7 +75,7 @@ def read_status(run: Run) -> Status:
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     finished = [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
-    best = max(complete, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    best = max(filter(in_full, trials), key=lambda t: (t.value or 0.0, -t.number), default=None)
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     verdict = json.loads(run.verdict_file.read_text(encoding="utf-8")) if run.verdict_file.exists() else None
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
@@ -62,7 +85,7 @@ def read_status(run: Run) -> Status:
 def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:
     """Mean seconds per part over trials; the first is left out, it warms caches up, and so is one that ran nothing
     because its scores were known (the greedy soup's)."""
-    records = [t.user_attrs.get("record", {}).get("seconds", {}) for t in trials[1:]]
+    records = [record_of(t).get("seconds", {}) for t in trials[1:]]
     records = [r for r in records if "forward" in r]
     if not records:
         return {}

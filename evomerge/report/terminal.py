@@ -139,14 +139,12 @@ class SearchView:
 def print_status(status: Status, timing: bool) -> None:
     """The page of `evomerge status`."""
     config = status.config
-    complete, failed = status.count(TrialState.COMPLETE), status.count(TrialState.FAIL)
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
     planned = f" of {config.budget.trials}" if config.budget.trials else ""
-    console.print(
-        f"trials: {complete + failed}{planned} finished, {failed} failed, {status.count(TrialState.RUNNING)} in hand"
-    )
+    running = status.count(TrialState.RUNNING)
+    console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} in hand")
     if status.best is not None:
         name = status.baselines.get(status.best.number)
         also = f" ({name})" if name else ""
@@ -159,7 +157,7 @@ def print_status(status: Status, timing: bool) -> None:
         print_timing(status.timing)
     if status.verdict is not None:
         print_verdict(status.verdict)
-    elif complete + failed:
+    elif status.best is not None:
         console.print("no verdict yet: the search is not at its end")
 
 

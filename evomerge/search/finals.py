@@ -9,13 +9,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from evomerge.evaluate.tasks import Split
+from evomerge.evaluate.tasks import Item, Split
 from evomerge.files import write_text
 from evomerge.merge.recipe import Recipe, dump_recipe
 from evomerge.search.baselines import Baseline
 from evomerge.search.cma import CmaEsSampler
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer
+from evomerge.search.scores import ledger_key, pack, store_items, stored_items, unpack
 from evomerge.search.soup import GreedySoup
 from evomerge.search.study import SearchStudy, checkpoint
 from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
@@ -25,6 +26,9 @@ FINALISTS = 5
 Scores = dict[str, dict[str, list[float]]]
 """Task -> metric -> one score per item."""
 
+Known = dict[str, dict[str, dict[str, float]]]
+"""Task -> metric -> item id -> its score."""
+
 
 def digest(recipe: Recipe) -> str:
     """Sixteen hexadecimal digits that name a recipe."""
@@ -32,7 +36,7 @@ def digest(recipe: Recipe) -> str:
 
 
 class Ledger:
-    """Full evaluations outside the trials, kept in the study, so that a resume does not repeat them."""
+    """Full evaluations outside the trials, kept in the study item by item, so that nothing is evaluated twice."""
 
     def __init__(self, study: optuna.Study, scorer: Scorer, run: Run, progress: Callable[[int, int], None]) -> None:
         self.study = study
@@ -40,23 +44,59 @@ class Ledger:
         self.run = run
         self.progress = progress
 
-    def key(self, split: Split, recipe: Recipe) -> str:
-        return f"scores:{split}:{digest(recipe)}"
+    def known(self, split: Split, recipe: Recipe) -> Known:
+        """What is in the study already."""
+        record = self.study.user_attrs.get(ledger_key(split, digest(recipe)))
+        if record is None:
+            return {}
+        ids = stored_items(self.study, record["items"])
+        return {
+            task: {metric: dict(zip(ids[task], unpack(text).tolist(), strict=True)) for metric, text in metrics.items()}
+            for task, metrics in record["scores"].items()
+        }
+
+    def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
+        """Per task, the items that lack a score of the objective or the metric."""
+        found = {}
+        for task in self.scorer.tasks:
+            tables = [known.get(task.name, {}).get(metric, {}) for metric in (task.objective, task.metric)]
+            found[task.name] = [i for i in self.scorer.items[task.name][split] if not all(i.id in t for t in tables)]
+        return {task: items for task, items in found.items() if items}
 
     def stored(self, split: Split, recipe: Recipe) -> Scores | None:
-        """What is in the study already."""
-        found: Scores | None = self.study.user_attrs.get(self.key(split, recipe))
+        """Every metric of a recipe on a split, None if the study does not have all of it."""
+        known = self.known(split, recipe)
+        return None if self.missing(split, known) else self.arranged(split, known)
+
+    def arranged(self, split: Split, known: Known) -> Scores:
+        """The scores of the split's items, in the split's order; only metrics that every item has."""
+        found: Scores = {}
+        for task in self.scorer.tasks:
+            ids = [i.id for i in self.scorer.items[task.name][split]]
+            tables = known[task.name].items()
+            found[task.name] = {m: [t[i] for i in ids] for m, t in tables if all(i in t for i in ids)}
         return found
 
     def score(self, split: Split, recipe: Recipe) -> Scores:
-        """Every metric of a recipe on a split, from the study if it is there."""
-        if (stored := self.stored(split, recipe)) is not None:
-            return stored
-        self.run.log(f"scoring {recipe.method} {digest(recipe)} on {split}")
-        outcome = self.scorer.evaluate(recipe, split, everything=True, progress=self.progress)
-        self.study.set_user_attr(self.key(split, recipe), outcome.scores)
+        """Every metric of a recipe on a split; what the study has is taken from there, only the rest is evaluated."""
+        known = self.known(split, recipe)
+        if missing := self.missing(split, known):
+            count = sum(map(len, missing.values()))
+            self.run.log(f"scoring {recipe.method} {digest(recipe)} on {count} items of {split}")
+            outcome = self.scorer.evaluate(recipe, split, everything=True, only=missing, progress=self.progress)
+            for task, metrics in outcome.scores.items():
+                for metric, scores in metrics.items():
+                    new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
+                    known.setdefault(task, {}).setdefault(metric, {}).update(new)
+            self.store(split, recipe, self.arranged(split, known))
+        return self.arranged(split, known)
+
+    def store(self, split: Split, recipe: Recipe, scores: Scores) -> None:
+        """Keep scores in the study, in one write."""
+        items = store_items(self.study, {t: self.scorer.items[t][split] for t in scores})
+        packed = {task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()}
+        self.study.set_user_attr(ledger_key(split, digest(recipe)), {"items": items, "scores": packed})
         checkpoint(self.study)
-        return outcome.scores
 
     def means(self, scores: Scores, which: str) -> dict[str, list[float]]:
         return {t.name: scores[t.name][getattr(t, which)] for t in self.scorer.tasks}

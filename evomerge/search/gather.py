@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.loglikelihood import Row, kept_logits, plan_batches
+from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches
 from evomerge.evaluate.tasks import Item, Task, deal, items_of
 from evomerge.files import sync, written_aside
 from evomerge.merge.bank import Bank
@@ -40,7 +40,7 @@ def choose_items(tasks: Sequence[Task], count: int, search: SearchConfig | None)
         if search is not None:
             pool = deal(task, search.splits, search.seed)["search"]
         else:
-            pool = items_of(task, task.lm.training_docs() if task.lm.has_training_docs() else task.lm.eval_docs)
+            pool = items_of(task, task.lm.training_docs() if task.lm.has_training_docs() else task.docs)
         chosen[task.name] = pool[:count]
     return chosen
 
@@ -63,7 +63,7 @@ def gather(
     model, tokenizer = live
     bank = Bank(open_models(base or folder, {}))
     engine = Engine(model, tokenizer, batch_tokens=1)
-    rows = [engine.gold_rows(task, item) for task in tasks for item in chosen[task.name]]
+    rows = [engine.requests.gold_rows(task, item) for task in tasks for item in chosen[task.name]]
     items = {name: [item.id for item in found] for name, found in chosen.items()}
     prints = fingerprint(folder), fingerprint(base) if base else {}
     if kind == "fisher":
@@ -82,10 +82,11 @@ def gather(
 def log_likelihood(model: Any, rows: Sequence[Row]) -> Tensor:
     """The summed log-likelihood of the rows' scored tokens, with its graph; rows go through the model one by one."""
     total = torch.zeros((), device=model.device)
+    plan = Plan(budget=1, device=model.device, vocabulary=1, packs=False)
     for row in rows:
-        (batch,) = plan_batches([row], 1, model.device)
-        chosen = kept_logits(model, batch)[batch.row, batch.column].float()  # (m, V)
-        total = total + (chosen.gather(1, batch.target[:, None])[:, 0] - chosen.logsumexp(1)).sum()
+        (batch,) = plan_batches([row], plan)
+        logits = kept_logits(model, batch).float()  # (K, V)
+        total = total + (logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]).sum()
     return total
 
 

@@ -12,15 +12,21 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.canary import Broken, Signs
+from evomerge.evaluate.canary import limits as normal_signs
+from evomerge.evaluate.loglikelihood import NotFiniteScore
+from evomerge.merge.materialise import NotFinite
 from evomerge.merge.prepare import prepare
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.finals import Ledger, finish, search_score
 from evomerge.search.limits import Limits
+from evomerge.search.race import Course, build_course
 from evomerge.search.run import Run
 from evomerge.search.scorer import Outcome, Scorer, free_memory, open_config_models
+from evomerge.search.scores import objective_scores, pack, store_items
 from evomerge.search.soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space import Point, build_space
-from evomerge.search.study import SearchStudy, open_study
+from evomerge.search.study import SearchStudy, open_study, record_of
 from evomerge.search.verdict import Verdict
 
 FAILURES_IN_A_ROW = 10
@@ -90,14 +96,16 @@ def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Ve
     listener.phase("searching")
     failures = failures_in_a_row(study)
     stored = 0.0
+    course: Course | None = None
     soup: GreedySoup | None = None
     while within(study, limits):
         stop.check()
         if soup is None and next_baseline(study, known) is None:
+            course = make_course(study, known, ledger)
             soup = make_soup(run, study, known, ledger, listener)
             listener.phase("searching")
-        state, stored = run_trial(run, study, known, ledger, listener, limits, stored)
-        failures = failures + 1 if state == TrialState.FAIL else 0
+        failed, stored = run_trial(run, study, known, ledger, listener, limits, course, stored)
+        failures = failures + 1 if failed else 0
         if failures >= FAILURES_IN_A_ROW:
             raise EvomergeError(explain_failures(study))
     soup = soup or make_soup(run, study, known, ledger, listener)  # the budget ended among the baselines
@@ -120,6 +128,30 @@ def next_baseline(study: SearchStudy, known: list[Baseline]) -> tuple[str, Point
     return next(((b.name, b.point) for b in known if b.point is not None and b.name not in there), None)
 
 
+def make_course(study: SearchStudy, known: list[Baseline], ledger: Ledger) -> Course | None:
+    """The race course of a search whose baselines have all been evaluated, None if the configuration wants no race."""
+    scorer = ledger.scorer
+    if not (racing := scorer.config.racing):
+        return None
+    items = store_items(study.stored, scorer.split("search"))
+    scores: list[dict[str, Any]] = []
+    for baseline in known:
+        trial = next((t for t in study.complete if t.user_attrs.get("baseline") == baseline.name), None)
+        if trial is not None and record_of(trial).get("items") == items:
+            scores.append(objective_scores(trial))
+        elif (found := ledger.stored("search", baseline.recipe)) is not None:
+            scores.append(ledger.means(found, "objective"))
+    dealt = [(t, scorer.items[t.name]["search"]) for t in scorer.tasks]
+    return build_course(scorer.engine, dealt, items, scores, scorer.config.seed, racing)
+
+
+def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:
+    """The signs that the parents set as normal."""
+    parents = {b.name for b in known if b.kind == "parent"}
+    records = [record_of(t) for t in study.complete if t.user_attrs.get("baseline") in parents]
+    return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
+
+
 def run_trial(
     run: Run,
     study: SearchStudy,
@@ -127,12 +159,14 @@ def run_trial(
     ledger: Ledger,
     listener: Listener,
     limits: Limits,
+    course: Course | None,
     stored_before: float,
-) -> tuple[TrialState, float]:
-    """One trial from proposal to database; its state and the seconds that storing it took.
+) -> tuple[bool, float]:
+    """One trial from proposal to database; whether it failed, and the seconds that storing it took.
 
-    What goes wrong inside becomes the trial's recorded reason.  A finished trial cannot be written to, so the
-    time of its storing is in the record of the next one (`stored_before`).
+    What goes wrong inside becomes the trial's recorded reason.  A broken candidate has the value of the worst, so
+    that samplers learn from it.  A finished trial cannot be written to, so the time of its storing is in the record of
+    the next one (`stored_before`).
     """
     scorer = ledger.scorer
     started = time.perf_counter()
@@ -140,31 +174,61 @@ def run_trial(
     proposed = time.perf_counter()
     record: dict[str, Any] = {}
     value: float | None = None
+    seconds: dict[str, float] = {}
     run.log(f"trial {trial.number} begins")
     try:
         recipe = study.space.recipe(trial.params)
         found = ledger.stored("search", recipe) if trial.baseline == GREEDY else None  # it was scored to be found
-        outcome = Outcome(found, {}) if found else scorer.evaluate(recipe, "search", everything=False)
-        value = scorer.objective(outcome)
-        record["scores"] = outcome.of(scorer.tasks, "objective")
+        if found:
+            outcome = Outcome(found, {})
+        elif trial.baseline:
+            outcome = scorer.try_out(recipe, None)
+        else:
+            race = course.race(study) if course else None
+            outcome = scorer.try_out(recipe, healthy(study, known), course, race)
+        value = outcome.estimate.value if outcome.estimate else scorer.objective(outcome)
+        record = describe(outcome, scorer, store_items(study.stored, scorer.split("search")))
         seconds = outcome.seconds
     except EvomergeError:
         raise
+    except (NotFinite, NotFiniteScore, Broken) as error:
+        record["broken"] = reason(error)
+        value = study.penalty
+        run.log(f"trial {trial.number} is broken: {record['broken']}")
     except Exception as error:  # any bug of any library may cost this trial, not the run
         record["reason"] = reason(error)
         run.log(f"trial {trial.number} failed: {traceback.format_exc()}")
         free_memory(scorer.bank.device)
-        seconds = {}
     scored = time.perf_counter()
     record["seconds"] = {**seconds, "propose": proposed - started, "store": stored_before}
     record["seconds"]["total"] = scored - started + stored_before
     state = study.finish(trial, value, record)
-    run.log(f"trial {trial.number} {state.name.lower()} value={value}")
+    run.log(f"trial {trial.number} {state.name.lower()} value={value}{note_of(record)}")
     stored = time.perf_counter() - scored
     best = max((t.value for t in study.complete if t.value is not None), default=None)
-    note = str(record.get("reason") or trial.baseline or "")
+    note = note_of(record).strip() or str(trial.baseline or "")
     listener.trial(trial.number, limits.trials, value, best, note)
-    return state, stored
+    return "broken" in record or "reason" in record, stored
+
+
+def describe(outcome: Outcome, scorer: Scorer, items: str) -> dict[str, Any]:
+    """What the study keeps of an outcome.  items: the name of the item ids."""
+    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in scorer.tasks}
+    record: dict[str, Any] = {"items": items, "scores": scores}
+    if outcome.signs:
+        record["signs"] = [outcome.signs.entropy, outcome.signs.sameness]
+    if outcome.estimate:
+        record["partial"] = outcome.estimate.fraction
+    return record
+
+
+def note_of(record: dict[str, Any]) -> str:
+    """What a person should know of a trial beside its value."""
+    if "partial" in record:
+        return f" stopped after {record['partial']:.0%} of the items"
+    if "broken" in record:
+        return f" broken: {record['broken']}"
+    return f" {record['reason']}" if "reason" in record else ""
 
 
 def reason(error: Exception) -> str:
@@ -186,23 +250,27 @@ def within(study: SearchStudy, limits: Limits) -> bool:
 
 
 def trial_seconds(trial: FrozenTrial) -> float:
-    return float(trial.user_attrs.get("record", {}).get("seconds", {}).get("total", 0.0))
+    return float(record_of(trial).get("seconds", {}).get("total", 0.0))
 
 
 def failures_in_a_row(study: SearchStudy) -> int:
     """How many of the last finished trials failed, so that a resume goes on counting; a full row starts anew."""
     count = 0
     for trial in reversed(study.trials):
-        if trial.state != TrialState.FAIL:
+        if not failed(trial):
             break
         count += 1
     return count % FAILURES_IN_A_ROW
 
 
+def failed(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL or "broken" in record_of(trial)
+
+
 def explain_failures(study: SearchStudy) -> str:
     """The reasons of the last failures, counted."""
-    failed = [t for t in study.trials if t.state == TrialState.FAIL][-FAILURES_IN_A_ROW:]
-    reasons = [str(t.user_attrs.get("record", {}).get("reason", "unknown")) for t in failed]
+    last = [record_of(t) for t in study.trials if failed(t)][-FAILURES_IN_A_ROW:]
+    reasons = [str(r.get("reason") or r.get("broken") or "unknown") for r in last]
     counted = sorted({r: reasons.count(r) for r in reasons}.items(), key=lambda x: -x[1])
     lines = "\n  ".join(f"{count} x {text}" for text, count in counted)
     return (

@@ -1,6 +1,7 @@
 """The run folder: the configuration, who the inputs are, the study, and what came out."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -15,6 +16,7 @@ from evomerge import __version__
 from evomerge.config.file import config_differences, dump_config, load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.tasks import deal, open_tasks
 from evomerge.files import disk_errors, sha256, write_text
 from evomerge.search.study import sqlite_url
 from evomerge.sources.locate import fingerprint, locate
@@ -101,6 +103,16 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     return prints
 
 
+def item_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
+    """A hash of the items in each split of each task: their documents, whatever file they came from."""
+    found: dict[str, dict[str, str]] = {}
+    for task in open_tasks(config.tasks):
+        dealt = deal(task, config.splits, config.seed)
+        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in dealt.items()}
+        found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
+    return found
+
+
 def refuse_existing(folder: Path) -> None:
     """EvomergeError if the folder is a run already."""
     if Run(folder).config_file.exists():
@@ -122,6 +134,7 @@ def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "inputs": input_fingerprints(config),
+        "items": item_fingerprints(config),
     }
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +163,10 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         lines += [
             f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
         ]
+    items = item_fingerprints(current)
+    known: dict[str, dict[str, str]] = manifest.get("items", {})
+    for task in sorted(items.keys() & known.keys()):
+        lines += [f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task][s]]
     if not lines:
         return config
     if not accept:
@@ -160,7 +177,7 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         )
     run.log("changes accepted: " + "; ".join(lines))
     current = current.model_copy(update={"budget": config.budget, "name": config.name})
-    write_text(run.manifest_file, json.dumps({**manifest, "inputs": prints}, indent=2) + "\n")
+    write_text(run.manifest_file, json.dumps({**manifest, "inputs": prints, "items": items}, indent=2) + "\n")
     write_text(run.config_file, dump_config(current))
     return current
 

@@ -1,19 +1,24 @@
 """From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.canary import Signs, check, prompts, signs
 from evomerge.evaluate.clock import Clock, counter
-from evomerge.evaluate.engine import Engine, Workload, scores_of
+from evomerge.evaluate.engine import Engine, Trunks, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
+from evomerge.evaluate.racing import Estimate, Race
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
+from evomerge.evaluate.workload import Workload, together
 from evomerge.merge.bank import Bank
 from evomerge.merge.compiled import compiled_for
 from evomerge.merge.gathered import open_gathered
@@ -21,6 +26,8 @@ from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe
+from evomerge.search.race import Course
+from evomerge.search.scores import rounded
 from evomerge.search.verdict import mean_score
 from evomerge.sources.locate import locate
 from evomerge.sources.open import Models, open_models
@@ -33,11 +40,14 @@ Dealt = dict[str, dict[Split, list[Item]]]
 class Outcome:
     """What an evaluation gave.
 
-    scores: task -> metric -> one score per item, the higher the better.  seconds: by part of the work.
+    scores: task -> metric -> one score per item, the higher the better; NaN for items that were not evaluated.
+    seconds: by part of the work.  signs: what the canary saw.  estimate: of a candidate that was stopped.
     """
 
     scores: dict[str, dict[str, list[float]]]
     seconds: dict[str, float]
+    signs: Signs | None = None
+    estimate: Estimate | None = None
 
     def of(self, tasks: list[Task], which: str) -> dict[str, list[float]]:
         """Item scores of every task's `objective` or `metric`."""
@@ -96,51 +106,113 @@ class Scorer:
         self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log), cache=cache)
         self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
         self.destinations = destinations(self.model, self.bank)
-        self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens)
-        self.workloads: dict[tuple[Split, bool], list[Workload]] = {}
+        self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens, log)
+        self.workloads: dict[tuple[Split, bool], Workload] = {}
+        self.prompts: torch.Tensor | None = None
 
     @property
     def weights(self) -> dict[str, float]:
         return {t.name: t.weight for t in self.tasks}
 
-    def prepared(self, split: Split, everything: bool) -> list[Workload]:
-        """The split's items as workloads, built once.  everything: all metrics, not the objective alone."""
+    def split(self, split: Split) -> dict[str, list[Item]]:
+        """The items of a split by task."""
+        return {t.name: self.items[t.name][split] for t in self.tasks}
+
+    def prepared(self, split: Split, everything: bool) -> Workload:
+        """The split's items as a workload, built once.  everything: all metrics, not the objective alone."""
         key = (split, everything)
         if key not in self.workloads:
-            self.workloads[key] = [self.engine.prepare(t, self.items[t.name][split], everything) for t in self.tasks]
+            self.workloads[key] = self.workload(self.split(split), everything)
         return self.workloads[key]
+
+    def workload(self, items: Mapping[str, Sequence[Item]], everything: bool) -> Workload:
+        """Items by task as one workload."""
+        whole = together([self.engine.asked(t, items[t.name], everything) for t in self.tasks if t.name in items])
+        self.engine.plan(whole)
+        return whole
 
     def evaluate(
         self,
         recipe: Recipe,
         split: Split,
         everything: bool,
+        only: Mapping[str, Sequence[Item]] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Outcome:
         """Materialise and score.  NotFinite or NotFiniteScore if the candidate is broken.
 
-        progress: called with the batches done and their total.
+        only: the items by task, if not all of the split.  progress: called with the batches done and their total.
         """
-        work = self.prepared(split, everything)
-        clock = Clock(self.check, counter(sum(w.steps for w in work), progress))
+        whole = only is None or only == self.split(split)
+        work = self.prepared(split, everything) if whole or only is None else self.workload(only, everything)
+        clock = Clock(self.check, counter(work.steps, progress))
+        self.materialise(recipe, clock)
+        found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
+        with clock.time("score"):
+            return Outcome({part.task.name: item_scores(part.task, metrics) for part, metrics in found}, clock.seconds)
+
+    def try_out(
+        self,
+        recipe: Recipe,
+        normal: Signs | None,
+        course: Course | None = None,
+        race: Race | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Outcome:
+        """A trial: materialise, look whether it is broken, score the objective on the search split.
+
+        normal: the signs of healthy models.  course, race: to stop it when it is surely worse than the incumbent;
+        without a race it is scored in full.  NotFinite, NotFiniteScore or Broken if the candidate is broken.
+        """
+        work = self.prepared("search", everything=False)
+        clock = Clock(self.check, counter(course.steps if course else work.steps, progress))
+        self.materialise(recipe, clock)
+        if self.prompts is None:
+            self.prompts = prompts(contexts(work.by_task), self.bank.device)
+        with clock.time("canary"):
+            seen = signs(self.model, self.prompts, normal)
+            check(seen, normal)
+        if course is None or race is None:
+            return Outcome(self.objectives(work, clock, None), clock.seconds, seen)
+        trunks: Trunks = {}
+        every = np.full(len(course.ceiling), np.nan)  # (N,)
+        for heat in course.heats:
+            found = self.objectives(heat.work, clock, trunks)
+            with clock.time("race"):
+                for metrics, where in zip(found.values(), heat.where, strict=True):
+                    (every[where],) = metrics.values()
+                if race.observe(every[heat.items]):
+                    break
+        own = course.by_task(every)
+        scores = {t.name: {t.objective: own[t.name].tolist()} for t in self.tasks}
+        return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
+
+    def materialise(self, recipe: Recipe, clock: Clock) -> None:
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
-        scores = {}
-        for workload in work:
-            found = self.engine.score(workload, clock)
-            with clock.time("score"):
-                scores[workload.task.name] = item_scores(workload.task, found)
-        return Outcome(scores, clock.seconds)
+
+    def objectives(self, work: Workload, clock: Clock, trunks: Trunks | None) -> dict[str, dict[str, list[float]]]:
+        """Task -> its objective -> item scores."""
+        found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
+        with clock.time("score"):
+            tasks = [(part.task, metrics) for part, metrics in found]
+            return {t.name: {t.objective: rounded(scores_of(t, t.objective, metrics))} for t, metrics in tasks}
 
     def objective(self, outcome: Outcome) -> float:
         """The value that trials are told with: the weighted mean over tasks of the mean objective."""
         return mean_score(outcome.of(self.tasks, "objective"), self.weights)
 
 
+def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:
+    """What the items of workloads say before their answers: the first of each task, the second of each, and so on."""
+    each = [[r.tokens[: -r.scored] for r in w.rows] or [p.context for p in w.prompts] for w in work]
+    return [context for row in zip_longest(*each) for context in row if context]
+
+
 def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
     """Item scores of the metrics that the search uses or shows: objective, metric and the smooth ones."""
     wanted = dict.fromkeys(m for m in (task.objective, task.metric, "gold_logprob") if m in found)
-    return {metric: scores_of(task, metric, found) for metric in wanted}
+    return {metric: rounded(scores_of(task, metric, found)) for metric in wanted}
 
 
 def free_memory(device: torch.device) -> None:

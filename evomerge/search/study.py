@@ -121,6 +121,18 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) ->
         return optuna.samplers.RandomSampler(seed=once)
 
 
+def record_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What `SearchStudy.finish` stored with a trial."""
+    found: dict[str, Any] = trial.user_attrs.get("record", {})
+    return found
+
+
+def in_full(trial: FrozenTrial) -> bool:
+    """Whether a trial's value is that of all items: not stopped by the race, not broken."""
+    record = record_of(trial)
+    return trial.state == TrialState.COMPLETE and "partial" not in record and "broken" not in record
+
+
 @dataclass(frozen=True)
 class Begun:
     """A trial in hand.  trial_id: the database's key.  baseline: its name, if the trial is one."""
@@ -158,7 +170,14 @@ class SearchStudy:
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        return self.mirror.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        """Those that were evaluated in full."""
+        return [t for t in self.trials if in_full(t)]
+
+    @property
+    def penalty(self) -> float | None:
+        """The value of a broken candidate: no better than any other; None before there is one."""
+        told = self.mirror.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return min((t.value for t in told if t.value is not None), default=None)
 
     def sampler(self, number: int) -> BaseSampler:
         """The sampler for one trial; CMA-ES keeps one object, as it reads the trial's number itself."""

@@ -1,0 +1,77 @@
+"""What several commands do: run a search under a person's eyes, write a model or a file for mergekit."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from evomerge.errors import EvomergeError
+
+
+def run_search(run: Any, until: str | None) -> None:
+    """Search, show, report; on an interrupt say how to go on and leave with the signal's exit code."""
+    from evomerge.report.html import write_report
+    from evomerge.report.status import read_status
+    from evomerge.report.terminal import SearchView, print_status
+    from evomerge.search.limits import Limits, deadline_of
+    from evomerge.search.loop import Interrupted, StopSignal
+    from evomerge.search.loop import search as search_loop
+    from evomerge.search.run import only_driver
+
+    deadline = deadline_of(until)
+    budget = run.config().budget
+    limits = Limits(trials=budget.trials, seconds=budget.timeout, deadline=deadline)
+    view, stop = SearchView(), StopSignal()
+    with only_driver(run), stop.installed():
+        try:
+            search_loop(run, limits, view, stop)
+        except Interrupted as interrupt:
+            view.close()
+            print(f"stopped by {interrupt}; nothing finished is lost. Go on with: evomerge resume {run.folder}")
+            raise typer.Exit(128 + (stop.received or signal.SIGINT)) from None
+        finally:
+            view.close()
+        write_report(run)
+    print_status(read_status(run), timing=False)
+    print(f"report: {run.report_file}")
+    print(f"export: evomerge export {run.folder} --out merged/")
+
+
+def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results: str, device: str) -> None:
+    """What was asked for: a model folder, a file for mergekit, or both."""
+    from evomerge.files import write_text
+    from evomerge.merge.mergekit.write import dump_mergekit
+
+    if out is None and mergekit is None:
+        raise EvomergeError("say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit")
+    if mergekit is not None:
+        text, notes = dump_mergekit(recipe)
+        write_text(mergekit, text)
+        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+        print(f"wrote {mergekit}")
+    if out is not None:
+        write_model(recipe, out, results, device)
+
+
+def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
+    """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
+    from evomerge.device import resolve_device
+    from evomerge.merge.card import model_card
+    from evomerge.merge.export import export as export_model
+    from evomerge.merge.export import total_bytes
+    from evomerge.merge.nested import open_bank
+    from evomerge.report.terminal import Bar
+
+    # One merge reads every tensor once: nothing is worth holding.
+    bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
+    started = time.monotonic()
+    bar = Bar("merging", total_bytes(recipe, bank), "MB")
+    try:
+        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update)
+    finally:
+        bar.close()
+    print(f"wrote {out} in {time.monotonic() - started:.1f} s")
+    return signed

@@ -1,0 +1,122 @@
+"""From items to token ids: lm-eval's requests, tokenised and cut as its HFLM would."""
+
+from typing import Any
+
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.generation import Prompt
+from evomerge.evaluate.loglikelihood import Row
+from evomerge.evaluate.metrics import gold_choice
+from evomerge.evaluate.tasks import Item, Task
+
+
+class Requests:
+    """Builds what a model is asked.  lm: lm-eval's HFLM on the model, whose tokenisation is used."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm = lm
+
+    def instances(self, task: Task, item: Item) -> list[Any]:
+        """lm-eval's requests for one item.  EvomergeError if a chat template is asked for and there is none."""
+        template = None
+        if task.chat:
+            if self.lm.tokenizer.chat_template is None:
+                raise EvomergeError(
+                    f"task {task.name}: apply_chat_template is asked for, but the tokenizer has no chat template"
+                )
+            template = self.lm.apply_chat_template
+        context = task.lm.fewshot_context(
+            item.doc,
+            num_fewshot=task.lm.config.num_fewshot or 0,
+            apply_chat_template=task.chat,
+            fewshot_as_multiturn=task.chat and task.multiturn,
+            chat_template=template,
+            gen_prefix=task.lm.doc_to_prefix(item.doc),
+        )
+        built = task.lm.construct_requests(
+            doc=item.doc,
+            ctx=context,
+            metadata=(task.name, 0, 1),
+            apply_chat_template=task.chat,
+            chat_template=template,
+        )
+        return list(built) if isinstance(built, list) else [built]
+
+    def rows(self, task: Task, instance: Any) -> list[Row]:
+        """The rows of one log-likelihood request; a rolling one is cut into windows of the model's length."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        if instance.request_type == "loglikelihood":
+            return [self.row(task, *instance.args[:2])]
+        windows = get_rolling_token_windows(
+            token_list=self.lm.tok_encode(instance.args[0]),
+            prefix_token=self.lm.prefix_token_id,
+            max_seq_len=self.lm.max_length,
+            context_len=1,
+        )
+        return [self.cut(task, *make_disjoint_window(w)) for w in windows]
+
+    def row(self, task: Task, context: str, continuation: str) -> Row:
+        """Tokens of context and continuation, split between them as lm-eval splits."""
+        if context == "":
+            tokens = self.lm.tok_encode(continuation, add_special_tokens=False)
+            prefix = self.lm.prefix_token_id
+            if tokens and tokens[0] == prefix:
+                return self.cut(task, tokens[:1], tokens[1:])
+            return self.cut(task, [prefix], tokens)
+        return self.cut(task, *self.lm._encode_pair(context, continuation))
+
+    def cut(self, task: Task, context: list[int], continuation: list[int]) -> Row:
+        """A row no longer than the model takes; what is too much goes from the left."""
+        if not continuation:
+            raise EvomergeError(f"task {task.name}: an item has an empty answer, which has no log-likelihood")
+        if len(continuation) > self.lm.max_length:
+            raise EvomergeError(
+                f"task {task.name}: an answer of {len(continuation)} tokens is longer than the model's "
+                f"{self.lm.max_length}"
+            )
+        return Row(tuple((context + continuation)[-(self.lm.max_length + 1) :]), len(continuation))
+
+    def gold_rows(self, task: Task, item: Item) -> list[Row]:
+        """The rows whose log-likelihoods add up to that of an item's gold answer."""
+        instances = self.instances(task, item)
+        if task.kind == "generate_until":
+            return [self.row(task, *self.gold_pair(task, item, instances[0].args[0]))]
+        if task.kind == "multiple_choice":
+            gold = gold_choice(task, item.doc)
+            instances = [i for i in instances if i.idx == gold]
+        return [row for instance in instances for row in self.rows(task, instance)]
+
+    def gold_pair(self, task: Task, item: Item, context: str) -> tuple[str, str]:
+        """The prompt of a generation item and its gold answer as a continuation.
+
+        A `gold` template that starts with white space stands as it is; else the task's delimiter comes first, which
+        a chat template replaces.
+        """
+        from lm_eval.utils import apply_template
+
+        if task.gold is not None:
+            answer = apply_template(task.gold, item.doc)
+        else:
+            answer = task.lm.doc_to_target(item.doc)
+            if task.lm.config.doc_to_choice is not None:
+                answer = task.lm.doc_to_choice(item.doc)[answer]
+            answer = str(answer[0] if isinstance(answer, list) else answer)
+        stands = task.chat or (task.gold is not None and answer[:1].isspace())
+        return context, ("" if stands else task.lm.config.target_delimiter) + answer
+
+    def prompt(self, task: Task, context: str, options: dict[str, Any]) -> Prompt:
+        """A generation request with lm-eval's stops and limits.  EvomergeError if it asks for sampling."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        options = normalize_gen_kwargs(options, self.lm.max_gen_toks)
+        if options.get("do_sample") and options.get("temperature", 0) > 0:
+            raise EvomergeError(f"task {task.name}: asks for sampling; only greedy generation gives scores to rely on")
+        end = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
+        limit = int(options["max_gen_toks"])
+        room = self.lm.max_length - limit
+        if room <= 0:
+            raise EvomergeError(
+                f"task {task.name}: max_gen_toks {limit} leaves no room in the model's {self.lm.max_length} tokens"
+            )
+        tokens = self.lm.tok_encode(context)[-room:]
+        return Prompt(tuple(tokens), tuple(handle_stop_sequences(options.get("until"), eos=end)), limit)
