@@ -141,8 +141,8 @@ def make_course(study: SearchStudy, known: list[Baseline], ledger: Ledger) -> Co
             scores.append(objective_scores(trial))
         elif (found := ledger.stored("search", baseline.recipe)) is not None:
             scores.append(ledger.means(found, "objective"))
-    dealt = [(t, scorer.items[t.name]["search"]) for t in scorer.tasks]
-    return build_course(scorer.engine, dealt, items, scores, scorer.config.seed, racing)
+    asked = scorer.prepared("search", everything=False).by_task
+    return build_course(scorer.engine, asked, items, scores, scorer.config.seed, racing)
 
 
 def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:

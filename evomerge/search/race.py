@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial
 from evomerge.config.schema import RacingConfig
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.racing import PREDICTORS, Order, Race, Vector, ceiling, chunks, item_weights, race_order
-from evomerge.evaluate.tasks import Item, Task
 from evomerge.evaluate.workload import Workload
 from evomerge.search.scores import objective_scores
 from evomerge.search.study import SearchStudy
@@ -71,7 +70,7 @@ class Course:
 
 def build_course(
     engine: Engine,
-    dealt: Sequence[tuple[Task, Sequence[Item]]],
+    asked: Sequence[Workload],
     items: str,
     baselines: Sequence[Mapping[str, Sequence[float]]],
     seed: int,
@@ -79,19 +78,18 @@ def build_course(
 ) -> Course:
     """The course of a search.
 
-    dealt: every task with its items.  items: the name of their ids in the study.  baselines: the objective's item
-    scores, task by task, of models that were evaluated in full; they say which items tell models apart.
+    asked: every task's items.  items: the name of their ids in the study.  baselines: the objective's item scores,
+    task by task, of models that were evaluated in full; they say which items tell models apart.
     """
-    sizes = {task.name: len(own) for task, own in dealt}
+    sizes = {work.task.name: len(work.items) for work in asked}
     known = {name: np.array([b[name] for b in baselines]).reshape(len(baselines), n) for name, n in sizes.items()}
-    tops = np.concatenate([np.full(len(own), ceiling(t.objective, known[t.name])) for t, own in dealt])
-    weights = item_weights({t.name: t.weight for t, _ in dealt}, sizes)
+    tops = np.concatenate([np.full(len(w.items), ceiling(w.task.objective, known[w.task.name])) for w in asked])
+    weights = item_weights({w.task.name: w.task.weight for w in asked}, sizes)
     scores = np.concatenate(list(known.values()), axis=1) if config.informative and baselines else None
-    order = race_order([f"{t.name}\0{i.id}" for t, own in dealt for i in own], weights, seed, scores, tops)
+    order = race_order([f"{w.task.name}\0{i.id}" for w in asked for i in w.items], weights, seed, scores, tops)
     pieces = chunks(order)
     ends = np.cumsum(list(sizes.values()))
     split = [[p[(end - n <= p) & (p < end)] for n, end in zip(sizes.values(), ends, strict=True)] for p in pieces]
-    asked = [engine.asked(task, own, everything=False) for task, own in dealt]
     starts = ends - list(sizes.values())
     works = engine.in_chunks(asked, [[w - s for w, s in zip(row, starts, strict=True)] for row in split])
     heats = [Heat(p, work, [w for w in row if len(w)]) for p, work, row in zip(pieces, works, split, strict=True)]

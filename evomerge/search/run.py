@@ -109,6 +109,8 @@ def item_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     for task in open_tasks(config.tasks):
         dealt = deal(task, config.splits, config.seed)
         ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in dealt.items()}
+        if task.lm.config.num_fewshot:
+            ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
         found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
     return found
 
@@ -166,7 +168,9 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
     items = item_fingerprints(current)
     known: dict[str, dict[str, str]] = manifest.get("items", {})
     for task in sorted(items.keys() & known.keys()):
-        lines += [f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task][s]]
+        lines += [
+            f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task].get(s)
+        ]
     if not lines:
         return config
     if not accept:

@@ -16,6 +16,7 @@ from evomerge.evaluate.canary import Signs, check, prompts, signs
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine, Trunks, scores_of
 from evomerge.evaluate.metrics import ItemMetrics
+from evomerge.evaluate.prepared import ask
 from evomerge.evaluate.racing import Estimate, Race
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.evaluate.workload import Workload, together
@@ -98,6 +99,7 @@ class Scorer:
         cache: Path | None = None,
     ) -> None:
         self.config = config
+        self.cache = cache
         self.check = check
         self.tasks = open_tasks(config.tasks)
         self.items = deal_all(self.tasks, config)
@@ -122,12 +124,19 @@ class Scorer:
         """The split's items as a workload, built once.  everything: all metrics, not the objective alone."""
         key = (split, everything)
         if key not in self.workloads:
-            self.workloads[key] = self.workload(self.split(split), everything)
+            self.workloads[key] = self.joined(self.asked(split, everything))
         return self.workloads[key]
 
-    def workload(self, items: Mapping[str, Sequence[Item]], everything: bool) -> Workload:
-        """Items by task as one workload."""
-        whole = together([self.engine.asked(t, items[t.name], everything) for t in self.tasks if t.name in items])
+    def asked(self, split: Split, everything: bool) -> list[Workload]:
+        """What each task asks on the split; kept in the run's folder."""
+        if self.cache is None:
+            return [self.engine.asked(t, self.items[t.name][split], everything) for t in self.tasks]
+        folder = self.cache / "items"
+        return [ask(self.engine, t, split, self.items[t.name][split], everything, folder) for t in self.tasks]
+
+    def joined(self, works: Sequence[Workload]) -> Workload:
+        """Workloads of single tasks as one."""
+        whole = together(works)
         self.engine.plan(whole)
         return whole
 
@@ -143,8 +152,10 @@ class Scorer:
 
         only: the items by task, if not all of the split.  progress: called with the batches done and their total.
         """
-        whole = only is None or only == self.split(split)
-        work = self.prepared(split, everything) if whole or only is None else self.workload(only, everything)
+        if only is None or only == self.split(split):
+            work = self.prepared(split, everything)
+        else:
+            work = self.joined([self.engine.asked(t, only[t.name], everything) for t in self.tasks if t.name in only])
         clock = Clock(self.check, counter(work.steps, progress))
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
