@@ -320,9 +320,9 @@ def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, 
 def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search whose candidates ran against each other."""
     folder = tmp_path_factory.mktemp("raced")
-    splits = {"search": 100, "selection": 10, "holdout": 40}
+    splits = {"search": 80, "selection": 10, "holdout": 40}
     done = run_cli(
-        "search", write_config(folder, tiny_family, splits=splits, budget={"trials": 24}), "--run", folder / "run"
+        "search", write_config(folder, tiny_family, splits=splits, budget={"trials": 20}), "--run", folder / "run"
     )
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -367,7 +367,7 @@ def test_every_item_score_is_in_the_table(raced: Path, tmp_path: Path) -> None:
     trials = study_of(raced).get_trials()
     counted = table[table.trial.notna()].groupby("trial").size()
     for trial in trials:
-        assert counted[trial.number] == round(200 * record_of(trial).get("partial", 1.0))
+        assert counted[trial.number] == round(160 * record_of(trial).get("partial", 1.0))
     assert set(table[table.recipe.notna()].split) == {"search", "selection", "holdout"}
     best = study_of(raced).best_trial
     own = table[table.trial == best.number].groupby("task").score.mean()

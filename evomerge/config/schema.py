@@ -190,13 +190,19 @@ class RacingConfig(Strict):
     alpha: the chance that a candidate just as good is stopped.  informative: items that tell models apart come early.
     """
 
+    enabled: bool = True
     alpha: float = Field(default=0.02, gt=0, lt=1)
     informative: bool = True
 
 
-def racing_or_not(value: object) -> object:
-    """`true` stands for the defaults."""
-    return RacingConfig() if value is True else value
+def racing(value: object) -> object:
+    """`true` and `false` as well as a mapping."""
+    if not isinstance(value, (bool, dict, RacingConfig)):
+        raise ValueError("give true, false, or what to change: {alpha: 0.05, informative: false}")
+    return {"enabled": value} if isinstance(value, bool) else value
+
+
+RacingValue = Annotated[RacingConfig, BeforeValidator(racing)]
 
 
 class SearchConfig(Strict):
@@ -217,7 +223,7 @@ class SearchConfig(Strict):
     start_from: str | None = None
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
-    racing: Annotated[RacingConfig | Literal[False], BeforeValidator(racing_or_not)] = RacingConfig()
+    racing: RacingValue = RacingConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"

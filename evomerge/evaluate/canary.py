@@ -46,11 +46,10 @@ def signs(model: Any, tokens: Tensor, limits: Signs | None) -> Signs:
 
     Broken if a logit is not finite.
     """
-    logits = model(tokens, use_cache=False).logits.float()  # (B, T, V)
+    logits = model(tokens, use_cache=False).logits  # (B, T, V)
     if not bool(logits.isfinite().all()):
         raise Broken("a logit is not finite")
-    logprob = logits.log_softmax(-1)
-    entropy = float(-(logprob.exp() * logprob).sum(-1).double().mean())
+    entropy = float(torch.stack([entropies(row) for row in logits]).mean())  # row by row, as V may be large
     counts = logits.argmax(-1).flatten().bincount()
     found = Signs(entropy, float(counts.max()) / float(counts.sum()))
     if limits is None or found.sameness <= max(SUSPECT, limits.sameness):
@@ -64,6 +63,12 @@ def signs(model: Any, tokens: Tensor, limits: Signs | None) -> Signs:
         pad_token_id=0,
     )[:, tokens.shape[1] :]
     return Signs(found.entropy, found.sameness, all(endless(row) for row in written.tolist()))
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(T,) float64 nats of the distributions that logits (T, V) stand for."""
+    logprob = logits.float().log_softmax(-1)
+    return -(logprob.exp() * logprob).sum(-1).double()
 
 
 def endless(tokens: Sequence[int], longest: int = 4) -> bool:

@@ -31,6 +31,7 @@ Vector = NDArray[np.float64]
 
 ALPHA = 0.02
 LOOKS = 40  # chunks: finer ones stop a little sooner, coarser ones make fuller batches
+FEWEST = 8  # items of a chunk: fewer make poor batches and tell little
 FLOOR = 0.3  # share of the draws that ignores how informative an item is: no u is tiny, whoever the incumbent is
 CAP = 0.95  # items above this quantile of w (ceiling - incumbent) / u would make every bet small; see `bounded`
 LARGEST_BET = 0.98  # one item at its ceiling then costs a factor of 50, not everything
@@ -110,8 +111,8 @@ def exponential(seed: int, name: str) -> float:
 
 
 def chunks(order: Order, size: int | None = None) -> list[NDArray[np.intp]]:
-    """The order in pieces of `size` items (default: LOOKS pieces); the race is looked at after each."""
-    size = size or -(-len(order.items) // LOOKS)
+    """The order in pieces of `size` items (default: LOOKS pieces, of FEWEST items at least); one look after each."""
+    size = size or max(FEWEST, -(-len(order.items) // LOOKS))
     return [order.items[k : k + size] for k in range(0, len(order.items), size)]
 
 

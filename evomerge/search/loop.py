@@ -131,7 +131,7 @@ def next_baseline(study: SearchStudy, known: list[Baseline]) -> tuple[str, Point
 def make_course(study: SearchStudy, known: list[Baseline], ledger: Ledger) -> Course | None:
     """The race course of a search whose baselines have all been evaluated, None if the configuration wants no race."""
     scorer = ledger.scorer
-    if not (racing := scorer.config.racing):
+    if not (racing := scorer.config.racing).enabled:
         return None
     items = store_items(study.stored, scorer.split("search"))
     scores: list[dict[str, Any]] = []
