@@ -92,8 +92,8 @@ h.HFLM.tok_encode = refuse
 
 def test_a_resumed_search_tokenises_nothing(tiny_family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = write_config(tmp_path, tiny_family, budget={"trials": 6})
+    config = write_config(tmp_path, tiny_family, budget={"trials": 2})
     assert run_cli("search", config, "--run", run).returncode == 0
-    done = run_cli("resume", run, "--trials", "9", prelude=NO_TOKENISING)
+    done = run_cli("resume", run, "--trials", "7", prelude=NO_TOKENISING)
     assert done.returncode == 0, done.stderr
-    assert len(trials_of(run)) == 9
+    assert len(trials_of(run)) == 7

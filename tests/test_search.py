@@ -208,10 +208,10 @@ def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -
 @pytest.mark.parametrize("sampler", ["cma-es", "tpe", "nsga-ii", "gp", "qmc", "random"])
 def test_resumed_study_proposes_what_the_uninterrupted_one_would(family: Path, tmp_path: Path, sampler: str) -> None:
     space = space_of(family, tmp_path, sampler={"name": sampler})
-    whole = drive(space, tmp_path / "whole.db", 24, None)
-    parts = drive(space, tmp_path / "parts.db", 24, 7)
+    whole = drive(space, tmp_path / "whole.db", 16, None)
+    parts = drive(space, tmp_path / "parts.db", 16, 7)
     assert parts == whole
-    assert len({tuple(p.values()) for p in whole}) == 24
+    assert len({tuple(p.values()) for p in whole}) == 16
 
 
 def test_cma_es_climbs(family: Path, tmp_path: Path) -> None:
