@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from stopwatch import timed
 
 from evomerge.config.schema import SearchConfig, TaskConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
@@ -99,16 +100,6 @@ def write_tasks(folder: Path, tokenizer: Any, items: int) -> None:
             (folder / "examples.jsonl").write_text("".join(json.dumps(d) + "\n" for d in examples))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in found))
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-
-
-def timed(run: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def tokens(work: Workload) -> tuple[float, float]:

@@ -16,13 +16,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from stopwatch import timed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -125,16 +124,6 @@ def recipe(method: str, folders: dict[str, Path], seed: int) -> Recipe:
         sources=[RecipeSource(name=n, path=str(folders[n])) for n in names],
         parameters={k: v for k, v in shared.items() if k in spec.knobs},
     )
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def floor(tensors: list[list[torch.Tensor]], out: list[torch.Tensor], stream: bool) -> None:

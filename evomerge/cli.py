@@ -58,8 +58,10 @@ def search(
     refuse_existing(folder)
     # All that can be wrong with the inputs is said before there is a run folder.
     models = open_config_models(loaded)
-    check_statistics(loaded, models, deal_all(open_tasks(loaded.tasks), loaded))
-    created = create_run(loaded, config, folder)
+    tasks = open_tasks(loaded.tasks)
+    dealt = deal_all(tasks, loaded)
+    check_statistics(loaded, models, dealt)
+    created = create_run(loaded, tasks, dealt, config, folder)
     print(f"run folder: {folder}", flush=True)
     run_search(created, until)
 

@@ -89,6 +89,14 @@ def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
         return Done(os.waitstatus_to_exitcode(status), out.read(), err.read())
 
 
+def finished_search(config: Path) -> Path:
+    """The run folder, beside its configuration, of a search that went to its end."""
+    run = config.parent / "run"
+    done = run_cli("search", config, "--run", run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 def trials_of(run: Path) -> list[tuple[int, str, dict[str, float], float | None]]:
     """(number, state, parameters, value) of every trial of a run, by number."""
     import optuna

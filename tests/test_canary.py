@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.evaluate.canary import Broken, Signs, check, endless, limits, prompts, signs
+from evomerge.evaluate.canary import Broken, Signs, check, endless, normal_signs, prompts, signs
 
 ROWS = 64
 
@@ -32,7 +32,7 @@ def test_prompts_are_cut_to_one_length_from_the_left() -> None:
 def test_a_healthy_model_passes_and_writes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "generate", None)  # it would fail if it were called
     found = signs(model, TOKENS, None)
-    check(signs(model, TOKENS, limits([found])), limits([found]))
+    check(signs(model, TOKENS, normal_signs([found])), normal_signs([found]))
     assert 0 < found.entropy < 5
 
 
@@ -43,14 +43,14 @@ def test_one_weight_that_is_not_finite_is_found(model: Any) -> None:
 
 
 def test_a_collapsed_entropy_is_found(model: Any) -> None:
-    normal = limits([signs(model, TOKENS, None)])
+    normal = normal_signs([signs(model, TOKENS, None)])
     model.lm_head.weight.mul_(200)
     with pytest.raises(Broken, match="entropy"):
         check(signs(model, TOKENS, normal), normal)
 
 
 def test_an_endless_repetition_is_found(model: Any) -> None:
-    normal = limits([signs(model, TOKENS, None)])
+    normal = normal_signs([signs(model, TOKENS, None)])
     model.model.norm.weight.zero_()  # all logits are equal, so that token 0 always comes next
     found = signs(model, TOKENS, normal)
     assert found.repeats
@@ -60,12 +60,12 @@ def test_an_endless_repetition_is_found(model: Any) -> None:
 
 def test_what_the_parents_do_is_no_fault(model: Any) -> None:
     model.model.norm.weight.zero_()
-    normal = limits([signs(model, TOKENS, None)])
+    normal = normal_signs([signs(model, TOKENS, None)])
     check(signs(model, TOKENS, normal), normal)
 
 
 def test_without_parents_only_what_is_not_finite_is_broken() -> None:
-    check(Signs(0.0, 1.0, repeats=True), limits([]))
+    check(Signs(0.0, 1.0, repeats=True), normal_signs([]))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import yaml
 from models import write_family, write_llama
 from safetensors.torch import load_file, save_file
-from searches import ROOT, Done, run_cli, trials_of, verdict_of, write_config
+from searches import ROOT, Done, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.merge.methods import METHODS
 
@@ -19,10 +19,7 @@ from evomerge.merge.methods import METHODS
 @pytest.fixture(scope="module")
 def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search over two tiny specialists."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = run_cli("search", write_config(folder, tiny_family, budget={"trials": 12}), "--run", folder / "run")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return finished_search(write_config(tmp_path_factory.mktemp("finished"), tiny_family, budget={"trials": 12}))
 
 
 def refuses(done: Done, *words: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from searches import ROOT, run_cli, trials_of, verdict_of, write_config
+from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
 # Each prelude kills the process (no handler can catch it) at one exact moment of its work.
 KILL = "import os, signal\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -91,10 +91,7 @@ e.materialise_tensor = counted
 @pytest.fixture(scope="module")
 def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody killed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = run_cli("search", write_config(folder, tiny_family), "--run", folder / "run")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return finished_search(write_config(tmp_path_factory.mktemp("undisturbed"), tiny_family))
 
 
 @pytest.mark.parametrize(

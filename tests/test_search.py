@@ -14,7 +14,7 @@ from models import write_family
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from pyarrow import parquet
-from searches import run_cli, trials_of, verdict_of, write_config
+from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.file import load_config
 from evomerge.errors import EvomergeError
@@ -319,13 +319,9 @@ def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, 
 @pytest.fixture(scope="module")
 def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search whose candidates ran against each other."""
-    folder = tmp_path_factory.mktemp("raced")
     splits = {"search": 80, "selection": 10, "holdout": 40}
-    done = run_cli(
-        "search", write_config(folder, tiny_family, splits=splits, budget={"trials": 20}), "--run", folder / "run"
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("raced")
+    return finished_search(write_config(folder, tiny_family, splits=splits, budget={"trials": 20}))
 
 
 def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:

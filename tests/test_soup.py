@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from searches import ROOT, run_cli, trials_of, verdict_of, write_config
+from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.report.status import read_status
 from evomerge.search.run import open_run
@@ -106,10 +106,7 @@ def write_soup_config(folder: Path, family: Path, sources: str = "lost right lef
 
 @pytest.fixture(scope="module")
 def finished(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    done = run_cli("search", write_soup_config(folder, family), "--run", folder / "run")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return finished_search(write_soup_config(tmp_path_factory.mktemp("finished"), family))
 
 
 def values_of(run: Path) -> dict[str, float]:

@@ -41,8 +41,8 @@ def prompts(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def signs(model: Any, tokens: Tensor, limits: Signs | None) -> Signs:
-    """Look at a model.  tokens: (B, T) of `prompts`.  limits: the parents'; who is no suspect writes nothing.
+def signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
+    """Look at a model.  tokens: (B, T) of `prompts`.  normal: the parents'; who is no suspect writes nothing.
 
     Broken if a logit is not finite.
     """
@@ -52,7 +52,7 @@ def signs(model: Any, tokens: Tensor, limits: Signs | None) -> Signs:
     entropy = float(torch.stack([entropies(row) for row in logits]).mean())  # row by row, as V may be large
     counts = logits.argmax(-1).flatten().bincount()
     found = Signs(entropy, float(counts.max()) / float(counts.sum()))
-    if limits is None or found.sameness <= max(SUSPECT, limits.sameness):
+    if normal is None or found.sameness <= max(SUSPECT, normal.sameness):
         return found
     written = model.generate(
         tokens,
@@ -76,7 +76,7 @@ def endless(tokens: Sequence[int], longest: int = 4) -> bool:
     return any(all(a == b for a, b in zip(tokens, tokens[n:], strict=False)) for n in range(1, longest + 1))
 
 
-def limits(parents: Sequence[Signs]) -> Signs | None:
+def normal_signs(parents: Sequence[Signs]) -> Signs | None:
     """What is still normal where these are, None if there is none to tell."""
     if not parents:
         return None

@@ -21,7 +21,7 @@ from evomerge.evaluate.metrics import (
     item_score,
     lm_eval_metrics,
 )
-from evomerge.evaluate.prefix import ALONE, Leaf, Tokens, choose_trunks
+from evomerge.evaluate.prefix import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.workload import Workload, together
@@ -56,6 +56,7 @@ class Engine:
         self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
         self.batch_tokens = token_budget(batch_tokens, model, self.vocabulary)
         self.abilities = probe(model, self.vocabulary, log)
+        self.unpacked: set[str] = set()  # tasks whose rows are too long to share one
 
     def prepare(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
         """Build prompts, token ids and batches of a task's items.
@@ -79,7 +80,7 @@ class Engine:
         ]
         if self.abilities.trunks:
             rows = [row.leaf for work in asked for row in work.rows]
-            prompts = [Leaf(p.context, len(p.context) - 1) for work in asked for p in work.prompts]
+            prompts = [prompt.leaf for work in asked for prompt in work.prompts]
             shared = [*choose_trunks(rows), *choose_trunks(prompts, ALONE)]
             for work in works:
                 work.shared = shared
@@ -126,13 +127,15 @@ class Engine:
     def plan(self, work: Workload) -> None:
         """Make the batches of a workload for the present budget."""
         work.budget = self.batch_tokens
-        longest = max([len(r.tokens) for r in work.rows] + [len(p.context) + p.limit for p in work.prompts])
-        work.packs = self.abilities.packs and self.abilities.reaches(longest)
-        if work.packs != self.abilities.packs:
-            self.log(
-                f"note: task {work.task.name} has rows of {longest} tokens, the model attends to "
-                f"{self.abilities.window}; one row a sequence"
-            )
+        too_long = [part for part in work.by_task if not self.abilities.reaches(part.longest)]
+        work.packs = self.abilities.packs and not too_long
+        for part in too_long if self.abilities.packs else []:
+            if part.task.name not in self.unpacked:  # once, not for every chunk
+                self.unpacked.add(part.task.name)
+                self.log(
+                    f"note: task {part.task.name} has rows of {part.longest} tokens, the model attends to "
+                    f"{self.abilities.window}; one row a sequence"
+                )
         shared = work.shared if self.abilities.trunks else []
         plan = Plan(work.budget, self.model.device, self.vocabulary, work.packs, shared)
         work.batches = plan_batches(work.rows, plan)

@@ -26,6 +26,11 @@ class Prompt:
     until: tuple[str, ...]
     limit: int
 
+    @property
+    def leaf(self) -> Leaf:
+        """What must be computed for it: all tokens, with logits at the last."""
+        return Leaf(self.context, len(self.context) - 1)
+
 
 @dataclass
 class GenerationBatch:
@@ -54,7 +59,7 @@ def plan_generation(prompts: Sequence[Prompt], pad: int, plan: Plan) -> list[Gen
         owners: dict[Tokens, list[int]] = {}
         for number in numbers:
             owners.setdefault(prompts[number].context, []).append(number)
-        leaves = [Leaf(context, len(context) - 1) for context in owners]
+        leaves = [prompts[own[0]].leaf for own in owners.values()]
         trunks: Sequence[Tokens] = ()
         if plan.packs:
             trunks = choose_trunks(leaves, ALONE) if plan.trunks is None else plan.trunks

@@ -48,6 +48,11 @@ class Workload:
         return len(self.batches) + len(self.generations)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max([len(r.tokens) for r in self.rows] + [len(p.context) + p.limit for p in self.prompts])
+
+    @property
     def by_task(self) -> list["Workload"]:
         """One workload for each task."""
         return self.parts or [self]

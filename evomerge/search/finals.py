@@ -16,7 +16,7 @@ from evomerge.search.baselines import Baseline
 from evomerge.search.cma import CmaEsSampler
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer
-from evomerge.search.scores import ledger_key, pack, store_items, stored_items, unpack
+from evomerge.search.scores import ledger_key, of_record, pack, store_items
 from evomerge.search.soup import GreedySoup
 from evomerge.search.study import SearchStudy, checkpoint
 from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
@@ -43,17 +43,21 @@ class Ledger:
         self.scorer = scorer
         self.run = run
         self.progress = progress
+        self.names: dict[Split, str] = {}
 
     def known(self, split: Split, recipe: Recipe) -> Known:
         """What is in the study already."""
-        record = self.study.user_attrs.get(ledger_key(split, digest(recipe)))
-        if record is None:
-            return {}
-        ids = stored_items(self.study, record["items"])
-        return {
-            task: {metric: dict(zip(ids[task], unpack(text).tolist(), strict=True)) for metric, text in metrics.items()}
-            for task, metrics in record["scores"].items()
-        }
+        attributes = self.study.user_attrs
+        found: Known = {}
+        for row in of_record(attributes, attributes.get(ledger_key(split, digest(recipe)), {}), {}):
+            found.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["item"]] = row["score"]
+        return found
+
+    def items(self, split: Split) -> str:
+        """The name under which the study keeps the ids of a split's items."""
+        if split not in self.names:
+            self.names[split] = store_items(self.study, self.scorer.split(split))
+        return self.names[split]
 
     def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
         """Per task, the items that lack a score of the objective or the metric."""
@@ -93,9 +97,8 @@ class Ledger:
 
     def store(self, split: Split, recipe: Recipe, scores: Scores) -> None:
         """Keep scores in the study, in one write."""
-        items = store_items(self.study, {t: self.scorer.items[t][split] for t in scores})
         packed = {task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()}
-        self.study.set_user_attr(ledger_key(split, digest(recipe)), {"items": items, "scores": packed})
+        self.study.set_user_attr(ledger_key(split, digest(recipe)), {"items": self.items(split), "scores": packed})
         checkpoint(self.study)
 
     def means(self, scores: Scores, which: str) -> dict[str, list[float]]:
@@ -107,10 +110,8 @@ def search_score(study: SearchStudy, ledger: Ledger, baseline: Baseline, phase: 
 
     Minus infinity if the model is broken: a failed trial, a score that is not finite.
     """
-    if baseline.point is not None:
-        trial = next((t for t in study.trials if t.user_attrs.get("baseline") == baseline.name), None)
-        if trial is not None:
-            return -float("inf") if trial.value is None else trial.value
+    if baseline.point is not None and (trial := study.of_baseline(baseline.name)) is not None:
+        return -float("inf") if trial.value is None else trial.value
     if ledger.stored("search", baseline.recipe) is None:
         phase(f"baseline {baseline.name}")
     try:

@@ -12,8 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Broken, Signs
-from evomerge.evaluate.canary import limits as normal_signs
+from evomerge.evaluate.canary import Broken, Signs, normal_signs
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.materialise import NotFinite
 from evomerge.merge.prepare import prepare
@@ -23,7 +22,7 @@ from evomerge.search.limits import Limits
 from evomerge.search.race import Course, build_course
 from evomerge.search.run import Run
 from evomerge.search.scorer import Outcome, Scorer, free_memory, open_config_models
-from evomerge.search.scores import objective_scores, pack, store_items
+from evomerge.search.scores import objective_scores, pack
 from evomerge.search.soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space import Point, build_space
 from evomerge.search.study import SearchStudy, open_study, record_of
@@ -133,10 +132,10 @@ def make_course(study: SearchStudy, known: list[Baseline], ledger: Ledger) -> Co
     scorer = ledger.scorer
     if not (racing := scorer.config.racing).enabled:
         return None
-    items = store_items(study.stored, scorer.split("search"))
+    items = ledger.items("search")
     scores: list[dict[str, Any]] = []
     for baseline in known:
-        trial = next((t for t in study.complete if t.user_attrs.get("baseline") == baseline.name), None)
+        trial = study.of_baseline(baseline.name)
         if trial is not None and record_of(trial).get("items") == items:
             scores.append(objective_scores(trial))
         elif (found := ledger.stored("search", baseline.recipe)) is not None:
@@ -187,7 +186,7 @@ def run_trial(
             race = course.race(study) if course else None
             outcome = scorer.try_out(recipe, healthy(study, known), course, race)
         value = outcome.estimate.value if outcome.estimate else scorer.objective(outcome)
-        record = describe(outcome, scorer, store_items(study.stored, scorer.split("search")))
+        record = describe(outcome, scorer, ledger.items("search"))
         seconds = outcome.seconds
     except EvomergeError:
         raise

@@ -12,7 +12,7 @@ from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.racing import PREDICTORS, Order, Race, Vector, ceiling, chunks, item_weights, race_order
 from evomerge.evaluate.workload import Workload
 from evomerge.search.scores import objective_scores
-from evomerge.search.study import SearchStudy
+from evomerge.search.study import SearchStudy, record_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,6 @@ class Course:
     alpha: float
     known: dict[int, Vector] = field(default_factory=dict)
 
-    @property
-    def steps(self) -> int:
-        return sum(heat.work.steps for heat in self.heats)
-
     def by_task(self, scores: Vector) -> dict[str, Vector]:
         """Scores of all items, (N,), task by task."""
         ends = np.cumsum(list(self.sizes.values()))
@@ -59,7 +55,7 @@ class Course:
 
     def race(self, study: SearchStudy) -> Race | None:
         """A race against the incumbent, None if no candidate was evaluated in full on these items."""
-        full = [t for t in study.complete if t.user_attrs["record"].get("items") == self.items]
+        full = [t for t in study.complete if record_of(t).get("items") == self.items]
         if not full:
             return None
         incumbent = max(full, key=lambda t: (t.value or 0.0, -t.number))

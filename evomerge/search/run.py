@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from evomerge import __version__
 from evomerge.config.file import config_differences, dump_config, load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import deal, open_tasks
+from evomerge.evaluate.tasks import Task, open_tasks
 from evomerge.files import disk_errors, sha256, write_text
+from evomerge.search.scorer import Dealt, deal_all
 from evomerge.search.study import sqlite_url
 from evomerge.sources.locate import fingerprint, locate
 
@@ -103,12 +104,11 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     return prints
 
 
-def item_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
+def item_fingerprints(tasks: Sequence[Task], dealt: Dealt) -> dict[str, dict[str, str]]:
     """A hash of the items in each split of each task: their documents, whatever file they came from."""
     found: dict[str, dict[str, str]] = {}
-    for task in open_tasks(config.tasks):
-        dealt = deal(task, config.splits, config.seed)
-        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in dealt.items()}
+    for task in tasks:
+        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in dealt[task.name].items()}
         if task.lm.config.num_fewshot:
             ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
         found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
@@ -123,7 +123,7 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
+def create_run(config: SearchConfig, tasks: Sequence[Task], dealt: Dealt, origin: Path, folder: Path) -> Run:
     """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
     refuse_existing(folder)
     run = Run(folder)
@@ -136,7 +136,7 @@ def create_run(config: SearchConfig, origin: Path, folder: Path) -> Run:
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "inputs": input_fingerprints(config),
-        "items": item_fingerprints(config),
+        "items": item_fingerprints(tasks, dealt),
     }
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,8 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         lines += [
             f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
         ]
-    items = item_fingerprints(current)
+    tasks = open_tasks(current.tasks)
+    items = item_fingerprints(tasks, deal_all(tasks, current))
     known: dict[str, dict[str, str]] = manifest.get("items", {})
     for task in sorted(items.keys() & known.keys()):
         lines += [

@@ -168,7 +168,6 @@ class Scorer:
         normal: Signs | None,
         course: Course | None = None,
         race: Race | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Outcome:
         """A trial: materialise, look whether it is broken, score the objective on the search split.
 
@@ -176,7 +175,7 @@ class Scorer:
         without a race it is scored in full.  NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         work = self.prepared("search", everything=False)
-        clock = Clock(self.check, counter(course.steps if course else work.steps, progress))
+        clock = Clock(self.check)
         self.materialise(recipe, clock)
         if self.prompts is None:
             self.prompts = prompts(contexts(work.by_task), self.bank.device)

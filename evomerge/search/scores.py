@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Item, Split
+from evomerge.search.study import record_of
 
 LEDGER = "scores:"  # study attributes: full evaluations outside the trials, by split and recipe
 ITEMS = "items:"  # study attributes: lists of item ids, by their own hash
@@ -37,7 +38,7 @@ def unpack(text: str) -> NDArray[np.float64]:
 
 def objective_scores(trial: FrozenTrial) -> dict[str, NDArray[np.float64]]:
     """A trial's item scores by task; NaN for items that it was not scored on."""
-    stored: Packed = trial.user_attrs["record"]["scores"]
+    stored: Packed = record_of(trial)["scores"]
     return {task: unpack(next(iter(metrics.values()))) for task, metrics in stored.items()}
 
 
@@ -56,19 +57,12 @@ def store_items(study: optuna.Study, items: Mapping[str, Sequence[Item]]) -> str
     return name
 
 
-def stored_items(study: optuna.Study, name: str) -> dict[str, list[str]]:
-    """The ids of items by task that `store_items` kept under a name."""
-    found: dict[str, list[str]] = study.user_attrs[ITEMS + name]
-    return found
-
-
 def rows(study: optuna.Study) -> Iterator[dict[str, Any]]:
     """Every item score in a study: who (trial number or digest of the recipe), split, task, metric, item, score."""
     attributes = study.user_attrs
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        record = trial.user_attrs.get("record", {})
         who = {"trial": trial.number, "recipe": None, "split": "search"}
-        yield from of_record(attributes, record, who)
+        yield from of_record(attributes, record_of(trial), who)
     for name, record in attributes.items():
         if name.startswith(LEDGER):
             split, recipe = name.removeprefix(LEDGER).split(":")

@@ -173,6 +173,10 @@ class SearchStudy:
         """Those that were evaluated in full."""
         return [t for t in self.trials if in_full(t)]
 
+    def of_baseline(self, name: str) -> FrozenTrial | None:
+        """The trial of a baseline, if it has one."""
+        return next((t for t in self.trials if t.user_attrs.get("baseline") == name), None)
+
     @property
     def penalty(self) -> float | None:
         """The value of a broken candidate: no better than any other; None before there is one."""
