@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-mergekit lint clean
+.PHONY: demo test test-slow test-mergekit test-ray chaos fuzz lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evomerge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
@@ -32,6 +32,21 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# As many spoilt files of each kind, in structure and in bytes; the default suite tries some dozens.
+EXAMPLES ?= 5000
+fuzz: $(READY)
+	EVOMERGE_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz.py
+
+# Real searches disturbed at random moments; the default suite has a short form.
+ROUNDS ?= 5
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py --rounds $(ROUNDS)
+
+# Ray is 240 MB, so it is not part of the default environment.
+test-ray: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev,ray]"
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_ray.py tests/test_workers.py
 
 # mergekit's pins clash with ours, so it gets an environment of its own; the same files then go through both programs.
 MERGEKIT := .cache/mergekit

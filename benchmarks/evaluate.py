@@ -32,6 +32,7 @@ from evomerge.evaluate.tasks import Task, items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.search.exam import open_exam
 from evomerge.search.scorer import Scorer, open_config_models
 
 WORDS = "the cat saw a small red house near our old river and they were glad of it when rain came down again".split()
@@ -160,7 +161,7 @@ def trial(folder: Path, tasks: list[Path], args: argparse.Namespace) -> list[str
     )
     sources = [RecipeSource(name=n, path=str(folder), parameters={"weight": 0.5}) for n in ("one", "two")]
     recipe = Recipe(method="linear", base=Model(path=str(folder)), sources=sources)
-    scorer = Scorer(config, open_config_models(config), lambda: None, print)
+    scorer = Scorer(config, open_config_models(config), open_exam(config))
     extend(scorer.model)
     scorer.evaluate(recipe, "search", everything=False)
     lines = []

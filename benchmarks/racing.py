@@ -41,7 +41,8 @@ from scipy.stats import wilcoxon
 from evomerge.evaluate.racing import ALPHA, Order, Race, Vector, ceiling, chunks, item_weights, race_order
 from evomerge.search.run import open_run
 from evomerge.search.scores import objective_scores
-from evomerge.search.study import in_full, open_study, record_of
+from evomerge.search.storage import open_study
+from evomerge.search.study import in_full, record_of
 
 Matrix = NDArray[np.float64]
 ALPHAS = (0.02, 0.05, 0.1)

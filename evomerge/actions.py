@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,53 @@ import typer
 from evomerge.errors import EvomergeError
 
 
-def run_search(run: Any, until: str | None) -> None:
-    """Search, show, report; on an interrupt say how to go on and leave with the signal's exit code."""
+def run_search(run: Any, limits: Any, crew: Any, out: Path | None = None) -> None:
+    """Search, show, report, and write the model to `out` if there is one.
+
+    On an interrupt, say how to go on and leave with the signal's exit code.
+    """
     from evomerge.report.html import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
-    from evomerge.search.limits import Limits, deadline_of
-    from evomerge.search.loop import Interrupted, StopSignal
+    from evomerge.search.board import Board
     from evomerge.search.loop import search as search_loop
     from evomerge.search.run import only_driver
+    from evomerge.search.stop import Interrupted, StopSignal
 
-    deadline = deadline_of(until)
-    budget = run.config().budget
-    limits = Limits(trials=budget.trials, seconds=budget.timeout, deadline=deadline)
     view, stop = SearchView(), StopSignal()
     with only_driver(run), stop.installed():
         try:
-            search_loop(run, limits, view, stop)
+            with Board(run, run.config(), limits, view) as board:
+                search_loop(run, board, stop, crew, out)
+                board.phase("report")
+                write_report(run)
         except Interrupted as interrupt:
             view.close()
             print(f"stopped by {interrupt}; nothing finished is lost. Go on with: evomerge resume {run.folder}")
             raise typer.Exit(128 + (stop.received or signal.SIGINT)) from None
         finally:
             view.close()
-        write_report(run)
     print_status(read_status(run), timing=False)
     print(f"report: {run.report_file}")
-    print(f"export: evomerge export {run.folder} --out merged/")
+    if out is None:
+        print(f"export: evomerge export {run.folder} --out merged/")
+    else:
+        export_recommended(run, out, None)
+
+
+def export_recommended(run: Any, out: Path | None, mergekit: Path | None) -> None:
+    """Write what the verdict of a run recommends."""
+    from evomerge.report.card import results_section
+    from evomerge.report.status import read_status
+    from evomerge.report.usage import usage_section
+    from evomerge.search.export import recommended_recipe
+
+    recipe, verdict = recommended_recipe(run)
+    print(verdict["sentence"])
+    results = results_section(verdict)
+    with suppress(EvomergeError):  # the recipe is here, wherever the study may be
+        results += usage_section(read_status(run))
+    write_outputs(recipe, out, mergekit, results, run.config().device)
 
 
 def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results: str, device: str) -> None:

@@ -1,18 +1,22 @@
-"""Files that survive a crash: written aside, synced, renamed, so that what has its name is whole."""
+"""Files: read within bounds; written aside, synced, renamed, so that what has its name is whole."""
 
 import errno
+import fcntl
 import hashlib
-import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, BinaryIO
 
 from evomerge.errors import EvomergeError
+from evomerge.parse import parse_json, parse_yaml
+
+YAML_BYTES = 4 << 20
+JSON_BYTES = 32 << 20
+TOKENIZER_BYTES = 256 << 20
 
 
 def sha256(path: Path) -> str:
@@ -21,24 +25,44 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """An ordinary file, to read.
+
+    EvomergeError if it is missing, cannot be read or is none: a pipe would make one wait, a device never ends.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise EvomergeError(f"{path}: cannot be read (not an ordinary file)")
+            yield file
+    except FileNotFoundError as error:
+        raise EvomergeError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError, and so is what is not UTF-8
+        raise EvomergeError(f"{path}: cannot be read ({error})") from error
+
+
+def read_text(path: Path, limit: int = YAML_BYTES) -> str:
+    """The content of a file of at most `limit` bytes of UTF-8.  EvomergeError if it is something else."""
+    with opened(path) as file:
+        content = file.read(limit + 1)
+        if len(content) > limit:
+            raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, which no such file is")
+        return content.decode("utf-8")
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, plain data only.  EvomergeError if it cannot be read or is not YAML."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvomergeError(f"{path}: cannot be read ({error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-02-31 is a ValueError
-        raise EvomergeError(f"{path}: not YAML: {error}") from error
+    return parse_yaml(read_text(path), str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvomergeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise EvomergeError(f"{path}: not readable as JSON ({error})") from error
+def read_json(path: Path, limit: int = JSON_BYTES, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object.
+
+    unique: a key that is there twice is refused.
+    """
+    content = parse_json(read_text(path, limit), str(path), unique)
     if not isinstance(content, dict):
         raise EvomergeError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -51,6 +75,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file while this lasts; whoever else wants it waits.  The lock dies with its process."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 @contextmanager
@@ -68,12 +102,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, never a part."""
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Replace a file's content in one step: a reader sees the old text or the new, never a part.
+
+    private: only the owner may read it (mode 0600), from the first byte on.
+    """
     aside = path.with_name(path.name + ".part")
     with disk_errors(path):
         try:
-            with aside.open("w", encoding="utf-8") as file:
+            if private:
+                aside.unlink(missing_ok=True)
+            mode = 0o600 if private else 0o666
+            with open(aside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -101,6 +141,13 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+def refuse_full(path: Path) -> None:
+    """EvomergeError if there is a file or a folder of this name that is not empty."""
+    with disk_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise EvomergeError(f"{path}: exists already and is not an empty folder; choose another name")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete.
@@ -108,8 +155,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Yields a folder beside `path` to fill; on success it is synced and renamed, on an error it is removed.
     A left-over of a killed process is removed first.  `path` itself must be absent or empty.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise EvomergeError(f"{path}: exists already and is not an empty folder; choose another name")
+    refuse_full(path)
     aside = path.with_name(path.name + ".part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

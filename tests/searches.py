@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -47,46 +47,66 @@ class Done:
     stderr: str
 
 
+@dataclass(frozen=True)
+class Started:
+    """A process that runs beside this one."""
+
+    pid: int
+    out: IO[str]
+    err: IO[str]
+
+    def wait(self) -> Done:
+        _, status = os.waitpid(self.pid, 0)
+        with self.out, self.err:
+            self.out.seek(0)
+            self.err.seek(0)
+            return Done(os.waitstatus_to_exitcode(status), self.out.read(), self.err.read())
+
+
 def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
     """The command line in a real process of its own, forked from this one so that libraries need no second import.
 
     prelude: Python that the child runs first (to be killed at a moment of its work).
     """
+    return start_cli(*arguments, prelude=prelude).wait()
+
+
+def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = None) -> Started:
+    """`run_cli` without waiting.  terminal: the file descriptor that the child's output goes to instead of a file."""
     import lm_eval.models.huggingface  # noqa: F401 (imported here, they are there in every child)
+    import plotly.graph_objects
+    import plotly.io  # noqa: F401
     import torch
     import transformers  # noqa: F401
 
     from evomerge.cli import main
 
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.default_int_handler)
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, buffering=1) for n in (1, 2))
-                torch.set_num_threads(1)
-                os.chdir(ROOT)
-                sys.argv = ["evomerge", *map(str, arguments)]
-                exec(prelude, {})
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        out.seek(0)
-        err.seek(0)
-        return Done(os.waitstatus_to_exitcode(status), out.read(), err.read())
+    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 (`wait` closes them)
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
+            os.dup2(out.fileno() if terminal is None else terminal, 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, buffering=1) for n in (1, 2))
+            torch.set_num_threads(1)
+            os.chdir(ROOT)
+            sys.argv = ["evomerge", *map(str, arguments)]
+            exec(prelude, {})
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return Started(child, out, err)
 
 
 def finished_search(config: Path) -> Path:
@@ -102,7 +122,7 @@ def trials_of(run: Path) -> list[tuple[int, str, dict[str, float], float | None]
     import optuna
 
     from evomerge.search.run import open_run
-    from evomerge.search.study import open_study
+    from evomerge.search.storage import open_study
 
     opened = open_run(run)
     config = opened.config()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import oracle
@@ -169,8 +170,20 @@ def compiled() -> Compiled:
     return found
 
 
-FUSED = ["sum", "arithmetic", "all", "trim", "band", "drop and elect", "rank", "variance", "alone", "importance"]
-COMPILED_BY_DEFAULT = ["arithmetic", "rank"]  # each costs ten seconds where it was never compiled before
+FUSED = [
+    "sum",
+    "arithmetic",
+    "all",
+    "trim",
+    "band",
+    "drop",
+    "drop and elect",
+    "rank",
+    "variance",
+    "alone",
+    "importance",
+]
+COMPILED_BY_DEFAULT = ["arithmetic", "rank", "drop"]  # each costs ten seconds where it was never compiled before
 
 
 def fused_name(name: str) -> object:
@@ -193,6 +206,16 @@ def test_compiled_kernels_give_the_same_bits(compiled: Compiled, name: str, size
         assert torch.equal(run(PLANS[name], base, sources, torch.bfloat16, compiled=compiled), eager)
     assert torch.equal(run(PLANS[name], base, sources, torch.bfloat16, compiled=compiled), eager)
     assert compiled.usable
+
+
+@pytest.mark.parametrize("name", map(fused_name, FUSED))
+def test_compiled_kernels_work_on_vectors(compiled: Compiled, name: str):
+    base, sources = operands(100)
+    run(PLANS[name], base, [x.bfloat16() for x in sources], torch.bfloat16, compiled=compiled)
+    for variant in compiled.loaded:
+        with ZipFile(compiled.folder / variant.file_name) as package:
+            (code,) = (package.read(n) for n in package.namelist() if n.endswith(".kernel.cpp"))
+        assert b"at::vec::Vectorized" in code, f"torch's compiler found the kernel of {variant} not worth vectors"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -386,7 +409,7 @@ def test_a_threshold_is_the_kth_largest_magnitude(kind: str, size: int, dtype: t
     limit = torch.finfo(dtype).max
     source, base = spread(size, kind).clamp(-limit, limit).to(dtype), (0.1 * spread(size, "few values")).to(dtype)
     sizes = task_vector(source, base)
-    magnitudes = Magnitudes(base.numel(), sizes)
+    magnitudes = Magnitudes.of(base.numel(), sizes)
     assert [magnitudes.kth(kept_count(p, base.numel()), sizes) for p in DENSITIES] == [
         kth_largest(source, base, p) for p in DENSITIES
     ]
@@ -397,7 +420,7 @@ def test_a_threshold_sees_past_the_first_chunk(monkeypatch: pytest.MonkeyPatch):
     source, base = spread(5003, "normal"), torch.zeros(5003)
     source[-1] = 100.0
     sizes = task_vector(source, base)
-    magnitudes = Magnitudes(base.numel(), sizes)
+    magnitudes = Magnitudes.of(base.numel(), sizes)
     assert [magnitudes.kth(kept_count(p, base.numel()), sizes) for p in DENSITIES] == [
         kth_largest(source, base, p) for p in DENSITIES
     ]

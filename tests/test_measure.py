@@ -22,7 +22,7 @@ from evomerge.merge.methods.rescale import EXPECTED, L1, NONE, gain
 from evomerge.merge.plan import Chance, SparseBlend, chance
 from evomerge.merge.statistics import Magnitudes, divergences, rank_levels
 
-SHAPES: list[tuple[int, ...]] = [(), (1,), (257,), (31, 40), (5, 6, 7), (3, 2, 2, 5), (0,), (4, 0)]
+SHAPES: list[tuple[int, ...]] = [(), (1,), (257,), (31, 40), (5, 6, 7), (3, 2, 2, 5), (0,), (4, 0), (0, 0)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -87,7 +87,7 @@ def test_the_kth_largest_is_the_kth_of_a_sort(kind: str, n: int, chunk: int, mon
     monkeypatch.setattr(statistics, "CHUNK", chunk)
     values = torch.tensor(sizes_of[kind](n, np.random.default_rng(n)), dtype=torch.float32).abs()
     ordered = values.sort(descending=True).values
-    found = Magnitudes(n, lambda part: values[part])
+    found = Magnitudes.of(n, lambda part: values[part])
     for k in {1, 2, n // 3, n // 2, n - 1, n} - {0}:
         if k <= n:
             assert found.kth(k, lambda part: values[part]) == ordered[k - 1].item()
@@ -99,7 +99,7 @@ def test_the_kth_largest_is_the_kth_of_a_sort(kind: str, n: int, chunk: int, mon
 @example([2.0**-149, 0.0])
 def test_every_rank_of_any_list_is_that_of_a_sort(numbers: list[float]):
     values = torch.tensor(numbers, dtype=torch.float32)
-    found = Magnitudes(len(values), lambda part: values[part])
+    found = Magnitudes.of(len(values), lambda part: values[part])
     ranks = [found.kth(k + 1, lambda part: values[part]) for k in range(len(values))]
     assert ranks == values.sort(descending=True).values.tolist()
     assert found.zeros(lambda part: values[part]) == numbers.count(0.0)
@@ -107,7 +107,7 @@ def test_every_rank_of_any_list_is_that_of_a_sort(numbers: list[float]):
 
 def test_sizes_that_are_not_numbers_rank_first_whatever_their_sign():
     values = torch.tensor([1.0, torch.nan, -torch.nan, torch.inf])
-    found = Magnitudes(4, lambda part: values[part])
+    found = Magnitudes.of(4, lambda part: values[part])
     assert np.isnan(found.kth(1, lambda part: values[part]))
     assert found.kth(3, lambda part: values[part]) == torch.inf
     assert found.kth(4, lambda part: values[part]) == 1.0

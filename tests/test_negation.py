@@ -8,6 +8,7 @@ from searches import ROOT, SKILLS, write_config
 
 from evomerge.config.file import load_config
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.search.exam import open_exam
 from evomerge.search.scorer import Scorer, open_config_models
 
 # Mean log-probability of the right answer, in nats, on 100 items of each skill that no training saw.  With all weights
@@ -29,7 +30,7 @@ def scorer(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Score
             splits={"search": 1, "selection": 1, "holdout": 100},
         )
     )
-    return Scorer(config, open_config_models(config), lambda: None, print)
+    return Scorer(config, open_config_models(config), open_exam(config))
 
 
 def skills(scorer: Scorer, weights: dict[str, float]) -> dict[str, float]:
@@ -43,7 +44,7 @@ def skills(scorer: Scorer, weights: dict[str, float]) -> dict[str, float]:
             RecipeSource(name=s.name, path=s.path, parameters={"weight": weights[s.name]}) for s in config.sources
         ],
     )
-    scores = scorer.evaluate(recipe, "holdout", everything=False).of(scorer.tasks, "objective")
+    scores = scorer.exam.of(scorer.evaluate(recipe, "holdout", everything=False).scores, "objective")
     return {skill: float(np.mean(scores[f"tiny_{skill}"])) for skill in SKILLS}
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from models import write_family
 
+from evomerge.merge import prepare as prepare_module
 from evomerge.merge.bank import Bank
 from evomerge.merge.derived import threads
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.prepare import prepare
+from evomerge.merge.prepare import by_file, prepare
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.locate import fingerprint
 from evomerge.sources.open import open_models
@@ -68,7 +69,18 @@ def test_another_input_is_measured_anew(family: dict[str, Path], tmp_path: Path)
     assert prepare(bank_of(family), "slerp", NAMES[::-1], tmp_path, inputs) == len(bank.names)
 
 
-def test_a_torn_file_is_measured_anew(family: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize("elements", [0, 1 << 12, 1 << 30])
+def test_every_tensor_lies_in_one_file(elements: int, family: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "PER_FILE", elements)
+    bank = bank_of(family)
+    files = by_file(bank)
+    assert sorted(name for names in files for name in names) == sorted(bank.names)
+    assert all(len(names) == 1 or sum(bank.base(n).numel() for n in names) <= elements for names in files)
+    assert len(files) == {0: len(bank.names), 1 << 30: 1}.get(elements, len(files))
+
+
+def test_a_torn_file_is_measured_anew(family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_module, "PER_FILE", 0)
     inputs = inputs_of(family)
     prepare(bank_of(family), "ties", NAMES, tmp_path, inputs)
     torn = min(tmp_path.iterdir())

@@ -383,7 +383,7 @@ def test_a_file_that_is_no_recipe_is_refused(text: bytes, line: str, tmp_path: P
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path):
-    with pytest.raises(EvomergeError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(EvomergeError, match=r"nowhere\.yaml: no such file"):
         load_recipe(tmp_path / "nowhere.yaml")
 
 

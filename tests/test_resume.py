@@ -38,39 +38,39 @@ s.Engine.score_parts = counted
 BETWEEN_RESULT_AND_END = (
     KILL
     + """
-import optuna.storages._cached_storage as c
-calls, real = [0], c._CachedStorage.set_trial_state_values
-def counted(self, *a, **k):
+import evomerge.search.tables as t
+calls, real = [0], t.finish_trial
+def counted(*a):
     calls[0] += 1
+    real(*a)
     if calls[0] == 11:
-        die()
-    return real(self, *a, **k)
-c._CachedStorage.set_trial_state_values = counted
+        die()  # before the commit
+t.finish_trial = counted
 """
 )
 BEFORE_THE_PARAMETERS_ARE_STORED = (
     KILL
     + """
-import evomerge.search.study as s
-calls, real = [0], s.SearchStudy.store_parameters
-def counted(self, *a):
+import evomerge.search.tables as t
+calls, real = [0], t.describe_trial
+def counted(*a):
     calls[0] += 1
     if calls[0] == 12:
         die()
-    real(self, *a)
-s.SearchStudy.store_parameters = counted
+    real(*a)
+t.describe_trial = counted
 """
 )
 DURING_THE_HOLDOUT = (
     KILL
     + """
-import evomerge.search.finals as f
-real = f.Ledger.score
-def counted(self, split, recipe):
+import evomerge.search.ledger as l
+real = l.Ledger.score
+def counted(self, split, recipe, title):
     if split == "holdout":
         die()
-    return real(self, split, recipe)
-f.Ledger.score = counted
+    return real(self, split, recipe, title)
+l.Ledger.score = counted
 """
 )
 DURING_THE_EXPORT = (
@@ -187,3 +187,19 @@ def test_a_second_driver_is_refused(undisturbed: Path) -> None:
         second = run_cli("resume", undisturbed)
     assert second.returncode == 2
     assert "another evomerge process" in second.stderr
+
+
+def test_a_study_in_a_shared_database_is_gone_on_with_from_another_folder_if_it_is_the_same(
+    undisturbed: Path, tiny_family: Path, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    first = run_cli(
+        "search", write_config(tmp_path, tiny_family, storage=storage), "--run", tmp_path / "a", "--trials", "6"
+    )
+    assert first.returncode == 0, first.stderr
+    other = run_cli("search", write_config(tmp_path, tiny_family, storage=storage, seed=4), "--run", tmp_path / "b")
+    assert other.returncode == 2
+    assert "a study 'small' of other models, items or settings" in other.stderr
+    same = run_cli("search", write_config(tmp_path, tiny_family, storage=storage), "--run", tmp_path / "c")
+    assert same.returncode == 0, same.stderr
+    assert trials_of(tmp_path / "c") == trials_of(undisturbed)

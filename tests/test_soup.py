@@ -1,5 +1,6 @@
 """The greedy soup: the rule itself, and its place among a real search's baselines."""
 
+import asyncio
 import shutil
 import signal
 from collections.abc import Callable
@@ -31,7 +32,10 @@ class Judge:
         self.scores: dict[frozenset[str], float] = {}
         self.asked: list[list[str]] = []
 
-    def __call__(self, chosen: list[str]) -> float:
+    async def __call__(self, chosen: list[str]) -> float:
+        return self.score(chosen)
+
+    def score(self, chosen: list[str]) -> float:
         self.asked.append(chosen)
         key = frozenset(chosen)
         if key not in self.scores:
@@ -45,16 +49,16 @@ class Judge:
 @given(names, st.data())
 def test_the_soup_is_never_worse_than_the_best_source(sources: list[str], data: st.DataObject) -> None:
     judge = Judge(data)
-    soup = greedy(sources, judge)
+    soup = asyncio.run(greedy(sources, judge))
     assert set(soup) <= set(sources)
     assert len(set(soup)) == len(soup)
-    assert judge(soup) >= max(judge.alone(name) for name in sources)
+    assert judge.score(soup) >= max(judge.alone(name) for name in sources)
 
 
 @given(names, st.data())
 def test_sources_are_tried_once_each_from_the_best_to_the_worst(sources: list[str], data: st.DataObject) -> None:
     judge = Judge(data)
-    soup = greedy(sources, judge)
+    soup = asyncio.run(greedy(sources, judge))
     ranked = sorted(sources, key=lambda name: (-judge.alone(name), sources.index(name)))
     assert [chosen[-1] for chosen in judge.asked if len(chosen) > 1] == ranked[1:]
     assert soup[0] == ranked[0]
@@ -72,7 +76,10 @@ def test_sources_are_tried_once_each_from_the_best_to_the_worst(sources: list[st
     ids=["the more the better", "one alone is best", "no difference does no harm", "one is passed over"],
 )
 def test_a_source_stays_if_the_score_does_not_fall(score: Callable[[list[str]], float], soup: list[str]) -> None:
-    assert greedy(list("abc"), score) == soup
+    async def asked(chosen: list[str]) -> float:
+        return score(chosen)
+
+    assert asyncio.run(greedy(list("abc"), asked)) == soup
 
 
 # --- In a search ---

@@ -125,7 +125,7 @@ def test_an_unreadable_config_is_refused(llama: Path, text: str) -> None:
 
 def test_a_config_that_is_not_utf8_or_missing_is_refused(llama: Path) -> None:
     (llama / "config.json").write_bytes(b"\xff\xfe{}")
-    assert "config.json: not readable as JSON" in refusal(llama)
+    assert "config.json: cannot be read" in refusal(llama)
     (llama / "config.json").unlink()
     assert "config.json: no such file" in refusal(llama)
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from evomerge.config.schema import SearchConfig
+from evomerge.config.storage import has_password, masked
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
+from evomerge.files import read_yaml, write_text
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import choices_of, is_named, values_of
@@ -155,6 +156,8 @@ def readable(error: dict[str, Any]) -> str:
         return f"{where}: unknown key"
     if error["type"] == "missing":
         return f"{where}: missing"
+    if error["loc"][0] == "storage":  # whatever stands there may hold a password
+        return f"{where}: {message}"
     shown = repr(error.get("input"))
     return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
 
@@ -192,13 +195,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
 
 def load_config(path: Path) -> SearchConfig:
     """Read a search configuration.  EvomergeError lists every problem with its YAML path."""
-    try:
-        content = read_yaml(path)
-    except EvomergeError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise EvomergeError(f"{path}: no such file") from None
-        raise
-    return parse_config(content, path)
+    return parse_config(read_yaml(path), path)
 
 
 def dump_config(config: SearchConfig) -> str:
@@ -207,14 +204,27 @@ def dump_config(config: SearchConfig) -> str:
     return text
 
 
+def write_config(path: Path, config: SearchConfig) -> None:
+    """Put the configuration into a file, which only its owner may read if there is a password in it."""
+    write_text(path, dump_config(config), private=has_password(config.storage))
+
+
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """Where two configurations differ in what decides a study's results, as `key: old -> new` lines.
 
-    The budget may change, and so may where the work is done (`device`, `batch_tokens` stay part of the results).
+    The budget, the price and the workers' patience may change, and so may where the work is done (`device`,
+    `batch_tokens` stay part of the results).  Passwords are not shown.
     """
-    before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude={"budget"})) for c in (old, new))
+    free = {"budget", "price", "workers"}
+    before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
+
+    def shown(key: str, values: dict[str, Any]) -> str:
+        value = str(values.get(key, "(absent)"))
+        return masked(value) if key == "storage" else value
+
     return [
-        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        f"{key}: {shown(key, before)} -> "
+        + (shown(key, after) if shown(key, before) != shown(key, after) else "the same with another password")
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "(absent)") != after.get(key, "(absent)")
     ]

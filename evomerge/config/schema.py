@@ -172,16 +172,36 @@ def duration(value: object) -> object:
 
 
 class BudgetConfig(Strict):
-    """When the search ends: after `trials` trials or `timeout`, whichever comes first."""
+    """When the search ends, whichever comes first.
+
+    trials: finished ones, baselines included.  timeout: from the beginning to the result, over every resume.  target:
+    the best score is as high as this.  patience: so many trials of the sampler have finished since the best one.
+    """
 
     trials: int | None = Field(default=None, ge=1)
     timeout: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
+    target: float | None = None
+    patience: int | None = Field(default=None, ge=1)
 
-    @model_validator(mode="after")
-    def ends(self) -> "BudgetConfig":
-        if self.trials is None and self.timeout is None:
-            self.trials = 100
-        return self
+    @property
+    def most(self) -> int | None:
+        """The number of trials that ends the search: a hundred if nothing else is sure to end it."""
+        return self.trials or (100 if self.timeout is None and self.patience is None else None)
+
+
+class PriceConfig(Strict):
+    """What an hour of one device costs, and in what: EUR, USD."""
+
+    per_device_hour: float = Field(ge=0)
+    currency: str = Field(pattern=r"^[^\s]{1,8}$")
+
+
+class WorkersConfig(Strict):
+    """stuck: a worker that is silent for so long in the midst of a job counts as hung, and is replaced.  trial: the
+    longest that a trial may take, then it has failed (default: any time)."""
+
+    stuck: Annotated[float, BeforeValidator(duration), Field(gt=0)] = 300.0
+    trial: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
 
 
 class RacingConfig(Strict):
@@ -223,6 +243,8 @@ class SearchConfig(Strict):
     start_from: str | None = None
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
+    price: PriceConfig | None = None
+    workers: WorkersConfig = WorkersConfig()
     racing: RacingValue = RacingConfig()
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"

@@ -1,20 +1,47 @@
-"""Where a trial's time goes, and the place where a long computation may be asked to stop."""
+"""Where a trial's time goes, what it computes, and the place where a long computation may be asked to stop."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Counts:
+    """What was computed so far.
+
+    forwards: calls of the model.  tokens: real ones that went in.  padded: those and the padding beside them.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    padded: int = 0
+
+    def add(self, tokens: int, padded: int) -> None:
+        """One forward."""
+        self.forwards += 1
+        self.tokens += tokens
+        self.padded += padded
 
 
 class Clock:
     """Seconds by part.
 
-    check: called between batches, may raise to interrupt the work.  step: called after each batch.
+    check: called between batches, may raise to interrupt the work.  step: called after each batch.  counts: added to
+    by every forward.
     """
 
-    def __init__(self, check: Callable[[], None] = lambda: None, step: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        check: Callable[[], None] = lambda: None,
+        step: Callable[[], None] = lambda: None,
+        counts: Counts | None = None,
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self.check = check
         self.step = step
+        self.counts = Counts() if counts is None else counts
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -36,3 +63,20 @@ def counter(total: int, progress: Callable[[int, int], None]) -> Callable[[], No
         progress(done, total)
 
     return step
+
+
+@contextmanager
+def forwards_of(model: Any, counts: Counts) -> Iterator[None]:
+    """While this lasts, the model's forwards are counted; for work that another library does."""
+
+    def count(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        tokens = options["input_ids"] if "input_ids" in options else inputs[0]  # (B, T)
+        mask = options.get("attention_mask")  # (B, seen)
+        real = int(mask[:, -tokens.shape[1] :].sum()) if mask is not None and mask.ndim == 2 else tokens.numel()
+        counts.add(real, tokens.numel())
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -10,7 +10,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.abilities import probe
 from evomerge.evaluate.budget import LEAST, token_budget
 from evomerge.evaluate.cache import KeysValues
-from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.generation import Stops, generate, plan_generation
 from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
 from evomerge.evaluate.metrics import (
@@ -23,6 +23,7 @@ from evomerge.evaluate.metrics import (
 )
 from evomerge.evaluate.prefix import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
+from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.workload import Workload, together
 
@@ -89,7 +90,21 @@ class Engine:
         return works
 
     def asked(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
-        """What the model is asked for these items, tokenised, without batches."""
+        """What the model is asked for these items, tokenised, without batches.
+
+        EvomergeError if the task's templates, choices or examples do not fit its documents.
+        """
+        try:
+            return self.ask_each(task, items, everything)
+        except EvomergeError:
+            raise
+        except Exception as error:  # a template, a choice, an index: each fails in its own way
+            raise EvomergeError(
+                f"task {task.name}: its items cannot be asked ({type(error).__name__}: {reason(error)}); do the "
+                "templates fit the documents?"
+            ) from error
+
+    def ask_each(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
         task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples in turn: start anew, or each call differs
         only_gold = not everything and task.objective in GOLD_METRICS and task.kind != "loglikelihood_rolling"
         work = Workload(task, list(items), metrics=not only_gold)
@@ -213,7 +228,7 @@ class Engine:
             with clock.time("score"):
                 return [self.text(t, p.until) for t, p in zip(tokens, work.prompts, strict=True)]
         clock.check()
-        with clock.time("forward"):
+        with clock.time("forward"), forwards_of(self.model, clock.counts):
             asked = [i for group in work.instances for i in group if i.request_type == "generate_until"]
             return list(self.lm.generate_until(asked, disable_tqdm=True))
 

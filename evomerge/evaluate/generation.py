@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomerge.evaluate.cache import KeysValues, empty_cache, roomy_cache
-from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.clock import Clock, Counts
 from evomerge.evaluate.loglikelihood import Plan, head_only_at, run_trunk
 from evomerge.evaluate.prefix import ALONE, Leaf, Tokens, by_trunk, choose_trunks
 
@@ -37,13 +37,15 @@ class GenerationBatch:
     """Prompts that are generated from together.
 
     inputs, mask: (B, T) left-padded ids behind the trunk, and 1 where a token is real.  parts: the rows of each
-    forward over prompts, and the column where the longest of them begins.  owner: which prompts these are.
+    forward over prompts, and the column where the longest of them begins.  lengths: real tokens of each row.
+    owner: which prompts these are.
     """
 
     inputs: Tensor
     mask: Tensor
     trunk: Tokens
     parts: list[tuple[slice, int]]
+    lengths: list[int]
     owner: list[int]
     until: tuple[str, ...]
     limit: int
@@ -96,7 +98,8 @@ def make_batch(
             end = start + near
         parts.append((slice(start, end), width - longest))
         start = end
-    return GenerationBatch(inputs.to(plan.device), mask.to(plan.device), trunk, parts, owner, until, limit)
+    lengths = [len(rest) for rest in rests]
+    return GenerationBatch(inputs.to(plan.device), mask.to(plan.device), trunk, parts, lengths, owner, until, limit)
 
 
 class Stops:
@@ -151,6 +154,7 @@ def generate(
         if batch.trunk and batch.trunk not in trunks:
             with clock.time("forward"):
                 trunks[batch.trunk] = run_trunk(model, batch.trunk)
+                clock.counts.add(len(batch.trunk), len(batch.trunk))
         run = Run(model, batch, packs, trunks.get(batch.trunk))
         for number, tokens in zip(batch.owner, generate_batch(run, batch, stops, clock), strict=True):
             answers[number] = tokens
@@ -244,6 +248,7 @@ def generate_batch(run: Run, batch: GenerationBatch, stops: Stops, clock: Clock)
         clock.check()
         with clock.time("forward"):
             chosen = (run.next() if step else run.first()).tolist()
+        count_forwards(clock.counts, batch, step, len(running))
         with clock.time("score"):
             for row, token in zip(running, chosen, strict=True):
                 if row not in done:
@@ -258,3 +263,13 @@ def generate_batch(run: Run, batch: GenerationBatch, stops: Stops, clock: Clock)
                 run.keep_rows(waiting)
             running = [running[i] for i in waiting]
     return answers
+
+
+def count_forwards(counts: Counts, batch: GenerationBatch, step: int, rows: int) -> None:
+    """Count one step's forwards: over the prompts, part by part, and then over one token of each of `rows`."""
+    if step:
+        counts.add(rows, rows)
+        return
+    for part, skipped in batch.parts:
+        lengths = batch.lengths[part]
+        counts.add(sum(lengths), len(lengths) * (batch.inputs.shape[1] - skipped))

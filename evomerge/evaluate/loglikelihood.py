@@ -39,7 +39,7 @@ class Batch:
     inputs: (B, W) token ids, padded on the right.  positions, ends: (B, W) each token's position and where its
     subtree ends (see `PackedRow`); None for rows of one sequence each.  trunk: the tokens before every row.
     keep: (K,) where in the flattened (B * W) the logits are needed.  node, target, owner: (M,) for each scored token
-    its place in `keep`, its id and the request it belongs to.
+    its place in `keep`, its id and the request it belongs to.  tokens: those of `inputs` that are no padding.
     """
 
     inputs: Tensor
@@ -50,6 +50,7 @@ class Batch:
     node: Tensor
     target: Tensor
     owner: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,10 @@ def make_batch(
                     entries.append((nodes.setdefault(place, len(nodes)), target, number))
     keep = torch.tensor(list(nodes), dtype=torch.long).to(device)
     node, target, owner = (c.contiguous().to(device) for c in torch.tensor(entries, dtype=torch.long).T)
+    real = sum(len(row.tokens) for row in packed)
     if not packed[0].ends:
-        return Batch(inputs.to(device), None, None, trunk, keep, node, target, owner)
-    return Batch(inputs.to(device), positions.to(device), ends.to(device), trunk, keep, node, target, owner)
+        return Batch(inputs.to(device), None, None, trunk, keep, node, target, owner, real)
+    return Batch(inputs.to(device), positions.to(device), ends.to(device), trunk, keep, node, target, owner, real)
 
 
 @torch.inference_mode()
@@ -162,7 +164,9 @@ def score_batches(
         with clock.time("forward"):
             if batch.trunk and batch.trunk not in trunks:
                 trunks[batch.trunk] = run_trunk(model, batch.trunk)
+                clock.counts.add(len(batch.trunk), len(batch.trunk))
             logits = kept_logits(model, batch, trunks.get(batch.trunk))  # (K, V)
+        clock.counts.add(batch.tokens, batch.inputs.numel())
         with clock.time("score"):
             logits = logits.float()
             logprob = logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]  # (M,)

@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import Item, Task
 
 ItemMetrics = dict[str, list[Any]]
 """Metric name -> one raw value per item, as lm-eval's `process_results` gives it."""
 
 
+class MetricFailed(ValueError):
+    """A task's filters or metrics cannot score what a model answered: one trial's failure, not the run's."""
+
+
 def lm_eval_metrics(task: Task, items: Sequence[Item], instances: Sequence[list[Any]]) -> ItemMetrics:
-    """Run lm-eval's filters and metrics over answered instances.
+    """Run lm-eval's filters and metrics over answered instances.  MetricFailed if one of them raises anything.
 
     instances: per item, its lm-eval requests with `resps` set.  The first filter's metrics have plain names, those
     of further filters `metric,filter`.
@@ -20,14 +25,19 @@ def lm_eval_metrics(task: Task, items: Sequence[Item], instances: Sequence[list[
     flat = [instance for group in instances for instance in group]
     for instance in flat:
         instance.filtered_resps = {}  # a filter keeps an old answer otherwise
-    for ensemble in task.lm._filters:
-        ensemble.apply(flat)
     found: ItemMetrics = {}
-    for number, name in enumerate(task.filters):
-        for item, group in zip(items, instances, strict=True):
-            values = task.lm.process_results(item.doc, [i.filtered_resps[name] for i in group])
-            for metric, value in values.items():
-                found.setdefault(metric if number == 0 else f"{metric},{name}", []).append(value)
+    try:
+        for ensemble in task.lm._filters:
+            ensemble.apply(flat)
+        for number, name in enumerate(task.filters):
+            for item, group in zip(items, instances, strict=True):
+                values = task.lm.process_results(item.doc, [i.filtered_resps[name] for i in group])
+                for metric, value in values.items():
+                    found.setdefault(metric if number == 0 else f"{metric},{name}", []).append(value)
+    except Exception as error:  # what a task's file asks for may not fit its documents, or this answer
+        raise MetricFailed(
+            f"task {task.name}: its filters and metrics fail on an answer ({type(error).__name__}: {reason(error)})"
+        ) from error
     return found
 
 

@@ -80,7 +80,7 @@ def read(file: Path, key: str, task: Task, items: Sequence[Item]) -> Workload | 
             for item, line in zip(items, lines, strict=True):
                 add(found, item, json.loads(line))
             return found
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
         return None
 
 

@@ -118,5 +118,12 @@ class Requests:
             raise EvomergeError(
                 f"task {task.name}: max_gen_toks {limit} leaves no room in the model's {self.lm.max_length} tokens"
             )
+        stops = handle_stop_sequences(options.get("until"), eos=end)
+        if limit < 1 or not all(isinstance(stop, str) for stop in stops):
+            raise EvomergeError(
+                f"task {task.name}: generation_kwargs needs stop strings in `until` and a `max_gen_toks` above 0"
+            )
         tokens = self.lm.tok_encode(context)[-room:]
-        return Prompt(tuple(tokens), tuple(handle_stop_sequences(options.get("until"), eos=end)), limit)
+        if not tokens:
+            raise EvomergeError(f"task {task.name}: an item has an empty prompt, which nothing can be written after")
+        return Prompt(tuple(tokens), tuple(stops), limit)

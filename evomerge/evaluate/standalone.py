@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.metrics import ItemMetrics, aggregate
+from evomerge.evaluate.metrics import ItemMetrics, MetricFailed, aggregate
 from evomerge.evaluate.tasks import Task, items_of
 
 
@@ -31,7 +32,7 @@ def evaluate_model(
 ) -> list[TaskResult]:
     """Every metric of every task on the items that lm-eval would take (the first `limit` of them).
 
-    progress: called with the batches done and their total.
+    progress: called with the batches done and their total.  EvomergeError if a task cannot be scored.
     """
     engine = Engine(model, tokenizer, batch_tokens)
     prepared = []
@@ -41,7 +42,10 @@ def evaluate_model(
     clock.step = counter(sum(work.steps for _, _, work in prepared), progress)
     results = []
     for task, items, work in prepared:
-        found = engine.score(work, clock)
-        metrics = {metric: aggregate(task, metric, values) for metric, values in found.items()}
+        try:
+            found = engine.score(work, clock)
+            metrics = {metric: aggregate(task, metric, values) for metric, values in found.items()}
+        except MetricFailed as error:
+            raise EvomergeError(str(error)) from error
         results.append(TaskResult(task.name, len(items), metrics, found))
     return results

@@ -193,7 +193,8 @@ class Bank:
             found = random_mask(chance, part.start, part.stop - part.start, (words[0], words[1][source]), levels)
             return found.to(self.device)
 
-        measured = Measurements(self, name, sources, self.kept, mask, gathered)
+        scan = self.compiled.scan if self.compiled is not None else None
+        measured = Measurements(self, name, sources, self.kept, mask, gathered, scan)
         return measured
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.files import written_aside
-from evomerge.merge import kernels
+from evomerge.merge import kernels, scan
 from evomerge.merge.kernels import SparseForm
+from evomerge.merge.scan import SOURCE, Scan, compile_scan
 from evomerge.sources.checkpoint import TensorInfo
 
 Kernel = Callable[[list[Tensor]], Tensor]
@@ -145,13 +146,30 @@ class Compiled:
             runner = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1).run
         except Exception as error:  # a compiler fails in many ways, and none may cost the merge
             self.usable = False
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            self.log(
-                "kernels run uncompiled, which makes a sparse merge about ten times slower "
-                f"({type(error).__name__}: {text[0]})"
-            )
+            self.log(f"kernels run uncompiled, which makes a sparse merge about ten times slower ({last_word(error)})")
             return None
         return lambda operands: runner(operands)[0]
+
+    @cached_property
+    def scan(self) -> Scan:
+        """The passes that measure the sources; in torch where they cannot be compiled."""
+        text = SOURCE.read_text(encoding="utf-8") + machine() + Path(scan.__file__).read_text(encoding="utf-8")
+        file = self.folder / f"scan-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+        try:
+            if not file.exists():
+                with written_aside(file) as aside:
+                    compile_scan(aside)
+            return Scan(file)
+        except Exception as error:
+            self.log(
+                f"the sources are measured without a compiler, which takes several times as long ({last_word(error)})"
+            )
+            return Scan()
+
+
+def last_word(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {text[0]}"
 
 
 def compiled_for(tensors: Mapping[str, TensorInfo], log: Callable[[str], None]) -> Compiled | None:

@@ -17,7 +17,7 @@ from evomerge.merge.recipe import Recipe, dump_recipe, signed
 from evomerge.merge.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import fingerprint
-from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary
+from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary, is_there
 
 COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
@@ -85,7 +85,7 @@ def copy_tokenizer(bank: Bank, folder: Path) -> None:
     """The files of the output's tokenizer, and the generation settings of the model it is from."""
     vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
     vocabulary.write(folder)
-    if (settings := vocabulary.folder / "generation_config.json").exists():
+    if is_there(settings := vocabulary.folder / "generation_config.json"):
         shutil.copyfile(settings, folder / settings.name)
 
 

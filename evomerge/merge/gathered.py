@@ -5,10 +5,12 @@ A safetensors file whose tensors have the checkpoint's names: for `fisher` float
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
@@ -16,7 +18,8 @@ from evomerge.files import sha256
 from evomerge.merge.plan import Statistics
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import is_old_buffer
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, open_safetensors
+from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
+from evomerge.sources.header import open_safetensors
 from evomerge.sources.open import Models
 
 KEY = "evomerge"  # of the metadata
@@ -79,8 +82,8 @@ def read_origin(path: Path) -> tuple[Origin, Any]:
     """What a statistics file was made of, and the open file.  EvomergeError if it is not one."""
     handle = open_safetensors(path)
     try:
-        return Origin(**json.loads((handle.metadata() or {})[KEY])), handle
-    except (KeyError, TypeError, ValueError):
+        return TypeAdapter(Origin).validate_json((handle.metadata() or {})[KEY]), handle
+    except (KeyError, ValueError):
         raise EvomergeError(f"{path}: not a statistics file; make one with `evomerge statistics`") from None
 
 
@@ -97,7 +100,7 @@ def open_gathered(path: Path, kind: Statistics, source: str, models: Models) -> 
     if isinstance(model, Adapter):
         pairs.append((models.base.path, origin.base))
     for folder, files in pairs:
-        other = [f for f, digest in files.items() if not (folder / f).is_file() or sha256(folder / f) != digest]
+        other = [f for f, digest in files.items() if not os.path.isfile(folder / f) or sha256(folder / f) != digest]
         if other or not files:
             raise EvomergeError(
                 f"{path}: was made of another model than {folder} ({other[0] if other else 'no base'} differs); "

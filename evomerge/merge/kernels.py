@@ -17,6 +17,7 @@ from evomerge.merge.plan import Elect, Keep
 
 WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
 KEY, FACTOR, CHANCE, STEP, TENSOR_KEY = range(5)  # rows of `words`
+LANES = 64  # a multiple of the numbers in a vector of any CPU
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def sparse_blend(
     b = base.float()
     deltas = [x.float() - b for x in sources]
     if form.keep == "random" or form.keep == "rank":
-        index = torch.arange(out.numel(), dtype=torch.int32, device=out.device).view(out.shape)
-        spread = index_hash(index + start, words[TENSOR_KEY, 0])
+        spread = index_hash(indices(out) + start, words[TENSOR_KEY, 0])
     if form.keep == "variance":
         common = at_least(variance(deltas), numbers[FLOOR, 0])
     kept = []
@@ -187,6 +187,18 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
 # Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and each source
 # turns the well-mixed word into its own; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared
 # as a signed integer, so the mask of a lower chance lies inside that of a higher one.
+
+
+def indices(like: Tensor) -> Tensor:
+    """0, 1, 2 ... as int32, of a tensor's shape."""
+    n = like.numel()
+    if not (torch.compiler.is_compiling() and like.device.type == "cpu"):
+        return torch.arange(n, dtype=torch.int32, device=like.device).view(like.shape)
+    # Torch's compiler makes a vector of indices number by number, in a quarter of the kernel's instructions; so it
+    # gets them as a number for every LANES elements and a vector that is loaded.
+    lanes = torch.tensor(range(LANES), dtype=torch.int32)
+    index = torch.arange(n)
+    return (index // LANES * LANES).int() + lanes[index % LANES]
 
 
 def index_hash(index: Tensor, key: Tensor) -> Tensor:

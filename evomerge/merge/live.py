@@ -14,6 +14,7 @@ from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import is_old_buffer
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
+from evomerge.sources.tokenizer import open_tokenizer
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
@@ -30,9 +31,12 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise EvomergeError(f"{path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a configuration may be wrong in any way; code that lies beside the model is not run
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "custom code" in str(error):
+            reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
+        raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -45,8 +49,9 @@ def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
 
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bank.layout.config), dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise EvomergeError(f"{base}: transformers cannot build it ({str(error).splitlines()[0]})") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval().to(bank.device)
@@ -112,12 +117,10 @@ def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device:
 
     EvomergeError if the folder is an adapter and no base is given.
     """
-    from transformers import AutoTokenizer
-
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     if not is_adapter:
         open_checkpoint(folder)  # says what is wrong with the files before transformers tries
-        return load_live_model(folder, dtype, device), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return load_live_model(folder, dtype, device), open_tokenizer(folder)
     if base is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
     bank = Bank(open_models(base, {"source": folder}), device)
@@ -125,4 +128,4 @@ def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device:
     source = RecipeSource(name="source", path=str(folder))
     recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source])
     materialise(recipe, bank, destinations(model, bank))
-    return model, AutoTokenizer.from_pretrained(base, local_files_only=True)
+    return model, open_tokenizer(base)

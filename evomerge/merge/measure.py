@@ -12,6 +12,7 @@ from torch import Tensor
 from evomerge.merge import kernels, statistics
 from evomerge.merge.gathered import Gathered
 from evomerge.merge.plan import Chance, Gram, Plan, SparseBlend
+from evomerge.merge.scan import Scan
 from evomerge.merge.statistics import Magnitudes, Sizes, summed
 from evomerge.sources.anatomy import place
 
@@ -38,11 +39,13 @@ class Measurements:
         kept: Kept,
         mask: Callable[[int, Chance, slice], Tensor] | None = None,
         gathered: Sequence[Gathered] = (),
+        scan: Scan | None = None,
     ) -> None:
         """mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps.
 
-        gathered: the sources' statistics, if the method uses them.
+        gathered: the sources' statistics, if the method uses them.  scan: compiled passes, if there are.
         """
+        self.scan = scan or Scan()
         self.gathered = tuple(gathered)
         self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
         self.read: dict[int, Tensor] = {}
@@ -90,13 +93,13 @@ class Measurements:
 
     @property
     def gram(self) -> Gram:
-        return self.once(("gram", self.name, *self.sources), lambda: statistics.gram_matrix(self.operands()))
+        return self.once(("gram", self.name, *self.sources), lambda: self.scan.gram_matrix(self.operands()))
 
     @property
     def task_gram(self) -> Gram:
         def measure() -> Gram:
             base, *sources = self.operands()
-            return statistics.gram_matrix(sources, origin=base)
+            return self.scan.gram_matrix(sources, origin=base)
 
         return self.once(("task gram", self.name, *self.sources), measure)
 
@@ -122,7 +125,7 @@ class Measurements:
 
     def magnitudes(self, source: int) -> Magnitudes:
         key = ("magnitudes", self.name, self.sources[source])
-        return self.once(key, lambda: Magnitudes(self.elements, self.sizes(source)))
+        return self.once(key, lambda: self.scan.magnitudes(self.base, self.source(source)))
 
     def magnitude(self, source: int, rank: int) -> float:
         return 0.0 if self.untouched(source) else self.magnitudes(source).kth(rank, self.sizes(source))
@@ -131,9 +134,9 @@ class Measurements:
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
-            sizes, mask = self.sizes(source), self.mask
             if chance is None:
-                return float(summed(self.elements, lambda p: sizes(p).double()[None])[0])
+                return self.scan.l1(self.base, self.source(source))[0]
+            sizes, mask = self.sizes(source), self.mask
             assert mask is not None, "a random mask needs its keys"
             return float(summed(self.elements, lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0])
 
@@ -144,7 +147,7 @@ class Measurements:
 
         def measure() -> Tensor:
             base, x = self.base, self.source(source)
-            return statistics.rank_levels(x, base) if x is not base else no_levels(base)
+            return self.scan.levels(base, x) if x is not base else no_levels(base)
 
         return self.once(("levels", self.name, self.sources[source]), measure)
 
@@ -152,9 +155,9 @@ class Measurements:
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
-            sizes, levels = self.sizes(source), self.levels(source).reshape(-1)
-            terms = summed(self.elements, lambda p: (sizes(p).double() * ((levels[p].double() + 0.5) / 256))[None])
-            return float(terms[0])
+            plain, weighted = self.scan.l1(self.base, self.source(source), self.levels(source))
+            self.kept.setdefault(("l1", self.name, self.sources[source]), plain)  # it is asked for, too
+            return weighted
 
         return self.once(("rank weighted l1", self.name, self.sources[source]), measure)
 
@@ -165,7 +168,7 @@ class Measurements:
             return kernels.variance(deltas(part))
 
         def measure() -> tuple[Magnitudes, int]:
-            found = Magnitudes(self.elements, sizes)
+            found = Magnitudes.of(self.elements, sizes)
             return found, self.elements - found.zeros(sizes)
 
         ordered, varying = self.once(("variances", self.name, *self.sources), measure)
@@ -198,7 +201,7 @@ class Measurements:
             def scores(part: slice) -> Tensor:
                 return sizes(part) * rows[part]
 
-            ordered = Magnitudes(n, scores)
+            ordered = Magnitudes.of(n, scores)
             low, median, high = (np.float32(ordered.kth(n - int(q * (n - 1)), scores)) for q in (0.25, 0.5, 0.75))
             with np.errstate(over="ignore", invalid="ignore"):
                 return float(median + np.float32(1.5) * (high - low))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +18,12 @@ from evomerge.merge.bank import Bank
 from evomerge.merge.derived import threads
 from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.methods import METHODS
+from evomerge.merge.scan import SOURCE
 from evomerge.merge.statistics import Magnitudes
 
 Fingerprints = Mapping[str, Mapping[str, str]]
 """SHA-256 of every file of `base` and of each source."""
+PER_FILE = 1 << 22  # elements: a file of its own for every small tensor would take longer than measuring it
 
 
 def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, inputs: Fingerprints) -> int:
@@ -32,39 +35,59 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
     if not wanted:
         return 0
     common = key(method, sources, inputs)
-    names = [n for n in bank.names if bank.models.base.tensors[n].dtype.is_floating_point]
+    scan = bank.compiled.scan if bank.compiled is not None else None
 
-    def one(name: str) -> bool:
-        file = folder / f"{hashlib.sha256(f'{common} {name}'.encode()).hexdigest()[:32]}.safetensors"
-        if (found := load(file, bank.device)) is not None:
-            bank.kept.update(found)
-            return False
-        found = {}
-        measured = Measurements(bank, name, sources, found)
+    def measure(name: str) -> Kept:
+        found: Kept = {}
+        part = bank.taking_part(name, sources)
+        measured = Measurements(bank, name, part, found, scan=scan)
         if "gram" in wanted:
             _ = measured.gram
         if "task_gram" in wanted:
             _ = measured.task_gram
-        for i in range(len(sources)):
+        for i in range(len(part)):
             if measured.untouched(i):
                 continue
             if "magnitudes" in wanted:
                 measured.magnitudes(i)
             if "ranks" in wanted:
-                measured.levels(i)
-        save(file, found)
-        bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
+                measured.rank_weighted_l1(i)  # and with it the ranks
         bank.forget_recent()
-        return True
+        return found
+
+    def together(names: Sequence[str]) -> int:
+        digest = hashlib.sha256(json.dumps([common, names]).encode()).hexdigest()[:32]
+        file = folder / f"{digest}.safetensors"
+        if (found := load(file, bank.device)) is not None:
+            bank.kept.update(found)
+            return 0
+        save(file, {k: v for name in names for k, v in measure(name).items()})
+        bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
+        return len(names)
 
     count = torch.get_num_threads()
-    with threads(1), ThreadPoolExecutor(count) as pool:  # a tensor for each, so that none waits for another
-        return sum(pool.map(one, names))
+    with threads(1), ThreadPoolExecutor(count) as pool:  # files for each, so that none waits for another
+        return sum(pool.map(together, by_file(bank)))
+
+
+def by_file(bank: Bank) -> list[list[str]]:
+    """The names of the tensors to measure, those together that share a file; the largest come first, so that at the
+    end no thread waits for long."""
+    sizes = {n: math.prod(t.shape) for n, t in bank.layout.tensors.items() if t.dtype.is_floating_point}
+    files: list[list[str]] = []
+    room = -1
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
+        if sizes[name] > room:
+            files.append([])
+            room = PER_FILE
+        files[-1].append(name)
+        room -= sizes[name]
+    return files
 
 
 def key(method: str, sources: Sequence[str], inputs: Fingerprints) -> str:
     """A name that changes with the inputs, the order of the sources, and the code that measures."""
-    code = Path(statistics.__file__).read_text(encoding="utf-8")
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in (statistics.__file__, SOURCE))
     what = [sorted(METHODS[method].measures), [[s, inputs[s]] for s in ("base", *sources)], code]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -85,11 +108,14 @@ def save(file: Path, kept: Kept) -> None:
 
 
 def load(file: Path, device: torch.device) -> Kept | None:
-    """What `save` wrote; None if there is no such file or it is not whole."""
+    """What `save` wrote; None if there is no such file or it is not what was written."""
     try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError):
+        return restored(load_file(file), device)
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, RecursionError):
         return None
+
+
+def restored(tensors: Mapping[str, torch.Tensor], device: torch.device) -> Kept:
     kept: Kept = {}
     states: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for label, value in tensors.items():

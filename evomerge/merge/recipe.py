@@ -1,6 +1,5 @@
 """The recipe: a complete description of one merge, and the only input of materialisation."""
 
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from evomerge.merge.layout import BASE, Slice
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knobs, Method
 from evomerge.sources.anatomy import Place
-from evomerge.sources.locate import fingerprint, locate, looks_like_hub_id, matching_models
+from evomerge.sources.locate import absolute, absolute_model, fingerprint, locate, matching_models
 from evomerge.sources.vocabulary import WHOLE
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -224,10 +223,9 @@ def load_recipe(path: Path) -> Recipe:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error
     for _, model in leaves(recipe):
-        if (path.parent / model.path).is_dir() or not looks_like_hub_id(model.path):
-            model.path = str((path.parent / os.path.expanduser(model.path)).resolve())
+        model.path = absolute_model(model.path, path.parent)
         if isinstance(model, RecipeSource) and model.statistics is not None:
-            model.statistics = str((path.parent / os.path.expanduser(model.statistics)).resolve())
+            model.statistics = absolute(model.statistics, path.parent)
     return recipe
 
 

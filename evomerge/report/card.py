@@ -18,6 +18,8 @@ def results_section(verdict: dict[str, Any]) -> str:
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
     note = f"95% bootstrap intervals, paired differences; items that the search never saw ({counts}). "
     note += verdict.get("greedy_soup", "")
+    if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
+        note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
     which = (
         "" if verdict["winner"] else f"This folder holds the recommended simpler model: {verdict['recommended']}.\n\n"
     )

@@ -14,6 +14,7 @@ from evomerge.merge.coefficients import named_parts
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
+from evomerge.report.usage import usage_text
 from evomerge.search.run import Run
 from evomerge.search.study import in_full
 from evomerge.sources.anatomy import Component, Place, layer_count
@@ -54,6 +55,7 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         "<h2>Holdout scores</h2>",
         score_table(verdict),
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
+        f"<p class=dim>The search took {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
     for number, (title, text, figure) in enumerate(figures):
         drawn = plotly.io.to_html(

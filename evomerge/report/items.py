@@ -9,7 +9,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import written_aside
 from evomerge.search.run import Run
 from evomerge.search.scores import rows
-from evomerge.search.study import open_study
+from evomerge.search.storage import open_study
 
 COLUMNS = pa.schema(
     [

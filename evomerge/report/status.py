@@ -1,15 +1,18 @@
 """What a run folder says of itself: read only, at any time, also while the search runs."""
 
-import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.config.schema import SearchConfig
-from evomerge.search.loop import trial_seconds
+from evomerge.search.board import price_of
+from evomerge.search.limits import limits_of, now
 from evomerge.search.run import Run
-from evomerge.search.study import FINISHED, in_full, open_study, record_of
+from evomerge.search.storage import open_study
+from evomerge.search.study import FINISHED, in_full, record_of, trial_seconds
+from evomerge.search.usage import Usage, used_by
 
 PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
 
@@ -19,7 +22,7 @@ class Status:
     """The state of a run.
 
     best: the best finished trial.  seconds: mean per finished trial.  timing: mean seconds per part of a trial;
-    `other` is what no part accounts for.
+    `other` is what no part accounts for.  used: by the whole run.
     """
 
     config: SearchConfig
@@ -29,6 +32,7 @@ class Status:
     timing: dict[str, float]
     verdict: dict[str, Any] | None
     baselines: dict[int, str] = field(default_factory=dict)
+    used: Usage = field(default_factory=Usage)
 
     def count(self, state: TrialState) -> int:
         return sum(t.state == state for t in self.trials)
@@ -57,15 +61,19 @@ class Status:
         return text + (f", {broken} broken" if broken else "") + (f", {failed} failed" if failed else "")
 
     @property
+    def price(self) -> tuple[float, str] | None:
+        """What the devices cost so far, and in what."""
+        return price_of(self.used.device_seconds, self.config.price)
+
+    @property
     def left(self) -> float | None:
         """Seconds of search left by the budget, None if it cannot be told yet."""
         finished = [t for t in self.trials if t.state in FINISHED]
-        budget, estimates = self.config.budget, []
-        if budget.trials is not None and self.seconds:
-            estimates.append(max(0, budget.trials - len(finished)) * self.seconds)
-        if budget.timeout is not None:
-            estimates.append(max(0.0, budget.timeout - sum(map(trial_seconds, finished))))
-        return min(estimates) if estimates and self.verdict is None else None
+        limits = limits_of(self.config.budget)
+        left = limits.left(self.used.seconds, now())
+        if limits.trials is not None and self.seconds:
+            left = min(left, (limits.trials - len(finished)) * self.seconds)
+        return max(0.0, left) if left < math.inf and self.verdict is None else None
 
 
 def read_status(run: Run) -> Status:
@@ -77,9 +85,9 @@ def read_status(run: Run) -> Status:
     finished = [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
     best = max(filter(in_full, trials), key=lambda t: (t.value or 0.0, -t.number), default=None)
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
-    verdict = json.loads(run.verdict_file.read_text(encoding="utf-8")) if run.verdict_file.exists() else None
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
-    return Status(config, trials, best, seconds, mean_timing(complete), verdict, names)
+    used = used_by(trials, study.user_attrs)
+    return Status(config, trials, best, seconds, mean_timing(complete), run.verdict(), names, used)
 
 
 def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:

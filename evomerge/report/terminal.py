@@ -1,39 +1,27 @@
 """What the terminal shows: a live bar where there is a terminal, plain lines where there is none."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from optuna.trial import TrialState
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import TaskResult
+from evomerge.report.live import UNKNOWN, render, watch
 from evomerge.report.status import Status
+from evomerge.report.usage import seconds_text, usage_text
+from evomerge.search.run import Run
+from evomerge.search.snapshot import Snapshot
 
 console = Console(soft_wrap=True, highlight=False)
 PLAIN_EVERY = 5.0  # seconds between plain progress lines
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration as a person says it: 45s, 12m, 3h 20m."""
-    if seconds < 90:
-        return f"{seconds:.0f}s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f}m"
-    return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
 
 
 class Bar:
@@ -70,70 +58,72 @@ class Bar:
             self.progress.stop()
 
 
+class Steps:
+    """Batches of one phase; their number is known with the first of them."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Bar | None = None
+
+    def step(self, done: int, total: int) -> None:
+        self.bar = self.bar or Bar(self.title, total, "batches")
+        self.bar.update(done)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 class SearchView:
-    """Shows a search: phases as lines, trials as a bar with rate and time left (or a line each)."""
+    """Shows a search: the live view in a terminal, else lines for phases, long steps and trials."""
 
     def __init__(self) -> None:
-        self.live = console.is_terminal
-        self.progress: Progress | None = None
-        self.bar: TaskID | None = None
-        self.steps: Bar | None = None
-        self.title = ""
+        self.screen = Console(highlight=False)
+        self.live: Live | None = None
+        self.snapshot: Snapshot | None = None
+        self.steps = Steps("")
         self.started = time.monotonic()
         self.seen = 0
 
     def phase(self, text: str) -> None:
-        self.close()
-        self.title = text
-        console.print(f"[dim]{text} ...[/dim]")
+        if not self.screen.is_terminal:
+            self.steps.close()
+            self.steps, self.started, self.seen = Steps(text), time.monotonic(), 0
+            print(f"{text} ...", flush=True)
 
     def step(self, done: int, total: int) -> None:
         """Batches of the phase in hand."""
-        self.steps = self.steps or Bar(self.title, total, "batches")
-        self.steps.update(done)
+        if not self.screen.is_terminal:
+            self.steps.step(done, total)
 
     def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None:
+        if self.screen.is_terminal:
+            return
         self.seen += 1
         shown = "failed" if value is None else f"{value:.4f}"
         best_text = "-" if best is None else f"{best:.4f}"
-        if not self.live:
-            rate = self.seen / max(time.monotonic() - self.started, 1e-9)
-            left = f", {seconds_text((total - number - 1) / rate)} left" if total and total > number + 1 else ""
-            of = f"/{total}" if total else ""
-            extra = f"  {note}" if note else ""
-            print(
-                f"trial {number + 1}{of}  {shown}  best {best_text}  {rate * 60:.1f}/min{left}{extra}",
-                flush=True,
-            )
-            return
-        if self.progress is None:
-            self.progress = Progress(
-                SpinnerColumn(),
-                TextColumn("trials"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.progress.start()
-            self.bar = self.progress.add_task("", total=total, completed=number)
-        assert self.bar is not None, "the bar is made with the progress"
-        rate = self.seen / max(time.monotonic() - self.started, 1e-9) * 60
-        self.progress.update(
-            self.bar, completed=number + 1, description=f"best {best_text}  last {shown}  {rate:.1f}/min"
-        )
+        rate = self.seen / max(time.monotonic() - self.started, 1e-9)
+        left = f", {seconds_text((total - number - 1) / rate)} left" if total and total > number + 1 else ""
+        of = f"/{total}" if total else ""
+        extra = f"  {note}" if note else ""
+        print(f"trial {number + 1}{of}  {shown}  best {best_text}  {rate * 60:.1f}/min{left}{extra}", flush=True)
+
+    def show(self, snapshot: Snapshot) -> None:
+        """The latest state; drawn again in between, so that times go on."""
+        self.snapshot = snapshot
+        if self.screen.is_terminal and self.live is None and snapshot.ended is None:
+            self.live = Live(console=self.screen, get_renderable=self.picture, refresh_per_second=2)
+            self.live.start()
+
+    def picture(self) -> RenderableType:
+        assert self.snapshot is not None, "there is a snapshot before there is a picture"
+        return render(self.snapshot, time.time() - self.snapshot.beat, self.snapshot.ended)
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-        if self.steps is not None:
-            self.steps.close()
-            self.steps = None
-        self.started, self.seen = time.monotonic(), 0
+        self.steps.close()
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
 
 def print_status(status: Status, timing: bool) -> None:
@@ -142,7 +132,7 @@ def print_status(status: Status, timing: bool) -> None:
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
-    planned = f" of {config.budget.trials}" if config.budget.trials else ""
+    planned = f" of {config.budget.most}" if config.budget.most else ""
     running = status.count(TrialState.RUNNING)
     console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} in hand")
     if status.best is not None:
@@ -153,12 +143,26 @@ def print_status(status: Status, timing: bool) -> None:
         console.print(f"rate: {60 / status.seconds:.1f} trials a minute ({status.seconds:.2f} s each)")
     if status.left is not None:
         console.print(f"time left: about {seconds_text(status.left)}")
+    if status.used.seconds:
+        console.print(f"used: {usage_text(status.used, status.price)}")
     if timing:
         print_timing(status.timing)
     if status.verdict is not None:
         print_verdict(status.verdict)
     elif status.best is not None:
         console.print("no verdict yet: the search is not at its end")
+
+
+def watch_run(run: Run) -> None:
+    """The live view until the run ends or the person wants no more, then the verdict if there is one."""
+    try:
+        end = watch(run.folder, Console(highlight=False))
+    except KeyboardInterrupt:
+        return
+    if end in ("finished", UNKNOWN) and run.verdict_file.exists():
+        print_verdict(json.loads(run.verdict_file.read_text(encoding="utf-8")))
+    else:
+        print(f"go on with: evomerge resume {run.folder}")
 
 
 def print_timing(timing: dict[str, float]) -> None:

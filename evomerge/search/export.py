@@ -1,6 +1,5 @@
 """Which recipe a run gives away: what its verdict recommends, or one of its trials."""
 
-import json
 from typing import Any
 
 from optuna.trial import TrialState
@@ -10,17 +9,16 @@ from evomerge.merge.recipe import Recipe, load_recipe
 from evomerge.search.run import Run
 from evomerge.search.scorer import open_config_models
 from evomerge.search.space import build_space
-from evomerge.search.study import open_study
+from evomerge.search.storage import open_study
 
 
 def recommended_recipe(run: Run) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that the verdict recommends, and the verdict.  EvomergeError if the search is not at its end."""
-    if not run.verdict_file.exists():
+    if (verdict := run.verdict()) is None:
         raise EvomergeError(
             f"{run.folder}: has no verdict yet; go on with `evomerge resume {run.folder}`, or export one trial "
             "with --trial"
         )
-    verdict: dict[str, Any] = json.loads(run.verdict_file.read_text(encoding="utf-8"))
     return load_recipe(run.recommended_file), verdict
 
 

@@ -1,278 +1,274 @@
 """The loop: propose, materialise, evaluate, tell, until the budget ends; a trial may fail, the run may not."""
 
-import signal
+import asyncio
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, Protocol
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Broken, Signs, normal_signs
-from evomerge.evaluate.loglikelihood import NotFiniteScore
-from evomerge.merge.materialise import NotFinite
-from evomerge.merge.prepare import prepare
+from evomerge.evaluate.canary import Signs, normal_signs
+from evomerge.evaluate.racing import PREDICTORS, Race, Vector
 from evomerge.search.baselines import Baseline, baselines
-from evomerge.search.finals import Ledger, finish, search_score
-from evomerge.search.limits import Limits
+from evomerge.search.board import Board, told
+from evomerge.search.exam import Exam, open_exam
+from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failures_in_a_row
+from evomerge.search.finals import finish, search_score
+from evomerge.search.jobs import Failure, Outcome, Result, Tryout
+from evomerge.search.lease import Lease, lease
+from evomerge.search.ledger import Book, Ledger
+from evomerge.search.limits import now
 from evomerge.search.race import Course, build_course
-from evomerge.search.run import Run
-from evomerge.search.scorer import Outcome, Scorer, free_memory, open_config_models
+from evomerge.search.reserve import SPLITS, ReservedTime, export_seconds
+from evomerge.search.run import Run, claim
+from evomerge.search.scorer import open_config_models, reason
 from evomerge.search.scores import objective_scores, pack
 from evomerge.search.soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space import Point, build_space
-from evomerge.search.study import SearchStudy, open_study, record_of
+from evomerge.search.stop import StopSignal, stoppable
+from evomerge.search.storage import Patience, open_study
+from evomerge.search.study import Begun, SearchStudy, in_full, record_of
+from evomerge.search.usage import stored_usage
 from evomerge.search.verdict import Verdict
+from evomerge.search.workers.crew import Crew, make_workers
+from evomerge.search.workers.pool import Pool, together
 
-FAILURES_IN_A_ROW = 10
-
-
-class Interrupted(BaseException):
-    """The user asked to stop (SIGINT, SIGTERM); the trial in hand stays in the study and is done on resume."""
+BEAT = 5.0  # seconds between signs of life in the study
 
 
-class Listener(Protocol):
-    """Who shows the run to a person."""
-
-    def phase(self, text: str) -> None: ...
-    def step(self, done: int, total: int) -> None: ...
-    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
-
-
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request that the work checks between batches; a second one kills."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def check(self) -> None:
-        if self.received is not None:
-            raise Interrupted(signal.Signals(self.received).name)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-
-def search(run: Run, limits: Limits, listener: Listener, stop: StopSignal) -> Verdict:
+def search(run: Run, board: Board, stop: StopSignal, crew: Crew, out: Path | None = None) -> Verdict:
     """Run or go on with a search until its limits, then judge the finalists and write the verdict.
 
-    Interrupted if the user stops it: everything finished is in the study.  EvomergeError on wrong input, or
-    when ten trials in a row fail.
+    out: where the model will be written afterwards, which takes its time too.  Interrupted if the user stops it:
+    everything finished is in the study.  EvomergeError on wrong input, or when ten trials in a row fail.
     """
+    return asyncio.run(drive(run, board, stop, crew, out))
+
+
+async def drive(run: Run, board: Board, stop: StopSignal, crew: Crew, out: Path | None) -> Verdict:
     config = run.config()
-    listener.phase("opening the models")
+    board.phase("opening the models")
     models = open_config_models(config)
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
-    space = build_space(config, models)
-    study = SearchStudy(open_study(run.storage_url(config), config.name, create=True), space)
-    listener.phase("preparing the items")
-    scorer = Scorer(config, models, stop.check, run.log, cache=run.folder / "cache")
-    listener.phase("measuring the sources")
-    names = [s.name for s in config.sources]
-    prepare(scorer.bank, config.method, names, run.folder / "cache", run.manifest()["inputs"])
-    known = baselines(space)
-    ledger = Ledger(study.stored, scorer, run, listener.step)
-    for baseline in known:
-        if baseline.point is None and ledger.stored("search", baseline.recipe) is None:
-            listener.phase(f"baseline {baseline.name}")
-            ledger.score("search", baseline.recipe)
-    scorer.prepared("search", everything=False)
-    listener.phase("searching")
-    failures = failures_in_a_row(study)
-    stored = 0.0
-    course: Course | None = None
-    soup: GreedySoup | None = None
-    while within(study, limits):
-        stop.check()
-        if soup is None and next_baseline(study, known) is None:
-            course = make_course(study, known, ledger)
-            soup = make_soup(run, study, known, ledger, listener)
-            listener.phase("searching")
-        failed, stored = run_trial(run, study, known, ledger, listener, limits, course, stored)
-        failures = failures + 1 if failed else 0
-        if failures >= FAILURES_IN_A_ROW:
-            raise EvomergeError(explain_failures(study))
-    soup = soup or make_soup(run, study, known, ledger, listener)  # the budget ended among the baselines
-    return finish(run, study, ledger, known, soup, listener.phase)
+    exam = open_exam(config)
+    patience = Patience(stop.check, run.log)
+    stored = open_study(run.storage_url(config), config.name, create=True, patience=patience)
+    holder = lease(stored, BEAT, stop.check)
+    try:
+        claim(stored, run)
+        study = SearchStudy(stored, build_space(config, models))
+        board.restore(study.trials, stored.user_attrs)
+        export = export_seconds(config, models, out) if out and board.limits.timed else 0.0
+        workers = make_workers(crew, run, config, models, exam, stop.check, board.phase)
+        if len(workers) > 1:
+            board.phase(f"starting {len(workers)} workers")
+        study.workers = len(workers)
+        pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
+        board.workers = pool.states
+        board.stopwatch.hold(len(workers))
+        driver = Driver(run, study, Ledger(stored, exam, pool, board), pool, board, export)
+        try:
+            await stoppable(stop, pool.open(), board.beat)
+            return await stoppable(stop, driver.search(), lambda: signs_of_life(board, holder))
+        finally:
+            await pool.close()
+    finally:
+        holder.release()
 
 
-def make_soup(run: Run, study: SearchStudy, known: list[Baseline], ledger: Ledger, listener: Listener) -> GreedySoup:
-    """The greedy soup, added to the baselines `known` unless it is one of them."""
-    listener.phase("greedy soup")
-    soup = greedy_soup(study.space, known, lambda b: search_score(study, ledger, b, listener.phase))
-    if soup.baseline not in known:
-        known.append(soup.baseline)
-    run.log(soup.sentence)
-    return soup
+def signs_of_life(board: Board, holder: Lease) -> None:
+    """For people, and for other drivers that would like the study."""
+    board.beat()
+    holder.beat_in_time()
+
+
+class Driver:
+    """Owns study and sampler: proposes, sends recipes to the pool, takes scores as they come, decides.
+
+    There are as many slots as workers, each with one thing in hand: a trial, or for a while the greedy soup.  So a
+    free worker always gets a trial, and with one worker everything happens in one order.
+    """
+
+    def __init__(self, run: Run, study: SearchStudy, ledger: Ledger, pool: Pool, board: Board, export: float) -> None:
+        """export: seconds that writing the model will take."""
+        self.run = run
+        self.study = study
+        self.ledger = ledger
+        self.exam = ledger.exam
+        self.pool = pool
+        self.board = board
+        self.known = baselines(study.space)
+        items = {split: sum(map(len, self.exam.split(split).values())) for split in SPLITS}
+        self.reserved = ReservedTime(study, self.known, items, export)
+        self.failures = failures_in_a_row(study)
+        self.soup: GreedySoup | None = None
+        self.cooking = False
+        self.course: Course | None = None
+        self.vectors: dict[int, Vector] = {}  # item scores of finished trials, unpacked
+        self.storing = 0.0  # seconds that it took to store the last trial
+
+    async def search(self) -> Verdict:
+        outside = [b for b in self.known if b.point is None]
+        await together(*(self.ledger.score("search", b.recipe, f"baseline {b.name}") for b in outside))
+        self.board.phase("searching")
+        await together(*(self.slot() for _ in range(self.pool.size)))
+        soup = self.soup or await self.make_soup()  # the budget ended among the baselines
+        self.board.phase("judging the finalists")
+        return await finish(self.run, self.study, self.ledger, self.known, soup)
+
+    async def slot(self) -> None:
+        """One trial after the other, until the budget ends."""
+        while (end := self.ended()) is None:
+            if not self.cooking and self.baselines_are_done():
+                self.cooking = True
+                self.course = make_course(self.study, self.known, self.ledger)
+                self.soup = await self.make_soup()
+            else:
+                await self.trial()
+        self.run.log(f"no more trials: {end}")
+
+    def ended(self) -> str | None:
+        """Why no trial may begin any more, None if one may."""
+        limits, board = self.board.limits, self.board
+        if limits.trials is not None and self.study.count >= limits.trials:
+            return f"{self.study.count} have begun"
+        board.reserved = self.reserved.seconds(self.pool.size) if limits.timed else 0.0
+        return limits.reached(board.progress, board.stopwatch.elapsed.seconds, now(), board.reserved)
+
+    def baselines_are_done(self) -> bool:
+        return all(b.point is None or self.study.of_baseline(b.name) is not None for b in self.known)
+
+    async def make_soup(self) -> GreedySoup:
+        """The greedy soup, added to the baselines unless it is one of them."""
+        soup = await greedy_soup(self.study.space, self.known, lambda b: search_score(self.study, self.ledger, b))
+        if soup.baseline not in self.known:
+            self.known.append(soup.baseline)
+        self.run.log(soup.sentence)
+        return soup
+
+    async def trial(self) -> None:
+        """One trial from proposal to database.
+
+        What goes wrong inside becomes the trial's recorded reason.  A broken candidate has the value of the worst, so
+        that samplers learn from it.  A finished trial cannot be written to, so the time of its storing is in the record
+        of the next one.
+        """
+        started = time.perf_counter()
+        trial = self.study.begin(next_baseline(self.study, self.known))
+        proposed = time.perf_counter()
+        self.run.log(f"trial {trial.number} begins")
+        record: dict[str, Any] = {}
+        result = await self.result_of(trial, record)
+        value, seconds = None, {}
+        if isinstance(result, Outcome):
+            value = result.estimate.value if result.estimate else self.exam.mean(result.scores, "objective")
+            record |= describe(result, self.exam, self.ledger.items("search"))
+            seconds = result.seconds
+        elif result.broken:
+            record["broken"] = result.reason
+            value = self.study.penalty
+        else:
+            record["reason"] = result.reason
+            self.run.log(f"trial {trial.number}: {result.traceback}")
+        scored = time.perf_counter()
+        total = scored - started + self.storing
+        times = {"propose": proposed - started, "store": self.storing, "total": total}
+        record["seconds"] = {**seconds, **times}
+        record |= stored_usage(replace(result.used, seconds=total), self.board.stopwatch)
+        state = self.study.finish(trial, value, record)
+        self.run.log(f"trial {trial.number} {state.name.lower()} value={value} {told(record)}".rstrip())
+        self.storing = time.perf_counter() - scored
+        self.board.trial(trial.number, value, record, trial.baseline)
+        self.failures = self.failures + 1 if isinstance(result, Failure) else 0
+        if self.failures >= FAILURES_IN_A_ROW:
+            raise EvomergeError(explain_failures(self.study))
+
+    async def result_of(self, trial: Begun, record: dict[str, Any]) -> Result:
+        """The trial's scores; the race it ran in goes into the record, so that it can be run again alone."""
+        try:
+            recipe = self.study.space.recipe(trial.params)
+            known = self.ledger.stored("search", recipe) if trial.baseline == GREEDY else None
+            if known:  # it was scored to be found
+                return Outcome(known, {})
+            job = Tryout(recipe, None)
+            if not trial.baseline:
+                course, race, record["race"] = self.race()
+                job = Tryout(recipe, healthy(self.study, self.known), course, race)
+        except EvomergeError:
+            raise
+        except Exception as error:  # a bug in making the recipe costs this trial
+            return Failure(reason(error), traceback=traceback.format_exc())
+        return await self.pool.run(job, f"trial {trial.number}", trial=trial.number)
+
+    def race(self) -> tuple[Course | None, Race | None, dict[str, Any] | None]:
+        """A race against the incumbent, and who ran in it; None before there is one on these items."""
+        course = self.course
+        if course is None:
+            return None, None, None
+        incumbent, others = rivals(self.study, course.items)
+        if incumbent is None:
+            return None, None, None
+        numbers = {"incumbent": incumbent.number, "others": [t.number for t in others]}
+        return course, course.race(self.vector(incumbent), [self.vector(t) for t in others]), numbers
+
+    def vector(self, trial: FrozenTrial) -> Vector:
+        """A trial's item scores, (N,)."""
+        assert self.course is not None, "scores are put in the order of a course"
+        if trial.number not in self.vectors:
+            self.vectors[trial.number] = self.course.vector(trial)
+        return self.vectors[trial.number]
 
 
 def next_baseline(study: SearchStudy, known: list[Baseline]) -> tuple[str, Point] | None:
     """The first baseline in the space that has no trial yet."""
-    there = {t.user_attrs.get("baseline") for t in study.trials}
+    there = study.baselines
     return next(((b.name, b.point) for b in known if b.point is not None and b.name not in there), None)
 
 
-def make_course(study: SearchStudy, known: list[Baseline], ledger: Ledger) -> Course | None:
+def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
+    """Of the trials evaluated in full on these items, the best and the latest others."""
+    best = study.best
+    if best is not None and record_of(best).get("items") != items:  # items were changed on the way
+        here = (t for t in study.complete if record_of(t).get("items") == items)
+        best = max(here, key=lambda t: (t.value or 0.0, -t.number), default=None)
+    latest = (t for t in reversed(study.complete) if t is not best and record_of(t).get("items") == items)
+    return best, list(islice(latest, PREDICTORS))[::-1]
+
+
+def make_course(study: SearchStudy, known: list[Baseline], book: Book) -> Course | None:
     """The race course of a search whose baselines have all been evaluated, None if the configuration wants no race."""
-    scorer = ledger.scorer
-    if not (racing := scorer.config.racing).enabled:
+    config = study.space.config
+    if not config.racing.enabled:
         return None
-    items = ledger.items("search")
+    items = book.items("search")
     scores: list[dict[str, Any]] = []
     for baseline in known:
         trial = study.of_baseline(baseline.name)
         if trial is not None and record_of(trial).get("items") == items:
             scores.append(objective_scores(trial))
-        elif (found := ledger.stored("search", baseline.recipe)) is not None:
-            scores.append(ledger.means(found, "objective"))
-    asked = scorer.prepared("search", everything=False).by_task
-    return build_course(scorer.engine, asked, items, scores, scorer.config.seed, racing)
+        elif (found := book.stored("search", baseline.recipe)) is not None:
+            scores.append(book.exam.of(found, "objective"))
+    return build_course(book.exam, items, scores, config.seed, config.racing)
 
 
 def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:
     """The signs that the parents set as normal."""
-    parents = {b.name for b in known if b.kind == "parent"}
-    records = [record_of(t) for t in study.complete if t.user_attrs.get("baseline") in parents]
+    trials = [study.of_baseline(b.name) for b in known if b.kind == "parent"]
+    records = [record_of(t) for t in trials if t is not None and in_full(t)]
     return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
 
 
-def run_trial(
-    run: Run,
-    study: SearchStudy,
-    known: list[Baseline],
-    ledger: Ledger,
-    listener: Listener,
-    limits: Limits,
-    course: Course | None,
-    stored_before: float,
-) -> tuple[bool, float]:
-    """One trial from proposal to database; whether it failed, and the seconds that storing it took.
-
-    What goes wrong inside becomes the trial's recorded reason.  A broken candidate has the value of the worst, so
-    that samplers learn from it.  A finished trial cannot be written to, so the time of its storing is in the record of
-    the next one (`stored_before`).
-    """
-    scorer = ledger.scorer
-    started = time.perf_counter()
-    trial = study.begin(next_baseline(study, known))
-    proposed = time.perf_counter()
-    record: dict[str, Any] = {}
-    value: float | None = None
-    seconds: dict[str, float] = {}
-    run.log(f"trial {trial.number} begins")
-    try:
-        recipe = study.space.recipe(trial.params)
-        found = ledger.stored("search", recipe) if trial.baseline == GREEDY else None  # it was scored to be found
-        if found:
-            outcome = Outcome(found, {})
-        elif trial.baseline:
-            outcome = scorer.try_out(recipe, None)
-        else:
-            race = course.race(study) if course else None
-            outcome = scorer.try_out(recipe, healthy(study, known), course, race)
-        value = outcome.estimate.value if outcome.estimate else scorer.objective(outcome)
-        record = describe(outcome, scorer, ledger.items("search"))
-        seconds = outcome.seconds
-    except EvomergeError:
-        raise
-    except (NotFinite, NotFiniteScore, Broken) as error:
-        record["broken"] = reason(error)
-        value = study.penalty
-        run.log(f"trial {trial.number} is broken: {record['broken']}")
-    except Exception as error:  # any bug of any library may cost this trial, not the run
-        record["reason"] = reason(error)
-        run.log(f"trial {trial.number} failed: {traceback.format_exc()}")
-        free_memory(scorer.bank.device)
-    scored = time.perf_counter()
-    record["seconds"] = {**seconds, "propose": proposed - started, "store": stored_before}
-    record["seconds"]["total"] = scored - started + stored_before
-    state = study.finish(trial, value, record)
-    run.log(f"trial {trial.number} {state.name.lower()} value={value}{note_of(record)}")
-    stored = time.perf_counter() - scored
-    best = max((t.value for t in study.complete if t.value is not None), default=None)
-    note = note_of(record).strip() or str(trial.baseline or "")
-    listener.trial(trial.number, limits.trials, value, best, note)
-    return "broken" in record or "reason" in record, stored
-
-
-def describe(outcome: Outcome, scorer: Scorer, items: str) -> dict[str, Any]:
+def describe(outcome: Outcome, exam: Exam, items: str) -> dict[str, Any]:
     """What the study keeps of an outcome.  items: the name of the item ids."""
-    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in scorer.tasks}
+    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in exam.tasks}
     record: dict[str, Any] = {"items": items, "scores": scores}
     if outcome.signs:
         record["signs"] = [outcome.signs.entropy, outcome.signs.sameness]
     if outcome.estimate:
         record["partial"] = outcome.estimate.fraction
     return record
-
-
-def note_of(record: dict[str, Any]) -> str:
-    """What a person should know of a trial beside its value."""
-    if "partial" in record:
-        return f" stopped after {record['partial']:.0%} of the items"
-    if "broken" in record:
-        return f" broken: {record['broken']}"
-    return f" {record['reason']}" if "reason" in record else ""
-
-
-def reason(error: Exception) -> str:
-    """Why a trial failed, in one line."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]
-
-
-def within(study: SearchStudy, limits: Limits) -> bool:
-    """Whether another trial may begin."""
-    finished = study.trials
-    if limits.trials is not None and len(finished) >= limits.trials:
-        return False
-    if limits.seconds is not None and sum(map(trial_seconds, finished)) >= limits.seconds:
-        return False
-    return limits.deadline is None or time.time() < limits.deadline
-
-
-def trial_seconds(trial: FrozenTrial) -> float:
-    return float(record_of(trial).get("seconds", {}).get("total", 0.0))
-
-
-def failures_in_a_row(study: SearchStudy) -> int:
-    """How many of the last finished trials failed, so that a resume goes on counting; a full row starts anew."""
-    count = 0
-    for trial in reversed(study.trials):
-        if not failed(trial):
-            break
-        count += 1
-    return count % FAILURES_IN_A_ROW
-
-
-def failed(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL or "broken" in record_of(trial)
-
-
-def explain_failures(study: SearchStudy) -> str:
-    """The reasons of the last failures, counted."""
-    last = [record_of(t) for t in study.trials if failed(t)][-FAILURES_IN_A_ROW:]
-    reasons = [str(r.get("reason") or r.get("broken") or "unknown") for r in last]
-    counted = sorted({r: reasons.count(r) for r in reasons}.items(), key=lambda x: -x[1])
-    lines = "\n  ".join(f"{count} x {text}" for text, count in counted)
-    return (
-        f"{FAILURES_IN_A_ROW} trials failed in a row, so the search has stopped; the reasons:\n  {lines}\n"
-        "Tracebacks are in the run's log.txt. After mending the cause, go on with `evomerge resume`"
-    )

@@ -6,22 +6,26 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from evomerge import __version__
-from evomerge.config.file import config_differences, dump_config, load_config
+from evomerge.config.file import config_differences, load_config, write_config
 from evomerge.config.schema import SearchConfig
+from evomerge.config.storage import expanded
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import Task, open_tasks
-from evomerge.files import disk_errors, sha256, write_text
-from evomerge.search.scorer import Dealt, deal_all
-from evomerge.search.study import sqlite_url
+from evomerge.files import disk_errors, read_json, sha256, write_text
+from evomerge.search.exam import Exam, open_exam
+from evomerge.search.storage import sqlite_url
+from evomerge.search.verdict import what_is_wrong
 from evomerge.sources.locate import fingerprint, locate
 
+KEY = "evomerge:key"  # study attribute: what its results depend on, see `study_key`
 PACKAGES = (
     "torch",
     "transformers",
@@ -66,19 +70,32 @@ class Run:
         return self.folder / "log.txt"
 
     def storage_url(self, config: SearchConfig) -> str:
-        return config.storage or sqlite_url(self.folder / "study.db")
+        """The database with its password, for those who open it and nobody else (`masked` shows one)."""
+        return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
     def config(self) -> SearchConfig:
         return load_config(self.config_file)
 
     def manifest(self) -> dict[str, Any]:
+        """What the run was made of.  EvomergeError if that cannot be read."""
         try:
-            content = json.loads(self.manifest_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EvomergeError(f"{self.manifest_file}: not readable ({error}); this run cannot be resumed") from error
-        if not isinstance(content, dict):
-            raise EvomergeError(f"{self.manifest_file}: expected a JSON object; this run cannot be resumed")
+            content = read_json(self.manifest_file)
+        except EvomergeError as error:
+            raise EvomergeError(f"{error}; this run cannot be resumed") from error
+        for key in ("inputs", "items"):
+            found = content.get(key, {})
+            if not isinstance(found, dict) or not all(isinstance(x, dict) for x in found.values()):
+                raise EvomergeError(f"{self.manifest_file}: {key} is no table; this run cannot be resumed")
         return content
+
+    def verdict(self) -> dict[str, Any] | None:
+        """The verdict, None if there is none yet.  EvomergeError if it cannot be read."""
+        if not self.verdict_file.exists():
+            return None
+        verdict = read_json(self.verdict_file)
+        if problem := what_is_wrong(verdict):
+            raise EvomergeError(f"{self.verdict_file}: {problem}; write it again with `evomerge resume {self.folder}`")
+        return verdict
 
     def log(self, text: str) -> None:
         """A line for whoever asks later what happened when."""
@@ -104,15 +121,37 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     return prints
 
 
-def item_fingerprints(tasks: Sequence[Task], dealt: Dealt) -> dict[str, dict[str, str]]:
+def item_fingerprints(exam: Exam) -> dict[str, dict[str, str]]:
     """A hash of the items in each split of each task: their documents, whatever file they came from."""
     found: dict[str, dict[str, str]] = {}
-    for task in tasks:
-        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in dealt[task.name].items()}
+    for task in exam.tasks:
+        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in exam.items[task.name].items()}
         if task.lm.config.num_fewshot:
             ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
         found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
     return found
+
+
+def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[str, Any]) -> str:
+    """A hash of all that decides a study's results, wherever its files lie."""
+    content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage"})
+    content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
+    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
+        for entry in content[part]:
+            entry[key] = ""
+    known = {name: sorted(prints.values()) for name, prints in inputs.items()}
+    return hashlib.sha256(json.dumps([content, known, items], sort_keys=True).encode()).hexdigest()
+
+
+def claim(study: optuna.Study, run: Run) -> None:
+    """Make the study this run's.  EvomergeError if a study of other models, items or settings has its name."""
+    keys, found = run.manifest().get("keys"), study.user_attrs.get(KEY)
+    if found is not None and keys and found not in keys:
+        raise EvomergeError(
+            f"the storage holds a study {study.study_name!r} of other models, items or settings; choose another `name`"
+        )
+    if keys and found != keys[-1]:
+        study.set_user_attr(KEY, keys[-1])
 
 
 def refuse_existing(folder: Path) -> None:
@@ -123,10 +162,12 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def create_run(config: SearchConfig, tasks: Sequence[Task], dealt: Dealt, origin: Path, folder: Path) -> Run:
+def create_run(config: SearchConfig, exam: Exam, origin: Path, folder: Path) -> Run:
     """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
     refuse_existing(folder)
     run = Run(folder)
+    run.storage_url(config)  # says which variable it lacks
+    inputs, items = input_fingerprints(config), item_fingerprints(exam)
     manifest = {
         "evomerge": __version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -135,13 +176,14 @@ def create_run(config: SearchConfig, tasks: Sequence[Task], dealt: Dealt, origin
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "inputs": input_fingerprints(config),
-        "items": item_fingerprints(tasks, dealt),
+        "inputs": inputs,
+        "items": items,
+        "keys": [study_key(config, inputs, items)],
     }
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(run.manifest_file, json.dumps(manifest, indent=2) + "\n")
-    write_text(run.config_file, dump_config(config))
+    write_config(run.config_file, config)
     return run
 
 
@@ -165,8 +207,7 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         lines += [
             f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
         ]
-    tasks = open_tasks(current.tasks)
-    items = item_fingerprints(tasks, deal_all(tasks, current))
+    items = item_fingerprints(open_exam(current))
     known: dict[str, dict[str, str]] = manifest.get("items", {})
     for task in sorted(items.keys() & known.keys()):
         lines += [
@@ -182,8 +223,10 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         )
     run.log("changes accepted: " + "; ".join(lines))
     current = current.model_copy(update={"budget": config.budget, "name": config.name})
-    write_text(run.manifest_file, json.dumps({**manifest, "inputs": prints, "items": items}, indent=2) + "\n")
-    write_text(run.config_file, dump_config(current))
+    keys = [*manifest.get("keys", []), study_key(current, prints, items)]
+    content = {**manifest, "inputs": prints, "items": items, "keys": keys}
+    write_text(run.manifest_file, json.dumps(content, indent=2) + "\n")
+    write_config(run.config_file, current)
     return current
 
 

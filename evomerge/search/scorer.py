@@ -1,10 +1,10 @@
-"""From a recipe to item scores: materialise it in the live model, run the engine, say where the time went."""
+"""A worker's workshop: bank, live model and engine.  From a recipe to item scores, and where the time went."""
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,47 +12,29 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Signs, check, prompts, signs
-from evomerge.evaluate.clock import Clock, counter
+from evomerge.evaluate.canary import Broken, Signs, check, prompts, signs
+from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks, scores_of
+from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.metrics import ItemMetrics
 from evomerge.evaluate.prepared import ask
-from evomerge.evaluate.racing import Estimate, Race
-from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
+from evomerge.evaluate.racing import Race
+from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.workload import Workload, together
 from evomerge.merge.bank import Bank
 from evomerge.merge.compiled import compiled_for
-from evomerge.merge.gathered import open_gathered
 from evomerge.merge.live import candidate_model, destinations
-from evomerge.merge.materialise import materialise
-from evomerge.merge.methods import METHODS
+from evomerge.merge.materialise import NotFinite, materialise
+from evomerge.merge.prepare import Fingerprints, prepare
 from evomerge.merge.recipe import Recipe
-from evomerge.search.race import Course
+from evomerge.search.exam import Exam, Scores
+from evomerge.search.jobs import Failure, Job, Outcome, Result, Tryout
+from evomerge.search.race import Course, Heat, build_heats
 from evomerge.search.scores import rounded
-from evomerge.search.verdict import mean_score
-from evomerge.sources.locate import locate
+from evomerge.search.usage import Meter
+from evomerge.sources.locate import locate, stamp
 from evomerge.sources.open import Models, open_models
-
-Dealt = dict[str, dict[Split, list[Item]]]
-"""Task -> split -> its items."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an evaluation gave.
-
-    scores: task -> metric -> one score per item, the higher the better; NaN for items that were not evaluated.
-    seconds: by part of the work.  signs: what the canary saw.  estimate: of a candidate that was stopped.
-    """
-
-    scores: dict[str, dict[str, list[float]]]
-    seconds: dict[str, float]
-    signs: Signs | None = None
-    estimate: Estimate | None = None
-
-    def of(self, tasks: list[Task], which: str) -> dict[str, list[float]]:
-        """Item scores of every task's `objective` or `metric`."""
-        return {t.name: self.scores[t.name][getattr(t, which)] for t in tasks}
+from evomerge.sources.tokenizer import open_tokenizer
 
 
 def open_config_models(config: SearchConfig) -> Models:
@@ -60,65 +42,66 @@ def open_config_models(config: SearchConfig) -> Models:
     return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
 
 
-def deal_all(tasks: Sequence[Task], config: SearchConfig) -> Dealt:
-    return {t.name: deal(t, config.splits, config.seed) for t in tasks}
+def stamps(config: SearchConfig) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Who the files of the base (`base`) and of each source are on this machine, in microseconds."""
+    folders = {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+    return {name: stamp(folder) for name, folder in folders.items()}
 
 
-def check_statistics(config: SearchConfig, models: Models, items: Dealt) -> None:
-    """EvomergeError if a statistics file does not fit its source, or saw items that the search judges by."""
-    kind = METHODS[config.method].statistics
-    for number, source in enumerate(config.sources if kind else []):
-        assert kind is not None
-        origin = open_gathered(Path(str(source.statistics)), kind, source.name, models).origin
-        for task, splits in items.items():
-            seen = set(origin.items.get(task, ()))
-            for split in ("holdout", "selection"):
-                if count := sum(i.id in seen for i in splits[split]):
-                    raise EvomergeError(
-                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
-                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
-                        "items of the search split alone"
-                    )
-
-
-def load_tokenizer(path: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:
+    """EvomergeError if files of the models are not what they were."""
+    names = [
+        f"{m}/{f}"
+        for m in before
+        for f in sorted(before[m].keys() | now[m].keys())
+        if before[m].get(f) != now[m].get(f)
+    ]
+    if names:
+        raise EvomergeError(
+            f"{', '.join(names)}: changed while the search runs, so trials would not be comparable. Put the old files "
+            "back, or start a new run; `evomerge resume` says what differs"
+        )
 
 
 class Scorer:
-    """One device's workshop: bank, live model, engine and prepared items."""
+    """One device's workshop: bank, live model, engine and prepared items.
+
+    check: called between batches, may raise to interrupt the work.  progress: called with the batches of an
+    examination that are done, and their total.
+    """
 
     def __init__(
         self,
         config: SearchConfig,
         models: Models,
-        check: Callable[[], None],
-        log: Callable[[str], None],
+        exam: Exam,
+        check: Callable[[], None] = lambda: None,
+        log: Callable[[str], None] = print,
         cache: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.config = config
         self.cache = cache
         self.check = check
-        self.tasks = open_tasks(config.tasks)
-        self.items = deal_all(self.tasks, config)
-        check_statistics(config, models, self.items)
+        self.progress = progress
+        self.log = log
+        self.exam = exam
+        self.stamps = stamps(config)
         device = resolve_device(config.device)
         self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log), cache=cache)
         self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
         self.destinations = destinations(self.model, self.bank)
-        self.engine = Engine(self.model, load_tokenizer(models.base.path), config.batch_tokens, log)
+        self.engine = Engine(self.model, open_tokenizer(models.base.path), config.batch_tokens, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
+        self.heats: dict[str, list[Heat]] = {}
         self.prompts: torch.Tensor | None = None
+        self.counts = Counts()
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {t.name: t.weight for t in self.tasks}
-
-    def split(self, split: Split) -> dict[str, list[Item]]:
-        """The items of a split by task."""
-        return {t.name: self.items[t.name][split] for t in self.tasks}
+    def prepare(self, inputs: Fingerprints) -> None:
+        """Do all that comes before the first recipe.  EvomergeError if an item does not fit the model."""
+        self.prepared("search", everything=False)
+        if self.cache is not None:
+            prepare(self.bank, self.config.method, [s.name for s in self.config.sources], self.cache, inputs)
 
     def prepared(self, split: Split, everything: bool) -> Workload:
         """The split's items as a workload, built once.  everything: all metrics, not the objective alone."""
@@ -129,10 +112,11 @@ class Scorer:
 
     def asked(self, split: Split, everything: bool) -> list[Workload]:
         """What each task asks on the split; kept in the run's folder."""
+        items = self.exam.split(split)
         if self.cache is None:
-            return [self.engine.asked(t, self.items[t.name][split], everything) for t in self.tasks]
+            return [self.engine.asked(t, items[t.name], everything) for t in self.exam.tasks]
         folder = self.cache / "items"
-        return [ask(self.engine, t, split, self.items[t.name][split], everything, folder) for t in self.tasks]
+        return [ask(self.engine, t, split, items[t.name], everything, folder) for t in self.exam.tasks]
 
     def joined(self, works: Sequence[Workload]) -> Workload:
         """Workloads of single tasks as one."""
@@ -140,53 +124,76 @@ class Scorer:
         self.engine.plan(whole)
         return whole
 
+    def run(self, job: Job) -> Result:
+        """Do a job; whatever goes wrong with the candidate is its result.
+
+        EvomergeError if the search is at fault, or a model's file has been replaced: what lies in mapped memory may
+        then be half the old and half the new one.
+        """
+        refuse_changed(self.stamps, stamps(self.config))
+        with Meter(self.counts, self.bank.device) as meter:
+            result = self.attempt(job)
+        refuse_changed(self.stamps, stamps(self.config))
+        return replace(result, used=meter.used)
+
+    def attempt(self, job: Job) -> Result:
+        try:
+            if isinstance(job, Tryout):
+                return self.try_out(job.recipe, job.normal, job.course, job.race)
+            return self.evaluate(job.recipe, job.split, everything=True, only=self.chosen(job.split, job.only))
+        except EvomergeError:
+            raise
+        except (NotFinite, NotFiniteScore, Broken) as error:
+            return Failure(reason(error), broken=True)
+        except Exception as error:  # any bug of any library may cost this candidate, not the run
+            free_memory(self.bank.device)
+            return Failure(reason(error), traceback=traceback.format_exc())
+
+    def chosen(self, split: Split, ids: Mapping[str, Sequence[str]] | None) -> dict[str, list[Item]] | None:
+        """The items of a split with these ids, None for all."""
+        if ids is None:
+            return None
+        wanted = {task: set(names) for task, names in ids.items()}
+        found = {t: [i for i in items if i.id in wanted.get(t, ())] for t, items in self.exam.split(split).items()}
+        return {task: items for task, items in found.items() if items}
+
     def evaluate(
-        self,
-        recipe: Recipe,
-        split: Split,
-        everything: bool,
-        only: Mapping[str, Sequence[Item]] | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        self, recipe: Recipe, split: Split, everything: bool, only: Mapping[str, Sequence[Item]] | None = None
     ) -> Outcome:
         """Materialise and score.  NotFinite or NotFiniteScore if the candidate is broken.
 
-        only: the items by task, if not all of the split.  progress: called with the batches done and their total.
+        only: the items by task, if not all of the split.
         """
-        if only is None or only == self.split(split):
+        if only is None or only == self.exam.split(split):
             work = self.prepared(split, everything)
         else:
-            work = self.joined([self.engine.asked(t, only[t.name], everything) for t in self.tasks if t.name in only])
-        clock = Clock(self.check, counter(work.steps, progress))
+            tasks = [t for t in self.exam.tasks if t.name in only]
+            work = self.joined([self.engine.asked(t, only[t.name], everything) for t in tasks])
+        clock = Clock(self.check, counter(work.steps, self.progress), self.counts)
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
             return Outcome({part.task.name: item_scores(part.task, metrics) for part, metrics in found}, clock.seconds)
 
     def try_out(
-        self,
-        recipe: Recipe,
-        normal: Signs | None,
-        course: Course | None = None,
-        race: Race | None = None,
+        self, recipe: Recipe, normal: Signs | None, course: Course | None = None, race: Race | None = None
     ) -> Outcome:
-        """A trial: materialise, look whether it is broken, score the objective on the search split.
-
-        normal: the signs of healthy models.  course, race: to stop it when it is surely worse than the incumbent;
-        without a race it is scored in full.  NotFinite, NotFiniteScore or Broken if the candidate is broken.
-        """
+        """A trial, see `Tryout`.  NotFinite, NotFiniteScore or Broken if the candidate is broken."""
         work = self.prepared("search", everything=False)
-        clock = Clock(self.check)
+        clock = Clock(self.check, counts=self.counts)
         self.materialise(recipe, clock)
         if self.prompts is None:
             self.prompts = prompts(contexts(work.by_task), self.bank.device)
-        with clock.time("canary"):
+        with clock.time("canary"), forwards_of(self.model, self.counts):
             seen = signs(self.model, self.prompts, normal)
             check(seen, normal)
         if course is None or race is None:
             return Outcome(self.objectives(work, clock, None), clock.seconds, seen)
+        if course.name not in self.heats:
+            self.heats = {course.name: build_heats(course, self.engine, work.by_task)}
         trunks: Trunks = {}
         every = np.full(len(course.ceiling), np.nan)  # (N,)
-        for heat in course.heats:
+        for heat in self.heats[course.name]:
             found = self.objectives(heat.work, clock, trunks)
             with clock.time("race"):
                 for metrics, where in zip(found.values(), heat.where, strict=True):
@@ -194,23 +201,19 @@ class Scorer:
                 if race.observe(every[heat.items]):
                     break
         own = course.by_task(every)
-        scores = {t.name: {t.objective: own[t.name].tolist()} for t in self.tasks}
+        scores = {t.name: {t.objective: own[t.name].tolist()} for t in self.exam.tasks}
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
 
-    def objectives(self, work: Workload, clock: Clock, trunks: Trunks | None) -> dict[str, dict[str, list[float]]]:
+    def objectives(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
         """Task -> its objective -> item scores."""
         found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
         with clock.time("score"):
             tasks = [(part.task, metrics) for part, metrics in found]
             return {t.name: {t.objective: rounded(scores_of(t, t.objective, metrics))} for t, metrics in tasks}
-
-    def objective(self, outcome: Outcome) -> float:
-        """The value that trials are told with: the weighted mean over tasks of the mean objective."""
-        return mean_score(outcome.of(self.tasks, "objective"), self.weights)
 
 
 def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:
@@ -229,3 +232,11 @@ def free_memory(device: torch.device) -> None:
     """Give cached blocks back after an out-of-memory error, so that the next trial starts clean."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """Why there is no score, in one line."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:500]

@@ -1,10 +1,11 @@
 """The greedy soup (Wortsman et al. 2022, Recipe 1): the best source, and each next one that does the mean no harm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from evomerge.search.baselines import Baseline, in_space
 from evomerge.search.space import Space
+from evomerge.search.workers.pool import together
 
 GREEDY = "greedy soup"
 
@@ -25,23 +26,24 @@ class GreedySoup:
         return f"The greedy soup took in {', '.join(self.ingredients)}{same}."
 
 
-def greedy(names: Sequence[str], score: Callable[[list[str]], float]) -> list[str]:
+async def greedy(names: Sequence[str], score: Callable[[list[str]], Awaitable[float]]) -> list[str]:
     """The ingredients of the greedy soup, in the order they went in.
 
     score: of the uniform soup of some sources, the higher the better.  The sources are tried from the best alone to
     the worst (equal ones in the order given), and one stays if the score does not fall; so the soup scores no less
     than the best source.
     """
-    ranked = sorted(names, key=lambda name: score([name]), reverse=True)
-    soup, best = ranked[:1], score(ranked[:1])
+    alone = dict(zip(names, await together(*(score([name]) for name in names)), strict=True))
+    ranked = sorted(names, key=alone.__getitem__, reverse=True)
+    soup, best = ranked[:1], alone[ranked[0]]
     for name in ranked[1:]:
-        value = score([*soup, name])
+        value = await score([*soup, name])
         if value >= best:
             soup, best = [*soup, name], value
     return soup
 
 
-def greedy_soup(space: Space, known: list[Baseline], score: Callable[[Baseline], float]) -> GreedySoup:
+async def greedy_soup(space: Space, known: list[Baseline], score: Callable[[Baseline], Awaitable[float]]) -> GreedySoup:
     """The greedy soup of a search's sources.
 
     known: the other baselines; soups of one source or of all are among them.  score: on the search split.
@@ -55,6 +57,6 @@ def greedy_soup(space: Space, known: list[Baseline], score: Callable[[Baseline],
         found = standing.get(frozenset(chosen))
         return found or in_space(space, f"soup of {', '.join(chosen)}", "greedy", weights, "linear")
 
-    ingredients = greedy(names, lambda chosen: score(soup(chosen)))
+    ingredients = await greedy(names, lambda chosen: score(soup(chosen)))
     best = soup(ingredients)
     return GreedySoup(ingredients, replace(best, name=GREEDY) if best.kind == "greedy" else best)

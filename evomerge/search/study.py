@@ -1,93 +1,26 @@
-"""The Optuna study: where it is stored, who samples, and how a trial is begun so that a crash costs nothing."""
+"""A search's study: who samples, what is in hand and what is finished, and how a trial is begun so that a crash costs
+nothing."""
 
+import bisect
+import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialParamModel
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.config.schema import SamplerConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.space import Point, Space
+from evomerge.search.storage import storage_of
 
-POINT = "evomerge:point"  # the trial attribute that holds all parameters from the first moment
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Any database that Optuna takes; SQLite in WAL mode.  EvomergeError if it cannot be opened.
-
-    A commit of SQLite survives the death of the process at once, and a power cut after `checkpoint`.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        storage = RDBStorage(url, engine_kwargs=options)
-        if url.startswith("sqlite"):
-            sqlalchemy.event.listen(storage.engine, "connect", write_ahead)
-            storage.engine.dispose()  # connections made before the listener
-        return storage
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        optuna.exceptions.OptunaError,
-        RuntimeError,
-        ImportError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvomergeError(f"storage {masked(url)}: cannot be opened ({reason})") from error
-
-
-def masked(url: str) -> str:
-    """A database URL without its password."""
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url.split("://")[0] + "://..."
-
-
-def write_ahead(connection: Any, record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
-
-
-def rdb_of(study: optuna.Study) -> RDBStorage:
-    """The database behind a study; Optuna puts a cache in front of it."""
-    backend = getattr(study._storage, "_backend", study._storage)
-    assert isinstance(backend, RDBStorage), "studies are kept in databases only"
-    return backend
-
-
-def checkpoint(study: optuna.Study) -> None:
-    """Bring what is committed to the disk itself, once per trial (SQLite; others do it at each commit)."""
-    engine = rdb_of(study).engine
-    if engine.dialect.name == "sqlite":
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
-
-
-def open_study(url: str, name: str, create: bool) -> optuna.Study:
-    """The study `name` at `url`.  EvomergeError if it should be there and is not."""
-    storage = open_storage(url)
-    if create:
-        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    try:
-        return optuna.load_study(storage=storage, study_name=name)
-    except KeyError:
-        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}") from None
-
-
-def sqlite_url(path: Path) -> str:
-    return f"sqlite:///{path.resolve()}"
 
 
 class NumberedQMCSampler(optuna.samplers.QMCSampler):
@@ -96,17 +29,19 @@ class NumberedQMCSampler(optuna.samplers.QMCSampler):
     Optuna counts places in the study's attributes, where a crash would skip or repeat one.
     """
 
+    number = 0
+
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
-        return len(study.get_trials(deepcopy=False)) - 1
+        return self.number
 
 
-def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) -> BaseSampler:
+def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int, workers: int = 1) -> BaseSampler:
     """A sampler for one trial, seeded by (study seed, trial number) and nothing else.
 
     CMA-ES reads the trial's number itself, so one object may serve all trials.
     """
     if config.name == "cma-es":
-        return CmaEsSampler(space.axes, seed, config.sigma0, config.population)
+        return CmaEsSampler(space.axes, seed, config.sigma0, config.population, workers)
     once = trial_seed(seed, number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -117,7 +52,9 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int) ->
         if config.name == "gp":
             return optuna.samplers.GPSampler(seed=once, deterministic_objective=True)
         if config.name == "qmc":
-            return NumberedQMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+            sampler = NumberedQMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+            sampler.number = number
+            return sampler
         return optuna.samplers.RandomSampler(seed=once)
 
 
@@ -133,6 +70,11 @@ def in_full(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and "partial" not in record and "broken" not in record
 
 
+def trial_seconds(trial: FrozenTrial) -> float:
+    """Seconds of work in a finished trial."""
+    return float(record_of(trial).get("seconds", {}).get("total", 0.0))
+
+
 @dataclass(frozen=True)
 class Begun:
     """A trial in hand.  trial_id: the database's key.  baseline: its name, if the trial is one."""
@@ -143,118 +85,186 @@ class Begun:
     baseline: str | None
 
 
+class Mirror(InMemoryStorage):
+    """Optuna's storage in memory, which takes trials without copying all that is in them."""
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id = super().create_new_trial(study_id)
+        if template_trial is not None:
+            trial = copy.copy(template_trial)
+            trial.number, trial._trial_id = self.get_trial_number_from_id(trial_id), trial_id
+            self._set_trial(trial_id, trial)
+            self._update_cache(trial_id, study_id)
+        return trial_id
+
+    def set_trial_params(self, trial_id: int, params: dict[str, Any], axes: dict[str, BaseDistribution]) -> None:
+        """Give a trial all its parameters at once."""
+        trial = copy.copy(self.get_trial(trial_id))
+        trial.params = {name: axis.to_external_repr(axis.to_internal_repr(params[name])) for name, axis in axes.items()}
+        trial._distributions = dict(axes)
+        self._set_trial(trial_id, trial)
+
+
 class SearchStudy:
     """The study in its database, and a mirror of it in memory that the sampler works on.
 
-    The sampler asks and suggests in the mirror, in milliseconds; the database gets a trial, its whole point in an
-    attribute, in one transaction before the work begins, then its parameters, and its result when it ends.  A
-    process that dies leaves at most one trial running, and its point is known.
+    The sampler asks and suggests in the mirror, in milliseconds; the database gets a trial, whole, in one transaction
+    before its work begins, and its result in one when it ends.  Any number of trials may be in hand, and they end in
+    any order.  Those that a process left behind when it died are handed out first by the next.
+
+    finished: in the order in which their results came.  complete: those evaluated in full, by number.  best: the best
+    of these.  penalty: the value of a broken candidate, no better than any other; None before there is one.  seconds:
+    of work in all finished trials.
     """
 
     def __init__(self, stored: optuna.Study, space: Space) -> None:
         self.stored = stored
         self.space = space
-        self.mirror = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+        self.axes = space.distributions
+        self.storage = storage_of(stored)
+        self.mirror_storage = Mirror()
+        self.mirror = optuna.create_study(
+            storage=self.mirror_storage, direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0)
+        )
+        self.finished: list[FrozenTrial] = []
+        self.complete: list[FrozenTrial] = []
+        self.best: FrozenTrial | None = None
+        self.penalty: float | None = None
+        self.seconds = 0.0
+        self.size = 0
+        self.baselines: dict[str, int] = {}
         self.interrupted: list[FrozenTrial] = []
-        for trial in sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number):
-            if trial.state in FINISHED:
-                self.mirror.add_trial(trial)
-            else:
-                self.interrupted.append(trial)
         self.cma: BaseSampler | None = None
+        self.workers = 1  # how many trials may be in hand; CMA-ES sizes its population by it at its first proposal
+        there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
+        if [t.number for t in there] != list(range(len(there))):
+            raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")
+        for trial in there:
+            self.take(trial)
+        ended = [t for t in self.trials if t.state in FINISHED]
+        for trial in sorted(ended, key=lambda t: (record_of(t).get("order", t.number), t.number)):
+            self.count_in(trial)
+
+    def take(self, trial: FrozenTrial) -> None:
+        """Mirror a stored trial; one that lacks parameters waits there for its sampler."""
+        axes = self.axes.keys()
+        if trial.state not in FINISHED:
+            if not axes <= trial.params.keys():
+                given = axes <= trial.system_attrs.get("fixed_params", {}).keys()
+                trial = FrozenTrial(
+                    trial.number,
+                    TrialState.WAITING,
+                    None,
+                    trial.datetime_start,
+                    None,
+                    {},
+                    {},
+                    trial.user_attrs if given else {},
+                    trial.system_attrs if given else {},
+                    {},
+                    trial._trial_id,
+                )
+            self.interrupted.append(trial)
+        self.add(trial)
+        if "baseline" in trial.user_attrs:
+            self.baselines[trial.user_attrs["baseline"]] = trial.number
+
+    def count_in(self, trial: FrozenTrial) -> None:
+        """Take a finished trial into all that is kept of them."""
+        self.finished.append(trial)
+        self.seconds += trial_seconds(trial)
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
+            self.penalty = trial.value if self.penalty is None else min(self.penalty, trial.value)
+        if in_full(trial):
+            bisect.insort(self.complete, trial, key=lambda t: t.number)
+            self.best = max(filter(None, (self.best, trial)), key=lambda t: (t.value or 0.0, -t.number))
 
     @property
-    def trials(self) -> list[FrozenTrial]:
-        """All trials, the one in hand included."""
+    def trials(self) -> Sequence[FrozenTrial]:
+        """All trials by number, those in hand and the interrupted included."""
         return self.mirror.get_trials(deepcopy=False)
 
     @property
-    def complete(self) -> list[FrozenTrial]:
-        """Those that were evaluated in full."""
-        return [t for t in self.trials if in_full(t)]
+    def count(self) -> int:
+        """How many trials were begun; interrupted ones count when they are begun again."""
+        return self.size - len(self.interrupted)
+
+    def add(self, trial: FrozenTrial) -> FrozenTrial:
+        """A new trial in the mirror, whose key there is its number."""
+        number = self.mirror_storage.create_new_trial(self.mirror._study_id, trial)
+        assert number == self.size, "the mirror holds one study"
+        self.size += 1
+        return self.mirror_storage.get_trial(number)
 
     def of_baseline(self, name: str) -> FrozenTrial | None:
-        """The trial of a baseline, if it has one."""
-        return next((t for t in self.trials if t.user_attrs.get("baseline") == name), None)
-
-    @property
-    def penalty(self) -> float | None:
-        """The value of a broken candidate: no better than any other; None before there is one."""
-        told = self.mirror.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return min((t.value for t in told if t.value is not None), default=None)
+        """The finished trial of a baseline, None if it has none (yet)."""
+        number = self.baselines.get(name)
+        trial = None if number is None else self.mirror_storage.get_trial(number)
+        return trial if trial is not None and trial.state in FINISHED else None
 
     def sampler(self, number: int) -> BaseSampler:
         """The sampler for one trial; CMA-ES keeps one object, as it reads the trial's number itself."""
         config = self.space.config
         if config.sampler.name == "cma-es":
-            self.cma = self.cma or make_sampler(config.sampler, self.space, config.seed, number)
+            self.cma = self.cma or make_sampler(config.sampler, self.space, config.seed, number, self.workers)
             return self.cma
         return make_sampler(config.sampler, self.space, config.seed, number)
 
+    def propose(self, number: int) -> FrozenTrial:
+        """The sampler's trial: the one that waits in the mirror, or a new one."""
+        self.mirror.sampler = self.sampler(number)
+        asked = self.mirror.ask()
+        assert asked.number == number, "trials are proposed in order"
+        self.size = max(self.size, number + 1)
+        given = "fixed_params" in self.mirror_storage.get_trial(number).system_attrs
+        if not given and self.axes.keys() <= asked.relative_params.keys():
+            self.mirror_storage.set_trial_params(number, asked.relative_params, self.axes)  # one by one takes long
+        else:
+            for name, axis in self.axes.items():
+                asked._suggest(name, axis)
+        return self.mirror_storage.get_trial(number)
+
     def begin(self, baseline: tuple[str, Point] | None) -> Begun:
-        """A trial to run: the interrupted one with its number and parameters, or `baseline`, or the sampler's.
+        """A trial to run: an interrupted one with its number and parameters, or `baseline`, or the sampler's.
 
         The trial is in the database before it is returned.
         """
-        axes = self.space.distributions
+        study_id = self.stored._study_id
         if self.interrupted:
             trial = self.interrupted.pop(0)
-            point = trial.system_attrs.get(POINT, trial.params)
-            self.store_parameters(trial._trial_id, {k: v for k, v in point.items() if k not in trial.params})
-            whole = create_trial(
-                state=TrialState.RUNNING,
-                params=point,
-                distributions=axes,
-                user_attrs=trial.user_attrs,
-                system_attrs=trial.system_attrs,
-            )
-            self.mirror._storage.create_new_trial(self.mirror._study_id, whole)
-            return Begun(trial._trial_id, trial.number, point, trial.user_attrs.get("baseline"))
-        notes: dict[str, Any] = {}
-        if baseline is not None:
-            notes["baseline"], point = baseline
-            system: dict[str, Any] = {"fixed_params": point}
-            new = create_trial(
-                state=TrialState.RUNNING, params=point, distributions=axes, user_attrs=notes, system_attrs=system
-            )
-            self.mirror._storage.create_new_trial(self.mirror._study_id, new)
+            key = trial._trial_id
+            if trial.state == TrialState.WAITING:
+                trial = self.propose(trial.number)
+                self.storage.describe_trial(study_id, key, trial)
         else:
-            self.mirror.sampler = self.sampler(len(self.trials))
-            asked = self.mirror.ask(axes)
-            point, system = asked.params, self.mirror._storage.get_trial_system_attrs(asked._trial_id)
-        template = create_trial(state=TrialState.RUNNING, user_attrs=notes, system_attrs={**system, POINT: point})
-        trial_id = self.stored._storage.create_new_trial(self.stored._study_id, template)
-        self.store_parameters(trial_id, point)
-        return Begun(trial_id, len(self.trials) - 1, point, notes.get("baseline"))
-
-    def store_parameters(self, trial_id: int, point: Point) -> None:
-        """Write a trial's parameters in one statement.
-
-        Optuna's storage runs several queries per parameter; with dozens of them that costs more than a small
-        model's merge.  The table is Optuna's own, so its tools read the study as any other.
-        """
-        rows = [
-            {
-                "trial_id": trial_id,
-                "param_name": name,
-                "param_value": axis.to_internal_repr(point[name]),
-                "distribution_json": distribution_to_json(axis),
-            }
-            for name, axis in self.space.axes.items()
-            if name in point
-        ]
-        if rows:
-            with rdb_of(self.stored).engine.begin() as connection:
-                connection.execute(TrialParamModel.__table__.insert(), rows)
+            if baseline is None:
+                trial = self.propose(self.size)
+            else:
+                name, point = baseline
+                trial = self.add(
+                    create_trial(
+                        state=TrialState.RUNNING,
+                        params=point,
+                        distributions=self.axes,
+                        user_attrs={"baseline": name},
+                        system_attrs={"fixed_params": point},
+                    )
+                )
+                self.baselines[name] = trial.number
+            key = self.storage.begin_trial(study_id, trial)
+        return Begun(key, trial.number, dict(trial.params), trial.user_attrs.get("baseline"))
 
     def finish(self, trial: Begun, value: float | None, record: dict[str, Any]) -> TrialState:
-        """Store a trial's result; without a value it has failed."""
+        """Store a trial's result; without a value it has failed.
+
+        The record gets an `order`: how many trials were finished before this one.
+        """
+        record = {**record, "order": len(self.finished)}
+        self.storage.finish_trial(self.stored._study_id, trial.trial_id, value, {"record": record})
+        self.mirror_storage.set_trial_user_attr(trial.number, "record", record)
         state = TrialState.COMPLETE if value is not None else TrialState.FAIL
-        storage = self.stored._storage
-        storage.set_trial_user_attr(trial.trial_id, "record", record)
-        storage.set_trial_state_values(trial.trial_id, state, None if value is None else [value])
-        checkpoint(self.stored)
-        twin = self.trials[trial.number]
-        self.mirror._storage.set_trial_user_attr(twin._trial_id, "record", record)
-        self.mirror.tell(trial.number, value, state=state)
+        twin, values = self.mirror_storage.get_trial(trial.number), None if value is None else [value]
+        self.mirror.sampler.after_trial(self.mirror, twin, state, values)  # with the next line, what `tell` does
+        self.mirror_storage.set_trial_state_values(trial.number, state, values)
+        self.count_in(self.mirror_storage.get_trial(trial.number))
         return state

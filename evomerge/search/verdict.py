@@ -1,11 +1,13 @@
 """The verdict: is the winner better than what nobody searched for, and is that more than luck?"""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 ItemScores = Mapping[str, Sequence[float]]
 """Task name -> one score per item, the higher the better."""
@@ -109,3 +111,43 @@ def judge(
             f"({span}); the simpler model is recommended."
         )
     return Verdict(winner, "winner" if winner else best.name, interval(score, own), comparisons, sentence)
+
+
+class JudgedBy(BaseModel):
+    """What a task was judged by.  items: how many per split.  code: whether its file ran Python of its own."""
+
+    metric: str
+    objective: str
+    items: dict[str, int]
+    code: bool = False
+
+
+class Written(BaseModel):
+    """What those who show verdict.json look at."""
+
+    winner: bool
+    recommended: str
+    sentence: str
+    score: Interval
+    comparisons: list[Comparison]
+    chosen: dict[str, Any]
+    finalists: list[Any]
+    holdout: dict[str, dict[str, Interval]]
+    holdout_uses: int
+    greedy_soup: str = ""
+    tasks: dict[str, JudgedBy]
+
+
+def what_is_wrong(content: Any) -> str | None:
+    """Why the content of a verdict.json cannot be shown, None if it can."""
+    try:
+        found = Written.model_validate_json(json.dumps(content), strict=True)  # as JSON: text is no number there
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    for name in ("winner", *(c.name for c in found.comparisons)):
+        if lacking := found.tasks.keys() - found.holdout.get(name, {}).keys():
+            return f"holdout.{name}: lacks {min(lacking)}"
+    if any(not {"search", "holdout"} <= task.items.keys() for task in found.tasks.values()):
+        return "tasks: one of them has no number of items"
+    return None if "name" in found.chosen else "chosen: has no name"

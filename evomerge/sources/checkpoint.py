@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
-from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
+from evomerge.sources.anatomy import layer_count
+from evomerge.sources.header import open_safetensors
+from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,6 +28,8 @@ DTYPES = {
 }
 TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "smollm3")  # transformers' own defaults
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+LAYERS = 10_000  # more than any model has; recipes are written out layer by layer
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,6 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def open_safetensors(path: Path) -> Any:
-    """A memory-mapped safetensors file.  EvomergeError if it is missing, truncated or not safetensors."""
-    try:
-        return safe_open(str(path), framework="pt")
-    except FileNotFoundError:
-        raise EvomergeError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise EvomergeError(f"{path}: not a complete safetensors file ({error}); copy or download it again") from error
 
 
 @dataclass
@@ -104,13 +97,13 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise EvomergeError(f"{index}: has no `weight_map`")
         names = sorted({str(name) for name in weight_map.values()})
         if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
             raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
-        if missing := [name for name in names if not (folder / name).exists()]:
+        if missing := [name for name in names if not is_there(folder / name)]:
             raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
         return [folder / name for name in names], list(weight_map)
     if (folder / "model.safetensors").exists():
@@ -124,9 +117,23 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json.  EvomergeError if it is not one."""
+    file = folder / "config.json"
+    config = read_json(file)
+    for key, kind in (("model_type", str), ("auto_map", dict)):
+        if not isinstance(config.get(key), (kind, type(None))):
+            raise EvomergeError(f"{file}: {key} must be a {kind.__name__}, found {config[key]!r:.60}")
+    for key in LAYER_COUNTS:
+        count = config.get(key)
+        if count is not None and not (type(count) is int and 0 <= count <= LAYERS):
+            raise EvomergeError(f"{file}: {key} must be a number up to {LAYERS:,}, found {count!r:.60}")
+    return config
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in `folder` (Hugging Face layout).  EvomergeError says what is missing or broken."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     handles: dict[Path, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     files, promised = weight_files(folder)
@@ -134,10 +141,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         handles[file] = handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             part = handle.get_slice(name)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise EvomergeError(f"{file}: tensor {name} has the type {part.get_dtype()}, which cannot be merged")
-            tensors[name] = TensorInfo(tuple(part.get_shape()), dtype, file)
+            tensors[name] = TensorInfo(tuple(part.get_shape()), mergeable(file, name, part), file)
     if lacking := [name for name in promised if name not in tensors]:
         raise EvomergeError(f"{folder}: lacks {len(lacking)} tensor(s) of its index: {', '.join(lacking[:3])}")
+    if (layers := layer_count(list(tensors))) > LAYERS:
+        raise EvomergeError(f"{folder}: has a tensor of layer {layers - 1:,}; no model has more than {LAYERS:,} layers")
     return Checkpoint(folder, config, tensors, handles)
+
+
+def mergeable(file: Path, name: str, part: Any) -> torch.dtype:
+    """The type of a tensor.  EvomergeError if it is none that can be merged."""
+    dtype = DTYPES.get(part.get_dtype())
+    if dtype is None:
+        raise EvomergeError(f"{file}: tensor {name} has the type {part.get_dtype()}, which cannot be merged")
+    return dtype

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from evomerge.errors import EvomergeError
+from evomerge.files import read_text
+from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
+from evomerge.sources.checkpoint import LAYER_COUNTS, TIED_HEADS, Checkpoint
 from evomerge.sources.locate import looks_like_hub_id
 from evomerge.sources.vocabulary import vocabulary_tensors
 
@@ -19,7 +20,6 @@ CONFIG_KEYS = """
     num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function vocab_size
     tie_word_embeddings num_experts num_local_experts num_experts_per_tok
 """.split()
-DEPTH_KEYS = ("num_hidden_layers", "n_layer")
 
 
 @dataclass
@@ -46,6 +46,11 @@ def check(
             f"base: unknown architecture {model_type!r}; layers are taken from the numbers in the tensor names "
             f"({layer_count(list(base.tensors))} found)"
         )
+    for name, source in {"base": base, **sources}.items():
+        if source.config.get("auto_map"):
+            found.notes.append(
+                f"{name}: its configuration names Python code of its own (`auto_map`), which is neither run nor copied"
+            )
     vocabulary = base.vocabulary
     if vocabulary is None:
         found.problems.append(f"base: no tokenizer in {base.path} (tokenizer.json, or vocab.json and merges.txt)")
@@ -78,7 +83,7 @@ class Relaxed:
 
 def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
     for key in CONFIG_KEYS:
-        if (relaxed.any_depth and key in DEPTH_KEYS) or (relaxed.any_rows and key == "vocab_size"):
+        if (relaxed.any_depth and key in LAYER_COUNTS) or (relaxed.any_rows and key == "vocab_size"):
             continue
         ours, theirs = base.config.get(key), source.config.get(key)
         if ours == theirs:
@@ -148,15 +153,10 @@ def declared_base(source: Checkpoint | Adapter) -> str | None:
 
 def front_matter(folder: Path) -> dict[str, Any]:
     """The YAML block on top of a model card, {} if there is none."""
-    card = folder / "README.md"
-    if not card.exists():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
     try:
-        block = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, ValueError, RecursionError):  # 2024-02-31 is a ValueError
+        parts = read_text(folder / "README.md").split("---\n", 2)
+        block = parse_yaml(parts[1], "README.md") if len(parts) == 3 and not parts[0].strip() else {}
+    except EvomergeError:  # nobody promised that a card can be read
         return {}
     return block if isinstance(block, dict) else {}
 

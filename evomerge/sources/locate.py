@@ -3,12 +3,15 @@
 import glob
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
 from evomerge.files import sha256
 
-HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?$")
+HUB_ID = re.compile(r"^(?!.*\.\.)(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?\Z")
+WILD_PARTS = 3  # of a pattern's path: each one more lists every folder below the last
+MATCHES = 10_000
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
 
 
@@ -20,7 +23,15 @@ def absolute_model(text: str, folder: Path) -> str:
     """What a file in `folder` calls a model, good from anywhere: an absolute path, or a hub id as it is."""
     if looks_like_hub_id(text) and not os.path.isdir(folder / text):
         return text
-    return str((folder / os.path.expanduser(text)).resolve())
+    return absolute(text, folder)
+
+
+def absolute(text: str, folder: Path) -> str:
+    """A path that a file in `folder` names, good from anywhere.  EvomergeError if no path can be called so."""
+    try:
+        return str((folder / os.path.expanduser(text)).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
+        raise EvomergeError(f"{text!r:.200} is no path ({error})") from error
 
 
 def locate(text: str, relative_to: Path | None = None) -> Path:
@@ -43,7 +54,13 @@ def matching_models(pattern: str, relative_to: Path) -> list[Path]:
     Numbers in a folder's name count as numbers: checkpoint-900 comes before checkpoint-1000.  Several links to
     one folder (`checkpoint-latest`) count once.
     """
-    matches = [relative_to / match for match in glob.glob(os.path.expanduser(pattern), root_dir=relative_to)]
+    pattern = os.path.expanduser(pattern)
+    if sum(map(glob.has_magic, Path(pattern).parts)) > WILD_PARTS:
+        raise EvomergeError(f"{pattern}: no more than {WILD_PARTS} parts of a path may hold wildcards")
+    found = list(islice(glob.iglob(pattern, root_dir=relative_to), MATCHES + 1))
+    if len(found) > MATCHES:
+        raise EvomergeError(f"{pattern}: matches more than {MATCHES:,} files; say more of their names")
+    matches = [relative_to / match for match in found]
     unique: dict[Path, Path] = {}
     for folder in sorted(matches, key=lambda f: (natural(f.name), f)):
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
@@ -70,11 +87,20 @@ def download(repository: str, revision: str | None, path: Path) -> Path:
         ) from error
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that decides what the model computes: weights, configs, tokenizer, template."""
-    names = sorted(
-        p.name
+def model_files(folder: Path) -> list[Path]:
+    """Every file that decides what the model computes: weights, configs, tokenizer, template."""
+    return sorted(
+        p
         for p in folder.iterdir()
         if (p.is_file() and p.suffix in (".safetensors", ".json", ".jinja", ".model")) or p.name == "merges.txt"
     )
-    return {name: sha256(folder / name) for name in names}
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of the model's files, by name."""
+    return {p.name: sha256(p) for p in model_files(folder)}
+
+
+def stamp(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time of change and inode of the model's files, by name: another file has another stamp."""
+    return {p.name: ((s := p.stat()).st_size, s.st_mtime_ns, s.st_ino) for p in model_files(folder)}

@@ -8,7 +8,7 @@ from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import Compatibility, check
-from evomerge.sources.tokenizer import Vocabulary
+from evomerge.sources.tokenizer import Vocabulary, is_there
 from evomerge.sources.vocabulary import translate
 
 
@@ -59,5 +59,5 @@ def open_models(
 
 
 def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:
-    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    is_adapter = is_there(folder / "adapter_config.json") and not is_there(folder / "config.json")
     return open_adapter(folder, base) if is_adapter else open_checkpoint(folder)

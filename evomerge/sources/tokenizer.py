@@ -1,6 +1,7 @@
 """Tokenizers as a merge sees them: tokens and their ids, and the union of several."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json
+from evomerge.files import TOKENIZER_BYTES, read_json, read_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 REPLACED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
+IDS = 1 << 24  # a vocabulary of that many tokens would be sixty times the largest
 GROWING = ("BPE", "WordLevel", "WordPiece")  # whose vocabulary is a mapping, so that tokens can be appended
 
 
@@ -39,7 +41,7 @@ class Vocabulary:
     def write(self, folder: Path) -> None:
         """Put the tokenizer's files into a folder."""
         for name in TOKENIZER_FILES:
-            if (self.folder / name).exists() and not (self.content and name in REPLACED):
+            if is_there(self.folder / name) and not (self.content and name in REPLACED):
                 (folder / name).write_bytes((self.folder / name).read_bytes())
         if not self.content:
             return
@@ -53,35 +55,60 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary of a model's tokenizer; None if the folder has none that can be read."""
+    """The vocabulary of a model's tokenizer; None if the folder has none that can be read.
+
+    EvomergeError if a token's id is not one.
+    """
     from tokenizers import Tokenizer
 
-    if (folder / "tokenizer.json").exists():
+    file = next((folder / n for n in ("tokenizer.json", "vocab.json", "tokenizer.model") if is_there(folder / n)), None)
+    if file is None:
+        return None
+    tokens: Mapping[str, Any]
+    if file.name == "vocab.json":
+        tokens = read_json(file, TOKENIZER_BYTES)
+    else:
         try:
-            tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
-        except Exception:  # the library raises a bare Exception for a broken file
+            if file.name == "tokenizer.json":
+                tokens = Tokenizer.from_str(read_text(file, TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
+            else:
+                tokens = open_tokenizer(folder).get_vocab()
+        except Exception:  # the libraries raise whatever went wrong inside them
             return None
-        return Vocabulary(dict(tokens), folder)
-    if (folder / "vocab.json").exists():
-        return Vocabulary({str(k): int(v) for k, v in read_json(folder / "vocab.json").items()}, folder)
-    if (folder / "tokenizer.model").exists():
-        from transformers import AutoTokenizer
+    for token, number in tokens.items():
+        if type(number) is not int or not 0 <= number < IDS:
+            raise EvomergeError(f"{file}: the id of {token[:60]!r} is {number!r:.60}; ids run from 0 to {IDS:,}")
+    return Vocabulary(dict(tokens), folder)
 
-        return Vocabulary(dict(AutoTokenizer.from_pretrained(folder).get_vocab()), folder)
-    return None
+
+def is_there(path: Path) -> bool:
+    """Whether there is an ordinary file of that name."""
+    return os.path.isfile(path)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """A model's tokenizer as transformers opens it; code that lies beside the model is never run.
+
+    EvomergeError if it cannot be opened.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its converters raise whatever went wrong inside them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
 
 
 def tokenizer_content(vocabulary: Vocabulary) -> dict[str, Any]:
     """The tokenizer as `tokenizer.json` has it.  EvomergeError if it has no such form."""
     if vocabulary.content:
         return json.loads(json.dumps(vocabulary.content))  # type: ignore[no-any-return]
-    if (vocabulary.folder / "tokenizer.json").exists():
-        return read_json(vocabulary.folder / "tokenizer.json")
-    from transformers import AutoTokenizer
-
+    if is_there(vocabulary.folder / "tokenizer.json"):
+        return read_json(vocabulary.folder / "tokenizer.json", TOKENIZER_BYTES)
     try:
-        fast = AutoTokenizer.from_pretrained(vocabulary.folder, local_files_only=True).backend_tokenizer
-    except (AttributeError, ValueError, OSError) as error:
+        fast = open_tokenizer(vocabulary.folder).backend_tokenizer
+    except (AttributeError, EvomergeError) as error:
         raise EvomergeError(f"{vocabulary.folder}: its tokenizer has no tokenizer.json, which a union needs") from error
     return json.loads(fast.to_str())  # type: ignore[no-any-return]
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json
+from evomerge.files import read_json, read_text
+from evomerge.sources.tokenizer import is_there
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,9 +31,9 @@ def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
 
 def template_of(folder: Path) -> str | None:
     """The chat template of the model in a folder."""
-    if (file := folder / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8").strip()
-    if not (file := folder / "tokenizer_config.json").exists():
+    if is_there(file := folder / "chat_template.jinja"):
+        return read_text(file).strip()
+    if not is_there(file := folder / "tokenizer_config.json"):
         return None
     found = read_json(file).get("chat_template")
     if isinstance(found, list):  # one for each use, of which `default` is the chat's

@@ -1,155 +1,15 @@
-"""The command line: parse, call, print.  A wrong input is one message and exit code 2; a bug is a traceback."""
+"""Commands on models: merge them, make them again, look at them, score them."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from evomerge import __version__
-from evomerge.actions import run_search, write_model, write_outputs
+from evomerge.actions import write_model, write_outputs
+from evomerge.cli.options import Device, Mergekit, Out, app
 from evomerge.errors import EvomergeError
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Search for the best way to merge fine-tuned language models, and prove the result.",
-)
-
-Trials = Annotated[int | None, typer.Option(min=1, help="End after this many trials, the baselines included.")]
-Timeout = Annotated[str | None, typer.Option(help="End after this much search in all: 8h, 90m, 1h30m.")]
-Until = Annotated[str | None, typer.Option(help="End at this local time: 07:00.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Mergekit = Annotated[Path | None, typer.Option("--mergekit", help="Write the merge as a file for mergekit (YAML).")]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        print(f"evomerge {__version__}")
-        raise typer.Exit
-
-
-@app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
-def search(
-    config: Annotated[Path, typer.Argument(help="A search configuration (YAML).")],
-    trials: Trials = None,
-    timeout: Timeout = None,
-    until: Until = None,
-    run: Annotated[Path | None, typer.Option(help="The run folder (default: runs/NAME).")] = None,
-) -> None:
-    """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config.file import load_config
-    from evomerge.evaluate.tasks import open_tasks
-    from evomerge.search.limits import with_budget
-    from evomerge.search.run import create_run, refuse_existing
-    from evomerge.search.scorer import check_statistics, deal_all, open_config_models
-
-    loaded = with_budget(load_config(config), trials, timeout)
-    folder = run or Path("runs") / loaded.name
-    refuse_existing(folder)
-    # All that can be wrong with the inputs is said before there is a run folder.
-    models = open_config_models(loaded)
-    tasks = open_tasks(loaded.tasks)
-    dealt = deal_all(tasks, loaded)
-    check_statistics(loaded, models, dealt)
-    created = create_run(loaded, tasks, dealt, config, folder)
-    print(f"run folder: {folder}", flush=True)
-    run_search(created, until)
-
-
-@app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
-def resume(
-    run: RunFolder,
-    trials: Trials = None,
-    timeout: Timeout = None,
-    until: Until = None,
-    accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
-    ] = False,
-) -> None:
-    """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
-    from evomerge.config.file import dump_config
-    from evomerge.files import write_text
-    from evomerge.search.limits import with_budget
-    from evomerge.search.run import check_unchanged, open_run
-
-    opened = open_run(run)
-    config = check_unchanged(opened, accept_changes)
-    if trials is not None or timeout is not None:
-        write_text(opened.config_file, dump_config(with_budget(config, trials, timeout)))
-    run_search(opened, until)
-
-
-@app.command(epilog="Example: evomerge status runs/quickstart --timing")
-def status(
-    run: RunFolder,
-    timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
-) -> None:
-    """Best so far, trials, rate, time left, and the verdict if there is one."""
-    from evomerge.report.status import read_status
-    from evomerge.report.terminal import print_status
-    from evomerge.search.run import open_run
-
-    print_status(read_status(open_run(run)), timing)
-
-
-@app.command(epilog="Example: evomerge report runs/quickstart")
-def report(run: RunFolder) -> None:
-    """Write report.html of a finished run again."""
-    from evomerge.report.html import write_report
-    from evomerge.search.run import open_run
-
-    opened = open_run(run)
-    if not opened.verdict_file.exists():
-        raise EvomergeError(f"{run}: has no verdict yet; go on with `evomerge resume {run}`")
-    write_report(opened)
-    print(opened.report_file)
-
-
-@app.command(epilog="Example: evomerge items runs/quickstart --out items.parquet")
-def items(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option("--out", help="The table to write, .parquet or .csv; it must be new.")],
-) -> None:
-    """Every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
-    from evomerge.report.items import write_items
-    from evomerge.search.run import open_run
-
-    print(f"wrote {write_items(open_run(run), out):,} scores to {out}")
-
-
-@app.command(epilog="Example: evomerge export runs/quickstart --out merged/")
-def export(
-    run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
-    trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of what is recommended.")] = None,
-    mergekit: Mergekit = None,
-) -> None:
-    """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
-    from evomerge.report.card import results_section
-    from evomerge.search.export import recipe_of_trial, recommended_recipe
-    from evomerge.search.run import open_run
-
-    opened = open_run(run)
-    if trial is None:
-        recipe, verdict = recommended_recipe(opened)
-        print(verdict["sentence"])
-        results = results_section(verdict)
-    else:
-        recipe, results = (
-            recipe_of_trial(opened, trial),
-            f"Trial {trial} of the search; not judged on the holdout.\n",
-        )
-    write_outputs(recipe, out, mergekit, results, opened.config().device)
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -234,7 +94,7 @@ def evaluate(
     from evomerge.evaluate.tasks import open_tasks, task_files
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
-    from evomerge.report.terminal import SearchView, print_results
+    from evomerge.report.terminal import Steps, print_results
     from evomerge.sources.locate import locate
 
     if dtype not in TORCH_DTYPES:
@@ -242,12 +102,11 @@ def evaluate(
     where = resolve_device(device)
     opened = open_tasks([TaskConfig(task=t, num_fewshot=num_fewshot) for name in tasks for t in task_files(name)])
     live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
-    clock, view = Clock(), SearchView()
-    view.phase("scoring")
+    clock, steps = Clock(), Steps("scoring")
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, view.step)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, steps.step)
     finally:
-        view.close()
+        steps.close()
     print_results(results, clock)
     if output is not None:
         content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
@@ -296,35 +155,3 @@ def statistics(
     finally:
         bar.close()
     print(f"wrote {out}")
-
-
-def main() -> None:
-    """Run the command line."""
-    try:
-        app()
-    except EvomergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if message := full_disk(error):
-            print(f"error: {message}", file=sys.stderr)
-            sys.exit(2)
-        raise
-
-
-def full_disk(error: BaseException) -> str | None:
-    """Libraries wrap 'no space left' each in their own error; the person needs one message."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        if "disk is full" in text or "No space left on device" in text or "os error 28" in text:
-            return "the disk is full; nothing that was finished is lost. Free some space and run the command again"
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,46 @@
+"""The command line's root, and the options that several commands share."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evomerge import __version__
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Search for the best way to merge fine-tuned language models, and prove the result.",
+)
+
+Trials = Annotated[int | None, typer.Option(min=1, help="End after this many trials, the baselines included.")]
+Timeout = Annotated[
+    str | None, typer.Option(help="Have the result after this time in all, every resume included: 8h, 90m, 1h30m.")
+]
+Workers = Annotated[str | None, typer.Option(help="How many at once: a count, or auto for one on each accelerator.")]
+Ray = Annotated[str | None, typer.Option(help="Workers in a Ray cluster: its address, or local for one made here.")]
+Until = Annotated[str | None, typer.Option(help="Have the result at this local time: 07:00.")]
+Target = Annotated[float | None, typer.Option(help="End when the best score is as high as this.")]
+Patience = Annotated[
+    int | None, typer.Option(min=1, help="End when this many sampled trials in a row brought no better score.")
+]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")]
+ExportTo = Annotated[
+    Path | None,
+    typer.Option("--out", help="At the end write the recommended model into this folder; it must be new or empty."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Mergekit = Annotated[Path | None, typer.Option("--mergekit", help="Write the merge as a file for mergekit (YAML).")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"evomerge {__version__}")
+        raise typer.Exit

@@ -1,0 +1,197 @@
+"""lm-eval's task files: read before lm-eval sees them; what runs Python does so by consent alone."""
+
+import difflib
+import json
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import EvomergeError
+from evomerge.files import read_text
+from evomerge.parse import Tagged, TaskLoader, parse_yaml
+
+ALLOW = "read it, and say `allow_task_code: true` beside the task if it may"
+INCLUDES = 16
+# What `load_dataset` takes of a task file only by consent: where to write, whose code to run, how many processes.
+DATA_OPTIONS = ("trust_remote_code", "cache_dir", "download_config", "storage_options", "num_proc")
+
+
+def prepare_libraries() -> None:
+    """lm-eval and datasets report every step; here a person sees one progress bar.
+
+    And lm-eval compiles a template for each document, whenever it is scored: a millisecond, more than its forward on
+    a small model.  A compiled template is kept.  Templates of task files run in Jinja's sandbox: in lm-eval's own
+    environment a template can reach every object of Python.
+    """
+    import datasets
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        before = utils.env
+        utils.env = SandboxedEnvironment(
+            loader=before.loader, undefined=before.undefined, keep_trailing_newline=before.keep_trailing_newline
+        )
+        utils.env.filters.update(before.filters)
+        utils.env.from_string = lru_cache(maxsize=1024)(utils.env.from_string)
+
+    datasets.disable_progress_bars()
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
+    """The task in a YAML file, and whether it runs Python.  Data files that it names count from the YAML's own folder.
+
+    allow_code: whether it may name Python functions, which lie beside it, and scripts of metrics.
+
+    EvomergeError if the file or its data are missing or broken, or if it wants to run Python code.
+    """
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    prepare_libraries()
+    if not path.is_file():
+        raise EvomergeError(f"{path}: no such task file")
+    code = code_in(path, path.resolve().parent, seen=set())
+    if code and not allow_code:
+        where, what = code[0]
+        raise EvomergeError(f"{where}: runs Python code (`{what}`); {ALLOW}")
+    try:
+        content = load_yaml(path, resolve_func=allow_code)
+    except Exception as error:  # with consent, a file may import anything, which may raise anything
+        raise EvomergeError(f"{path}: not a task file ({reason(error)})") from error
+    if "task" not in content or not isinstance(content["task"], str):
+        raise EvomergeError(f"{path}: has no `task:` name")
+    if not allow_code:
+        refuse_metric_scripts(content, path)
+    kwargs = content.get("dataset_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise EvomergeError(f"{path}: dataset_kwargs must be a mapping, found {kwargs!r:.60}")
+    if kwargs.get("data_files") is not None:
+        content["dataset_kwargs"] = {**kwargs, "data_files": local_data(kwargs["data_files"], path)}
+    refuse_everything(content.get("dataset_path"), kwargs, path)
+    try:
+        tasks = list(TaskManager(include_defaults=False).load(content)["tasks"].values())
+        for make in [make for task in tasks for ensemble in task._filters for make in ensemble.filters]:
+            make()  # lm-eval would find out after the first answer
+        return tasks, bool(code)
+    except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
+        raise EvomergeError(f"{path}: lm-eval cannot open this task ({reason(error)})") from error
+
+
+def code_in(path: Path, root: Path, seen: set[Path]) -> list[tuple[Path, str]]:
+    """Where a task file, or one that it includes, names Python code: the file and the key or tag.
+
+    root: the folder of the task file, which itself may include what it likes; a file that it includes may take others
+    from this folder and its own alone.  EvomergeError if one of them cannot be read, or includes itself.
+    """
+    if path in seen:
+        raise EvomergeError(f"{path}: includes itself, or is included twice")
+    seen.add(path)
+    if len(seen) > INCLUDES:
+        raise EvomergeError(f"{path}: is one of more than {INCLUDES} files that include each other")
+    content = parse_yaml(read_text(path), str(path), TaskLoader)
+    if not isinstance(content, dict):
+        raise EvomergeError(f"{path}: expected a mapping, found {type(content).__name__}")
+    found = [(path, "!function")] if is_tagged(content) else []
+    found += [(path, key) for key in ("class", "use_prompt") if content.get(key)]
+    kwargs = content.get("dataset_kwargs")
+    found += [(path, f"dataset_kwargs.{key}") for key in DATA_OPTIONS if isinstance(kwargs, dict) and kwargs.get(key)]
+    if content.get("dataset_path") == "pandas":  # reads pickles
+        found.append((path, "dataset_path: pandas"))
+    includes = content.get("include", [])
+    for name in includes if isinstance(includes, list) else [includes]:
+        if not isinstance(name, str):
+            raise EvomergeError(f"{path}: include: expected the name of a file, found {name!r:.60}")
+        try:
+            other = (path.parent / name).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EvomergeError(f"{path}: include: {name!r:.200} is no path ({error})") from error
+        if len(seen) > 1 and not any(other.is_relative_to(folder) for folder in (root, path.parent)):
+            raise EvomergeError(f"{path}: is included itself, and includes {other}, which is not in its folder")
+        found += code_in(other, root, seen)
+    return found
+
+
+def is_tagged(content: Any) -> bool:
+    """Whether some text in plain data had lm-eval's `!function` before it."""
+    if isinstance(content, dict):
+        return any(is_tagged(x) for pair in content.items() for x in pair)
+    return any(map(is_tagged, content)) if isinstance(content, list) else isinstance(content, Tagged)
+
+
+def refuse_metric_scripts(content: dict[str, Any], path: Path) -> None:
+    """A metric that lm-eval does not have would be run as a script of Hugging Face's `evaluate`, local ones too."""
+    import lm_eval.api.metrics  # noqa: F401 (fills the registry)
+    from lm_eval.api.registry import metric_registry
+
+    wanted = content.get("metric_list") or []
+    for entry in wanted if isinstance(wanted, list) else [wanted]:
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        scripted = isinstance(entry, dict) and entry.get("hf_evaluate")
+        if not isinstance(name, str) or name not in metric_registry or scripted:
+            raise EvomergeError(
+                f"{path}: {name!r:.60} is not one of lm-eval's own metrics; "
+                "scripts of the `evaluate` library are not run"
+            )
+
+
+def refuse_everything(dataset: Any, kwargs: dict[str, Any], path: Path) -> None:
+    """`datasets` reads all files below the current folder where it is told a format and no files; and it takes the name
+    of a folder for all that is in it."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
+
+    if isinstance(dataset, str) and dataset in FORMATS and not (kwargs.get("data_files") or kwargs.get("data_dir")):
+        raise EvomergeError(f"{path}: dataset_path is {dataset}, a format; name the files in dataset_kwargs.data_files")
+    for key, folder in (("dataset_path", dataset), ("dataset_kwargs.data_dir", kwargs.get("data_dir"))):
+        here = Path.cwd()
+        if isinstance(folder, str) and os.path.isdir(folder) and here.is_relative_to(os.path.realpath(folder)):
+            raise EvomergeError(f"{path}: {key} is {folder!r}, in which the current folder lies; name a folder of data")
+
+
+def local_data(data_files: Any, task_file: Path) -> Any:
+    """Data file names as absolute paths.  EvomergeError if one is missing or is not one JSON object a line."""
+    if isinstance(data_files, dict):
+        return {split: local_data(files, task_file) for split, files in data_files.items()}
+    if isinstance(data_files, list):
+        return [local_data(file, task_file) for file in data_files]
+    if "://" in str(data_files):
+        return data_files
+    path = task_file.parent / str(data_files)
+    if not os.path.isfile(path):
+        raise EvomergeError(f"{task_file}: its data file is missing: {path}")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            try:
+                _ = not line or json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise EvomergeError(f"{path}: line {number} is not JSON ({error})") from error
+    return str(path.resolve())
+
+
+def load_named(name: str) -> list[Any]:
+    """One of lm-eval's own tasks or groups.  EvomergeError with near names if there is none of that name."""
+    from lm_eval.tasks import TaskManager
+
+    prepare_libraries()
+    manager = TaskManager()
+    if name not in manager.task_index:
+        near = difflib.get_close_matches(name, manager.task_index, n=3)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise EvomergeError(
+            f"task {name!r}: lm-eval has no task of that name{hint}. A task of your own is a path ending in .yaml"
+        )
+    try:
+        return list(manager.load(name)["tasks"].values())
+    except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
+        raise EvomergeError(f"task {name!r}: lm-eval cannot open it ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first; `datasets` wraps it in an error that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

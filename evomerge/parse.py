@@ -1,0 +1,160 @@
+"""Text from outside as plain data: YAML and JSON, bounded in size, depth and what aliases multiply.
+
+Whoever wrote the text, what comes back is safe to walk, copy and write out again, or it is one EvomergeError.
+"""
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from evomerge.errors import EvomergeError
+
+DEPTH = 64  # levels of lists and mappings; a recipe in a recipe takes four
+YAML_NODES = 200_000  # after aliases are written out: what later code walks, not what the file holds
+DIGITS = 400  # more than any finite float has; base-60 numbers (1:00:00) take quadratic time
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # \ud83d and the like, which alone no file can hold
+
+Base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+
+class Tagged(str):
+    """A scalar with a tag that means something to another program, as its text."""
+
+
+class Loader(Base):  # type: ignore[misc]
+    """Plain data only."""
+
+
+class TaskLoader(Loader):
+    """Plain data and lm-eval's `!function`, which is read and not run."""
+
+
+TaskLoader.add_constructor("!function", lambda loader, node: Tagged(loader.construct_scalar(node)))
+
+
+def parse_yaml(text: str, where: str, loader: type[Loader] = Loader) -> Any:
+    """The content of a YAML document.
+
+    EvomergeError (with `where`, line and reason, never with the text itself, which may hold a password) if it is not
+    YAML, is too deep or too much, holds a key twice, an object of another program, or an alias to what it is part of.
+    """
+    try:
+        check_events(text)
+        reading = loader(text)
+        node = reading.get_single_node()
+        if node is None:
+            return None
+        check_nodes(reading, node)
+        return reading.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise EvomergeError(f"{where}: not YAML: {error.problem or error.context}{at}") from error
+    except yaml.reader.ReaderError as error:
+        raise EvomergeError(f"{where}: not YAML: {error.reason} (character {error.position})") from error
+    except Exception as error:  # PyYAML's constructors raise what fails inside them: 2024-02-31 is a ValueError
+        raise EvomergeError(f"{where}: not YAML: a value does not fit its type ({type(error).__name__})") from error
+
+
+def refuse(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+def check_events(text: str) -> None:
+    """Refuse what would be too deep or too much before any of it is built."""
+    size = 0
+    sizes: dict[str, int] = {}
+    opened: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=Base):
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, size))
+            size += 1
+            if len(opened) > DEPTH:
+                raise refuse(f"more than {DEPTH} levels deep", event.start_mark)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            if anchor is not None:
+                sizes[anchor] = size - before
+        elif isinstance(event, yaml.ScalarEvent):
+            size += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in opened):
+                raise refuse("an alias to what it is part of", event.start_mark)
+            size += sizes.get(str(event.anchor), 0)
+        if size > YAML_NODES:
+            raise refuse(f"more than {YAML_NODES:,} values, aliases written out", event.start_mark)
+
+
+def check_nodes(loader: Any, root: yaml.Node) -> None:
+    """Refuse keys that are there twice, numbers of absurd length and half characters."""
+    waiting, seen = [root], {id(root)}
+    while waiting:
+        node = waiting.pop()
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > DIGITS and node.tag.endswith((":int", ":float")):
+                raise refuse(f"a number of {len(node.value):,} digits", node.start_mark)
+            if not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
+                raise refuse("half a character (a lone surrogate)", node.start_mark)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+            check_keys(loader, [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        fresh = [n for n in inner if id(n) not in seen]
+        seen.update(map(id, fresh))
+        waiting += fresh
+
+
+def check_keys(loader: Any, keys: list[yaml.ScalarNode]) -> None:
+    known = set()
+    for key in keys:
+        # Most are words, which are what they say; the others are the same if their values are (1 and 0x1).
+        is_word = key.tag.endswith((":str", ":merge")) or len(key.value) > DIGITS
+        value = key.value if is_word else loader.construct_object(key)
+        if value in known:
+            raise refuse(f"the key {key.value[:60]!r} is there twice", key.start_mark)
+        known.add(value)
+
+
+def parse_json(text: str, where: str, unique: bool = False) -> Any:
+    """The content of a JSON document.  unique: a key that is there twice is refused, else the last one counts.
+
+    EvomergeError if it is not JSON, too deep, or holds half a character.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:60]!r} is there twice")
+        return found
+
+    try:
+        content = json.loads(text, object_pairs_hook=once if unique else None)
+        if HALF_CHARACTER.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise EvomergeError(f"{where}: holds half a character (a lone surrogate such as \\ud800)") from error
+    except ValueError as error:
+        raise EvomergeError(f"{where}: not readable as JSON ({error})") from error
+    except RecursionError as error:
+        raise EvomergeError(f"{where}: not readable as JSON (more than {DEPTH} levels deep)") from error
+    if is_deep(content):
+        raise EvomergeError(f"{where}: not readable as JSON (more than {DEPTH} levels deep)")
+    return content
+
+
+def is_deep(content: Any) -> bool:
+    """Whether lists and mappings lie in each other more than DEPTH times."""
+    level = [content]
+    for _ in range(DEPTH + 1):
+        inner = [x for x in level if isinstance(x, (list, dict))]
+        if not inner:
+            return False
+        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x)]
+    return True

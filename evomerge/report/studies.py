@@ -1,0 +1,116 @@
+"""What studies a database holds, counted by the database itself."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Connection, func, select
+
+from evomerge.errors import EvomergeError
+from evomerge.search.lease import LEASE, Holder, machine, parse
+from evomerge.search.storage import open_storage, sqlite_url
+from evomerge.search.tables import NOTES, STUDIES, STUDY_NOTES, TRIALS, VALUES, local
+
+SILENT = 60.0  # seconds after which a holder elsewhere is shown as silent; two machines' clocks differ by less
+
+
+@dataclass
+class StudyRow:
+    """One study.  best: the best value of a trial evaluated in full.  last: when a trial last began or ended."""
+
+    name: str
+    holder: Holder | None = None
+    counts: dict[TrialState, int] = field(default_factory=dict)
+    best: float | None = None
+    last: datetime | None = None
+
+    @property
+    def state(self) -> str:
+        if self.holder is None:
+            return "idle"
+        if self.holder.is_dead:
+            return f"idle (process {self.holder.pid} on {self.holder.host} died)"
+        silent = time.time() - self.holder.clock
+        if self.holder.machine != machine() and silent > SILENT:
+            return f"not heard of on {self.holder.host} for {silent / 60:,.0f} minutes"
+        return f"running on {self.holder.host}"
+
+
+def url_of(place: str) -> str:
+    """A database's URL; `place` is one, or a study.db, or a run folder."""
+    if "://" in place:
+        return place
+    path = Path(place)
+    if path.is_dir():
+        from evomerge.search.run import open_run  # takes seconds to import
+
+        run = open_run(path)
+        return run.storage_url(run.config())
+    if not path.exists():
+        raise EvomergeError(f"--storage: {place!r} is neither a database URL nor a study.db nor a run folder")
+    return sqlite_url(path)
+
+
+def read_studies(place: str) -> list[StudyRow]:
+    """The studies of a database, by name.  EvomergeError if it cannot be read."""
+    storage = open_storage(url_of(place), create=False)
+
+    def read(again: bool) -> list[StudyRow]:
+        with storage.engine.connect() as connection:
+            return rows(connection)
+
+    return storage.patiently(read)
+
+
+def rows(connection: Connection) -> list[StudyRow]:
+    names = connection.execute(select(STUDIES.c.study_id, STUDIES.c.study_name))
+    found = {row[0]: StudyRow(row[1]) for row in names}
+    held = select(STUDY_NOTES.c.study_id, STUDY_NOTES.c.value_json).where(STUDY_NOTES.c.key == LEASE)
+    for key, text in connection.execute(held):
+        found[key].holder = parse(text)
+    t = TRIALS.c
+    counted = select(t.study_id, t.state, func.count(), func.max(t.datetime_start), func.max(t.datetime_complete))
+    for key, state, count, began, ended in connection.execute(counted.group_by(t.study_id, t.state)):
+        row = found[key]
+        row.counts[state] = count
+        row.last = max((moment for moment in (row.last, local(began), local(ended)) if moment), default=None)
+    for key, row in found.items():
+        row.best = best_value(connection, key)
+    return sorted(found.values(), key=lambda row: row.name)
+
+
+def best_value(connection: Connection, study_id: int) -> float | None:
+    """The best value of a trial that was neither stopped by a race nor broken.  Records are read from the best down."""
+    values = select(TRIALS.c.trial_id, VALUES.c.value).join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+    complete = (TRIALS.c.study_id == study_id) & (TRIALS.c.state == TrialState.COMPLETE) & VALUES.c.value.is_not(None)
+    ranked = connection.execute(values.where(complete).order_by(VALUES.c.value.desc())).all()
+    for first in range(0, len(ranked), 50):
+        keys = {row[0]: row[1] for row in ranked[first : first + 50]}
+        record = select(NOTES.c.trial_id, NOTES.c.value_json).where(NOTES.c.trial_id.in_(keys), NOTES.c.key == "record")
+        records = {row[0]: json.loads(row[1]) for row in connection.execute(record)}
+        for key, value in keys.items():
+            if not {"partial", "broken"} & records.get(key, {}).keys():
+                return float(value)
+    return None
+
+
+def print_studies(place: str) -> None:
+    """Show the studies of a database as a table."""
+    table = Table("study", "finished", "running", "failed", "best", "state", "last activity")
+    for row in (found := read_studies(place)):
+        finished = sum(row.counts.get(state, 0) for state in TrialState if state.is_finished())
+        table.add_row(
+            row.name,
+            str(finished),
+            str(row.counts.get(TrialState.RUNNING, 0)),
+            str(row.counts.get(TrialState.FAIL, 0)),
+            "" if row.best is None else f"{row.best:.4f}",
+            row.state,
+            "" if row.last is None else f"{row.last:%Y-%m-%d %H:%M}",
+        )
+    Console(soft_wrap=True, highlight=False).print(table if found else "no studies")

@@ -1,0 +1,73 @@
+"""What driver and workers say to each other: a recipe and what to score there, item scores back.  Plain data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evomerge.evaluate.canary import Broken, Signs
+from evomerge.evaluate.racing import Estimate, Race
+from evomerge.evaluate.tasks import Split
+from evomerge.merge.recipe import Recipe
+from evomerge.search.exam import Scores
+from evomerge.search.race import Course
+from evomerge.search.usage import Usage
+
+
+@dataclass(frozen=True)
+class Tryout:
+    """A trial: is the candidate healthy, and what is its objective on the search split?
+
+    normal: the signs of healthy models.  course, race: to stop it when it is surely worse than the incumbent; without
+    a race it is scored in full.
+    """
+
+    recipe: Recipe
+    normal: Signs | None
+    course: Course | None = None
+    race: Race | None = None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Every metric of a recipe on a split.  only: the ids of the items by task, if not all of them."""
+
+    recipe: Recipe
+    split: Split
+    only: Mapping[str, Sequence[str]] | None = None
+
+
+Job = Tryout | Examination
+
+NOTHING = Usage()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation gave.
+
+    scores: NaN for items that were not evaluated.  seconds: by part of the work.  signs: what the canary saw.
+    estimate: of a candidate that was stopped.  used: what it took.
+    """
+
+    scores: Scores
+    seconds: dict[str, float]
+    signs: Signs | None = None
+    estimate: Estimate | None = None
+    used: Usage = NOTHING
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no outcome, in one line.  broken: it is the candidate's fault: its weights or scores are not finite,
+    or it is not worth scoring."""
+
+    reason: str
+    broken: bool = False
+    traceback: str = ""
+    used: Usage = NOTHING
+
+    def error(self) -> Exception:
+        """The failure as an exception."""
+        return Broken(self.reason) if self.broken else RuntimeError(f"{self.reason}\n{self.traceback}")
+
+
+Result = Outcome | Failure

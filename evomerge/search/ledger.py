@@ -1,0 +1,110 @@
+"""The ledger: full evaluations outside the trials, kept in the study item by item, so that nothing is done twice."""
+
+import hashlib
+from typing import Any
+
+import optuna
+
+from evomerge.evaluate.tasks import Item, Split
+from evomerge.merge.recipe import Recipe
+from evomerge.search.board import Board
+from evomerge.search.exam import Exam, Scores
+from evomerge.search.jobs import Examination, Failure
+from evomerge.search.scores import ledger_key, of_record, pack, store_items
+from evomerge.search.usage import USED, Usage, stored_usage
+from evomerge.search.workers.pool import Pool
+
+Known = dict[str, dict[str, dict[str, float]]]
+"""Task -> metric -> item id -> its score."""
+
+
+def digest(recipe: Recipe) -> str:
+    """Sixteen hexadecimal digits that name a recipe."""
+    return hashlib.sha256(recipe.model_dump_json(exclude={"outputs"}).encode()).hexdigest()[:16]
+
+
+class Book:
+    """What the study knows of recipes."""
+
+    def __init__(self, study: optuna.Study, exam: Exam) -> None:
+        self.study = study
+        self.exam = exam
+        self.names: dict[Split, str] = {}
+
+    def known(self, split: Split, recipe: Recipe) -> Known:
+        """What is in the study already."""
+        attributes = self.study.user_attrs
+        found: Known = {}
+        for row in of_record(attributes, attributes.get(ledger_key(split, digest(recipe)), {}), {}):
+            found.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["item"]] = row["score"]
+        return found
+
+    def items(self, split: Split) -> str:
+        """The name under which the study keeps the ids of a split's items."""
+        if split not in self.names:
+            self.names[split] = store_items(self.study, self.exam.split(split))
+        return self.names[split]
+
+    def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
+        """Per task, the items that lack a score of the objective or the metric."""
+        found = {}
+        for task in self.exam.tasks:
+            tables = [known.get(task.name, {}).get(metric, {}) for metric in (task.objective, task.metric)]
+            found[task.name] = [i for i in self.exam.items[task.name][split] if not all(i.id in t for t in tables)]
+        return {task: items for task, items in found.items() if items}
+
+    def stored(self, split: Split, recipe: Recipe) -> Scores | None:
+        """Every metric of a recipe on a split, None if the study does not have all of it."""
+        known = self.known(split, recipe)
+        return None if self.missing(split, known) else self.arranged(split, known)
+
+    def arranged(self, split: Split, known: Known) -> Scores:
+        """The scores of the split's items, in the split's order; only metrics that every item has."""
+        found: Scores = {}
+        for task in self.exam.tasks:
+            ids = [i.id for i in self.exam.items[task.name][split]]
+            tables = known[task.name].items()
+            found[task.name] = {m: [t[i] for i in ids] for m, t in tables if all(i in t for i in ids)}
+        return found
+
+
+class Ledger(Book):
+    """What the study knows of recipes; what it does not know, the pool's workers find out."""
+
+    def __init__(self, study: optuna.Study, exam: Exam, pool: Pool, board: Board) -> None:
+        super().__init__(study, exam)
+        self.pool = pool
+        self.board = board
+
+    async def score(self, split: Split, recipe: Recipe, title: str) -> Scores:
+        """Every metric of a recipe on a split; what the study has is taken from there, only the rest is evaluated.
+
+        title: for whoever watches.  ArithmeticError if the model is broken.
+        """
+        known = self.known(split, recipe)
+        if missing := self.missing(split, known):
+            ids = {task: [i.id for i in items] for task, items in missing.items()}
+            count = sum(map(len, ids.values()))
+            self.pool.log(f"scoring {recipe.method} {digest(recipe)} on {count} items of {split}")
+            result = await self.pool.run(Examination(recipe, split, ids), title, self.board.step)
+            if isinstance(result, Failure):
+                raise result.error()
+            for task, metrics in result.scores.items():
+                for metric, scores in metrics.items():
+                    new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
+                    known.setdefault(task, {}).setdefault(metric, {}).update(new)
+            took = {"scored": count, "seconds": result.seconds}
+            self.store(split, recipe, self.arranged(split, known), took, result.used)
+        return self.arranged(split, known)
+
+    def store(self, split: Split, recipe: Recipe, scores: Scores, took: dict[str, Any], used: Usage) -> None:
+        """Keep scores in the study, in one write.
+
+        took: how many items were `scored` now, and the `seconds` of that by part.  used: everything it took.
+        """
+        packed = {task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()}
+        key = ledger_key(split, digest(recipe))
+        before = Usage.from_dict(self.study.user_attrs.get(key, {}).get(USED, {}))
+        stored = stored_usage(before + used, self.board.stopwatch)
+        self.study.set_user_attr(key, {"items": self.items(split), "scores": packed, **took, **stored})
+        self.board.spend(used)

@@ -1,0 +1,61 @@
+"""Run one finished trial again, alone, from what the study keeps of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.errors import EvomergeError
+from evomerge.search.baselines import baselines
+from evomerge.search.exam import open_exam
+from evomerge.search.jobs import Failure, Tryout
+from evomerge.search.ledger import Book
+from evomerge.search.loop import healthy, make_course
+from evomerge.search.run import Run
+from evomerge.search.scorer import Scorer, open_config_models
+from evomerge.search.scores import objective_scores
+from evomerge.search.space import build_space
+from evomerge.search.storage import open_study
+from evomerge.search.study import SearchStudy, record_of
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """items: scores that were compared.  differing: of them.  values: recorded, and now."""
+
+    items: int
+    differing: int
+    values: tuple[float, float]
+
+
+def repeat(run: Run, number: int) -> Repeated:
+    """Trial `number` once more in this process, against the incumbent that it ran against then.
+
+    EvomergeError if there is no such trial or it has no scores to compare with.
+    """
+    config = run.config()
+    study_of_run = open_study(run.storage_url(config), config.name, create=False)
+    models = open_config_models(config)
+    study = SearchStudy(study_of_run, build_space(config, models))
+    trial = next((t for t in study.finished if t.number == number), None)
+    if trial is None or trial.value is None or "scores" not in record_of(trial):
+        raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
+    exam = open_exam(config)
+    known, record = baselines(study.space), record_of(trial)
+    job = Tryout(study.space.recipe(trial.params), None)
+    if "baseline" not in trial.user_attrs:
+        course = make_course(study, known, Book(study_of_run, exam))
+        race = None
+        if course is not None and record.get("race"):
+            full = {t.number: t for t in study.complete}
+            incumbent, others = record["race"]["incumbent"], record["race"]["others"]
+            race = course.race(course.vector(full[incumbent]), [course.vector(full[n]) for n in others])
+        job = Tryout(job.recipe, healthy(study, known), course, race)
+    scorer = Scorer(config, models, exam, log=run.log, cache=run.folder / "cache")
+    scorer.prepare(run.manifest()["inputs"])
+    result = scorer.run(job)
+    if isinstance(result, Failure):
+        raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
+    before, after = objective_scores(trial), {t: np.array(s) for t, s in exam.of(result.scores, "objective").items()}
+    differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
+    value = result.estimate.value if result.estimate else exam.mean(result.scores, "objective")
+    return Repeated(sum(int(np.isfinite(s).sum()) for s in before.values()), differing, (trial.value, value))

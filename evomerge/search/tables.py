@@ -1,0 +1,171 @@
+"""Optuna's tables, read and written in few statements.
+
+Optuna's own storage runs several queries per parameter and reads a trial as dozens of objects; with thousands of
+trials that costs more than a small model's merge.  The tables stay as Optuna made them, so its tools read a study as
+any other.
+"""
+
+import gc
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, select, update
+
+from evomerge.errors import EvomergeError
+
+STUDIES: Table = models.StudyModel.__table__
+STUDY_NOTES: Table = models.StudyUserAttributeModel.__table__
+TRIALS: Table = models.TrialModel.__table__
+PARAMS: Table = models.TrialParamModel.__table__
+VALUES: Table = models.TrialValueModel.__table__
+NOTES: Table = models.TrialUserAttributeModel.__table__
+SYSTEM: Table = models.TrialSystemAttributeModel.__table__
+
+
+PART = 2000  # rows in hand at a time
+
+
+def lock(connection: Connection, study_id: int) -> None:
+    """Keep other writers of the study out until the transaction ends."""
+    mine = STUDIES.c.study_id == study_id
+    connection.execute(update(STUDIES).where(mine).values(study_name=STUDIES.c.study_name))
+
+
+def begin_trial(connection: Connection, study_id: int, trial: FrozenTrial, again: bool) -> int:
+    """Add a running trial at its number; the database's key of it.
+
+    again: whether an attempt before this one may have stored it.
+    """
+    newest = select(TRIALS.c.trial_id, TRIALS.c.number).where(TRIALS.c.study_id == study_id)
+    last = connection.execute(newest.order_by(TRIALS.c.trial_id.desc()).limit(1)).first()
+    if again and last is not None and last.number == trial.number:
+        return int(last.trial_id)
+    if (last.number if last is not None else -1) != trial.number - 1:
+        raise EvomergeError(
+            f"trial {trial.number}: another program has added trials to this study; let one at a time work on it, "
+            "and go on with `evomerge resume`"
+        )
+    row = {"study_id": study_id, "number": trial.number, "state": TrialState.RUNNING, "datetime_start": now()}
+    key = connection.execute(insert(TRIALS).values(row)).inserted_primary_key
+    assert key is not None
+    describe_trial(connection, key[0], trial)
+    return int(key[0])
+
+
+def describe_trial(connection: Connection, trial_id: int, trial: FrozenTrial) -> None:
+    """Make a trial running, with these parameters and attributes and no others."""
+    connection.execute(update(TRIALS).where(TRIALS.c.trial_id == trial_id).values(state=TrialState.RUNNING))
+    for table in (PARAMS, NOTES, SYSTEM):
+        connection.execute(delete(table).where(table.c.trial_id == trial_id))
+    rows = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": axis.to_internal_repr(trial.params[name]),
+            "distribution_json": text_of(axis),
+        }
+        for name, axis in trial.distributions.items()
+    ]
+    if rows:
+        connection.execute(insert(PARAMS), rows)
+    add_notes(connection, NOTES, trial_id, trial.user_attrs)
+    add_notes(connection, SYSTEM, trial_id, trial.system_attrs)
+
+
+def add_notes(connection: Connection, table: Table, trial_id: int, notes: Mapping[str, Any]) -> None:
+    if notes:
+        rows = [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in notes.items()]
+        connection.execute(insert(table), rows)
+
+
+def finish_trial(
+    connection: Connection, trial_id: int, value: float | None, notes: Mapping[str, Any], again: bool
+) -> None:
+    """End a running trial with its value and user attributes; without a value it has failed."""
+    state = TrialState.FAIL if value is None else TrialState.COMPLETE
+    mine = (TRIALS.c.trial_id == trial_id) & (TRIALS.c.state == TrialState.RUNNING)
+    if not connection.execute(update(TRIALS).where(mine).values(state=state, datetime_complete=now())).rowcount:
+        if again:
+            return
+        raise EvomergeError(
+            "another program has ended a trial that was running here; let one at a time work on this study, "
+            "and go on with `evomerge resume`"
+        )
+    connection.execute(delete(NOTES).where((NOTES.c.trial_id == trial_id) & NOTES.c.key.in_(list(notes))))
+    add_notes(connection, NOTES, trial_id, notes)
+    if value is not None:
+        number, kind = models.TrialValueModel.value_to_stored_repr(value)
+        row = {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
+        connection.execute(insert(VALUES).values(row))
+
+
+def set_study_note(connection: Connection, study_id: int, key: str, value: Any) -> None:
+    """Set a study's user attribute."""
+    mine = (STUDY_NOTES.c.study_id == study_id) & (STUDY_NOTES.c.key == key)
+    connection.execute(delete(STUDY_NOTES).where(mine))
+    connection.execute(insert(STUDY_NOTES).values(study_id=study_id, key=key, value_json=json.dumps(value)))
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep Python from looking for cycles among hundreds of thousands of new objects, none of which is garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@without_collector()
+def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[FrozenTrial]:
+    """The trials of which `chosen` is true, by their keys."""
+    t, p, v = TRIALS.c, PARAMS.c, VALUES.c
+    # The trials first: of one that is finished here everything else is there by now.
+    columns = t.trial_id, t.number, t.state, t.datetime_start, t.datetime_complete
+    query: Select[*tuple[Any, ...]] = select(*columns).where(chosen)
+    found = {
+        key: FrozenTrial(number, state, None, local(began), local(ended), {}, {}, {}, {}, {}, trial_id=key)
+        for key, number, state, began, ended in connection.execute(query.order_by(t.trial_id))
+    }
+    ids = select(t.trial_id).where(chosen)
+    points = {key: (trial.params, trial.distributions) for key, trial in found.items()}
+    query = select(p.trial_id, p.param_name, p.param_value, p.distribution_json).where(p.trial_id.in_(ids))
+    for part in connection.execute(query.order_by(p.trial_id, p.param_id)).partitions(PART):
+        for key, name, number, text in part:
+            if (point := points.get(key)) is not None:
+                axis = axis_of(text)
+                point[0][name] = axis.to_external_repr(number)
+                point[1][name] = axis
+    query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
+    for told in connection.execute(query.order_by(v.objective)):
+        if (trial := found.get(told[0])) is not None:
+            trial.values = [*(trial.values or []), models.TrialValueModel.stored_repr_to_value(told[1], told[2])]
+    for table in (NOTES, SYSTEM):
+        query = select(table.c.trial_id, table.c.key, table.c.value_json).where(table.c.trial_id.in_(ids))
+        for row in connection.execute(query):
+            if (trial := found.get(row[0])) is not None:
+                (trial.user_attrs if table is NOTES else trial.system_attrs)[row[1]] = json.loads(row[2])
+    return list(found.values())
+
+
+text_of = lru_cache(maxsize=4096)(distribution_to_json)
+axis_of = lru_cache(maxsize=4096)(json_to_distribution)
+
+
+def now() -> datetime:
+    """The present as Optuna stores it: UTC, without saying so."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def local(moment: datetime | None) -> datetime | None:
+    """A stored moment as Optuna gives it out: local time, without saying so."""
+    return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

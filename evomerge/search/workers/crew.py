@@ -1,0 +1,98 @@
+"""How many workers of which kind a search gets."""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from evomerge.config.schema import SearchConfig
+from evomerge.device import resolve_device
+from evomerge.errors import EvomergeError
+from evomerge.search.exam import Exam
+from evomerge.search.run import Run, item_fingerprints
+from evomerge.search.scorer import Scorer, stamps
+from evomerge.search.workers.local import LocalWorker
+from evomerge.search.workers.process import ProcessWorker
+from evomerge.search.workers.worker import Progress, Setup, Worker
+from evomerge.sources.open import Models
+
+
+@dataclass(frozen=True)
+class Crew:
+    """count: workers; `auto` is one for each accelerator.  ray: the address of a Ray cluster (`local`: a fresh one on
+    this machine), None to do without."""
+
+    count: int | Literal["auto"] = 1
+    ray: str | None = None
+
+
+def crew_of(workers: str | None, ray: str | None) -> Crew:
+    """The crew of the command line.  EvomergeError if `workers` is neither `auto` nor a count."""
+    if workers is None or workers == "auto":
+        return Crew("auto" if workers or ray else 1, ray)
+    if not workers.isascii() or not workers.isdecimal() or not 1 <= int(workers) <= 1024:
+        raise EvomergeError(f"--workers: {workers!r} is not a count from 1 to 1024 or `auto`")
+    return Crew(int(workers), ray)
+
+
+def make_workers(
+    crew: Crew,
+    run: Run,
+    config: SearchConfig,
+    models: Models,
+    exam: Exam,
+    stop: Callable[[], None],
+    phase: Callable[[str], None],
+) -> list[Worker]:
+    """The workers of a search, not started yet.  One worker without Ray is this process itself."""
+    if crew.ray is not None:
+        if crew.ray == "local":
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read at Ray's import: it then keeps to 127.0.0.1
+        from evomerge.search.workers.cluster import RayWorker, cluster_room, connect
+
+        connect(crew.ray)
+        count = cluster_room(config.device, crew.count)
+        setup = setup_of(run, config, exam)
+        return [RayWorker(setup, run.log) for _ in range(count)]
+    devices = devices_of(config.device)
+    count = len(devices) if crew.count == "auto" else crew.count
+    if count == 1:
+
+        def make(check: Callable[[], None], progress: Progress) -> Scorer:
+            phase("preparing the items")
+            scorer = Scorer(config, models, exam, check, run.log, run.folder / "cache", progress)
+            phase("measuring the sources")
+            scorer.prepare(run.manifest()["inputs"])
+            return scorer
+
+        return [LocalWorker(make, devices[0], stop)]
+    setup = setup_of(run, config, exam)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // count) if devices == ["cpu"] else None
+    names = [devices[k % len(devices)] for k in range(count)]
+    return [ProcessWorker(setup, d, threads, log_of(run, k), run.log) for k, d in enumerate(names)]
+
+
+def devices_of(wanted: str) -> list[str]:
+    """What a configuration's `device` may mean on this machine, by name."""
+    device = resolve_device(wanted)
+    if device.type == "cuda" and device.index is None:
+        return [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    return [str(device)]
+
+
+def setup_of(run: Run, config: SearchConfig, exam: Exam) -> Setup:
+    """What workers outside this process are told; the database and its password are not their affair."""
+    told = config.model_copy(update={"storage": None})
+    inputs = run.manifest()["inputs"]
+    return Setup(told, run.folder.resolve(), platform.node(), stamps(config), inputs, item_fingerprints(exam))
+
+
+def log_of(run: Run, number: int) -> Path:
+    """Where worker `number` prints; it is empty unless something is wrong."""
+    (run.folder / "workers").mkdir(exist_ok=True)
+    return run.folder / "workers" / f"{number}.txt"

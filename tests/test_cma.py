@@ -1,0 +1,250 @@
+"""CMA-ES with any number of workers: exact with one, reproducible with many, no result unused."""
+
+import math
+import random
+
+import numpy as np
+import optuna
+import pytest
+from cmaes import CMA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from evomerge.search.cma import GENERATION, CmaEsSampler, Distribution, is_enqueued, trial_seed
+from evomerge.search.study import Mirror
+
+Point = dict[str, float]
+
+
+def axes_of(dimensions: int, high: float = 2.0) -> dict[str, FloatDistribution]:
+    return {f"x{k}": FloatDistribution(-1.0, high) for k in range(dimensions)}
+
+
+def sphere(point: Point) -> float:
+    return -sum((value - 0.1 * k) ** 2 for k, value in enumerate(point.values()))
+
+
+class Bench:
+    """A study in memory as a driver keeps it: trials in hand in any number, results with their order."""
+
+    def __init__(self, sampler: CmaEsSampler) -> None:
+        self.sampler = sampler
+        self.study = optuna.create_study(storage=Mirror(), direction="maximize", sampler=sampler)
+        self.hand: list[int] = []
+        self.results = 0
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def ask(self) -> FrozenTrial:
+        trial = self.study.ask({**self.sampler.axes})
+        self.hand.append(trial.number)
+        return self.trials[trial.number]
+
+    def enqueue(self, point: Point) -> FrozenTrial:
+        self.study.enqueue_trial(point)
+        return self.ask()
+
+    def finish(self, number: int, value: float | None) -> None:
+        self.hand.remove(number)
+        storage = self.study._storage
+        storage.set_trial_user_attr(self.trials[number]._trial_id, "record", {"order": self.results})
+        self.results += 1
+        self.study.tell(number, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+    def rebuilt(self, sampler: CmaEsSampler) -> "Bench":
+        """What another process makes of the stored trials alone."""
+        other = Bench(sampler)
+        for trial in self.trials:
+            copy = create_trial(
+                state=trial.state,
+                params=dict(trial.params),
+                distributions=dict(trial.distributions),
+                user_attrs=dict(trial.user_attrs),
+                system_attrs=dict(trial.system_attrs),
+                value=trial.value,
+            )
+            other.study._storage.create_new_trial(other.study._study_id, copy)
+        other.hand, other.results = list(self.hand), self.results
+        return other
+
+
+def step(bench: Bench, rng: random.Random, workers: int, fail: float = 0.1) -> Point | None:
+    """One event: a free worker gets a trial, else any trial in hand ends.  The point that was proposed, if one was."""
+    if len(bench.hand) < workers:
+        return dict(bench.ask().params)
+    number = rng.choice(bench.hand)
+    bench.finish(number, None if rng.random() < fail else sphere(bench.trials[number].params))
+    return None
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**31), workers=st.sampled_from([1, 2, 3, 8, 20]), baselines=st.integers(0, 4))
+def test_a_rebuilt_study_proposes_the_same_points(seed: int, workers: int, baselines: int) -> None:
+    """The process dies at random moments, once before any result of the sampler's trials and during the baselines."""
+    rng = random.Random(seed)
+    made = {"axes": axes_of(3), "seed": seed, "sigma0": 0.2, "population": rng.choice([4, 5, None])}
+    bench = Bench(CmaEsSampler(**made, workers=workers))
+    for _ in range(baselines):
+        bench.enqueue({name: rng.uniform(-1, 2) for name in made["axes"]})
+        if len(bench.hand) >= workers:
+            step(bench, rng, workers)
+    for _ in range(2):
+        for _ in range(rng.randrange(30)):
+            step(bench, rng, workers)
+        other = bench.rebuilt(CmaEsSampler(**made, workers=rng.choice([1, 2, 64]) if bench.sampler.means else workers))
+        state = rng.getstate()
+        here = [step(bench, rng, workers) for _ in range(40)]
+        rng.setstate(state)
+        assert [step(other, rng, workers) for _ in range(40)] == here
+        bench = rng.choice([bench, other])
+    check_none_wasted(bench)
+
+
+def check_none_wasted(bench: Bench) -> None:
+    """Every value of a sampled trial has been told, up to one generation that is not full."""
+    bench.sampler.mean(bench.study)
+    values = [t for t in bench.trials if t.state == TrialState.COMPLETE and not is_enqueued(t)]
+    assert bench.sampler.optimizer is not None
+    assert bench.sampler.told + len(bench.sampler.group) == len(values)
+    assert len(bench.sampler.group) < bench.sampler.optimizer.population_size
+
+
+@pytest.mark.parametrize(("workers", "population"), [(8, 13), (64, 21)])
+def test_no_result_is_wasted_and_many_workers_climb(workers: int, population: int) -> None:
+    rng = random.Random(workers)
+    bench = Bench(CmaEsSampler(axes_of(24), seed=3, sigma0=0.2, population=None, workers=workers))
+    while bench.results < 500:
+        step(bench, rng, workers, fail=0)
+    check_none_wasted(bench)
+    assert bench.sampler.optimizer is not None
+    assert bench.sampler.optimizer.population_size == population
+    mean = bench.sampler.mean(bench.study)
+    assert mean is not None
+    assert sphere(mean) > 0.2 * sphere(dict.fromkeys(mean, 0.5))
+    late = [len(bench.sampler.means) - 1 - t.system_attrs[GENERATION] for t in bench.trials[-workers:]]
+    assert max(late) <= 8
+
+
+@pytest.mark.parametrize("dimensions", [1, 3, 24])
+def test_one_worker_is_the_synchronous_algorithm(dimensions: int) -> None:
+    """Ask a generation, tell it, ask the next, as the library's manual writes it; start at the best baseline."""
+    axes = axes_of(dimensions)
+    bench = Bench(CmaEsSampler(axes, seed=7, sigma0=0.2, population=None))
+    start = dict.fromkeys(axes, 0.8)
+    for point in (dict.fromkeys(axes, -1.0), start):
+        bench.finish(bench.enqueue(point).number, sphere(point))
+    bounds = np.tile([0.0, 1.0], (dimensions, 1))
+    optimizer = CMA(mean=np.full(dimensions, 1.8 / 3), sigma=0.2, bounds=bounds)
+    number = 2
+    for _ in range(12):
+        solutions = []
+        for _ in range(4 + math.floor(3 * math.log(dimensions))):
+            optimizer.reseed_rng(trial_seed(7, number))
+            x = optimizer.ask()
+            point = dict(zip(axes, (-1.0 + 3.0 * x).tolist(), strict=True))
+            asked = bench.ask()
+            assert asked.params == point
+            bench.finish(asked.number, sphere(point))
+            solutions.append((np.clip((np.array([*point.values()]) + 1.0) / 3.0, 0, 1), -sphere(point)))
+            number += 1
+        optimizer.tell(solutions)
+
+
+@pytest.mark.parametrize("mean", [0.5, 1.0])
+def test_a_draw_is_the_library_s_to_the_last_bit(mean: float) -> None:
+    """At a corner too, where most draws lie outside."""
+    given = {"mean": np.full(12, mean), "sigma": 0.3, "bounds": np.tile([0.0, 1.0], (12, 1)), "seed": 5}
+    ours, theirs = Distribution(**given), CMA(**given)
+    for _ in range(20):
+        points = [ours.ask() for _ in range(ours.population_size)]
+        assert np.array_equal(points, [theirs.ask() for _ in points])
+        for optimizer in (ours, theirs):
+            optimizer.tell([(x, float(np.sum((x - 0.3) ** 2))) for x in points])
+
+
+def test_the_start_is_what_was_known_at_the_first_proposal() -> None:
+    """A better baseline that was still running does not change the start of a resumed study."""
+    made = {"axes": axes_of(2), "seed": 0, "sigma0": 1e-6, "population": 8}
+    bench = Bench(CmaEsSampler(**made))
+    known = bench.enqueue({"x0": 0.5, "x1": 0.5})
+    running = bench.enqueue({"x0": 1.0, "x1": 1.0})
+    bench.finish(known.number, 1.0)
+    first = dict(bench.ask().params)
+    assert first == pytest.approx({"x0": 0.5, "x1": 0.5}, abs=1e-4)
+    bench.finish(running.number, 2.0)
+    later = dict(bench.rebuilt(CmaEsSampler(**made)).ask().params)
+    assert later == dict(bench.ask().params)
+    assert later == pytest.approx(first, abs=1e-4)
+
+
+def test_without_a_finished_baseline_the_start_is_the_middle() -> None:
+    bench = Bench(CmaEsSampler(axes_of(2), seed=0, sigma0=1e-6, population=8))
+    bench.enqueue({"x0": 1.0, "x1": 1.0})
+    assert dict(bench.ask().params) == pytest.approx({"x0": 0.5, "x1": 0.5}, abs=1e-4)
+
+
+def test_a_late_result_follows_the_mean_half_of_its_way() -> None:
+    bench = Bench(CmaEsSampler(axes_of(2, high=0.0), seed=0, sigma0=0.1, population=4))
+    late = bench.ask()
+    for trial in [bench.ask() for _ in range(4)]:
+        bench.finish(trial.number, sphere(trial.params))
+    bench.ask()
+    sampler = bench.sampler
+    assert len(sampler.means) == 2
+    assert sampler.caught_up(late) == pytest.approx(sampler.unit(late) + (sampler.means[1] - sampler.means[0]) / 2)
+
+
+def test_after_a_collapse_the_search_starts_again_and_earlier_draws_move_nothing() -> None:
+    """Twice the population, at a random point; the same in a rebuilt study."""
+    made = {"axes": axes_of(3), "seed": 1, "sigma0": 0.2, "population": 4}
+    rng = random.Random(0)
+    bench = Bench(CmaEsSampler(**made))
+    while bench.sampler.began == 0:
+        step(bench, rng, 8, fail=0)
+        assert bench.results < 3000
+    sampler = bench.sampler
+    assert sampler.optimizer is not None
+    assert sampler.optimizer.population_size == 8
+    before = [n for n in bench.hand if bench.trials[n].system_attrs[GENERATION] < sampler.began]
+    assert before
+    for number in before:
+        bench.finish(number, 1e9)
+    step(bench, rng, 8)
+    assert sampler.group == []
+    assert sampler.mean(bench.study) == sampler.point(sampler.means[-1])
+    other = bench.rebuilt(CmaEsSampler(**made))
+    state = rng.getstate()
+    here = [step(bench, rng, 8) for _ in range(60)]
+    rng.setstate(state)
+    assert [step(other, rng, 8) for _ in range(60)] == here
+
+
+def test_a_proposal_does_not_look_at_all_trials_again() -> None:
+    """The first proposal of a process replays all results, the next ones take what is new."""
+    axes = axes_of(2)
+    points = np.random.RandomState(0).uniform(-1, 2, (600, 2)).tolist()
+    whole: dict[str, BaseDistribution] = {**axes}
+    trials = [
+        create_trial(
+            params=dict(zip(axes, row, strict=True)),
+            distributions=whole,
+            value=-sum(row),
+            system_attrs={GENERATION: k // 6},
+            user_attrs={"record": {"order": k}},
+        )
+        for k, row in enumerate(points)
+    ]
+    bench = Bench(CmaEsSampler(axes, seed=0, sigma0=0.2, population=None))
+    bench.study.add_trials(trials)
+    bench.ask()
+    assert bench.sampler.told == 600
+    replayed = []
+    take = bench.sampler.take
+    bench.sampler.take = lambda trial: (replayed.append(trial.number), take(trial))[1]  # type: ignore[method-assign]
+    for _ in range(20):
+        step(bench, random.Random(0), 1, fail=0)
+    assert replayed == list(range(600, 610))

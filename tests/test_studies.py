@@ -1,0 +1,84 @@
+"""The command that lists a database's studies."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from postgres import running_server
+from test_storage import space_of
+
+from evomerge.cli import main
+from evomerge.report.studies import read_studies
+from evomerge.search.lease import LEASE, lease
+from evomerge.search.storage import open_study, sqlite_url
+from evomerge.search.study import SearchStudy
+
+
+def fill(url: str) -> None:
+    """Two studies: one in use with trials of every kind, one empty."""
+    study = SearchStudy(open_study(url, "busy", create=True), space_of(sampler="random"))
+    told = [(0.25, {}), (0.75, {"partial": 0.5}), (0.5, {}), (0.9, {"broken": "x"}), (None, {"reason": "y"})]
+    for value, record in told:
+        study.finish(study.begin(None), value, record)
+    study.begin(None)
+    lease(study.stored)
+    open_study(url, "empty", create=True)
+
+
+def shown(place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.argv", ["evomerge", "studies", "--storage", place])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (0, 2)
+    out = capsys.readouterr()
+    assert (end.value.code == 2) == out.err.startswith("error: ")
+    return out.out + out.err
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_studies_are_listed(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server() if database == "postgresql" else nullcontext() as server:
+        url = server.url if server else sqlite_url(tmp_path / "study.db")
+        fill(url)
+        busy, empty = read_studies(url)
+        assert (empty.name, empty.counts, empty.best, empty.state, empty.last) == ("empty", {}, None, "idle", None)
+        assert {state.name: n for state, n in busy.counts.items()} == {"COMPLETE": 4, "FAIL": 1, "RUNNING": 1}
+        assert busy.best == 0.5
+        assert busy.holder is not None
+        assert busy.state == f"running on {busy.holder.host}"
+        assert busy.last is not None
+        text = shown(url, capsys, monkeypatch)
+        assert " ".join(text.replace("│", " ").split()).count(f"busy 5 1 1 0.5000 running on {busy.holder.host}") == 1
+
+
+def test_a_file_and_a_holder_that_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    fill(sqlite_url(file))
+    study = open_study(sqlite_url(file), "busy", create=False)
+    holder = read_studies(str(file))[0].holder
+    assert holder is not None
+    for other, state in (
+        (replace(holder, started=1), f"idle (process {holder.pid} on {holder.host} died)"),
+        (replace(holder, machine="far", host="far", clock=holder.clock - 3600), "not heard of on far for 60 minutes"),
+        (replace(holder, machine="far", host="far"), "running on far"),
+    ):
+        study.set_user_attr(LEASE, json.loads(other.text))
+        assert read_studies(str(file))[0].state == state
+
+
+@pytest.mark.parametrize(
+    "place", ["nowhere.db", "sqlite:///nowhere.db", "postgresql+psycopg://me:topsecret@127.0.0.1:1/x", "what://x", "."]
+)
+def test_a_wrong_place_is_one_message(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = shown(place, capsys, monkeypatch)
+    assert text.startswith("error: ")
+    assert "topsecret" not in text
+    assert text.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

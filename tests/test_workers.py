@@ -1,0 +1,310 @@
+"""Every kind of worker keeps one contract: the same scores, and a death, a hang or a wrong input costs no job."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from searches import write_config
+
+from evomerge.config.file import load_config
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.search.exam import Exam, open_exam
+from evomerge.search.jobs import Examination, Failure, Outcome, Tryout
+from evomerge.search.race import build_course
+from evomerge.search.run import Run, create_run
+from evomerge.search.scorer import Scorer, open_config_models
+from evomerge.search.workers.crew import Crew, crew_of, make_workers
+from evomerge.search.workers.pool import DEATHS, Pool
+
+KINDS = {"this process": Crew(1), "processes": Crew(2), "ray": Crew(2, "local")}
+
+
+@dataclass
+class Bench:
+    """A pool of one kind, open, with the loop it lives in."""
+
+    kind: str
+    pool: Pool
+    loop: asyncio.Runner
+    exam: Exam
+    config: SearchConfig
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run(work)
+
+    def pid(self, number: int) -> int:
+        """The process of a worker."""
+        worker: Any = self.pool.posts[number].worker
+        if self.kind == "ray":
+            import ray
+
+            pid: int = ray.get(worker.actor.process.remote())
+            return pid
+        return int(worker.process.pid)
+
+    def recipe(self, *weights: float) -> Recipe:
+        config = self.config
+        sources = [
+            RecipeSource(name=s.name, path=s.path, parameters={"weight": w})
+            for s, w in zip(config.sources, weights, strict=True)
+        ]
+        return Recipe(method="task_arithmetic", dtype=config.dtype, base=Model(path=config.base), sources=sources)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("workers")
+    file = write_config(folder, tiny_family)
+    config = load_config(file)
+    return create_run(config, open_exam(config), file, folder / "run")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
+    kind = request.param
+    if kind == "ray":
+        pytest.importorskip("ray", reason='Ray is not installed; `make test-ray` does it: pip install "evomerge[ray]"')
+    with asyncio.Runner() as loop:
+        config = run.config()
+        exam = open_exam(config)
+
+        async def opened() -> Pool:
+            models = open_config_models(config)
+            workers = make_workers(KINDS[kind], run, config, models, exam, lambda: None, lambda text: None)
+            pool = Pool(workers, run.log, stuck=20.0)
+            await pool.open()
+            return pool
+
+        pool = loop.run(opened())
+        yield Bench(kind, pool, loop, exam, config)
+        loop.run(pool.close())
+    if kind == "ray":
+        import ray
+
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def truth(run: Run) -> Scorer:
+    """The workshop itself, without any worker around it."""
+    config = run.config()
+    return Scorer(config, open_config_models(config), open_exam(config))
+
+
+def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Scorer) -> None:
+    job = Tryout(bench.recipe(0.7, 0.6), None)
+    found, wanted = bench.run(bench.pool.run(job, "trial")), truth.run(job)
+    assert isinstance(found, Outcome)
+    assert isinstance(wanted, Outcome)
+    assert (found.scores, found.signs) == (wanted.scores, wanted.signs)
+    assert found.used.forwards == wanted.used.forwards > 0
+    assert set(found.seconds) == set(wanted.seconds)
+
+
+def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth: Scorer) -> None:
+    best = truth.run(Tryout(bench.recipe(0.8, 0.8), None))
+    assert isinstance(best, Outcome)
+    scores = bench.exam.of(best.scores, "objective")
+    course = build_course(bench.exam, "items", [scores], 0, bench.config.racing)
+    for weights, stopped in (((0.0, 0.1), True), ((0.8, 0.79), False)):
+        jobs = [Tryout(bench.recipe(*weights), None, course, course.race(course.joined(scores), [])) for _ in range(2)]
+        found, wanted = bench.run(bench.pool.run(jobs[0], "trial")), truth.run(jobs[1])
+        assert isinstance(found, Outcome)
+        assert isinstance(wanted, Outcome)
+        assert str(found.scores) == str(wanted.scores)  # NaN where it was stopped
+        assert found.estimate == wanted.estimate
+        assert (found.estimate is not None) == stopped
+
+
+def test_an_examination_scores_just_the_items_that_are_asked_for(bench: Bench, truth: Scorer) -> None:
+    ids = {"tiny_rev": [i.id for i in bench.exam.items["tiny_rev"]["holdout"][3:8]]}
+    job = Examination(bench.recipe(0.5, 0.5), "holdout", ids)
+    seen: list[tuple[int, int]] = []
+    found, wanted = bench.run(bench.pool.run(job, "holdout", lambda *step: seen.append(step))), truth.run(job)
+    assert isinstance(found, Outcome)
+    assert isinstance(wanted, Outcome)
+    assert found.scores == wanted.scores
+    assert list(found.scores) == ["tiny_rev"]
+    assert len(found.scores["tiny_rev"]["gold_logprob"]) == 5
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_a_broken_candidate_is_a_result_and_the_worker_goes_on(bench: Bench) -> None:
+    broken = bench.run(bench.pool.run(Tryout(bench.recipe(1e60, 1e60), None), "trial"))
+    assert isinstance(broken, Failure)
+    assert broken.broken
+    assert "finite" in broken.reason
+    assert isinstance(bench.run(bench.pool.run(Tryout(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
+    assert [post.restarts for post in bench.pool.posts] == [0] * bench.pool.size
+
+
+def test_as_many_jobs_are_in_hand_as_there_are_workers(bench: Bench) -> None:
+    async def all_at_once() -> tuple[list[Any], int]:
+        jobs = [Tryout(bench.recipe(0.1 * k, 0.5), None) for k in range(6)]
+        works = [asyncio.ensure_future(bench.pool.run(job, "trial", trial=k)) for k, job in enumerate(jobs)]
+        busiest = 0
+        while not all(w.done() for w in works):
+            busiest = max(busiest, sum(s.state == "busy" for s in bench.pool.states()))
+            await asyncio.sleep(0.01)
+        return [w.result() for w in works], busiest
+
+    results, busiest = bench.run(all_at_once())
+    assert all(isinstance(r, Outcome) for r in results)
+    assert busiest == bench.pool.size
+
+
+def disturbed(bench: Bench, disturb: Callable[[int], None], jobs: int = 6) -> list[Any]:
+    """The results of jobs during which `disturb` is done to the first worker's process."""
+
+    async def work() -> list[Any]:
+        works = [
+            asyncio.ensure_future(bench.pool.run(Tryout(bench.recipe(0.1 * k, 0.5), None), f"trial {k}", trial=k))
+            for k in range(jobs)
+        ]
+        while bench.pool.posts[0].state != "busy":
+            await asyncio.sleep(0.001)
+        disturb(bench.pid(0))
+        return list(await asyncio.gather(*works))
+
+    return list(bench.run(work()))
+
+
+def outside(bench: Bench) -> None:
+    if bench.kind == "this process":
+        pytest.skip("nobody survives the death of this process")
+
+
+def test_the_job_of_a_killed_worker_is_done_by_another_with_the_same_scores(bench: Bench, truth: Scorer) -> None:
+    outside(bench)
+    before = bench.pool.posts[0].restarts
+    results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert bench.pool.posts[0].restarts == before + 1
+    for k, result in enumerate(results):
+        wanted = truth.run(Tryout(bench.recipe(0.1 * k, 0.5), None))
+        assert isinstance(result, Outcome)
+        assert isinstance(wanted, Outcome)
+        assert result.scores == wanted.scores
+
+
+def test_a_worker_that_hangs_is_replaced(bench: Bench) -> None:
+    outside(bench)
+    while bench.pool.posts[0].state != "idle":
+        bench.run(asyncio.sleep(0.1))
+    stuck, bench.pool.stuck = bench.pool.stuck, 2.0
+    try:
+        results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGSTOP), jobs=2)
+    finally:
+        bench.pool.stuck = stuck
+    assert all(isinstance(r, Outcome) for r in results)
+    assert bench.pool.posts[0].restarts >= 1
+
+
+def test_a_trial_that_takes_too_long_has_failed_and_is_not_tried_again(bench: Bench) -> None:
+    while all(post.state != "idle" for post in bench.pool.posts):
+        bench.run(asyncio.sleep(0.1))
+    bench.pool.longest = 0.0
+    try:
+        result = bench.run(bench.pool.run(Examination(bench.recipe(0.5, 0.5), "holdout"), "trial"))
+    finally:
+        bench.pool.longest = None
+    if isinstance(result, Failure):  # a fast machine may be done before the first look
+        assert "longer than" in result.reason
+    assert isinstance(bench.run(bench.pool.run(Tryout(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
+
+
+def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
+    """Without real workers: a death is an exit code, whoever dies."""
+    from evomerge.search.workers.worker import Died
+
+    class Mortal:
+        device, beats, started = "cpu", 0, 0
+
+        async def start(self) -> None:
+            self.started += 1
+
+        async def run(self, job: Any, progress: Any) -> Any:
+            raise Died("was killed by SIGKILL")
+
+        async def kill(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    async def work() -> tuple[Any, int]:
+        workers = [Mortal(), Mortal()]
+        pool = Pool(workers, lambda text: None)
+        await pool.open()
+        source = RecipeSource(name="a", path="a", parameters={"weight": 1.0})
+        job = Tryout(Recipe(method="linear", base=Model(path="b"), sources=[source]), None)
+        result = await pool.run(job, "trial")
+        await asyncio.sleep(0)
+        await pool.close()
+        return result, sum(w.started for w in workers)
+
+    result, _ = asyncio.run(work())
+    assert isinstance(result, Failure)
+    assert f"died {DEATHS} times" in result.reason
+    assert "SIGKILL" in result.reason
+
+
+def test_a_worker_whose_files_are_others_is_refused(run: Run, tiny_family: Path, tmp_path: Path) -> None:
+    config = run.config()
+    for part in ("base", "rev", "add"):
+        shutil.copytree(tiny_family / part, tmp_path / part)
+    config = load_config(write_config(tmp_path, tmp_path))
+
+    async def start(change: Callable[[Any], Any]) -> None:
+        exam = open_exam(config)
+        own = create_run(config, exam, tmp_path / "search.yaml", tmp_path / f"run{change.__name__}")
+        workers: Any = make_workers(Crew(2), own, config, open_config_models(config), exam, print, print)
+        for worker in workers:
+            worker.setup = change(worker.setup)
+        pool = Pool(workers[:1], own.log)
+        try:
+            await pool.open()
+        finally:
+            await pool.close()
+
+    def other_host(setup: Any) -> Any:
+        return replace(setup, host="elsewhere", inputs={**setup.inputs, "rev": {"model.safetensors": "0" * 64}})
+
+    def other_items(setup: Any) -> Any:
+        return replace(setup, items={"tiny_rev": {"search": "0" * 64}})
+
+    with pytest.raises(EvomergeError, match=r"the model files of rev on .* are not those that the driver has"):
+        asyncio.run(start(other_host))
+    with pytest.raises(EvomergeError, match=r"the items of tiny_rev on .* are not those"):
+        asyncio.run(start(other_items))
+
+
+def test_a_source_that_is_replaced_while_the_search_runs_ends_it(tiny_family: Path, tmp_path: Path) -> None:
+    for part in ("base", "rev", "add"):
+        shutil.copytree(tiny_family / part, tmp_path / part)
+    config = load_config(write_config(tmp_path, tmp_path))
+    scorer = Scorer(config, open_config_models(config), open_exam(config))
+    sources = [RecipeSource(name=s.name, path=s.path, parameters={"weight": 0.5}) for s in config.sources]
+    recipe = Recipe(method="linear", dtype="float32", base=Model(path=config.base), sources=sources)
+    assert isinstance(scorer.run(Tryout(recipe, None)), Outcome)
+    os.utime(tmp_path / "add" / "model.safetensors", ns=(0, 0))
+    with pytest.raises(EvomergeError, match=r"add/model\.safetensors: changed while the search runs"):
+        scorer.run(Tryout(recipe, None))
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "٣", "9999", ""])
+def test_a_wrong_number_of_workers_is_one_error(workers: str) -> None:
+    with pytest.raises(EvomergeError, match="--workers"):
+        crew_of(workers, None)
+
+
+def test_auto_is_one_worker_where_there_is_one_device() -> None:
+    assert crew_of(None, None) == Crew(1)
+    assert crew_of("auto", None) == Crew("auto")
+    assert crew_of(None, "local") == Crew("auto", "local")
+    assert crew_of("3", None) == Crew(3)
