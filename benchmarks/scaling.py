@@ -6,11 +6,17 @@ proposing and storing really take here passes in the simulation too.  The object
 100 with noise.  Beside it Optuna's own CmaEsSampler under the same trial times, start and first step size.
 
 python benchmarks/scaling.py runs/quickstart [--median 30] [--trials 800] [--dimensions 24] [--seeds 3]
+python benchmarks/scaling.py runs/quickstart --real [--trials 200]
+
+The second form searches anew, for real, with one and with two workers of this machine.
 """
 
 import argparse
 import heapq
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -27,13 +33,14 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from storage import space_of
 
+from evomerge.config.file import write_config
 from evomerge.config.schema import SamplerConfig
 from evomerge.search.cma import GENERATION, CmaEsSampler
-from evomerge.search.run import open_run
+from evomerge.search.run import Run, open_run
 from evomerge.search.scores import pack
 from evomerge.search.space import Point
 from evomerge.search.storage import open_study, sqlite_url
-from evomerge.search.study import Begun, SearchStudy, trial_seconds
+from evomerge.search.study import Begun, SearchStudy, in_full, trial_seconds
 
 WORKERS = (1, 2, 4, 8, 16, 64)
 Answer = TypeVar("Answer")
@@ -185,6 +192,35 @@ def tail(outcomes: list[Outcome]) -> float:
     return statistics.median(float(np.mean(o.losses[-len(o.losses) // 10 :])) for o in outcomes)
 
 
+def search_for_real(run: Run, workers: int, trials: int, folder: Path) -> tuple[float, float]:
+    """The search of a run anew; sampled trials a minute, from the first one's start to the last one's end, and the
+    best value."""
+    config = run.config().model_copy(update={"storage": None})
+    write_config(folder / "search.yaml", config)
+    command = [sys.executable, "-m", "evomerge", "search", folder / "search.yaml", "--run", folder / "run"]
+    subprocess.run(
+        [*command, "--workers", str(workers), "--trials", str(trials)], check=True, stdout=subprocess.DEVNULL
+    )
+    found = open_run(folder / "run")
+    study = open_study(found.storage_url(config), config.name, create=False)
+    sampled = [t for t in study.get_trials(deepcopy=False) if "baseline" not in t.user_attrs]
+    first = min(t.datetime_start for t in sampled if t.datetime_start)
+    last = max(t.datetime_complete for t in sampled if t.datetime_complete)
+    best = max(t.value for t in sampled if t.value is not None and in_full(t))
+    return 60 * len(sampled) / (last - first).total_seconds(), best
+
+
+def real(run: Run, trials: int) -> None:
+    print(f"{trials} trials, baselines included; {os.cpu_count()} cores")
+    print("| workers | sampled trials a minute | x one worker | best value |\n|---|---|---|---|")
+    one = 0.0
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            rate, best = search_for_real(run, workers, trials, Path(folder))
+        one = one or rate
+        print(f"| {workers} | {rate:.0f} | {rate / one:.2f} | {best:.4f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run whose trial times are drawn from")
@@ -192,7 +228,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=800)
     parser.add_argument("--dimensions", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="search for real with one and two workers")
     arguments = parser.parse_args()
+    if arguments.real:
+        real(open_run(arguments.run), arguments.trials)
+        return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     run = open_run(arguments.run)
     config = run.config()

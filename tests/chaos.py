@@ -179,7 +179,7 @@ def _(night: Night) -> str:
     return signalled(night, signal.SIGKILL)
 
 
-@injection("SIGTERM")
+@injection("SIGTERM", quick=False)
 def _(night: Night) -> str:
     return signalled(night, signal.SIGTERM)
 
@@ -212,7 +212,7 @@ def _(night: Night) -> str:
     return resumed(night, ended, (-signal.SIGKILL, 0))
 
 
-@injection("the machine suspended")
+@injection("the machine suspended", quick=False)
 def _(night: Night) -> str:
     started = night.start()
     if not night.moment(started):
@@ -259,51 +259,59 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def on_a_small_disk(night: Night, disturb: Callable[[Path], None], mend: Callable[[Path], None]) -> str:
-    with small_disk(night.folder / "disk") as allowed:
+def on_a_small_disk(night: Night, disturb: Callable[[Path, Started], str]) -> str:
+    """A search whose run folder is a small disk of its own."""
+    disk = night.folder / "disk"
+    with small_disk(disk) as allowed:
         if not allowed:
             return "not tried: mounting needs root"
-        disk = night.folder / "disk"
         night.run.symlink_to(disk)
         started = night.start()
-        if not night.moment(started):
-            what = done_before(started)
-        else:
-            disturb(disk)
-            ended = wait(started)
-            mend(disk)
-            what = resumed(night, ended, (2, 0))
+        what = disturb(disk, started) if night.moment(started) else done_before(started)
         night.run.unlink()
         shutil.copytree(disk, night.run)
         return what
 
 
-@injection("the disk full")
+@injection("the disk full", quick=False)
 def _(night: Night) -> str:
-    def fill(disk: Path) -> None:
+    def fill(disk: Path, started: Started) -> str:
         with contextlib.suppress(OSError), (disk / "ballast").open("wb") as file:
             for size in (1 << 20, 1 << 12, 1):
                 with contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(size))
                         file.flush()
+        ended = wait(started)
+        (disk / "ballast").unlink()
+        return resumed(night, ended, (2, 0))
 
-    return on_a_small_disk(night, fill, lambda disk: (disk / "ballast").unlink())
+    return on_a_small_disk(night, fill)
 
 
 @injection("the run folder read-only")
 def _(night: Night) -> str:
-    def remount(how: str) -> Callable[[Path], None]:
-        def change(disk: Path) -> None:
-            for _ in range(500):  # busy while a file is open for writing
-                done = subprocess.run(["mount", "-o", f"remount,{how}", disk], check=False, capture_output=True)
-                if done.returncode == 0:
-                    return
-                time.sleep(0.01)
+    def remount(disk: Path, started: Started) -> str:
+        """While it runs if a moment without an open file is found, else before it resumes."""
 
-        return change
+        def remounted(how: str) -> bool:
+            command = ["mount", "-o", f"remount,{how}", disk]
+            return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
-    return on_a_small_disk(night, remount("ro"), remount("rw"))
+        if not any(remounted("ro") for _ in range(1000) if alive(started.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started.pid, signal.SIGKILL)
+            ended = started.wait()
+            assert remounted("ro")
+        else:
+            ended = wait(started)
+        refused = night.resume()
+        assert remounted("rw")
+        assert refused.returncode == 2, refused
+        assert "Traceback" not in refused.stderr, refused.stderr
+        return "refused; " + resumed(night, ended, (2, -signal.SIGKILL, 0))
+
+    return on_a_small_disk(night, remount)
 
 
 @injection("a truncated study file")
@@ -340,7 +348,7 @@ def truncated_cache(night: Night, pattern: str) -> str:
     return resumed(night, ended, (-signal.SIGKILL,))
 
 
-@injection("truncated items")
+@injection("truncated items", quick=False)
 def _(night: Night) -> str:
     return truncated_cache(night, "items/*.jsonl")
 

@@ -29,7 +29,7 @@ from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import read_json, read_text, read_yaml, write_text
 from evomerge.merge.live import load_live_model
-from evomerge.merge.recipe import load_recipe, model_folders
+from evomerge.merge.recipe import load_recipe, signed
 from evomerge.parse import DEPTH, YAML_NODES, parse_json, parse_yaml
 from evomerge.report.card import results_section
 from evomerge.search.exam import open_exam
@@ -334,7 +334,7 @@ def test_a_path_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, path: st
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     content = {"method": "uniform_soup", "base": {"path": path}, "sources": [{"name": "a", "path": path}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    said = refusal(lambda: model_folders(load_recipe(tmp_path / "recipe.yaml")))
+    said = refusal(lambda: signed(load_recipe(tmp_path / "recipe.yaml")))
     assert "is no path" in said or "no such folder" in said
 
 

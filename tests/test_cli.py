@@ -259,6 +259,28 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         subprocess.run(["umount", "-l", small], check=True)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("(sqlite3.OperationalError) attempt to write a readonly database", "read-only"),
+        ("(sqlite3.OperationalError) disk I/O error", "cannot be read or written"),
+        ("(sqlite3.FullError) database or disk is full", "disk is full"),
+        ("a bug", None),
+    ],
+)
+def test_what_a_disk_says_through_a_library_is_told_in_one_line(said: str, told: str | None) -> None:
+    from evomerge.cli import disk_trouble
+
+    try:
+        try:
+            raise OSError(said)
+        except OSError as error:
+            raise RuntimeError("a library's own") from error
+    except RuntimeError as error:
+        found = disk_trouble(error)
+    assert (found is None) if told is None else (found is not None and told in found)
+
+
 def test_every_command_has_an_example_in_its_help() -> None:
     for command in ("search", "resume", "status", "report", "export", "merge", "reproduce", "inspect", "evaluate"):
         done = run_cli(command, "--help")

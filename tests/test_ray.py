@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from searches import trials_of, verdict_of, write_config
 
@@ -73,6 +74,20 @@ def test_the_search_goes_on_when_a_node_dies(cluster: Any, tiny_family: Path, tm
     assert [t[0] for t in trials_of(run)] == list(range(200))
     assert "worker" in (run / "log.txt").read_text()
     assert (run / "verdict.json").exists()
+
+
+def test_a_cluster_made_for_the_search_listens_on_loopback_alone(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"trials": 5000})
+    command = [sys.executable, "-m", "evomerge", "search", config, "--run", tmp_path / "run", "--ray", "local"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for("trial 10 begins", tmp_path / "run", process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    sockets = [s for p in family for s in p.net_connections("inet") if s.status == psutil.CONN_LISTEN]
+    process.terminate()
+    assert process.communicate(timeout=100)[0]
+    assert process.returncode == 143
+    assert sockets
+    assert {s.laddr.ip.removeprefix("::ffff:") for s in sockets} == {"127.0.0.1"}
 
 
 def test_an_address_without_a_cluster_is_one_error(tiny_family: Path, tmp_path: Path) -> None:

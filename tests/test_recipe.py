@@ -28,7 +28,7 @@ from evomerge.merge.recipe import (
     check_layers,
     dump_recipe,
     load_recipe,
-    model_folders,
+    signed,
 )
 from evomerge.sources.anatomy import COMPONENTS, Place, place
 from evomerge.sources.locate import fingerprint
@@ -390,7 +390,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
 def test_a_path_of_an_unknown_user_is_refused(tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", base={"path": "~nobody-of-this-name/base"})
     with pytest.raises(EvomergeError, match="nobody-of-this-name/base: no such folder"):
-        model_folders(load_recipe(file))
+        signed(load_recipe(file))
 
 
 # --- Lists and layers ---

@@ -21,8 +21,10 @@ from evomerge.search.jobs import Examination, Failure, Outcome, Tryout
 from evomerge.search.race import build_course
 from evomerge.search.run import Run, create_run
 from evomerge.search.scorer import Scorer, open_config_models
-from evomerge.search.workers.crew import Crew, crew_of, make_workers
+from evomerge.search.workers.crew import Crew, crew_of, make_workers, setup_of
 from evomerge.search.workers.pool import DEATHS, Pool
+from evomerge.search.workers.worker import Setup
+from evomerge.search.workers.workshop import open_workshop
 
 KINDS = {"this process": Crew(1), "processes": Crew(2), "ray": Crew(2, "local")}
 
@@ -81,6 +83,8 @@ def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
             workers = make_workers(KINDS[kind], run, config, models, exam, lambda: None, lambda text: None)
             pool = Pool(workers, run.log, stuck=20.0)
             await pool.open()
+            while any(post.state != "idle" for post in pool.posts):
+                await asyncio.sleep(0.05)
             return pool
 
         pool = loop.run(opened())
@@ -254,34 +258,19 @@ def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
     assert "SIGKILL" in result.reason
 
 
-def test_a_worker_whose_files_are_others_is_refused(run: Run, tiny_family: Path, tmp_path: Path) -> None:
+def test_a_worker_whose_files_are_others_is_refused(run: Run) -> None:
     config = run.config()
-    for part in ("base", "rev", "add"):
-        shutil.copytree(tiny_family / part, tmp_path / part)
-    config = load_config(write_config(tmp_path, tmp_path))
+    setup = setup_of(run, config, open_exam(config))
 
-    async def start(change: Callable[[Any], Any]) -> None:
-        exam = open_exam(config)
-        own = create_run(config, exam, tmp_path / "search.yaml", tmp_path / f"run{change.__name__}")
-        workers: Any = make_workers(Crew(2), own, config, open_config_models(config), exam, print, print)
-        for worker in workers:
-            worker.setup = change(worker.setup)
-        pool = Pool(workers[:1], own.log)
-        try:
-            await pool.open()
-        finally:
-            await pool.close()
+    def opened(changed: Setup) -> None:
+        open_workshop(changed, lambda: None, print, lambda done, total: None)
 
-    def other_host(setup: Any) -> Any:
-        return replace(setup, host="elsewhere", inputs={**setup.inputs, "rev": {"model.safetensors": "0" * 64}})
-
-    def other_items(setup: Any) -> Any:
-        return replace(setup, items={"tiny_rev": {"search": "0" * 64}})
-
+    opened(replace(setup, host="elsewhere"))  # another machine compares hashes
+    others = {**setup.inputs, "rev": {"model.safetensors": "0" * 64}}
     with pytest.raises(EvomergeError, match=r"the model files of rev on .* are not those that the driver has"):
-        asyncio.run(start(other_host))
+        opened(replace(setup, host="elsewhere", inputs=others))
     with pytest.raises(EvomergeError, match=r"the items of tiny_rev on .* are not those"):
-        asyncio.run(start(other_items))
+        opened(replace(setup, items={"tiny_rev": {"search": "0" * 64}}))
 
 
 def test_a_source_that_is_replaced_while_the_search_runs_ends_it(tiny_family: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if message := full_disk(error):
+        if message := disk_trouble(error):
             print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
         raise
@@ -31,12 +31,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def full_disk(error: BaseException) -> str | None:
-    """Libraries wrap 'no space left' each in their own error; the person needs one message."""
+TROUBLES = {
+    "disk is full": "the disk is full",
+    "No space left on device": "the disk is full",
+    "os error 28": "the disk is full",
+    "readonly database": "the disk has become read-only",
+    "Read-only file system": "the disk has become read-only",
+    "disk I/O error": "the disk cannot be read or written",
+}
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """Libraries wrap what a disk says each in their own error; the person needs one message."""
     seen: BaseException | None = error
     while seen is not None:
-        text = str(seen)
-        if "disk is full" in text or "No space left on device" in text or "os error 28" in text:
-            return "the disk is full; nothing that was finished is lost. Free some space and run the command again"
+        for sign, trouble in TROUBLES.items():
+            if sign in str(seen):
+                return f"{trouble}; nothing that was finished is lost. Mend that and run the command again"
         seen = seen.__cause__ or seen.__context__
     return None

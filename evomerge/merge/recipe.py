@@ -247,11 +247,6 @@ def leaves(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
             yield f"{above}{source.name}", source
 
 
-def model_folders(recipe: Recipe) -> list[tuple[str, Path]]:
-    """Every model's name and where it lies, the base first.  EvomergeError if one cannot be found."""
-    return [(name, locate(model.path)) for name, model in leaves(recipe)]
-
-
 def signed(recipe: Recipe) -> Recipe:
     """The recipe with the SHA-256 sums of its inputs."""
     copy = recipe.model_copy(deep=True)

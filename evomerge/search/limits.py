@@ -3,16 +3,13 @@
 import math
 import time
 from bisect import bisect_right, insort
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from evomerge.config.schema import BudgetConfig, SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.search.study import FINISHED, in_full
 
 
 @dataclass
@@ -41,15 +38,6 @@ class Progress:
     def since_best(self) -> int:
         """How many sampled trials later than the best one have finished."""
         return len(self.sampled) - bisect_right(self.sampled, self.best_number)
-
-
-def progress_of(trials: Iterable[FrozenTrial]) -> Progress:
-    """The progress of a study."""
-    found = Progress()
-    for trial in trials:
-        if trial.state in FINISHED:
-            found.add(trial.number, trial.value if in_full(trial) else None, "baseline" not in trial.user_attrs)
-    return found
 
 
 @dataclass(frozen=True)

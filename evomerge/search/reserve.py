@@ -21,7 +21,7 @@ from evomerge.search.finals import FINALISTS
 from evomerge.search.ledger import digest
 from evomerge.search.scores import ITEMS, LEDGER, ledger_key
 from evomerge.search.study import SearchStudy, in_full, record_of
-from evomerge.search.verdict import resampled_means
+from evomerge.search.verdict import drawn
 from evomerge.sources.locate import locate
 from evomerge.sources.open import Models
 
@@ -56,12 +56,11 @@ class Ahead:
     """What is still to do when no trial begins any more.
 
     models: to be scored on each split; what the ledger has is not counted.  items: of each split, all tasks together.
-    judged: models that the verdict compares.  export: seconds that writing the model takes.  trials: in the study.
+    export: seconds that writing the model takes.  trials: in the study.
     """
 
     models: Mapping[Split, int] = field(default_factory=dict)
     items: Mapping[Split, int] = field(default_factory=dict)
-    judged: int = 0
     export: float = 0.0
     trials: int = 0
 
@@ -70,19 +69,19 @@ def reserve(rates: Rates, ahead: Ahead, workers: int = 1) -> float:
     """Seconds from the moment at which the last trial may begin to the result.
 
         FIXED + PER_TRIAL trials + SAFETY (
-            trial + sum over splits ceil(models / workers) (merge + items item) + 2 judged items draw + export)
+            trial + sum over splits ceil(models / workers) (merge + items item) + 2 items draw + export)
 
     trial: a trial that has just begun ends before the rest can begin.  The sum is over the search split (baselines and
     soups without a score), the selection split (finalists) and the holdout split (the chosen one and the baselines);
     workers score different models side by side, and a split begins when the one before it has ended.  The bootstrap is
-    drawn twice, for the differences and for the table of the tasks.
+    drawn twice, for the differences and for the table of the tasks, each time once for all models.
     """
     scoring = sum(
         math.ceil(count / max(1, workers)) * (rates.merge + ahead.items[split] * rates.item)
         for split, count in ahead.models.items()
         if count
     )
-    judging = 2 * ahead.judged * ahead.items.get("holdout", 0) * rates.draw
+    judging = 2 * ahead.items.get("holdout", 0) * rates.draw
     return FIXED + PER_TRIAL * ahead.trials + SAFETY * (rates.trial + scoring + judging + ahead.export)
 
 
@@ -108,7 +107,7 @@ def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Ra
 def draw_time() -> float:
     """Seconds of the bootstrap for one item of one model, measured on a few."""
     began = time.perf_counter()
-    resampled_means({"": [0.0] * DRAWN}, {"": 1.0}, 0)
+    drawn.__wrapped__((DRAWN,), 0)
     return (time.perf_counter() - began) / DRAWN
 
 
@@ -133,7 +132,7 @@ def ahead_of(
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
     models: dict[Split, int] = {"search": len(lacking) + soups, "selection": finalists, "holdout": judged}
-    return Ahead(models, items, len(rivals) + recommended + 1, trials=len(study.trials))
+    return Ahead(models, items, trials=len(study.trials))
 
 
 class ReservedTime:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
+from evomerge.config.storage import masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.search import tables
 from evomerge.search.sqlite import create_file, file_of, is_damage, write_ahead
@@ -257,27 +257,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(cause).strip().splitlines()), type(error).__name__)
 
 
-SECRET = re.compile(r"((?:password|passwd|secret|token)=)[^&]*", re.IGNORECASE)
-
-
-def masked(url: str) -> str:
-    """A database URL without its password."""
-    if url.partition("://")[2].count("@") > 1:  # of a password with an unquoted @ a part would be taken for the host
-        return url.split("://")[0] + "://..."
-    try:
-        text = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return url.split("://")[0] + "://..." if "://" in url else url
-    return SECRET.sub(r"\1***", text)
-
-
 def scrubbed(text: str, url: str) -> str:
     """An error's text without any part of the URL's password that it quotes."""
-    user, at, _ = url.partition("://")[2].rpartition("@")
-    secrets = [match.group(0).partition("=")[2] for match in SECRET.finditer(url)]
-    if at and ":" in user:
-        secrets += [user.partition(":")[2], *user.partition(":")[2].split("@")]
+    found = passwords(url)
+    secrets = {*found, *(part for password in found for part in password.split("@"))}
     for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):
         if len(secret) > 2:
             text = text.replace(secret, "***")
-    return SECRET.sub(r"\1***", text)
+    return masked(text)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ ItemScores = Mapping[str, Sequence[float]]
 """Task name -> one score per item, the higher the better."""
 
 RESAMPLES = 10_000
+BLOCK = 500  # draws that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,25 @@ def resampled_means(scores: ItemScores, weights: Mapping[str, float], seed: int)
 
     The same seed draws the same items for every candidate, so differences of two results are paired.
     """
-    rng = np.random.default_rng(seed)
-    total = sum(weights[task] for task in scores)
+    tasks = sorted(scores)
+    total = sum(weights[task] for task in tasks)
     means = np.zeros(RESAMPLES)
-    for task in sorted(scores):
+    for task, counts in zip(tasks, drawn(tuple(len(scores[t]) for t in tasks), seed), strict=True):
         items = np.asarray(scores[task], dtype=np.float64)  # (n,)
-        counts = rng.multinomial(len(items), np.full(len(items), 1 / len(items)), size=RESAMPLES)  # (R, n)
-        means += weights[task] / total * (counts @ items) / len(items)
+        found = np.concatenate([counts[k : k + BLOCK] @ items for k in range(0, RESAMPLES, BLOCK)])
+        means += weights[task] / total * found / len(items)
     return means
+
+
+@lru_cache(maxsize=64)
+def drawn(sizes: tuple[int, ...], seed: int) -> list[NDArray[np.uint16]]:
+    """How often each item is drawn, (RESAMPLES, n) for each task's n: the same for every model of a verdict."""
+    rng = np.random.default_rng(seed)
+
+    def block(n: int) -> NDArray[np.uint16]:
+        return rng.multinomial(n, np.full(n, 1 / n), size=BLOCK).astype(np.uint16)
+
+    return [np.concatenate([block(n) for _ in range(RESAMPLES // BLOCK)]) for n in sizes]
 
 
 def interval(value: float, draws: NDArray[np.float64]) -> Interval:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -78,6 +79,7 @@ def connect(address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         host, _, port = address.rpartition(":")
         if host and port.isdecimal():  # Ray itself would try for minutes
@@ -90,6 +92,8 @@ def connect(address: str) -> None:
     except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvomergeError(f"--ray {address}: no cluster can be reached there ({reason})") from error
+    for number, handler in handlers.items():  # Ray puts its own in their place
+        signal.signal(number, handler)
 
 
 def cluster_room(device: str, wanted: int | Literal["auto"]) -> int:

@@ -61,6 +61,8 @@ def make_workers(
     devices = devices_of(config.device)
     count = len(devices) if crew.count == "auto" else crew.count
     if count == 1:
+        if len(devices) > 1:
+            run.log(f"note: one of {len(devices)} accelerators is used; --workers auto uses them all")
 
         def make(check: Callable[[], None], progress: Progress) -> Scorer:
             phase("preparing the items")
