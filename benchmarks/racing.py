@@ -41,7 +41,6 @@ from scipy.stats import wilcoxon
 from evomerge.evaluate.racing import ALPHA, Order, Race, Vector, ceiling, chunks, item_weights, race_order
 from evomerge.search.run import open_run
 from evomerge.search.scores import objective_scores
-from evomerge.search.storage import open_study
 from evomerge.search.study import in_full, record_of
 
 Matrix = NDArray[np.float64]
@@ -77,8 +76,7 @@ class Recorded:
 def read(folder: Path) -> tuple[Recorded, str]:
     """The finished trials of a finished run, and what they were scored by."""
     run = open_run(folder)
-    config = run.config()
-    study = open_study(run.storage_url(config), config.name, create=False)
+    study = run.study()
     tasks = json.loads(run.verdict_file.read_text(encoding="utf-8"))["tasks"]
     trials = [t for t in study.trials if in_full(t)]
     if any("partial" in record_of(t) for t in study.trials):

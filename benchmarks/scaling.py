@@ -201,8 +201,7 @@ def search_for_real(run: Run, workers: int, trials: int, folder: Path) -> tuple[
     subprocess.run(
         [*command, "--workers", str(workers), "--trials", str(trials)], check=True, stdout=subprocess.DEVNULL
     )
-    found = open_run(folder / "run")
-    study = open_study(found.storage_url(config), config.name, create=False)
+    study = open_run(folder / "run").study()
     sampled = [t for t in study.get_trials(deepcopy=False) if "baseline" not in t.user_attrs]
     first = min(t.datetime_start for t in sampled if t.datetime_start)
     last = max(t.datetime_complete for t in sampled if t.datetime_complete)
@@ -235,9 +234,7 @@ def main() -> None:
         return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     run = open_run(arguments.run)
-    config = run.config()
-    stored = open_study(run.storage_url(config), config.name, create=False)
-    times = np.array([t for t in map(trial_seconds, stored.get_trials(deepcopy=False)) if t > 0])
+    times = np.array([t for t in map(trial_seconds, run.study().get_trials(deepcopy=False)) if t > 0])
     times *= arguments.median / np.median(times)
     low, high = np.percentile(times, (5, 95))
     print(f"{len(times)} recorded trials scaled to a median of {arguments.median:g} s (5% {low:.0f}, 95% {high:.0f})")

@@ -122,11 +122,8 @@ def trials_of(run: Path) -> list[tuple[int, str, dict[str, float], float | None]
     import optuna
 
     from evomerge.search.run import open_run
-    from evomerge.search.storage import open_study
 
-    opened = open_run(run)
-    config = opened.config()
-    study = open_study(opened.storage_url(config), config.name, create=False)
+    study = open_run(run).study()
     assert isinstance(study, optuna.Study)
     return [(t.number, t.state.name, dict(t.params), t.value) for t in study.get_trials(deepcopy=False)]
 

@@ -261,9 +261,7 @@ s.Engine.score_parts = sometimes
 
 
 def study_of(run: Path) -> optuna.Study:
-    opened = open_run(run)
-    config = opened.config()
-    return open_study(opened.storage_url(config), config.name, create=False)
+    return open_run(run).study()
 
 
 def test_a_failing_trial_is_recorded_and_the_search_goes_on(tiny_family: Path, tmp_path: Path) -> None:

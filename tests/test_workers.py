@@ -260,7 +260,7 @@ def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
 
 def test_a_worker_whose_files_are_others_is_refused(run: Run) -> None:
     config = run.config()
-    setup = setup_of(run, config, open_exam(config))
+    setup = setup_of(run, config)
 
     def opened(changed: Setup) -> None:
         open_workshop(changed, lambda: None, print, lambda done, total: None)

@@ -9,7 +9,6 @@ from evomerge.errors import EvomergeError
 from evomerge.files import written_aside
 from evomerge.search.run import Run
 from evomerge.search.scores import rows
-from evomerge.search.storage import open_study
 
 COLUMNS = pa.schema(
     [
@@ -35,8 +34,7 @@ def write_items(run: Run, out: Path) -> int:
         raise EvomergeError(f"{out}: give a name that ends in .parquet or .csv")
     if out.exists():
         raise EvomergeError(f"{out}: exists already; choose another name")
-    config = run.config()
-    table = pa.Table.from_pylist(list(rows(open_study(run.storage_url(config), config.name, create=False))), COLUMNS)
+    table = pa.Table.from_pylist(list(rows(run.study())), COLUMNS)
     with written_aside(out) as aside:
         write(table, aside)
     return int(table.num_rows)

@@ -10,8 +10,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.search.board import price_of
 from evomerge.search.limits import limits_of, now
 from evomerge.search.run import Run
-from evomerge.search.storage import open_study
-from evomerge.search.study import FINISHED, in_full, record_of, trial_seconds
+from evomerge.search.study import FINISHED, in_full, rank, record_of, trial_seconds
 from evomerge.search.usage import Usage, used_by
 
 PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
@@ -79,11 +78,11 @@ class Status:
 def read_status(run: Run) -> Status:
     """The status of a run.  EvomergeError if its study cannot be read."""
     config = run.config()
-    study = open_study(run.storage_url(config), config.name, create=False)
+    study = run.study()
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     finished = [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
-    best = max(filter(in_full, trials), key=lambda t: (t.value or 0.0, -t.number), default=None)
+    best = max(filter(in_full, trials), key=rank, default=None)
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
     used = used_by(trials, study.user_attrs)

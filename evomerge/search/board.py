@@ -13,8 +13,8 @@ from evomerge.config.schema import PriceConfig, SearchConfig
 from evomerge.search.limits import Limits, Progress, now
 from evomerge.search.run import Run
 from evomerge.search.snapshot import Failure, Snapshot, WorkerState, thinned, write_snapshot
-from evomerge.search.study import FINISHED, in_full, record_of
-from evomerge.search.usage import USED, Stopwatch, Usage, elapsed_of, used_by
+from evomerge.search.study import FINISHED, in_full, is_whole, record_of
+from evomerge.search.usage import USED, Elapsed, Stopwatch, Usage, used_by
 
 EVERY = 1.0  # seconds between two snapshots
 RECENT = 30  # trials that the rate is about
@@ -71,7 +71,7 @@ class Board:
     def restore(self, trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> None:
         """Take over what the study knows when it is opened.  attributes: the study's."""
         self.used = used_by(trials, attributes)
-        self.stopwatch.go_on(elapsed_of(trials, attributes))
+        self.stopwatch.go_on(Elapsed(self.used.seconds, self.used.device_seconds))
         for trial in trials:
             if trial.state in FINISHED:
                 name = trial.user_attrs.get("baseline")
@@ -91,8 +91,7 @@ class Board:
 
     def trial(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
         """A finished trial with its stored record.  value: what the sampler was told, None if it failed."""
-        whole = value is not None and "partial" not in record and "broken" not in record
-        self.note(number, value if whole else None, record, baseline)
+        self.note(number, value if is_whole(record) else None, record, baseline)
         self.spend(Usage.from_dict(record.get(USED, {})))
         self.finished_at.append(time.monotonic())
         self.listener.trial(number, self.limits.trials, value, self.progress.best, told(record) or baseline or "")

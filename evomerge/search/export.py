@@ -9,7 +9,6 @@ from evomerge.merge.recipe import Recipe, load_recipe
 from evomerge.search.run import Run
 from evomerge.search.scorer import open_config_models
 from evomerge.search.space import build_space
-from evomerge.search.storage import open_study
 
 
 def recommended_recipe(run: Run) -> tuple[Recipe, dict[str, Any]]:
@@ -25,8 +24,7 @@ def recommended_recipe(run: Run) -> tuple[Recipe, dict[str, Any]]:
 def recipe_of_trial(run: Run, number: int) -> Recipe:
     """The recipe of one finished trial.  EvomergeError if there is none of that number."""
     config = run.config()
-    study = open_study(run.storage_url(config), config.name, create=False)
-    complete = {t.number: t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    complete = {t.number: t for t in run.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
     if number not in complete:
         raise EvomergeError(f"{run.folder}: has no finished trial {number}; there are {len(complete)} finished ones")
     return build_space(config, open_config_models(config)).recipe(complete[number].params)

@@ -15,7 +15,7 @@ from evomerge.search.exam import Exam, Scores
 from evomerge.search.ledger import Ledger, digest
 from evomerge.search.run import Run
 from evomerge.search.soup import GreedySoup
-from evomerge.search.study import SearchStudy
+from evomerge.search.study import SearchStudy, rank
 from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
 from evomerge.search.workers.pool import together
 
@@ -47,7 +47,7 @@ class Finalist:
 
 def finalists(study: SearchStudy) -> list[Finalist]:
     """The best finished trials by objective, and the mean of the final search distribution."""
-    complete = sorted(study.complete, key=lambda t: (-(t.value or 0.0), t.number))
+    complete = sorted(study.complete, key=rank, reverse=True)
     found = [Finalist(label(t), t.number, study.space.recipe(t.params)) for t in complete[:FINALISTS]]
     sampler = study.sampler(len(study.trials))
     if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study.mirror)) is not None:

@@ -71,7 +71,7 @@ class Deadline:
 class Limits:
     """When no new trial begins; whichever comes first.
 
-    trials: finished ones, baselines included.  seconds: of the run from its beginning to its result, over all sessions.
+    trials: that begin, baselines included.  seconds: of the run from its beginning to its result, over all sessions.
     deadline: when the result is to be there.  target: the best value is no lower.  patience: sampled trials have
     finished since the best one.
     """
@@ -96,14 +96,16 @@ class Limits:
             times.append(self.deadline.left(moment))
         return min(times)
 
-    def reached(self, progress: Progress, elapsed: float, moment: Moment, reserve: float = 0.0) -> str | None:
+    def reached(
+        self, progress: Progress, elapsed: float, moment: Moment, reserve: float = 0.0, in_hand: int = 0
+    ) -> str | None:
         """Why no new trial may begin, None if one may.
 
-        reserve: seconds that the time limits keep for what follows.  Time ends nothing before there is a candidate
-        evaluated in full: without one there would be no result at all.
+        reserve: seconds that the time limits keep for what follows.  in_hand: trials that have begun and not finished.
+        Time ends nothing before there is a candidate evaluated in full: without one there would be no result at all.
         """
-        if self.trials is not None and progress.trials >= self.trials:
-            return f"{progress.trials} trials are finished"
+        if self.trials is not None and progress.trials + in_hand >= self.trials:
+            return f"{progress.trials + in_hand} trials have begun"
         if progress.best is None:
             return None
         if self.target is not None and progress.best >= self.target:

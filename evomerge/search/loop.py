@@ -31,7 +31,7 @@ from evomerge.search.soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space import Point, build_space
 from evomerge.search.stop import StopSignal, stoppable
 from evomerge.search.storage import Patience, open_study
-from evomerge.search.study import Begun, SearchStudy, in_full, record_of
+from evomerge.search.study import Begun, SearchStudy, in_full, rank, record_of
 from evomerge.search.usage import stored_usage
 from evomerge.search.verdict import Verdict
 from evomerge.search.workers.crew import Crew, make_workers
@@ -135,10 +135,9 @@ class Driver:
     def ended(self) -> str | None:
         """Why no trial may begin any more, None if one may."""
         limits, board = self.board.limits, self.board
-        if limits.trials is not None and self.study.count >= limits.trials:
-            return f"{self.study.count} have begun"
         board.reserved = self.reserved.seconds(self.pool.size) if limits.timed else 0.0
-        return limits.reached(board.progress, board.stopwatch.elapsed.seconds, now(), board.reserved)
+        in_hand = self.study.count - board.progress.trials
+        return limits.reached(board.progress, board.stopwatch.elapsed.seconds, now(), board.reserved, in_hand)
 
     def baselines_are_done(self) -> bool:
         return all(b.point is None or self.study.of_baseline(b.name) is not None for b in self.known)
@@ -166,7 +165,7 @@ class Driver:
         result = await self.result_of(trial, record)
         value, seconds = None, {}
         if isinstance(result, Outcome):
-            value = result.estimate.value if result.estimate else self.exam.mean(result.scores, "objective")
+            value = value_of(result, self.exam)
             record |= describe(result, self.exam, self.ledger.items("search"))
             seconds = result.seconds
         elif result.broken:
@@ -235,7 +234,7 @@ def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[Fro
     best = study.best
     if best is not None and record_of(best).get("items") != items:  # items were changed on the way
         here = (t for t in study.complete if record_of(t).get("items") == items)
-        best = max(here, key=lambda t: (t.value or 0.0, -t.number), default=None)
+        best = max(here, key=rank, default=None)
     latest = (t for t in reversed(study.complete) if t is not best and record_of(t).get("items") == items)
     return best, list(islice(latest, PREDICTORS))[::-1]
 
@@ -261,6 +260,11 @@ def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:
     trials = [study.of_baseline(b.name) for b in known if b.kind == "parent"]
     records = [record_of(t) for t in trials if t is not None and in_full(t)]
     return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
+
+
+def value_of(outcome: Outcome, exam: Exam) -> float:
+    """What the sampler is told of a candidate that was scored."""
+    return outcome.estimate.value if outcome.estimate else exam.mean(outcome.scores, "objective")
 
 
 def describe(outcome: Outcome, exam: Exam, items: str) -> dict[str, Any]:

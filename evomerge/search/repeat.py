@@ -9,12 +9,11 @@ from evomerge.search.baselines import baselines
 from evomerge.search.exam import open_exam
 from evomerge.search.jobs import Failure, Tryout
 from evomerge.search.ledger import Book
-from evomerge.search.loop import healthy, make_course
+from evomerge.search.loop import healthy, make_course, value_of
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer, open_config_models
 from evomerge.search.scores import objective_scores
 from evomerge.search.space import build_space
-from evomerge.search.storage import open_study
 from evomerge.search.study import SearchStudy, record_of
 
 
@@ -33,9 +32,8 @@ def repeat(run: Run, number: int) -> Repeated:
     EvomergeError if there is no such trial or it has no scores to compare with.
     """
     config = run.config()
-    study_of_run = open_study(run.storage_url(config), config.name, create=False)
     models = open_config_models(config)
-    study = SearchStudy(study_of_run, build_space(config, models))
+    study = SearchStudy(run.study(), build_space(config, models))
     trial = next((t for t in study.finished if t.number == number), None)
     if trial is None or trial.value is None or "scores" not in record_of(trial):
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
@@ -43,7 +41,7 @@ def repeat(run: Run, number: int) -> Repeated:
     known, record = baselines(study.space), record_of(trial)
     job = Tryout(study.space.recipe(trial.params), None)
     if "baseline" not in trial.user_attrs:
-        course = make_course(study, known, Book(study_of_run, exam))
+        course = make_course(study, known, Book(study.stored, exam))
         race = None
         if course is not None and record.get("race"):
             full = {t.number: t for t in study.complete}
@@ -57,5 +55,5 @@ def repeat(run: Run, number: int) -> Repeated:
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
     before, after = objective_scores(trial), {t: np.array(s) for t, s in exam.of(result.scores, "objective").items()}
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
-    value = result.estimate.value if result.estimate else exam.mean(result.scores, "objective")
-    return Repeated(sum(int(np.isfinite(s).sum()) for s in before.values()), differing, (trial.value, value))
+    items = sum(int(np.isfinite(s).sum()) for s in before.values())
+    return Repeated(items, differing, (trial.value, value_of(result, exam)))

@@ -19,10 +19,10 @@ from evomerge.files import disk_errors
 from evomerge.search.baselines import Baseline
 from evomerge.search.finals import FINALISTS
 from evomerge.search.ledger import digest
+from evomerge.search.scorer import model_folders
 from evomerge.search.scores import ITEMS, LEDGER, ledger_key
-from evomerge.search.study import SearchStudy, in_full, record_of
+from evomerge.search.study import SearchStudy, in_full, rank, record_of
 from evomerge.search.verdict import drawn
-from evomerge.sources.locate import locate
 from evomerge.sources.open import Models
 
 FIXED = 5.0  # seconds: figures of the report are drawn, files synced
@@ -125,7 +125,7 @@ def ahead_of(
     tried = {t.user_attrs.get("baseline") for t in study.trials}
     lacking = [b for b in known if b.name not in tried and not scored("search", digest(b.recipe))]
     soups = 0 if any(b.kind == "greedy" for b in known) else max(0, sum(b.kind == "parent" for b in known) - 2)
-    best = sorted(study.complete, key=lambda t: (-(t.value or 0.0), t.number))[:FINALISTS]
+    best = sorted(study.complete, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 1  # the mean
     rivals = [b for b in known if b.kind != "recommended"]
@@ -174,8 +174,7 @@ def export_seconds(config: SearchConfig, models: Models, folder: Path) -> float:
     """
     size = TORCH_DTYPES[config.dtype].itemsize
     made = sum(math.prod(t.shape) * size for t in models.base.tensors.values())
-    paths = [config.base, *(s.path for s in config.sources)]
-    files = [file for path in paths for file in locate(path).glob("*.safetensors")]
+    files = [file for folder in model_folders(config).values() for file in folder.glob("*.safetensors")]
     stored = sum(file.stat().st_size for file in files)
     per_byte = write_time(folder), read_time(files[0])
     return made * per_byte[0] + (2 * stored + made) * per_byte[1]

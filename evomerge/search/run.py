@@ -21,9 +21,10 @@ from evomerge.config.storage import expanded
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, read_json, sha256, write_text
 from evomerge.search.exam import Exam, open_exam
-from evomerge.search.storage import sqlite_url
+from evomerge.search.scorer import model_folders
+from evomerge.search.storage import open_study, sqlite_url
 from evomerge.search.verdict import what_is_wrong
-from evomerge.sources.locate import fingerprint, locate
+from evomerge.sources.locate import fingerprint
 
 KEY = "evomerge:key"  # study attribute: what its results depend on, see `study_key`
 PACKAGES = (
@@ -73,6 +74,11 @@ class Run:
         """The database with its password, for those who open it and nobody else (`masked` shows one)."""
         return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
+    def study(self) -> optuna.Study:
+        """The study, to be looked at.  EvomergeError if there is none or it cannot be read."""
+        config = self.config()
+        return open_study(self.storage_url(config), config.name, create=False)
+
     def config(self) -> SearchConfig:
         return load_config(self.config_file)
 
@@ -113,8 +119,7 @@ def open_run(folder: Path) -> Run:
 
 def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path."""
-    folders = {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
-    prints = {name: fingerprint(folder) for name, folder in folders.items()}
+    prints = {name: fingerprint(folder) for name, folder in model_folders(config).items()}
     for source in config.sources:
         if source.statistics is not None:
             prints[source.name][source.statistics] = sha256(Path(source.statistics))

@@ -37,14 +37,19 @@ from evomerge.sources.open import Models, open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 
+def model_folders(config: SearchConfig) -> dict[str, Path]:
+    """Where the base (`base`) and each source lie on this machine, by name."""
+    return {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+
+
 def open_config_models(config: SearchConfig) -> Models:
     """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
-    return open_models(locate(config.base), {s.name: locate(s.path) for s in config.sources})
+    folders = model_folders(config)
+    return open_models(folders.pop("base"), folders)
 
 
-def stamps(config: SearchConfig) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Who the files of the base (`base`) and of each source are on this machine, in microseconds."""
-    folders = {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Who the files of models are, by the model's name; in microseconds."""
     return {name: stamp(folder) for name, folder in folders.items()}
 
 
@@ -86,7 +91,8 @@ class Scorer:
         self.progress = progress
         self.log = log
         self.exam = exam
-        self.stamps = stamps(config)
+        self.folders = model_folders(config)
+        self.stamps = stamps(self.folders)
         device = resolve_device(config.device)
         self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log), cache=cache)
         self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
@@ -130,10 +136,10 @@ class Scorer:
         EvomergeError if the search is at fault, or a model's file has been replaced: what lies in mapped memory may
         then be half the old and half the new one.
         """
-        refuse_changed(self.stamps, stamps(self.config))
+        refuse_changed(self.stamps, stamps(self.folders))
         with Meter(self.counts, self.bank.device) as meter:
             result = self.attempt(job)
-        refuse_changed(self.stamps, stamps(self.config))
+        refuse_changed(self.stamps, stamps(self.folders))
         return replace(result, used=meter.used)
 
     def attempt(self, job: Job) -> Result:

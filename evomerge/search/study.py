@@ -4,7 +4,7 @@ nothing."""
 import bisect
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,17 @@ def record_of(trial: FrozenTrial) -> dict[str, Any]:
 
 def in_full(trial: FrozenTrial) -> bool:
     """Whether a trial's value is that of all items: not stopped by the race, not broken."""
-    record = record_of(trial)
-    return trial.state == TrialState.COMPLETE and "partial" not in record and "broken" not in record
+    return trial.state == TrialState.COMPLETE and is_whole(record_of(trial))
+
+
+def is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record with a value is that of a trial evaluated in full."""
+    return "partial" not in record and "broken" not in record
+
+
+def rank(trial: FrozenTrial) -> tuple[float, int]:
+    """What the better of two trials evaluated in full has more of; of equal ones the first is the better."""
+    return trial.value or 0.0, -trial.number
 
 
 def trial_seconds(trial: FrozenTrial) -> float:
@@ -177,7 +186,7 @@ class SearchStudy:
             self.penalty = trial.value if self.penalty is None else min(self.penalty, trial.value)
         if in_full(trial):
             bisect.insort(self.complete, trial, key=lambda t: t.number)
-            self.best = max(filter(None, (self.best, trial)), key=lambda t: (t.value or 0.0, -t.number))
+            self.best = max(filter(None, (self.best, trial)), key=rank)
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:

@@ -194,12 +194,6 @@ def entries(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Ite
     yield from (entry for name, entry in attributes.items() if name.startswith(LEDGER))
 
 
-def elapsed_of(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Elapsed:
-    """How long the run had taken when its latest result was stored.  attributes: the study's."""
-    known = [Elapsed(**entry[ELAPSED]) for entry in entries(trials, attributes) if ELAPSED in entry]
-    return max(known, key=lambda e: e.seconds, default=Elapsed())
-
-
 def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usage:
     """What a run has used so far.  attributes: the study's.
 

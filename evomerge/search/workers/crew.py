@@ -13,8 +13,8 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import resolve_device
 from evomerge.errors import EvomergeError
 from evomerge.search.exam import Exam
-from evomerge.search.run import Run, item_fingerprints
-from evomerge.search.scorer import Scorer, stamps
+from evomerge.search.run import Run
+from evomerge.search.scorer import Scorer, model_folders, stamps
 from evomerge.search.workers.local import LocalWorker
 from evomerge.search.workers.process import ProcessWorker
 from evomerge.search.workers.worker import Progress, Setup, Worker
@@ -56,7 +56,7 @@ def make_workers(
 
         connect(crew.ray)
         count = cluster_room(config.device, crew.count)
-        setup = setup_of(run, config, exam)
+        setup = setup_of(run, config)
         return [RayWorker(setup, run.log) for _ in range(count)]
     devices = devices_of(config.device)
     count = len(devices) if crew.count == "auto" else crew.count
@@ -72,7 +72,7 @@ def make_workers(
             return scorer
 
         return [LocalWorker(make, devices[0], stop)]
-    setup = setup_of(run, config, exam)
+    setup = setup_of(run, config)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // count) if devices == ["cpu"] else None
     names = [devices[k % len(devices)] for k in range(count)]
@@ -87,11 +87,11 @@ def devices_of(wanted: str) -> list[str]:
     return [str(device)]
 
 
-def setup_of(run: Run, config: SearchConfig, exam: Exam) -> Setup:
+def setup_of(run: Run, config: SearchConfig) -> Setup:
     """What workers outside this process are told; the database and its password are not their affair."""
     told = config.model_copy(update={"storage": None})
-    inputs = run.manifest()["inputs"]
-    return Setup(told, run.folder.resolve(), platform.node(), stamps(config), inputs, item_fingerprints(exam))
+    manifest, files = run.manifest(), stamps(model_folders(config))
+    return Setup(told, run.folder.resolve(), platform.node(), files, manifest["inputs"], manifest["items"])
 
 
 def log_of(run: Run, number: int) -> Path:

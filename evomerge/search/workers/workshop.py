@@ -8,7 +8,7 @@ from evomerge.files import locked
 from evomerge.merge.compiled import user_cache
 from evomerge.search.exam import open_exam
 from evomerge.search.run import input_fingerprints, item_fingerprints
-from evomerge.search.scorer import Scorer, open_config_models, refuse_changed, stamps
+from evomerge.search.scorer import Scorer, model_folders, open_config_models, refuse_changed, stamps
 from evomerge.search.workers.worker import Progress, Setup
 
 
@@ -18,7 +18,7 @@ def open_workshop(setup: Setup, check: Callable[[], None], log: Callable[[str], 
     Where the run's folder is not there (another machine), what takes long to make is kept in the user's cache.
     """
     if platform.node() == setup.host:
-        refuse_changed(setup.stamps, stamps(setup.config))
+        refuse_changed(setup.stamps, stamps(model_folders(setup.config)))
     else:
         refuse_others("the model files", setup.inputs, input_fingerprints(setup.config))
     exam = open_exam(setup.config)
