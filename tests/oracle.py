@@ -120,7 +120,8 @@ def multislerp(
     found = centre * step.cos() + tangent * (step.sin() / step if step > 0 else 1.0)
     scale = sum(w * length for w, length in zip(weights, lengths, strict=True))
     unsure = 1 + (2**-14 * sum(map(abs, weights)) / size) ** 2  # |m|^2 is a difference of numbers near 1
-    change = (scale / size * unsure * terms.abs().sum(0)).abs()
+    lost = 2**-26 * sum(abs(w) * length for w, length in zip(weights, lengths, strict=True))  # lengths that cancel
+    change = (abs(scale) + lost) / size * unsure * terms.abs().sum(0)
     return Merged(origin + scale * found, origin.abs() + change, len(sources) + 6)
 
 

@@ -20,6 +20,7 @@ from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.derived import threads
 from evomerge.merge.execute import execute, random_mask
 from evomerge.merge.kernels import SparseForm, signed
+from evomerge.merge.measure import no_levels
 from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
 from evomerge.merge.statistics import Magnitudes, gram_matrix
 
@@ -190,7 +191,7 @@ def fused_name(name: str) -> object:
     return pytest.param(name, marks=() if name in COMPILED_BY_DEFAULT else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(fused_name, FUSED))
+@pytest.mark.parametrize("name", [fused_name(n) for n in FUSED])
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(2, 5000), spread=st.sampled_from([0.0, 10.0]))
 def test_compiled_kernels_give_the_same_bits(compiled: Compiled, name: str, size: int, spread: float):
@@ -208,7 +209,30 @@ def test_compiled_kernels_give_the_same_bits(compiled: Compiled, name: str, size
     assert compiled.usable
 
 
-@pytest.mark.parametrize("name", map(fused_name, FUSED))
+@pytest.mark.parametrize("name", [fused_name(n) for n in FUSED])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_compiled_kernels_do_not_care_how_the_inputs_lie_in_memory(
+    compiled: Compiled, name: str, layout: Callable[[Tensor], Tensor]
+):
+    base, sources = operands(37, 53)
+    sources = [x.bfloat16() for x in sources]
+    moved = run(PLANS[name], layout(base), [layout(x) for x in sources], torch.bfloat16, compiled=compiled)
+    assert torch.equal(moved, run(PLANS[name], base, sources, torch.bfloat16))
+
+
+def test_compiled_kernels_take_planes_that_are_one_number(compiled: Compiled):
+    """A source that drops at random among others that drop by rank has levels that nobody looks at."""
+    base, sources = operands(300, 500)
+    sources = [x.bfloat16() for x in sources]
+    ranks = torch.arange(base.numel()).remainder(256).to(torch.uint8).view(base.shape)
+    plan = SparseBlend(WEIGHTS, "rank", chances=(*RANKED[:2], CHANCES[2]), elect="weighted", normalize=True)
+    outs = [torch.empty_like(base) for _ in range(2)]
+    for out, kernels in zip(outs, (compiled, None), strict=True):
+        execute(plan, out, base, sources, [ranks, ranks, no_levels(base)], KEYS, kernels)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("name", [fused_name(n) for n in FUSED])
 def test_compiled_kernels_work_on_vectors(compiled: Compiled, name: str):
     base, sources = operands(100)
     run(PLANS[name], base, [x.bfloat16() for x in sources], torch.bfloat16, compiled=compiled)

@@ -258,6 +258,15 @@ def test_float32_arithmetic_rounded_once_agrees_with_the_paper(name: str, data: 
     assert allowed.all(), f"{out[~allowed]} at {(~allowed).nonzero().flatten().tolist()}"
 
 
+def test_lengths_that_cancel_are_as_sure_as_float64():
+    """Two sources of the same huge length, one subtracted: what is left of the lengths has lost ten digits."""
+    far, near = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e10], [1.0]])
+    shared = usual("multislerp", 3, normalize_weights=0.0, task_vectors=0.0).shared
+    knobs = Knobs({"weight": (0.625, 0.125, -0.625)}, shared, 3)
+    out = merge("multislerp", knobs, far, [far, near, far], torch.float32)
+    assert truth("multislerp", knobs, far, [far, near, far], keys_of(3)).allows(out).all()
+
+
 def usual(name: str, count: int, **given: float) -> Knobs:
     """A method's own defaults; what has none is 1 / count.  count: how many sources."""
     knobs = METHODS[name].knobs

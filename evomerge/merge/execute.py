@@ -228,7 +228,11 @@ def same_type(operands: list[Tensor]) -> list[Tensor]:
 
 
 def slabs(operands: Sequence[Tensor], call: Callable[[Sequence[Tensor], int], Tensor]) -> Tensor:
-    """Run a fused kernel on as much of flat tensors as an int32 can count, and again."""
+    """Run a fused kernel on as much of flat tensors as an int32 can count, and again.
+
+    It takes for granted that their elements follow one another.
+    """
+    operands = [x.contiguous() for x in operands]
     elements = operands[0].numel()
     if elements <= SLAB:
         return call(operands, 0)

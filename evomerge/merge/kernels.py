@@ -31,9 +31,8 @@ class SparseForm:
 
 
 def store(out: Tensor, total: Tensor) -> Tensor:
-    rounded = total.to(out.dtype)
-    out.copy_(rounded)
-    return rounded.float().abs().amax()
+    out.copy_(total)
+    return total.abs().amax().to(out.dtype).float()  # rounding keeps the order
 
 
 def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def sparse_blend(
         elif form.keep == "random":
             mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), words[CHANCE, i])
         else:
-            chance = planes[i].int().mul_(words[STEP, i]).add_(words[CHANCE, i])
+            chance = torch.addcmul(words[CHANCE, i], planes[i].int(), words[STEP, i])
             mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), chance)
         kept.append(d.mul_(mask))
     plain = added(kept) if form.elect == "plain" else None
@@ -162,9 +161,10 @@ def equal(x: Tensor, value: float) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """1.0 with the sign of x.  It may overwrite x."""
-    one = torch.ones((), device=x.device)
-    return torch.copysign(one, x) if torch.compiler.is_compiling() else torch.copysign(one, x, out=x)
+    """1.0 with the sign of x, where x is 0 or no number either sign.  It may overwrite x."""
+    if torch.compiler.is_compiling():  # where copysign is a call for every vector
+        return torch.where(x < 0.0, -1.0, 1.0)
+    return torch.copysign(torch.ones((), device=x.device), x, out=x)
 
 
 def added(terms: Sequence[Tensor]) -> Tensor:
