@@ -50,9 +50,9 @@ test-ray: $(READY)
 
 # mergekit's pins clash with ours, so it gets an environment of its own; the same files then go through both programs.
 MERGEKIT := .cache/mergekit
-$(MERGEKIT)/ready: Makefile
+$(MERGEKIT)/ready: tests/mergekit-constraints.txt
 	test -x $(MERGEKIT)/bin/python || $(PYTHON) -m venv $(MERGEKIT)
-	$(MERGEKIT)/bin/pip install --quiet --disable-pip-version-check --no-compile mergekit==0.1.5
+	$(MERGEKIT)/bin/pip install --quiet --disable-pip-version-check --no-compile -c tests/mergekit-constraints.txt mergekit
 	touch $@
 
 test-mergekit: $(READY) $(MERGEKIT)/ready
