@@ -102,6 +102,8 @@ TASK = {
 }  # fmt: skip
 INTERVAL = {"value": 0.5, "low": 0.4, "high": 0.6}
 VERDICT = {
+    "outcome": "better",
+    "detectable": 0.1,
     "winner": True,
     "recommended": "winner",
     "score": INTERVAL,

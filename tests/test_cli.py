@@ -33,7 +33,11 @@ def refuses(done: Done, *words: str) -> None:
 
 def test_a_search_ends_with_a_verdict_a_report_and_a_recipe(finished: Path) -> None:
     verdict = verdict_of(finished)
-    assert {c["name"] for c in verdict["comparisons"]} >= {"rev", "add", "uniform"}
+    assert {c["name"] for c in verdict["comparisons"]} >= {"base", "rev", "add", "uniform"}
+    selected = [f["name"] for f in verdict["finalists"] if f["kind"] != "candidate"]
+    assert {c["name"] for c in verdict["comparisons"]} <= set(selected), "baselines meet the candidates on selection"
+    assert verdict["comparisons"][0]["name"] == selected[0]
+    assert verdict["recommended"] in ("winner", selected[0])
     report = (finished / "report.html").read_text()
     assert verdict["sentence"].split("(")[0] in report.replace("&#x27;", "'")
     assert "https://" not in report.split("<script")[0]
@@ -78,7 +82,7 @@ def test_the_exported_folder_opens_and_its_card_tells_how_to_make_it_again(finis
     assert len(AutoTokenizer.from_pretrained(out)) > 10
     card = (out / "README.md").read_text()
     assert "evomerge reproduce" in card
-    assert "95% bootstrap" in card
+    assert "90% intervals" in card
     assert "apache-2.0" in card
 
 

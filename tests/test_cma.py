@@ -209,14 +209,18 @@ def test_after_a_collapse_the_search_starts_again_and_earlier_draws_move_nothing
     sampler = bench.sampler
     assert sampler.optimizer is not None
     assert sampler.optimizer.population_size == 8
+    collapsed = sampler.mean(bench.study)
+    assert collapsed is not None
+    assert collapsed != sampler.point(sampler.means[-1]), "the new start is a random point that nothing speaks for"
+    assert sphere(collapsed) > 100 * sphere(sampler.point(sampler.means[-1]))
     before = [n for n in bench.hand if bench.trials[n].system_attrs[GENERATION] < sampler.began]
     assert before
     for number in before:
         bench.finish(number, 1e9)
     step(bench, rng, 8)
     assert sampler.group == []
-    assert sampler.mean(bench.study) == sampler.point(sampler.means[-1])
     other = bench.rebuilt(CmaEsSampler(**made))
+    assert other.sampler.mean(other.study) == sampler.mean(bench.study) == collapsed
     state = rng.getstate()
     here = [step(bench, rng, 8) for _ in range(60)]
     rng.setstate(state)

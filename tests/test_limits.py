@@ -189,7 +189,7 @@ AHEAD = Ahead({"search": 1, "selection": 6, "holdout": 5}, {"search": 100, "sele
 
 def test_the_reserve_is_the_formula_that_it_states() -> None:
     scoring = (2 + 10) + 6 * (2 + 5) + 5 * (2 + 20)
-    assert reserve(RATES, AHEAD) == pytest.approx(FIXED + 1.3 * (5 + scoring + 2 * 200 * 0.001))
+    assert reserve(RATES, AHEAD) == pytest.approx(FIXED + 1.3 * (5 + scoring + 3 * 200 * 0.001))
     assert reserve(RATES, Ahead()) == pytest.approx(FIXED + 1.3 * 5)
 
 

@@ -20,7 +20,7 @@ from evomerge.evaluate.racing import (
     item_weights,
     race_order,
 )
-from evomerge.search.verdict import mean_score
+from evomerge.search.intervals import mean_score
 
 
 def every_order(weights: Vector, draws: Vector) -> Iterator[tuple[float, Order]]:

@@ -18,7 +18,7 @@ from searches import finished_search, run_cli, trials_of, verdict_of, write_conf
 
 from evomerge.config.file import load_config
 from evomerge.errors import EvomergeError
-from evomerge.search.baselines import baselines
+from evomerge.search.baselines import Baseline, baselines, distinct, plain_recipe
 from evomerge.search.cma import CmaEsSampler, trial_seed
 from evomerge.search.run import open_run
 from evomerge.search.scorer import open_config_models
@@ -101,11 +101,26 @@ def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> Non
 
 def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
     found = {b.name: b for b in baselines(space_of(family, tmp_path))}
-    assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.5", "task_arithmetic 0.8", "dare_ties 0.5"]
+    assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.8", "dare_ties 0.5"]
     assert found["rev"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
     assert found["uniform"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
     assert found["dare_ties 0.5"].point is None
     assert found["dare_ties 0.5"].recipe.method == "dare_ties"
+
+
+def test_baselines_that_make_the_same_model_are_one(family: Path, tmp_path: Path) -> None:
+    """Of two sources task arithmetic at 0.5 is the uniform blend, and a file of the user's may be a parent."""
+    space = space_of(family, tmp_path)
+
+    def made(method: str, weights: dict[str, float], density: float = 1.0) -> Baseline:
+        return Baseline("own", "given", plain_recipe(space, method, weights, density), None)
+
+    known = baselines(space)
+    assert distinct([made("linear", {"rev": 0.5, "add": 0.5}), *known], space.layers) == known
+    assert distinct([made("linear", {"rev": 3.0, "add": 0.0}), *known], space.layers) == known
+    assert distinct([made("dare_ties", {"rev": 0.5, "add": 0.5}, 0.5), *known], space.layers) == known
+    for other in (made("linear", {"rev": 0.6, "add": 0.4}), made("task_arithmetic", {"rev": 0.5, "add": 0.0})):
+        assert distinct([other, *known], space.layers) == [other, *known]
 
 
 def test_a_parent_outside_the_bounds_is_a_recipe_of_its_own(family: Path, tmp_path: Path) -> None:
@@ -375,9 +390,9 @@ def test_a_task_that_is_added_to_a_finished_run_is_all_that_its_finalists_are_sc
     done = run_cli("resume", run, "--accept-changes")
     assert done.returncode == 0, done.stderr
     new = (run / "log.txt").read_text().removeprefix(log)
-    assert "on 10 items of selection" in new  # those of the new task; both tasks have 20
-    assert "on 40 items of holdout" in new
-    assert "on 20 items of selection" not in new
-    assert "on 80 items of holdout" not in new
+    scored = re.compile(r"scoring \S+ (\w+) on (\d+) items of (selection|holdout)")
+    known = {(recipe, split) for recipe, _, split in scored.findall(log)}
+    counts = {(s, n) for recipe, n, s in scored.findall(new) if (recipe, s) in known}
+    assert counts == {("selection", "10"), ("holdout", "40")}  # those of the new task; both tasks have twice as many
     assert verdict_of(run)["finalists"] != before["finalists"]
     assert set(verdict_of(run)["tasks"]) == {"tiny_rev", "tiny_add"}

@@ -1,6 +1,26 @@
-"""The scores in a model card."""
+"""A verdict as text, and the scores in a model card."""
 
 from typing import Any
+
+
+def interval_text(span: dict[str, Any], signed: bool = False) -> str:
+    """An estimate with its interval, such as `0.532 [0.502, 0.561]`.  signed: for differences, with their sign."""
+    sign = "+" if signed else ""
+    value = f"{span['value']:{sign}.3f}"
+    return value if span["low"] is None else f"{value} [{span['low']:{sign}.3f}, {span['high']:{sign}.3f}]"
+
+
+def remarks(verdict: dict[str, Any]) -> list[str]:
+    """What to know beside the table of a verdict, one sentence a line."""
+    found = [verdict["greedy_soup"]] if verdict.get("greedy_soup") else []
+    if verdict["detectable"] is not None:
+        found.append(f"These items show a gain of {verdict['detectable']:.3f} or more four times in five.")
+    if verdict["holdout_uses"] > 1:
+        found.append(
+            f"The holdout items have judged {verdict['holdout_uses']} candidates of this run, so the intervals are too "
+            "narrow."
+        )
+    return found
 
 
 def results_section(verdict: dict[str, Any]) -> str:
@@ -10,23 +30,21 @@ def results_section(verdict: dict[str, Any]) -> str:
     rows = [head, "|---" * (2 + len(tasks)) + "|"]
     score = verdict["score"]
     title = "**chosen candidate**" if not verdict["winner"] else "**winner**"
-    rows.append(row(title, f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]", verdict, "winner", tasks))
+    rows.append(row(title, interval_text(score), verdict, "winner", tasks))
     for c in verdict["comparisons"]:
-        d = c["difference"]
-        gap = f"{c['score']:.3f} (candidate {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}])"
+        gap = f"{c['score']:.3f} (candidate {interval_text(c['difference'], signed=True)})"
         rows.append(row(c["name"], gap, verdict, c["name"], tasks))
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
-    note = f"95% bootstrap intervals, paired differences; items that the search never saw ({counts}). "
-    note += verdict.get("greedy_soup", "")
+    note = f"90% intervals (5% on each side), paired differences; items that the search never saw ({counts}). "
+    note += " ".join(remarks(verdict))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
-    which = (
-        "" if verdict["winner"] else f"This folder holds the recommended simpler model: {verdict['recommended']}.\n\n"
-    )
+    recommended = verdict["recommended"]
+    which = "" if recommended == "winner" else f"This folder holds the recommended simpler model: {recommended}.\n\n"
     return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
 
 
 def row(title: str, mean: str, verdict: dict[str, Any], key: str, tasks: list[str]) -> str:
     scores = verdict["holdout"][key]
-    cells = " | ".join(f"{scores[t]['value']:.3f} [{scores[t]['low']:.3f}, {scores[t]['high']:.3f}]" for t in tasks)
+    cells = " | ".join(interval_text(scores[t]) for t in tasks)
     return f"| {title} | {mean} | {cells} |"

@@ -13,6 +13,7 @@ from evomerge.files import write_text
 from evomerge.merge.coefficients import named_parts
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Recipe, load_recipe
+from evomerge.report.card import interval_text, remarks
 from evomerge.report.status import Status, read_status
 from evomerge.report.usage import usage_text
 from evomerge.search.run import Run
@@ -80,14 +81,11 @@ def explanation(verdict: dict[str, Any]) -> str:
         f"(searched on {t['items']['search']} by {t['objective']})"
         for name, t in verdict["tasks"].items()
     )
-    text = (
-        "Mean over tasks, 95% bootstrap intervals over items; differences are paired. "
+    return (
+        "Mean over tasks, 90% intervals (5% on each side); differences are paired. "
         f"{items}. The chosen candidate is {verdict['chosen']['name']}, picked among "
-        f"{len(verdict['finalists'])} finalists on the selection split. {verdict.get('greedy_soup', '')}"
+        f"{len(verdict['finalists'])} models on the selection split. {' '.join(remarks(verdict))}"
     )
-    if verdict["holdout_uses"] > 1:
-        text += f" The holdout items have judged {verdict['holdout_uses']} candidates; the intervals flatter."
-    return text
 
 
 def score_table(verdict: dict[str, Any]) -> str:
@@ -97,8 +95,7 @@ def score_table(verdict: dict[str, Any]) -> str:
     title = "winner" if verdict["winner"] else "candidate"
     rows = [table_row(title, "candidate", score["value"], spread(score), verdict["holdout"]["winner"], tasks)]
     for c in verdict["comparisons"]:
-        d = c["difference"]
-        gap = f"{title} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+        gap = f"{title} {interval_text(c['difference'], signed=True)}"
         rows.append(table_row(c["name"], c["kind"], c["score"], gap, verdict["holdout"][c["name"]], tasks))
     return f"<table><tr><th></th><th>mean</th>{head}</tr>{''.join(rows)}</table>"
 
@@ -113,8 +110,9 @@ def table_row(
     )
 
 
-def spread(span: dict[str, float]) -> str:
-    return f"[{span['low']:.3f}, {span['high']:.3f}]"
+def spread(span: dict[str, Any]) -> str:
+    """An interval alone, nothing where it is not known."""
+    return "" if span["low"] is None else f"[{span['low']:.3f}, {span['high']:.3f}]"
 
 
 def progress_figure(status: Status) -> tuple[str, str, go.Figure]:

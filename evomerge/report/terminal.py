@@ -14,6 +14,7 @@ from rich.table import Table
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import TaskResult
+from evomerge.report.card import interval_text, remarks
 from evomerge.report.live import UNKNOWN, render, watch
 from evomerge.report.status import Status
 from evomerge.report.usage import seconds_text, usage_text
@@ -181,20 +182,17 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     """The verdict's sentence and its table."""
     console.print(f"\n[bold]{verdict['sentence']}[/bold]")
     tasks = list(verdict["tasks"])
-    table = Table("holdout", "mean", "winner minus this, 95%", *tasks)
+    title = "winner" if verdict["winner"] else "candidate"
+    table = Table("holdout", "mean", f"{title} minus this, 90%", *tasks)
     score = verdict["score"]
     row = verdict["holdout"]["winner"]
-    table.add_row("winner" if verdict["winner"] else "candidate", f"{score['value']:.3f}", "", *cells(row, tasks))
+    table.add_row(title, f"{score['value']:.3f}", "", *cells(row, tasks))
     for c in verdict["comparisons"]:
-        d = c["difference"]
-        span = f"{d['value']:+.3f}  [{d['low']:+.3f}, {d['high']:+.3f}]"
+        span = interval_text(c["difference"], signed=True)
         table.add_row(c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks))
     Console(width=max(console.width, 60 + 9 * len(tasks)), file=sys.stdout, highlight=False, markup=False).print(table)
-    console.print(verdict.get("greedy_soup", ""))
-    if verdict["holdout_uses"] > 1:
-        console.print(
-            f"The holdout items have judged {verdict['holdout_uses']} candidates of this run; the intervals flatter."
-        )
+    for line in remarks(verdict):
+        console.print(line)
 
 
 def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:

@@ -1,17 +1,20 @@
 """Known good points, tried first: they start the search, and the winner must beat them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.coefficients import Coefficient
+from evomerge.merge.coefficients import Coefficient, named_parts
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
+from evomerge.merge.plan import share
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space import Point, Space
+from evomerge.sources.anatomy import COMPONENTS, Place
 
-Kind = Literal["parent", "uniform", "greedy", "recommended", "given"]
+Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,46 @@ def baselines(space: Space) -> list[Baseline]:
         start = given(space, Path(space.config.start_from))
         point = space.point_of(start.recipe)
         found.insert(0, start if point is None else replace(start, recipe=space.recipe(point), point=point))
-    return found + [given(space, Path(path)) for path in space.config.baselines]
+    return distinct(found + [given(space, Path(path)) for path in space.config.baselines], space.layers)
+
+
+def base_alone(space: Space) -> Baseline:
+    """The base model itself, whose scores a verdict shows beside the others'."""
+    weights = {s.name: 0.0 for s in space.config.sources}
+    return Baseline("base", "base", plain_recipe(space, "task_arithmetic", weights, 1.0), None)
+
+
+def distinct(found: Sequence[Baseline], layers: int) -> list[Baseline]:
+    """Baselines in their order, one of those that make the same model: the first that is no file of the user's."""
+    unique: dict[object, Baseline] = {}
+    for baseline in sorted(found, key=lambda b: b.kind == "given"):
+        unique.setdefault(model_key(baseline.recipe, layers), baseline)
+    return [baseline for baseline in found if any(baseline is one for one in unique.values())]
+
+
+def model_key(recipe: Recipe, layers: int) -> object:
+    """Equal for recipes that make the same model but for rounding.
+
+    Averages and task arithmetic are compared by how much each model counts in every layer and component; of other
+    methods only equal recipes make the same model.
+    """
+    parameters = [recipe.parameters, *(s.parameters for s in recipe.sources)]
+    plain = not (recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources))
+    if recipe.method not in ("linear", "task_arithmetic") or not plain:
+        return recipe.model_dump_json(exclude={"outputs"})
+    if any(named_parts(value) for given in parameters for value in given.values()):
+        return recipe.model_dump_json(exclude={"outputs"})
+    counts = []
+    for where in (Place(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
+        knobs = recipe.knobs(where, layers)
+        weights = knobs.each["weight"]
+        divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0
+        scale = knobs.shared.get("lambda", 1.0) / divisor
+        per_model = {s.path: round(scale * w, 9) for s, w in zip(recipe.sources, weights, strict=True)}
+        rest = 1.0 - sum(per_model.values()) if recipe.method == "task_arithmetic" else 0.0
+        per_model[recipe.base.path] = round(per_model.get(recipe.base.path, 0.0) + rest, 9)
+        counts.append(frozenset((path, amount) for path, amount in per_model.items() if amount))
+    return tuple(counts)
 
 
 def given(space: Space, path: Path) -> Baseline:
@@ -106,8 +148,8 @@ def plain_recipe(space: Space, method: str, weights: dict[str, float], density: 
         parameters: dict[str, Coefficient] = {"weight": weights[source.name]}
         if "density" in knobs:
             parameters["density"] = density
-        if weights[source.name] != 0.0:
-            sources.append(RecipeSource(name=source.name, path=source.path, parameters=parameters))
+        sources.append(RecipeSource(name=source.name, path=source.path, parameters=parameters))
+    sources = [s for s in sources if weights[s.name] != 0.0] or sources[:1]  # a recipe has at least one
     return Recipe(
         method=method,
         dtype=space.config.dtype,

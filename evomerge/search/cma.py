@@ -86,6 +86,7 @@ class CmaEsSampler(BaseSampler):
         self.seen = 0  # trials looked at
         self.open: list[int] = []  # those of them that were not finished then
         self.told = 0  # results inside `means` and `optimizer`
+        self.settled: NDArray[np.float64] | None = None  # the mean of the latest distribution that was told something
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return dict(self.axes)
@@ -107,9 +108,13 @@ class CmaEsSampler(BaseSampler):
         raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
     def mean(self, study: Study) -> dict[str, float] | None:
-        """The mean of the present distribution, None before the first generation is complete."""
-        optimizer = self.replay(study, first=None)
-        return self.point(optimizer.mean) if optimizer is not None and self.told else None
+        """The mean after the latest generation, None before the first one is complete.
+
+        A distribution that has just begun anew somewhere has not been told anything yet; the mean is that of the one
+        before it.
+        """
+        self.replay(study, first=None)
+        return None if self.settled is None else self.point(self.settled)
 
     def replay(self, study: Study, first: FrozenTrial | None) -> Distribution | None:
         """The optimizer after all results so far; only those that came since the last call are looked at.
@@ -162,6 +167,7 @@ class CmaEsSampler(BaseSampler):
     def tell(self, optimizer: Distribution, group: Sequence[FrozenTrial]) -> None:
         """One generation; a fresh optimizer if the distribution has collapsed."""
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
+        self.settled = optimizer.mean.copy()
         if optimizer.should_stop():
             rng = np.random.RandomState(trial_seed(self.seed, group[-1].number))
             self.begin(rng.uniform(size=len(self.axes)), 2 * optimizer.population_size)

@@ -10,7 +10,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.gathered import open_gathered
 from evomerge.merge.methods import METHODS
-from evomerge.search.verdict import mean_score
+from evomerge.search.intervals import mean_score
 from evomerge.sources.open import Models
 
 Scores = dict[str, dict[str, list[float]]]

@@ -1,22 +1,22 @@
-"""The end of a search: finalists on the selection split, the chosen one on the holdout, the verdict on paper."""
+"""The end of a search: finalists and baselines on the selection split, then the chosen ones on the holdout split."""
 
 import json
-from dataclasses import dataclass
-
-from optuna.trial import FrozenTrial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Split
 from evomerge.files import write_text
 from evomerge.merge.recipe import Recipe, dump_recipe
-from evomerge.search.baselines import Baseline
+from evomerge.search.baselines import Baseline, base_alone, distinct, model_key
 from evomerge.search.cma import CmaEsSampler
 from evomerge.search.exam import Exam, Scores
+from evomerge.search.intervals import intervals, mean_score, score_range
 from evomerge.search.ledger import Ledger, digest
 from evomerge.search.run import Run
 from evomerge.search.soup import GreedySoup
 from evomerge.search.study import SearchStudy, rank
-from evomerge.search.verdict import Verdict, interval, judge, mean_score, resampled_means
+from evomerge.search.verdict import Rival, Verdict, judge
 from evomerge.search.workers.pool import together
 
 FINALISTS = 5
@@ -38,72 +38,90 @@ async def search_score(study: SearchStudy, ledger: Ledger, baseline: Baseline) -
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate for the win.  trial: its number, None for the mean of the search distribution."""
+    """A model that is scored on the selection split.
+
+    kind: a baseline's, or `candidate` for one that the search found.  trial: its number, None if it has none.
+    """
 
     name: str
+    kind: str
     trial: int | None
     recipe: Recipe
 
 
-def finalists(study: SearchStudy) -> list[Finalist]:
-    """The best finished trials by objective, and the mean of the final search distribution."""
-    complete = sorted(study.complete, key=rank, reverse=True)
-    found = [Finalist(label(t), t.number, study.space.recipe(t.params)) for t in complete[:FINALISTS]]
+@dataclass(frozen=True)
+class Selected:
+    """A finalist with its mean scores on the selection split."""
+
+    finalist: Finalist
+    metric: float
+    objective: float
+
+
+def finalists(study: SearchStudy, rivals: Sequence[Baseline]) -> list[Finalist]:
+    """The best candidates of the search by objective, and the mean of its distribution; none that is a baseline."""
+    space = study.space
+    complete = sorted((t for t in study.complete if "baseline" not in t.user_attrs), key=rank, reverse=True)
+    found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in complete[:FINALISTS]]
     sampler = study.sampler(len(study.trials))
     if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study.mirror)) is not None:
-        found.append(Finalist("mean of the search distribution", None, study.space.recipe(mean)))
-    unique: dict[str, Finalist] = {}
+        found.append(Finalist("mean of the search distribution", "candidate", None, space.recipe(mean)))
+    seen = {model_key(rival.recipe, space.layers) for rival in rivals}
+    unique: dict[object, Finalist] = {}
     for finalist in found:
-        unique.setdefault(digest(finalist.recipe), finalist)
-    return list(unique.values())
-
-
-def label(trial: FrozenTrial) -> str:
-    baseline = trial.user_attrs.get("baseline")
-    return f"trial {trial.number}" + (f" ({baseline})" if baseline else "")
+        unique.setdefault(model_key(finalist.recipe, space.layers), finalist)
+    return [finalist for key, finalist in unique.items() if key not in seen]
 
 
 async def finish(run: Run, study: SearchStudy, ledger: Ledger, known: list[Baseline], soup: GreedySoup) -> Verdict:
     """Choose on the selection split, judge on the holdout split, write verdict.json and recommended.yaml.
 
-    known: every baseline, the greedy soup's included.  EvomergeError if no finalist can be scored.
+    known: every baseline, the greedy soup's included.  The candidate that is best on the selection split meets the
+    base, every parent, the blends and the best of the recommended recipes on the holdout split; the baseline that is
+    best on the selection split comes first among them.  EvomergeError if nothing can be scored.
     """
     exam, seed = ledger.exam, study.space.config.seed
-    found = finalists(study)
-    tables = await together(*(attempt(run, ledger, "selection", f.name, f.recipe) for f in found))
-    scored = [
-        (exam.mean(scores, "metric"), exam.mean(scores, "objective"), finalist)
-        for finalist, scores in zip(found, tables, strict=True)
-        if scores is not None
-    ]
-    if not scored:
-        raise EvomergeError("no finalist could be scored on the selection split; the run's log.txt says why")
-    scored.sort(key=lambda s: (-s[0], -s[1]))
-    chosen = scored[0][2]
-    rivals = await holdout_baselines(study, ledger, known)
+    baselines = distinct([base_alone(study.space), *known], study.space.layers)
+    searched = finalists(study, baselines)
+    standing = [Finalist(b.name, b.kind, study.baselines.get(b.name), b.recipe) for b in baselines]
+    selected = await select(run, ledger, [*searched, *standing])
+    if not selected:
+        raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
+    candidates = [s for s in selected if s.finalist.kind == "candidate"]
+    chosen = (candidates or selected)[0].finalist
+    meets = without_weaker_recipes([s.finalist for s in selected if s.finalist not in (chosen, *searched)])
     chosen_scores, *others = await together(
-        attempt(run, ledger, "holdout", chosen.name, chosen.recipe),
-        *(attempt(run, ledger, "holdout", rival.name, rival.recipe) for rival in rivals),
+        *(attempt(run, ledger, "holdout", f.name, f.recipe) for f in (chosen, *meets))
     )
     if chosen_scores is None:
         raise EvomergeError(f"{chosen.name} was chosen, but is broken on the holdout items; the run's log.txt says why")
-    judged = {r.name: (r.kind, scores) for r, scores in zip(rivals, others, strict=True) if scores is not None}
+    judged = {f.name: (f, scores) for f, scores in zip(meets, others, strict=True) if scores is not None}
+    metrics = {task.name: task.metric for task in exam.tasks}
     verdict = judge(
         exam.of(chosen_scores, "metric"),
-        {name: (kind, exam.of(scores, "metric")) for name, (kind, scores) in judged.items()},
+        [Rival(f.name, f.kind, exam.of(scores, "metric")) for f, scores in judged.values()],
+        metrics,
         exam.weights,
         seed,
+        stand_in=None if candidates else chosen.name,
     )
-    recipes = {rival.name: rival.recipe for rival in rivals} | {"winner": chosen.recipe}
+    recipes = {chosen.name: chosen.recipe} | {f.name: f.recipe for f, _ in judged.values()} | {"winner": chosen.recipe}
     shown = {"winner": chosen_scores} | {name: scores for name, (_, scores) in judged.items()}
     uses = int(study.stored.user_attrs.get("holdout_uses", 0)) + (0 if seen_before(run, chosen.recipe) else 1)
     study.stored.set_user_attr("holdout_uses", uses)
     content = verdict.as_dict() | {
         "chosen": {"name": chosen.name, "trial": chosen.trial, "recipe": digest(chosen.recipe)},
         "finalists": [
-            {"name": f.name, "trial": f.trial, "selection_metric": m, "selection_objective": o} for m, o, f in scored
+            {
+                "name": s.finalist.name,
+                "kind": s.finalist.kind,
+                "trial": s.finalist.trial,
+                "selection_metric": s.metric,
+                "selection_objective": s.objective,
+            }
+            for s in selected
         ],
-        "holdout": {name: task_table(exam, scores, seed) for name, scores in shown.items()},
+        "holdout": task_tables(exam, shown, seed),
         "holdout_uses": uses,
         "greedy_soup": soup.sentence,
         "tasks": {
@@ -124,6 +142,27 @@ async def finish(run: Run, study: SearchStudy, ledger: Ledger, known: list[Basel
     return verdict
 
 
+async def select(run: Run, ledger: Ledger, among: Sequence[Finalist]) -> list[Selected]:
+    """Models with their scores on the selection split, the best first: by metric, equal ones by objective.
+
+    Equal ones stay in the order given; what is broken is left out.
+    """
+    exam = ledger.exam
+    tables = await together(*(attempt(run, ledger, "selection", f.name, f.recipe) for f in among))
+    found = [
+        Selected(finalist, exam.mean(scores, "metric"), exam.mean(scores, "objective"))
+        for finalist, scores in zip(among, tables, strict=True)
+        if scores is not None
+    ]
+    return sorted(found, key=lambda s: (-s.metric, -s.objective))
+
+
+def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:
+    """Baselines, the best first, with only the best of the recommended recipes."""
+    recommended = [f for f in ranked if f.kind == "recommended"]
+    return [f for f in ranked if f not in recommended[1:]]
+
+
 async def attempt(run: Run, ledger: Ledger, split: Split, name: str, recipe: Recipe) -> Scores | None:
     """A recipe's scores, None if its model is broken on these items; the others go on without it."""
     try:
@@ -131,14 +170,6 @@ async def attempt(run: Run, ledger: Ledger, split: Split, name: str, recipe: Rec
     except ArithmeticError as error:
         run.log(f"{name} is left out, it is broken on the {split} items: {error}")
         return None
-
-
-async def holdout_baselines(study: SearchStudy, ledger: Ledger, known: list[Baseline]) -> list[Baseline]:
-    """Every parent, the uniform blend, the greedy soup, and the recommended recipe that did best in the search."""
-    chosen = [b for b in known if b.kind != "recommended"]
-    recommended = [b for b in known if b.kind == "recommended"]
-    scores = await together(*(search_score(study, ledger, b) for b in recommended))
-    return chosen + [b for _, b in sorted(zip(scores, recommended, strict=True), key=lambda s: -s[0])][:1]
 
 
 def seen_before(run: Run, recipe: Recipe) -> bool:
@@ -150,13 +181,14 @@ def seen_before(run: Run, recipe: Recipe) -> bool:
     return previous is not None and previous["chosen"].get("recipe") == digest(recipe)
 
 
-def task_table(exam: Exam, scores: Scores, seed: int) -> dict[str, dict[str, float]]:
-    """Per task: the metric with its interval and the mean objective."""
-    table = {}
+def task_tables(exam: Exam, models: Mapping[str, Scores], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Per model and task: the metric with its interval and the mean objective."""
+    tables: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in models}
     for task in exam.tasks:
-        own = {task.name: scores[task.name][task.metric]}
-        weights = {task.name: 1.0}
-        span = interval(mean_score(own, weights), resampled_means(own, weights, seed))
-        objective = mean_score({task.name: scores[task.name][task.objective]}, weights)
-        table[task.name] = {"value": span.value, "low": span.low, "high": span.high, "objective": objective}
-    return table
+        own = [{task.name: scores[task.name][task.metric]} for scores in models.values()]
+        ranges = {task.name: score_range(task.metric, [table[task.name] for table in own])}
+        found = intervals(own, ranges, {task.name: 1.0}, seed)
+        for (name, scores), span in zip(models.items(), found, strict=True):
+            objective = mean_score({task.name: scores[task.name][task.objective]}, {task.name: 1.0})
+            tables[name][task.name] = {**asdict(span), "objective": objective}
+    return tables

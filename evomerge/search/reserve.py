@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import SearchConfig
@@ -18,11 +19,11 @@ from evomerge.evaluate.tasks import Split
 from evomerge.files import disk_errors
 from evomerge.search.baselines import Baseline
 from evomerge.search.finals import FINALISTS
+from evomerge.search.intervals import drawn_means
 from evomerge.search.ledger import digest
 from evomerge.search.scorer import model_folders
 from evomerge.search.scores import ITEMS, LEDGER, ledger_key
 from evomerge.search.study import SearchStudy, in_full, rank, record_of
-from evomerge.search.verdict import drawn
 from evomerge.sources.open import Models
 
 FIXED = 5.0  # seconds: figures of the report are drawn, files synced
@@ -42,7 +43,7 @@ class Rates:
     """What was measured, in seconds.
 
     merge: of one candidate.  item: of scoring one item by every metric.  trial: the longest that a trial in full took.
-    draw: of the bootstrap for one item of one model.
+    draw: of the bootstrap for one item.
     """
 
     merge: float
@@ -69,19 +70,19 @@ def reserve(rates: Rates, ahead: Ahead, workers: int = 1) -> float:
     """Seconds from the moment at which the last trial may begin to the result.
 
         FIXED + PER_TRIAL trials + SAFETY (
-            trial + sum over splits ceil(models / workers) (merge + items item) + 2 items draw + export)
+            trial + sum over splits ceil(models / workers) (merge + items item) + 3 items draw + export)
 
     trial: a trial that has just begun ends before the rest can begin.  The sum is over the search split (baselines and
-    soups without a score), the selection split (finalists) and the holdout split (the chosen one and the baselines);
-    workers score different models side by side, and a split begins when the one before it has ended.  The bootstrap is
-    drawn twice, for the differences and for the table of the tasks, each time once for all models.
+    soups without a score), the selection split (finalists and baselines) and the holdout split (the chosen one and the
+    baselines); workers score different models side by side, and a split begins when the one before it has ended.  The
+    bootstrap is drawn three times: for the score, for the differences and for the table of the tasks.
     """
     scoring = sum(
         math.ceil(count / max(1, workers)) * (rates.merge + ahead.items[split] * rates.item)
         for split, count in ahead.models.items()
         if count
     )
-    judging = 2 * ahead.items.get("holdout", 0) * rates.draw
+    judging = 3 * ahead.items.get("holdout", 0) * rates.draw
     return FIXED + PER_TRIAL * ahead.trials + SAFETY * (rates.trial + scoring + judging + ahead.export)
 
 
@@ -105,9 +106,9 @@ def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Ra
 
 
 def draw_time() -> float:
-    """Seconds of the bootstrap for one item of one model, measured on a few."""
+    """Seconds of the bootstrap for one item, measured on a few."""
     began = time.perf_counter()
-    drawn.__wrapped__((DRAWN,), 0)
+    drawn_means(np.zeros((DRAWN, 1)), np.zeros(1), np.zeros(1), 0)
     return (time.perf_counter() - began) / DRAWN
 
 
@@ -125,13 +126,15 @@ def ahead_of(
     tried = {t.user_attrs.get("baseline") for t in study.trials}
     lacking = [b for b in known if b.name not in tried and not scored("search", digest(b.recipe))]
     soups = 0 if any(b.kind == "greedy" for b in known) else max(0, sum(b.kind == "parent" for b in known) - 2)
-    best = sorted(study.complete, key=rank, reverse=True)[:FINALISTS]
+    searched = [t for t in study.complete if "baseline" not in t.user_attrs]
+    best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 1  # the mean
     rivals = [b for b in known if b.kind != "recommended"]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
-    models: dict[Split, int] = {"search": len(lacking) + soups, "selection": finalists, "holdout": judged}
+    selected = finalists + sum(not scored("selection", digest(b.recipe)) for b in known) + 1  # the base
+    models: dict[Split, int] = {"search": len(lacking) + soups, "selection": selected, "holdout": judged + 1}
     return Ahead(models, items, trials=len(study.trials))
 
 

@@ -1,29 +1,33 @@
-"""The verdict: is the winner better than what nobody searched for, and is that more than luck?"""
+"""The verdict: is the chosen candidate better than what nobody searched for, and is that more than luck?"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-ItemScores = Mapping[str, Sequence[float]]
-"""Task name -> one score per item, the higher the better."""
+from evomerge.search.intervals import (
+    Interval,
+    ItemScores,
+    detectable,
+    intervals,
+    mean_score,
+    of_differences,
+    score_range,
+)
 
-RESAMPLES = 10_000
-BLOCK = 500  # draws that are multiplied at once
+Outcome = Literal["better", "no difference shown", "worse", "too little searched", "nothing to compare"]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95% bootstrap interval."""
+class Rival:
+    """A baseline on the holdout split.  scores: the metric of every item."""
 
-    value: float
-    low: float
-    high: float
+    name: str
+    kind: str
+    scores: ItemScores
 
 
 @dataclass(frozen=True)
@@ -37,93 +41,118 @@ class Comparison:
 
     @property
     def beaten(self) -> bool:
-        return self.difference.low > 0
+        """Whether the candidate is better, at one-sided 5%."""
+        return self.difference.low is not None and self.difference.low > 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """winner: whether the candidate beats every baseline.  recommended: `winner`, or the best baseline's name."""
+    """What a search came to.
 
+    winner: whether the candidate beats every baseline.  recommended: `winner`, or the name of the baseline that was
+    best on the selection split.  detectable: the gain over that baseline which these items show four times in five.
+    """
+
+    outcome: Outcome
     winner: bool
     recommended: str
     score: Interval
     comparisons: list[Comparison]
+    detectable: float | None
     sentence: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def mean_score(scores: ItemScores, weights: Mapping[str, float]) -> float:
-    """The weighted mean over tasks of the mean over items."""
-    total = sum(weights[task] for task in scores)
-    return float(sum(weights[task] * np.mean(items) for task, items in scores.items()) / total)
-
-
-def resampled_means(scores: ItemScores, weights: Mapping[str, float], seed: int) -> NDArray[np.float64]:
-    """The mean score under RESAMPLES bootstrap draws, (RESAMPLES,); items are drawn within each task.
-
-    The same seed draws the same items for every candidate, so differences of two results are paired.
-    """
-    tasks = sorted(scores)
-    total = sum(weights[task] for task in tasks)
-    means = np.zeros(RESAMPLES)
-    for task, counts in zip(tasks, drawn(tuple(len(scores[t]) for t in tasks), seed), strict=True):
-        items = np.asarray(scores[task], dtype=np.float64)  # (n,)
-        found = np.concatenate([counts[k : k + BLOCK] @ items for k in range(0, RESAMPLES, BLOCK)])
-        means += weights[task] / total * found / len(items)
-    return means
-
-
-@lru_cache(maxsize=64)
-def drawn(sizes: tuple[int, ...], seed: int) -> list[NDArray[np.uint16]]:
-    """How often each item is drawn, (RESAMPLES, n) for each task's n: the same for every model of a verdict."""
-    rng = np.random.default_rng(seed)
-
-    def block(n: int) -> NDArray[np.uint16]:
-        return rng.multinomial(n, np.full(n, 1 / n), size=BLOCK).astype(np.uint16)
-
-    return [np.concatenate([block(n) for _ in range(RESAMPLES // BLOCK)]) for n in sizes]
-
-
-def interval(value: float, draws: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
-
-
 def judge(
     candidate: ItemScores,
-    baselines: Mapping[str, tuple[str, ItemScores]],
+    rivals: Sequence[Rival],
+    metrics: Mapping[str, str],
     weights: Mapping[str, float],
     seed: int,
+    stand_in: str | None = None,
 ) -> Verdict:
     """Compare the chosen candidate with every baseline on the same holdout items.
 
-    baselines: name -> (kind, item scores).  The candidate wins only if the paired 95% interval of the difference
-    (Efron 1979, percentile bootstrap) lies above zero against each of them.
+    rivals: the one that was best on the selection split first.  metrics: each task's.  stand_in: the name of the
+    baseline that stands for the candidate where the search has none.
+
+    The candidate wins if the lower end of the paired difference lies above zero against each rival: an
+    intersection-union test (Berger 1982), so luck alone makes a winner in at most 5% of all searches, however many
+    rivals there are.
     """
-    own = resampled_means(candidate, weights, seed)
-    score = mean_score(candidate, weights)
-    comparisons = []
-    for name, (kind, scores) in baselines.items():
-        theirs = mean_score(scores, weights)
-        gap = interval(score - theirs, own - resampled_means(scores, weights, seed))
-        comparisons.append(Comparison(name, kind, theirs, gap))
-    best = max(comparisons, key=lambda c: c.score)
-    winner = all(c.beaten for c in comparisons)
-    against = best.difference
-    span = f"{against.value:+.3f}, 95% interval {against.low:+.3f} to {against.high:+.3f}"
-    if winner:
-        sentence = (
-            f"Winner: {score:.3f} on the holdout items, better than all {len(comparisons)} baselines; "
-            f"against the best of them, {best.name}, {span}."
+    tables = [candidate, *(rival.scores for rival in rivals)]
+    ranges = {task: score_range(metrics[task], [table[task] for table in tables]) for task in candidate}
+    differences = [
+        {task: (np.asarray(candidate[task]) - np.asarray(rival.scores[task])).tolist() for task in candidate}
+        for rival in rivals
+    ]
+    [score] = intervals([candidate], ranges, weights, seed)
+    gaps = intervals(differences, of_differences(ranges), weights, seed)
+    comparisons = [
+        Comparison(rival.name, rival.kind, mean_score(rival.scores, weights), gap)
+        for rival, gap in zip(rivals, gaps, strict=True)
+    ]
+    outcome = outcome_of(comparisons, stand_in is None)
+    winner = outcome == "better"
+    return Verdict(
+        outcome,
+        winner,
+        stand_in or ("winner" if winner or not rivals else rivals[0].name),
+        score,
+        comparisons,
+        detectable(differences[0], weights) if rivals else None,
+        sentence(outcome, score, comparisons, stand_in),
+    )
+
+
+def outcome_of(comparisons: Sequence[Comparison], searched: bool) -> Outcome:
+    """What the comparisons come to; the first is that with the best baseline of the selection split."""
+    if not searched:
+        return "too little searched"
+    if not comparisons:
+        return "nothing to compare"
+    if all(c.beaten for c in comparisons):
+        return "better"
+    high = comparisons[0].difference.high
+    return "worse" if high is not None and high < 0 else "no difference shown"
+
+
+def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison], stand_in: str | None) -> str:
+    """The verdict in words."""
+    holdout = f"{score.value:.3f} on the holdout items"
+    if outcome == "too little searched":
+        return (
+            f"Too little searched: no candidate of the search was scored in full. {stand_in}, the best baseline on the "
+            f"selection items, has {holdout} and is recommended."
         )
-    else:
-        sentence = (
-            f"No significant gain: {score:.3f} on the holdout items against {best.score:.3f} of {best.name} "
-            f"({span}); the simpler model is recommended."
+    if not comparisons:
+        return f"Nothing to compare: {holdout}, but no baseline could be scored; the run's log.txt says why."
+    first = comparisons[0]
+    if outcome == "better":
+        return (
+            f"Winner: {holdout}, better than all {len(comparisons)} baselines, each at one-sided 5%; against "
+            f"{first.name}, the best of them on the selection items, {span(first.difference)}."
         )
-    return Verdict(winner, "winner" if winner else best.name, interval(score, own), comparisons, sentence)
+    if outcome == "worse":
+        return (
+            f"Worse than {first.name}: {holdout} against {first.score:.3f} ({span(first.difference)}). {first.name} is "
+            "recommended."
+        )
+    standing = [c for c in comparisons if not c.beaten]
+    rival = standing[0]
+    return (
+        f"No difference shown: {holdout} against {rival.score:.3f} of {rival.name} ({span(rival.difference)}). "
+        f"{first.name}, the best baseline on the selection items, is recommended."
+    )
+
+
+def span(gap: Interval) -> str:
+    """A difference in words."""
+    if gap.low is None or gap.high is None:
+        return f"{gap.value:+.3f}, too few items for an interval"
+    return f"{gap.value:+.3f}, 90% interval {gap.low:+.3f} to {gap.high:+.3f}"
 
 
 class JudgedBy(BaseModel):
@@ -138,11 +167,13 @@ class JudgedBy(BaseModel):
 class Written(BaseModel):
     """What those who show verdict.json look at."""
 
+    outcome: Outcome
     winner: bool
     recommended: str
     sentence: str
     score: Interval
     comparisons: list[Comparison]
+    detectable: float | None
     chosen: dict[str, Any]
     finalists: list[Any]
     holdout: dict[str, dict[str, Interval]]
