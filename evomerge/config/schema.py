@@ -205,9 +205,10 @@ class WorkersConfig(Strict):
 
 
 class RacingConfig(Strict):
-    """Candidates that are surely worse than the best so far are stopped before all items are scored.
+    """Candidates that fall behind the best so far are stopped before all items are scored.
 
-    alpha: the chance that a candidate just as good is stopped.  informative: items that tell models apart come early.
+    alpha: the chance, at most, that a candidate just as good on the search items is stopped, over the random order in
+    which the items come.  informative: items that tell models apart come early.
     """
 
     enabled: bool = True
