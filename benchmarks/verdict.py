@@ -3,8 +3,8 @@
     python benchmarks/verdict.py [--repeats 4000]
 
 Every cell draws score tables from a known truth and asks `evomerge.search.intervals` and `judge`.  Columns of coverage:
-the share of intervals wholly above and wholly below the truth (5% each at most), next to a plain percentile bootstrap at
-the same level.  Kinds of scores: right or wrong at a chance of .02, .5 or .97; normal; heavy-tailed (normal with
+the share of intervals wholly above and wholly below the truth (5% each at most), next to a plain percentile bootstrap
+at the same level.  Kinds of scores: right or wrong at a chance of .02, .5 or .97; normal; heavy-tailed (normal with
 deviation 0.3, and 3% of the items lose 8).
 """
 
