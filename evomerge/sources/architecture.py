@@ -77,7 +77,7 @@ class Names:
         self.model = model
         self.shapes = shapes
         self.modules = {} if model is None else {bare(n): m for n, m in model.named_modules(remove_duplicate=False)}
-        self.parameters = {} if model is None else {n: p for n, p in model.state_dict(keep_vars=True).items()}
+        self.parameters = {} if model is None else dict(model.state_dict(keep_vars=True))
         self.renamings, self.converters = conversions(model)
         self.stored: dict[Place, str | None] = {}
         self.stacked: dict[str, dict[str, list[tuple[tuple[int, ...], str]]]] = {}  # -> rule -> numbers, tensor

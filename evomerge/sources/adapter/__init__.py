@@ -1,4 +1,4 @@
-"""A LoRA adapter (PEFT format) as a source: its configuration, the names in its file, what it changes, tensor by tensor.
+"""A LoRA adapter (PEFT format) as a source: its configuration, the names in its file, what it changes.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; rank-stabilised scaling: Kalajdzievski 2023.
 """

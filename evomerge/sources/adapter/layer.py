@@ -28,8 +28,8 @@ def parameter_of(layer: Layer, config: Mapping[str, Any], names: Names) -> tuple
         return found, found
     if layer.depth:
         raise AdapterError(
-            f"{layer.module} has {layer.depth + 1} adapted parameters, of which target_parameters names {len(named)} in "
-            "BASE; with an architecture that transformers does not know they cannot be told apart"
+            f"{layer.module} has {layer.depth + 1} adapted parameters, of which target_parameters names {len(named)} "
+            "in BASE; with an architecture that transformers does not know they cannot be told apart"
         )
     return f"{layer.module}.weight", layer.module
 
