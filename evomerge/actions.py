@@ -88,6 +88,7 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
 
     # One merge reads every tensor once: nothing is worth holding.
     bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
+    print("".join(f"note: {note}\n" for note in bank.models.compatibility.notes), end="", file=sys.stderr)
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:

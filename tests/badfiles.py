@@ -229,7 +229,7 @@ def make_targets(root: Path) -> dict[str, Target]:
 
     def read_adapter(folder: Path) -> None:
         opened = open_adapter(folder, base)
-        for name in (*opened.pairs, *opened.whole):
+        for name in opened.changes:
             opened.read(name)
         open_models(family["base"], {"it": folder})
 

@@ -46,7 +46,7 @@ from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe import Model, Recipe, RecipeSource, check_fingerprints, load_recipe
 from evomerge.merge.shards import plan_shards
-from evomerge.sources.adapter import low_rank_product
+from evomerge.sources.adapter.change import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
 

@@ -174,9 +174,10 @@ def test_an_adapter_is_merged_as_mergekit_merges_it(merged: Path):
     assert isinstance(lora, Adapter)
     for tensor in ours:
         inputs = [bank.base(tensor)]
-        if tensor in lora.pairs:
-            a, b = lora.pairs[tensor]
-            inputs.append(lora.scale(tensor) * b.abs() @ a.abs())
+        if tensor in lora.changes:
+            product = lora.changes[tensor].low_rank
+            assert product is not None
+            inputs.append(product.scale * product.left.abs() @ product.right.abs())
         assert units_apart(ours[tensor], theirs[tensor], *inputs) <= 2, tensor
 
 

@@ -205,10 +205,13 @@ def test_heads_tied_in_one_model_alone_are_noted_and_do_not_stop_a_merge(tmp_pat
     tied, untied = write_llama(tmp_path / "tied", tied=True), write_llama(tmp_path / "untied", 1)
     problems, notes = found(tied, untied)
     assert problems == []
-    assert "it: stores lm_head.weight, which the base model ties to its embedding; not used" in notes
+    assert (
+        "it: its head, lm_head.weight, differs from its embedding, which the base model uses for both; the merged "
+        "model has two matrices (tie_word_embeddings: false)" in notes
+    )
     problems, notes = found(untied, tied)
     assert problems == []
-    assert "it: does not store lm_head.weight; its tied embedding stands for it" in notes
+    assert "it: its embedding is its head, too; it stands for lm_head.weight" in notes
 
 
 def test_a_tokenizer_is_compared_by_its_vocabulary_not_by_its_files(llama: Path, tmp_path: Path) -> None:
@@ -411,7 +414,7 @@ def test_a_module_that_the_base_lacks_is_named(tmp_path: Path) -> None:
     [
         ("use_dora", True, "use_dora is set"),
         ("peft_type", "IA3", "peft_type is IA3"),
-        ("bias", "all", "bias is 'all'"),
+        ("bias", "some", "bias must be one of none, all, lora_only, found 'some'"),
         ("init_lora_weights", "pissa", "init_lora_weights is 'pissa'"),
         ("init_lora_weights", "olora", "init_lora_weights is 'olora'"),
         ("layer_replication", [[0, 2], [1, 2]], "layer_replication is set"),

@@ -113,7 +113,7 @@ def test_each_row_is_the_tokens_own_or_the_only_one_or_the_bases_or_the_mean(
         in_order = dict.fromkeys(t for v in vocabularies for t in v)
         assert output == {t: i for i, t in enumerate(in_order)}
         size = len(output) + (padding[0] if len(output) == len(vocabularies[0]) else 0)
-    for tensor in [EMBEDDING] if tied[0] else [EMBEDDING, HEAD]:
+    for tensor in [EMBEDDING] if all(tied) else [EMBEDDING, HEAD]:
         stored = [open_checkpoint(f).read(tensor) for f in folders]
         for which, model in enumerate([models.base, *models.sources.values()]):
             found = model.read(tensor)
@@ -160,7 +160,7 @@ def test_what_is_scored_is_what_is_written_and_loads(wanted: str, tied: tuple[bo
     opened = AutoModelForCausalLM.from_pretrained(out)
     size = {"base": 45, "union": 42, "one": 42}[wanted]
     assert opened.config.vocab_size == size
-    assert opened.config.tie_word_embeddings == tied[0]
+    assert opened.config.tie_word_embeddings == all(tied)
     for (name, here), (other, there) in zip(live.named_parameters(), opened.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(here, there), name

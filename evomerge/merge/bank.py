@@ -19,6 +19,7 @@ from evomerge.merge.measure import Kept, Measurements
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Chance, Derived
 from evomerge.merge.recipe import Recipe
+from evomerge.sources.checkpoint import is_head
 from evomerge.sources.open import Models
 
 HELD_BYTES = 4 << 30  # computed tensors (adapters, nested recipes) kept in memory; the others are computed when needed
@@ -62,6 +63,11 @@ class Bank:
         self.cache = cache
         self.made: dict[tuple[str, ...], list[Tensor]] = {}
         self.files: dict[tuple[str, str], Gathered] = {}
+
+    def merged_as(self, name: str) -> str:
+        """The tensor that is merged for `name`: the embedding for a copy of it that the base stores as its head."""
+        base = self.models.base
+        return base.embedding_name or name if is_head(name) and base.ties_head else name
 
     def base(self, name: str) -> torch.Tensor:
         """The base's tensor; where it takes no part, the first source's, to give the shape."""

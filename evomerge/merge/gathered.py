@@ -18,7 +18,7 @@ from evomerge.files import sha256
 from evomerge.merge.plan import Statistics
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import is_old_buffer
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
+from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.header import open_safetensors
 from evomerge.sources.open import Models
 
@@ -62,7 +62,7 @@ class Gathered:
         """The name under which the file holds a tensor; a tied head is its embedding."""
         if name in self.names:
             return name
-        return self.tied if name in TIED_HEADS and self.tied in self.names else None
+        return self.tied if is_head(name) and self.tied in self.names else None
 
     def covers(self, name: str) -> bool:
         return self.stored(name) is not None
@@ -107,7 +107,7 @@ def open_gathered(path: Path, kind: Statistics, source: str, models: Models) -> 
                 f"gather it again with `evomerge statistics --kind {kind}`"
             )
     base = models.base
-    tied = base.embedding_name if base.ties_head else None
+    tied = base.embedding_name if model.ties_head else None
     found = Gathered(path, origin, frozenset(handle.keys()), tied, handle)
     if problem := missing(found, base):
         raise EvomergeError(f"{path}: {problem}; gather it again with `evomerge statistics --kind {kind}`")

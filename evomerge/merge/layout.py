@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import at_layer, layer_count, place
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, TensorInfo
+from evomerge.sources.checkpoint import Checkpoint, TensorInfo
 from evomerge.sources.open import Models
 
 BASE = "base"
@@ -119,12 +119,7 @@ def layer_of(
 
 def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Checkpoint]) -> TensorInfo:
     """The shape that all origins of a tensor have, with the type of the first."""
-    infos = {}
-    for model, tensor in origin.items():
-        checkpoint = opened[model]
-        if tensor not in checkpoint.tensors and tensor in TIED_HEADS and checkpoint.embedding_name:
-            tensor = checkpoint.embedding_name
-        infos[model] = checkpoint.tensors[tensor]
+    infos = {model: opened[model].tensors[opened[model].stored_name(tensor)] for model, tensor in origin.items()}
     first = next(iter(infos.values()))
     for model, info in infos.items():
         if info.shape != first.shape:

@@ -14,7 +14,7 @@ from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import is_old_buffer
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.open import open_models
-from evomerge.sources.tokenizer import open_tokenizer
+from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
@@ -70,7 +70,7 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
         tensor = live_tensor(name, parameters, prefix)
         if tensor is not None:
             found[name] = tensor
-        elif not (name in buffers or prefix + name in buffers or is_tied_copy(name, bank) or is_old_buffer(name)):
+        elif not (name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_old_buffer(name)):
             raise EvomergeError(
                 f"{bank.models.base.path}: transformers' {type(model).__name__} has no parameter for the tensor {name}"
             )
@@ -107,11 +107,6 @@ def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> 
     return None
 
 
-def is_tied_copy(name: str, bank: Bank) -> bool:
-    """A head that the file stores although the model ties it to the embedding."""
-    return name in ("lm_head.weight", "embed_out.weight") and bank.models.base.ties_head
-
-
 def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """A model to score and its tokenizer.  An adapter is merged onto `base` by the ordinary road.
 
@@ -123,9 +118,10 @@ def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device:
         return load_live_model(folder, dtype, device), open_tokenizer(folder)
     if base is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
-    bank = Bank(open_models(base, {"source": folder}), device)
-    model = load_live_model(base, dtype, device)
+    vocabulary = "source" if read_vocabulary(folder) else None  # an adapter may have added tokens
+    bank = Bank(open_models(base, {"source": folder}, vocabulary=vocabulary), device)
+    model = candidate_model(bank, dtype)
     source = RecipeSource(name="source", path=str(folder))
-    recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source])
+    recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source], vocabulary=vocabulary)
     materialise(recipe, bank, destinations(model, bank))
-    return model, open_tokenizer(base)
+    return model, open_tokenizer(bank.models.tokenizer_folder)

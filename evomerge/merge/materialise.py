@@ -25,6 +25,7 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
     bank.forget_recent()
+    name = bank.merged_as(name)
     base = bank.base(name)
     if not base.is_floating_point():
         out.copy_(base)

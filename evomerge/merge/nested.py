@@ -12,7 +12,7 @@ from evomerge.merge.bank import Bank
 from evomerge.merge.compiled import compiled_for
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.recipe import Recipe
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint
+from evomerge.sources.checkpoint import Checkpoint
 from evomerge.sources.locate import locate
 from evomerge.sources.open import open_models
 from evomerge.sources.tokenizer import Vocabulary
@@ -41,8 +41,7 @@ class Nested(Checkpoint):
     @torch.no_grad()
     def read(self, name: str) -> torch.Tensor:
         """The merged tensor in the nested recipe's dtype, on its bank's device.  NotFinite if it is broken."""
-        if name not in self.tensors and name in TIED_HEADS and self.embedding_name:
-            name = self.embedding_name
+        name = self.stored_name(name)
         info = self.tensors[name]
         dtype = TORCH_DTYPES[self.recipe.dtype] if info.dtype.is_floating_point else info.dtype
         out = torch.empty(info.shape, dtype=dtype, device=self.bank.device)
@@ -88,6 +87,10 @@ def open_bank(
         s.name: open_nested(s.name, s.recipe, device, log) if s.recipe else locate(s.path) for s in recipe.sources
     }
     models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices), vocabulary=recipe.vocabulary)
+    nested = {name: m.bank.models.compatibility.notes for name, m in models.sources.items() if isinstance(m, Nested)}
+    models.compatibility.notes += [
+        f"in the recipe of source {name}: {note}" for name in nested for note in nested[name]
+    ]
     compiled = compiled_for(models.base.tensors, log) if log else None
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)

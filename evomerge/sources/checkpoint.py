@@ -1,6 +1,7 @@
 """Open a safetensors checkpoint, one file or many, by memory map; nothing is read before it is needed."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
 from evomerge.sources.anatomy import layer_count
+from evomerge.sources.architecture import known_config
 from evomerge.sources.header import open_safetensors
 from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
 
@@ -26,8 +28,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "smollm3")  # transformers' own defaults
-TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 LAYERS = 10_000  # more than any model has; recipes are written out layer by layer
 
@@ -57,16 +59,32 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     handles: dict[Path, Any] = field(repr=False)
 
-    @property
+    @cached_property
     def ties_head(self) -> bool:
-        """Whether the head shares the embedding's weights (`tie_word_embeddings`)."""
-        return bool(self.config.get("tie_word_embeddings", self.config.get("model_type") in TIED_BY_DEFAULT))
+        """Whether the head shares the embedding's weights: by the configuration, unless the files hold two different
+        matrices all the same (transformers' rule)."""
+        if not says_tied(self.config):
+            return False
+        head, embedding = self.head_name, self.embedding_name
+        return head is None or embedding is None or torch.equal(self.read(head), self.read(embedding))
 
     @cached_property
     def embedding_name(self) -> str | None:
         """The input embedding's tensor, which a tied head stands for."""
-        ends = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-        return next((name for name in self.tensors if name.endswith(ends)), None)
+        return next((name for name in self.tensors if is_embedding(name)), None)
+
+    @cached_property
+    def head_name(self) -> str | None:
+        """The head's tensor; None if it is not stored."""
+        return next((name for name in self.tensors if is_head(name)), None)
+
+    def stored_name(self, name: str) -> str:
+        """The tensor that holds `name`: of a tied pair only one may be stored."""
+        if name in self.tensors:
+            return name
+        if is_head(name):
+            return self.head_name or self.embedding_name or name
+        return (is_embedding(name) and self.head_name) or name
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -83,10 +101,49 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, a view of the mapped file.  A tied head that is not stored is the embedding."""
-        if name not in self.tensors and name in TIED_HEADS and self.embedding_name:
-            name = self.embedding_name
+        name = self.stored_name(name)
         tensor: torch.Tensor = self.handles[self.tensors[name].file].get_tensor(name)
         return tensor
+
+
+@dataclass
+class Untied(Checkpoint):
+    """A model with a head of its own, equal to the embedding that its files tie it to."""
+
+    inner: Checkpoint = field(repr=False)
+
+    def stores(self, name: str) -> bool:
+        return self.inner.stores(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.inner.read(name)
+
+
+def untied(model: Checkpoint, head: str) -> Checkpoint:
+    """The same model with its head, called `head`, as a matrix of its own, in its configuration too."""
+    assert model.embedding_name is not None, f"{model.path} has no embedding"
+    config = model.config | {"tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    tensors = {head: model.tensors[model.embedding_name], **model.tensors}
+    return Untied(model.path, config, {n: tensors[n] for n in (*model.tensors, head)}, {}, model)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the matrix from hidden states to logits."""
+    return ".".join(name.split(".")[-2:]) in HEADS
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is the matrix from tokens to hidden states."""
+    return name.endswith(EMBEDDINGS)
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """`tie_word_embeddings`, or what it is by default in transformers."""
+    if (tied := config.get("tie_word_embeddings")) is not None:
+        return bool(tied)
+    return bool(getattr(known_config(config), "tie_word_embeddings", False))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:

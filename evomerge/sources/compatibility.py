@@ -10,15 +10,15 @@ from evomerge.files import read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
-from evomerge.sources.checkpoint import LAYER_COUNTS, TIED_HEADS, Checkpoint
+from evomerge.sources.checkpoint import LAYER_COUNTS, Checkpoint, is_head
 from evomerge.sources.locate import looks_like_hub_id
-from evomerge.sources.vocabulary import vocabulary_tensors
+from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
 # What decides the meaning of a weight: two models that differ here compute different functions of it.
 CONFIG_KEYS = """
     model_type architectures hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head
     num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function vocab_size
-    tie_word_embeddings num_experts num_local_experts num_experts_per_tok
+    num_experts num_local_experts num_experts_per_tok
 """.split()
 
 
@@ -62,8 +62,9 @@ def check(
             compare_config(name, base, source, found, relaxed)
             compare_tensors(name, base, source, found, relaxed)
         else:
-            changed = len(source.pairs.keys() | source.whole.keys())
+            changed = len(source.changes)
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
+        compare_heads(name, base, source, found, relaxed, by_token)
         if theirs is None and isinstance(source, Checkpoint):
             found.notes.append(f"{name}: has no tokenizer of its own; the base model's is taken to be its")
         elif theirs is not None and vocabulary is not None and not equal:
@@ -88,10 +89,7 @@ def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compa
         ours, theirs = base.config.get(key), source.config.get(key)
         if ours == theirs:
             continue
-        if key == "tie_word_embeddings" and (ours is None or theirs is None):
-            continue
-        line = f"{name}: {key} is {theirs!r}, in the base model {ours!r}"
-        (found.notes if key == "tie_word_embeddings" else found.problems).append(line)
+        found.problems.append(f"{name}: {key} is {theirs!r}, in the base model {ours!r}")
 
 
 def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
@@ -100,14 +98,10 @@ def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Comp
     )
     missing = [t for t in ours if t not in source.tensors]
     extra = [t for t in theirs if t not in base.tensors]
-    for tensor in list(missing):
-        if tensor in TIED_HEADS and source.embedding_name:
-            found.notes.append(f"{name}: does not store {tensor}; its tied embedding stands for it")
-            missing.remove(tensor)
-    for tensor in list(extra):
-        if tensor in TIED_HEADS and base.ties_head:
-            found.notes.append(f"{name}: stores {tensor}, which the base model ties to its embedding; not used")
-            extra.remove(tensor)
+    if source.ties_head:
+        missing = [t for t in missing if source.stored_name(t) == t]
+    if base.ties_head:
+        extra = [t for t in extra if not is_head(t)]
     if missing:
         found.problems.append(f"{name}: lacks {len(missing)} tensor(s) of the base model: {some(missing)}")
     if extra:
@@ -120,6 +114,28 @@ def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Comp
         found.problems.append(
             f"{name}: {len(shapes)} tensor(s) of another shape, the first is {first}: "
             f"{source.tensors[first].shape}, in the base model {base.tensors[first].shape}"
+        )
+
+
+def compare_heads(
+    name: str, base: Checkpoint, source: Checkpoint | Adapter, found: Compatibility, relaxed: Relaxed, by_token: bool
+) -> None:
+    """Heads and embeddings: tied in one model alone, of another shape, longer than the base's."""
+    if base.ties_head and not source.ties_head and source.head_name and base.embedding_name:
+        found.notes.append(
+            f"{name}: its head, {source.head_name}, differs from its embedding, which the base model uses for both; "
+            "the merged model has two matrices (tie_word_embeddings: false)"
+        )
+        ours, theirs = base.tensors[base.embedding_name].shape, source.tensors[source.head_name].shape
+        if ours[1:] != theirs[1:] or not (relaxed.any_rows or ours == theirs):
+            found.problems.append(f"{name}: {source.head_name} is {theirs}, in the base model's embedding {ours}")
+    if source.ties_head and not base.ties_head and base.head_name:
+        found.notes.append(f"{name}: its embedding is its head, too; it stands for {base.head_name}")
+    rows, ours_rows = row_count(source), row_count(base)
+    if rows > ours_rows and relaxed.any_rows and not by_token:
+        found.notes.append(
+            f"{name}: has {rows} rows in its embedding, the base model {ours_rows}; the last {rows - ours_rows} belong "
+            "to no token of the tokenizer and are not used"
         )
 
 

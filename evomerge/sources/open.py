@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
-from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
+from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, untied
 from evomerge.sources.compatibility import Compatibility, check
 from evomerge.sources.tokenizer import Vocabulary, is_there
 from evomerge.sources.vocabulary import translate
@@ -49,13 +49,19 @@ def open_models(
         opened[name] = source if isinstance(source, Checkpoint) else open_source(source, base_model)
     found = check(base_model, opened, any_depth, by_token=vocabulary is not None)
     if not found.problems:
-        aligned_base, aligned, output = translate(base_model, opened, vocabulary)
+        aligned_base, aligned, output = translate(with_own_head(base_model, opened), opened, vocabulary)
         return Models(aligned_base, aligned, found, vocabulary, output)
     if strict:
         hint = "\n  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"
         hint *= any(": another tokenizer: " in line for line in found.problems)
         raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems) + hint)
     return Models(base_model, opened, found, vocabulary, base_model.vocabulary)
+
+
+def with_own_head(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:
+    """The base as it is, or with its head as a matrix of its own if that of a source is one."""
+    heads = [source.head_name for source in sources.values() if not source.ties_head and source.head_name]
+    return untied(base, base.head_name or heads[0]) if heads and base.ties_head and base.embedding_name else base
 
 
 def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.checkpoint import TIED_HEADS, Checkpoint, TensorInfo
+from evomerge.sources.checkpoint import Checkpoint, TensorInfo, is_head
 from evomerge.sources.tokenizer import Vocabulary, union
 
 WHOLE = BASE, UNION = "base", "union"
@@ -21,19 +22,19 @@ Key = str | int
 
 
 def checkpoint_of(model: Source) -> Checkpoint:
-    """The checkpoint that says which tensors a model has."""
+    """The checkpoint whose configuration a model has."""
     return model if isinstance(model, Checkpoint) else model.base
 
 
 def vocabulary_tensors(model: Source) -> list[str]:
     """The tensors with one row per token."""
-    names = (checkpoint_of(model).embedding_name, *TIED_HEADS, *HEAD_BIASES)
-    return [n for n in names if n in checkpoint_of(model).tensors]
+    names = (model.embedding_name, model.head_name, *HEAD_BIASES)
+    return [n for n in names if n in model.tensors]
 
 
 def row_count(model: Source) -> int:
     """How many rows embedding and head have."""
-    return min((checkpoint_of(model).tensors[n].shape[0] for n in vocabulary_tensors(model)), default=0)
+    return min((model.tensors[n].shape[0] for n in vocabulary_tensors(model)), default=0)
 
 
 def rows_by_key(vocabulary: Vocabulary, rows: int) -> dict[Key, int]:
@@ -70,6 +71,10 @@ class Translated(Checkpoint):
     givers: Mapping[str, Source] = field(repr=False)
     leaves_alone: bool
 
+    @cached_property
+    def ties_head(self) -> bool:
+        return self.inner.ties_head
+
     def touches(self, name: str) -> bool:
         return self.inner.touches(name) or not (self.leaves_alone or name not in vocabulary_tensors(self.inner))
 
@@ -77,7 +82,7 @@ class Translated(Checkpoint):
         return self.inner.stores(name) and not self.is_by_token(name)
 
     def is_by_token(self, name: str) -> bool:
-        return name in TIED_HEADS or name in vocabulary_tensors(self.inner)
+        return is_head(name) or name in vocabulary_tensors(self.inner)
 
     def read(self, name: str) -> Tensor:
         """The tensor, by token if it has one row for each: (rows, ...).
@@ -179,7 +184,7 @@ def translated(model: Source, gathering: Gathering, givers: Mapping[str, Source]
     by_token = vocabulary_tensors(model)
     tensors = {
         n: TensorInfo((gathering.rows, *i.shape[1:]), i.dtype, i.file) if n in by_token else i
-        for n, i in checkpoint.tensors.items()
+        for n, i in model.tensors.items()
     }
     config: dict[str, Any] = checkpoint.config | {"vocab_size": gathering.rows}
     return Translated(model.path, config, tensors, {}, model, gathering, givers, leaves_alone)
