@@ -185,12 +185,20 @@ def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[list[
     ]
 
 
-def random_mask(chance: Chance, start: int, size: int, keys: tuple[int, int], levels: Tensor | None = None) -> Tensor:
+def random_mask(
+    chance: Chance,
+    start: int,
+    size: int,
+    keys: tuple[int, int],
+    levels: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """1.0 where the elements start .. start + size - 1 are kept.  keys: the tensor's word and the source's.
 
-    levels: the elements' ranks for a chance with a step.  Whoever needs a mask outside a merge asks here.
+    levels: the elements' ranks for a chance with a step.  device: where the mask is wanted, the levels' or the CPU by
+    default.  Whoever needs a mask outside a merge asks here.
     """
-    device = torch.device("cpu") if levels is None else levels.device
+    device = device or (torch.device("cpu") if levels is None else levels.device)
     plan = SparseBlend((1.0,), "rank", chances=(chance,))
     words = with_high_word(tensor_of(mask_words(plan, [0], (keys[0], [keys[1]])), np.int32, device), start)
     index = torch.arange(size, dtype=torch.int32, device=device) + low_word(start, device)

@@ -6,9 +6,9 @@ import torch
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank, mask_keys
-from evomerge.merge.execute import execute
+from evomerge.merge.execute import contributes, execute
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend, Derived, FisherBlend
+from evomerge.merge.plan import Blend, Derived, FisherBlend, SparseBlend
 from evomerge.merge.recipe import Recipe, check_layers
 from evomerge.sources.anatomy import place
 
@@ -24,7 +24,7 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
     on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
-    bank.forget_recent()
+    bank.begin(name)
     name = bank.merged_as(name)
     base = bank.base(name)
     if not base.is_floating_point():
@@ -40,6 +40,8 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     if isinstance(plan, Blend):
         # An operand that does not count is not read: the base stands in for it.
         sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
+    elif isinstance(plan, SparseBlend):
+        sources = [bank.source(s, name) if contributes(plan, i, False) else base for i, s in enumerate(names)]
     elif isinstance(plan, Derived):
         sources = bank.derived(plan, name, names, gathered)
     else:
@@ -87,9 +89,23 @@ def materialise(
     check_fits(recipe, bank)
     largest = {}
     names = [name for name in bank.names if name in destinations]
-    for name, following in zip(names, [*names[1:], None], strict=True):
-        between()
-        if following is not None:
-            bank.prefetch(following, [s.name for s in recipe.sources])
-        largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+    sent = 1
+    try:
+        for done, name in enumerate(names):
+            between()
+            sent = max(sent, done + 1)
+            while sent < len(names) and bank.prefetch(names[sent], read_by(recipe, bank, names[sent])):
+                sent += 1
+            largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+    finally:
+        bank.end()
     check_finite(largest)
+
+
+def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
+    """The sources that a tensor will be made of, as far as their weights tell: one of weight 0 is mostly not read."""
+    names = bank.taking_part(name, [s.name for s in recipe.sources])
+    if not names:
+        return []
+    weights = recipe.knobs(place(name), bank.layers, names).each.get("weight", [1.0] * len(names))
+    return [s for s, weight in zip(names, weights, strict=True) if weight]
