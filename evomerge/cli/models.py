@@ -82,13 +82,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first items of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens per forward.")] = 4096,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Padded tokens per forward; by default what the device holds.")
+    ] = None,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from evomerge.config.schema import TaskConfig
-    from evomerge.device import TORCH_DTYPES, resolve_device
+    from evomerge.device import TORCH_DTYPES, resolve_device, use
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
     from evomerge.evaluate.tasks import open_tasks, task_files
@@ -100,11 +102,12 @@ def evaluate(
     if dtype not in TORCH_DTYPES:
         raise EvomergeError(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
     where = resolve_device(device)
+    use(where)
     opened = open_tasks([TaskConfig(task=t, num_fewshot=num_fewshot) for name in tasks for t in task_files(name)])
     live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
-    clock, steps = Clock(), Steps("scoring")
+    clock, steps = Clock(device=where), Steps("scoring")
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, steps.step)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, steps.step)
     finally:
         steps.close()
     print_results(results, clock)

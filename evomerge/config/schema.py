@@ -250,5 +250,5 @@ class SearchConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"
-    batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = 4096
+    batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None

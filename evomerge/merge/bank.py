@@ -135,6 +135,11 @@ class Bank:
             return self.fetch("", origin)
         return self.fetch(source, origin)
 
+    def is_stored(self, source: str, name: str) -> bool:
+        """Whether reading a source's tensor computes nothing."""
+        origin = self.layout.origin(source, name)
+        return origin is None or self.models.sources[source].stores(origin)
+
     def taking_part(self, name: str, sources: Sequence[str]) -> list[str]:
         """Those of the sources that the tensor `name` is made of."""
         return [s for s in sources if self.layout.origin(s, name) is not None]
@@ -176,8 +181,7 @@ class Bank:
     def read(self, source: str, name: str) -> Tensor:
         """A model's tensor on the device.  What an adapter adds is computed there."""
         model = self.models.sources[source] if source else self.models.base
-        is_computed = isinstance(model, Adapter) and not model.stores(name) and model.base is self.models.base
-        if self.mapped or not is_computed:
+        if self.mapped or not isinstance(model, Adapter) or model.stores(name) or model.base is not self.models.base:
             return self.on_device(model.read(name))
         if (source, name) not in self.changes:
             change = model.change_of(name)

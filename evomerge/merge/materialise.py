@@ -41,7 +41,9 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
         # An operand that does not count is not read: the base stands in for it.
         sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
     elif isinstance(plan, SparseBlend):
-        sources = [bank.source(s, name) if contributes(plan, i, False) else base for i, s in enumerate(names)]
+        # The base stands in for a silent operand, too, unless computing it may find it broken.
+        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
+        sources = [base if quiet else bank.source(s, name) for s, quiet in zip(names, silent, strict=True)]
     elif isinstance(plan, Derived):
         sources = bank.derived(plan, name, names, gathered)
     else:
