@@ -27,7 +27,7 @@ from evomerge.sources.adapter.change import Change
 from evomerge.sources.checkpoint import is_head
 from evomerge.sources.open import Models
 
-LEAST_WINDOW = 64 << 20  # bytes: below it a copy's beginning costs more than the copy
+LEAST_WINDOW = 256 << 20  # bytes: below it a copy's beginning costs more than the copy
 
 Key = tuple[str, ...]
 """(source, tensor), the source empty for the base; or (kind, tensor, source) of what was measured."""
@@ -80,7 +80,6 @@ class Bank:
         pinned = Room(pinned_capacity(host_memory(), (share or Share()).host))
         self.transfers = None if self.mapped else Transfers(self.device, window, pinned)
         self.ahead: dict[str, list[Key]] = {}
-        self.current: str | None = None
         self.keeps_products = self.mapped or sum(sum(self.sizes(n)) for n in self.names) <= capacity
         self.changes: dict[Key, Change] = {}  # of adapters, on the device
         self.held: dict[Key, Tensor] = {}
@@ -222,12 +221,11 @@ class Bank:
         return True
 
     def begin(self, name: str) -> None:
-        """The tensor `name` is merged from now on: what did not fit for the last one is let go, used or not."""
+        """The tensor `name` is merged from now on: what did not fit is let go, and what was sent for tensors before."""
         if self.transfers is not None:
-            if self.current is not None and self.current != name:
-                self.transfers.drop(self.ahead.pop(self.current, []))
+            while name in self.ahead and (earlier := next(iter(self.ahead))) != name:
+                self.transfers.drop(self.ahead.pop(earlier))
             self.transfers.finish()
-        self.current = name
         self.recent.clear()
 
     def end(self) -> None:
@@ -237,7 +235,6 @@ class Bank:
                 self.transfers.drop(keys)
             self.transfers.finish()
         self.ahead.clear()
-        self.current = None
         self.recent.clear()
 
     def gathered(self, recipe: Recipe, names: Sequence[str] | None = None) -> list[Gathered]:
