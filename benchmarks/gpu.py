@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -130,10 +131,8 @@ def run_step(step: Step, args: argparse.Namespace, work: Path, left: Callable[[]
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a process and those that it started; its group has its number, and what is over is not harmed."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
