@@ -70,6 +70,13 @@ def relative_depth(where: Place, layers: int) -> int:
     return 0 if where.component == "embedding" else max(layers - 1, 0)
 
 
-def is_old_buffer(name: str) -> bool:
-    """Tables that old checkpoints store and transformers now computes: causal masks and rotary frequencies."""
-    return name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
+COMPUTED = re.compile(
+    r"\.(?:attn|attention)\.bias$|\.masked_bias$|(?:^|\.)rope\.freqs$|\.num_batches_tracked$|(?:^|\.)(?:position_ids|token_type_ids)$"
+    r"|\.rotary_(?:emb|embeddings?|pos_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$"
+)
+
+
+def is_computed(name: str) -> bool:
+    """Tables that old checkpoints store and transformers now computes: causal masks, positions, rotary frequencies;
+    and counters that only training reads."""
+    return COMPUTED.search(name) is not None

@@ -1,6 +1,6 @@
 """Can these models be merged?  Every mismatch is one line; nothing is loaded to find out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,10 @@ from evomerge.files import read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
-from evomerge.sources.checkpoint import LAYER_COUNTS, Checkpoint, is_head
+from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.settings import LAYER_COUNTS, compare_settings, describe
 from evomerge.sources.vocabulary import row_count, vocabulary_tensors
-
-# What decides the meaning of a weight: two models that differ here compute different functions of it.
-CONFIG_KEYS = """
-    model_type architectures hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head
-    num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function vocab_size
-    num_experts num_local_experts num_experts_per_tok
-""".split()
 
 
 @dataclass
@@ -31,13 +25,17 @@ class Compatibility:
 
 
 def check(
-    base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter], any_depth: bool = False, by_token: bool = False
+    base: Checkpoint,
+    sources: Mapping[str, Checkpoint | Adapter],
+    any_depth: bool = False,
+    by_token: bool = False,
+    allowed: Collection[str] = (),
 ) -> Compatibility:
-    """Compare each source (by name) with the base: architecture, tensors, tokenizer, declared base model.
+    """Compare each source (by name) with the base: architecture, settings, tensors, tokenizer, declared base model.
 
     any_depth: the stacks are taken apart and put together again, so only what is outside them is compared here.
     by_token: embedding and head are gathered by token, so tokenizers and numbers of rows may differ; with equal
-    tokenizers the rows beyond them always may.
+    tokenizers the rows beyond them always may.  allowed: the differences that a recipe allows by name.
     """
     found = Compatibility()
     model_type = base.config.get("model_type")
@@ -59,7 +57,7 @@ def check(
         equal = vocabulary is not None and (theirs is None or theirs.tokens == vocabulary.tokens)
         relaxed = Relaxed(any_depth, any_rows=vocabulary is not None and (by_token or equal))
         if isinstance(source, Checkpoint):
-            compare_config(name, base, source, found, relaxed)
+            compare_config(name, base, source, found, relaxed, allowed)
             compare_tensors(name, base, source, found, relaxed)
         else:
             changed = len(source.changes)
@@ -82,14 +80,17 @@ class Relaxed:
     any_rows: bool
 
 
-def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
-    for key in CONFIG_KEYS:
-        if (relaxed.any_depth and key in LAYER_COUNTS) or (relaxed.any_rows and key == "vocab_size"):
+def compare_config(
+    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed, allowed: Collection[str]
+) -> None:
+    for difference in compare_settings(base.config, source.config):
+        key, value = difference.last, difference.ours or difference.theirs
+        if relaxed.any_depth and (key in (*LAYER_COUNTS, "max_window_layers") or isinstance(value, list)):
             continue
-        ours, theirs = base.config.get(key), source.config.get(key)
-        if ours == theirs:
+        if relaxed.any_rows and key == "vocab_size":
             continue
-        found.problems.append(f"{name}: {key} is {theirs!r}, in the base model {ours!r}")
+        is_note = difference.kind == "note" or difference.kind in allowed
+        (found.notes if is_note else found.problems).append(describe(difference, name, allowed))
 
 
 def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
