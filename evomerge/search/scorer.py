@@ -45,7 +45,7 @@ def model_folders(config: SearchConfig) -> dict[str, Path]:
 def open_config_models(config: SearchConfig) -> Models:
     """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
     folders = model_folders(config)
-    return open_models(folders.pop("base"), folders)
+    return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:

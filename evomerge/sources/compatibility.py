@@ -16,6 +16,7 @@ from evomerge.sources.settings import LAYER_COUNTS, compare_settings, describe
 from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
 
+
 @dataclass
 class Compatibility:
     """problems: why these cannot be merged.  notes: what to know when they are."""
