@@ -43,7 +43,7 @@ TOWER = re.compile(
 COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
     ("head", re.compile(
         r"(?:^|\.)(?:lm_head|embed_out|output_projection|final_logits_bias|lm_loss|pred_layer|generator_\w+|proj_out)(?:\.|$)"
-        r"|(?:^|\.)cls\.predictions|^(?:output|head)\.")),
+        r"|(?:^|\.)cls\.predictions|^(?:output|head)\.|^decoder\.(?:weight|bias)$")),
     ("embedding", re.compile(
         r"(?:^|\.)(?:embed_tokens|embed_in|wte|wpe|word_embeddings|word_embedding|tok_embeddings|shared)\.")),
     ("norm", re.compile(r"(?i:norm)|(?:^|[._])ln_?(?:\d|f|q|pre|post|out)?\.")),
@@ -53,9 +53,9 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
         r"(?:^|\.)(?:\w*mamba\w*|\w*mixer|ssm|mlstm_layer|slstm_layer|xlstm|temporal_block|time_mix\w*|conv|short_conv|recurrent)"
         r"(?:\.|$)")),
     ("mlp", re.compile(
-        r"mlp|(?:^|\.)(?:feed_forward|\w*ffns?|\w*moe|router|gate|ff\d?|fc\d|intermediate|output|DenseReluDense|dense_\w+"
+        r"mlp|(?:^|\.)(?:feed_forward|\w*ffns?|\w*moe|router|gate|ffn_\w+|ff\d?|fc\d|intermediate|output|DenseReluDense|dense_\w+"
         r"|feedforward|lin\d)(?:\.|$)")),
-    ("embedding", re.compile(r"(?i:embed)")),
+    ("embedding", re.compile(r"(?i:embed)|\.(?:segment|mask)_emb(?:\.|$)|^transformer\.w\.")),
 )  # fmt: skip
 
 

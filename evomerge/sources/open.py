@@ -10,7 +10,7 @@ from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, untied
 from evomerge.sources.compatibility import Compatibility, check
 from evomerge.sources.tables import drop_lone_tables, integer_problems
 from evomerge.sources.tokenizer import Vocabulary, is_there
-from evomerge.sources.vocabulary import translate
+from evomerge.sources.vocabulary import rowless, translate
 
 
 @dataclass
@@ -56,6 +56,11 @@ def open_models(
     found.problems += integer_problems(base_model, opened)
     if not found.problems:
         aligned_base, aligned, output = translate(with_own_head(base_model, opened), opened, vocabulary)
+        if output is not None and (tokens := rowless(aligned_base, output)):
+            found.notes.append(
+                f"the tokenizer of {output.folder} names {len(tokens)} token(s) that no model has a row for, such as "
+                f"{tokens[0]!r}; the output has none either"
+            )
         return Models(aligned_base, aligned, found, vocabulary, output)
     if strict:
         hint = "\n  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"
