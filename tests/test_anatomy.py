@@ -1,4 +1,4 @@
-"""Every tensor of transformers' architectures has its place: names are those of the real classes, on the meta device."""
+"""Every tensor of transformers' architectures has its place; the names are those of its classes, on the meta device."""
 
 import re
 import warnings
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 UNBUILT = {
     "needs settings that have no default": {
         "aya_vision", "chameleon", "cohere_compass", "cohere_compass_text", "deepseek_ocr2", "diffusion_gemma",
-        "dots1", "dots3_note", "emu3", "granite4_vision", "hunyuan_vl", "lfm2_moe", "musicgen", "musicgen_melody",
+        "dots1", "emu3", "granite4_vision", "hunyuan_vl", "lfm2_moe", "musicgen", "musicgen_melody",
         "qwen4_exp", "qwen4_exp_text"},
     "its class contradicts its own default configuration": {
         "dbrx", "gemma4_assistant", "gemma4_unified_assistant", "qwen3_omni_moe"},
@@ -52,8 +52,8 @@ UNBUILT = {
 MAIN = """
     llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2 gpt_neox gptj phi phi3 qwen2_moe qwen3_moe olmo olmo2 olmoe
     stablelm smollm3 qwen3_next deepseek_v3 deepseek_v4 gpt_oss granite granitemoehybrid falcon_h1 falcon_mamba mamba2
-    jamba bamba nemotron_h zamba2 recurrent_gemma rwkv xlstm bert bloom mpt opt lfm2 minimax cohere2 glm4_moe llama4_text
-    t5 bart llava qwen2_vl qwen3_vl gemma3 mllama smolvlm voxtral
+    jamba bamba nemotron_h zamba2 recurrent_gemma rwkv xlstm bert bloom mpt opt lfm2 minimax cohere2 glm4_moe
+    llama4_text t5 bart llava qwen2_vl qwen3_vl gemma3 mllama smolvlm voxtral
 """.split()
 
 

@@ -101,7 +101,7 @@ def test_a_quantised_base_and_source_are_never_merged(tmp_path: Path, kind: str,
 
 
 def test_the_message_names_the_kind_a_tensor_and_the_python_that_dequantises(tmp_path: Path) -> None:
-    tensors, settings = PACKED["bitsandbytes, 4 bit"]
+    tensors, _ = PACKED["bitsandbytes, 4 bit"]
     folder = change_weights(write_llama(tmp_path / "it"), **tensors)
     with pytest.raises(EvomergeError) as caught:
         open_checkpoint(folder)
@@ -127,6 +127,15 @@ def test_merge_inspect_and_an_adapter_refuse_a_quantised_base(tmp_path: Path) ->
     assert not (tmp_path / "o").exists()
 
 
+def test_an_adapter_of_a_quantised_base_merges_onto_the_plain_one_with_a_note(tmp_path: Path) -> None:
+    base, trained_on = write_llama(tmp_path / "base"), write_llama(tmp_path / "packed" / "base")
+    change_config(trained_on, quantization_config=PACKED["bitsandbytes, 4 bit"][1])
+    for number, declared in enumerate((str(trained_on), "somebody/base-bnb-4bit")):
+        adapter = write_adapter(tmp_path / f"lora{number}", base, base_model_name_or_path=declared)
+        notes = open_models(base, {"it": adapter}).compatibility.notes
+        assert [n for n in notes if n.startswith(f"it: was trained on a quantised model, {declared} (b")]
+
+
 def test_plain_weights_whose_config_asks_for_quantisation_are_refused_with_the_cure(tmp_path: Path) -> None:
     folder = change_config(write_llama(tmp_path / "it"), quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(EvomergeError, match=r"`quantization_config` \(gptq, 4 bit\), but no tensor is packed"):
@@ -137,7 +146,7 @@ def test_plain_weights_whose_config_asks_for_quantisation_are_refused_with_the_c
 def test_a_folder_of_gguf_files_says_how_it_becomes_safetensors(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "it")
     (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
-    with pytest.raises(EvomergeError, match="gguf_file='model-Q4_K_M.gguf'"):
+    with pytest.raises(EvomergeError, match=r"gguf_file='model-Q4_K_M\.gguf'"):
         open_checkpoint(folder)
 
 
@@ -239,7 +248,8 @@ def test_equal_meaning_is_no_difference(ours: dict[str, Any], theirs: dict[str, 
         (llama(), llama(rms_norm_eps=1e-5), [("rms_norm_eps", "note")]),
         (llama(), llama(hidden_act="gelu"), [("hidden_act", "structure")]),
         (llama(), llama(num_key_value_heads=1), [("num_key_value_heads", "structure")]),
-        ({"model_type": "gemma2"}, {"model_type": "gemma2", "final_logit_softcapping": 10.0, "query_pre_attn_scalar": 9},
+        ({"model_type": "gemma2"},
+         {"model_type": "gemma2", "final_logit_softcapping": 10.0, "query_pre_attn_scalar": 9},
          [("final_logit_softcapping", "note"), ("query_pre_attn_scalar", "note")]),
         ({"model_type": "granite"}, {"model_type": "granite", "embedding_multiplier": 12.0},
          [("embedding_multiplier", "note")]),

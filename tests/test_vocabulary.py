@@ -226,7 +226,11 @@ def test_tokens_beyond_the_leaders_rows_get_the_row_of_a_model_that_has_one(want
     found, bank = merged(recipe), open_bank(recipe)
     assert found[EMBEDDING].shape[0] == found[HEAD].shape[0] == bank.layout.config["vocab_size"] == len(more)
     assert torch.allclose(found[EMBEDDING][-1], open_checkpoint(folders["two"]).read(EMBEDDING)[-1])
-    assert [n for n in bank.models.compatibility.notes if "names 1 token(s) that no model has a row for, such as '<never>'" in n]
+    assert [
+        n
+        for n in bank.models.compatibility.notes
+        if "names 1 token(s) that no model has a row for, such as '<never>'" in n
+    ]
 
 
 def test_equal_vocabularies_are_left_alone(tmp_path: Path):

@@ -60,7 +60,8 @@ class Recipe(BaseModel):
     embedding and head are then merged by token.  None: the tokenizers must be equal.  chat_template: the output's, as
     Jinja; None: its tokenizer's own.
 
-    allow_differences: `rope_theta`, `rope_scaling`: what the models' configurations may differ in; the output's is the base's.
+    allow_differences: what the models' configurations may differ in (`rope_theta`, `rope_scaling`); the output's is
+    the base's.
 
     Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
     layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.

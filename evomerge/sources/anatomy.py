@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
-Component = Literal[
-    "attention", "mixer", "mlp", "norm", "embedding", "head", "vision", "audio", "projector", "other"
-]
+Component = Literal["attention", "mixer", "mlp", "norm", "embedding", "head", "vision", "audio", "projector", "other"]
 """mixer: a state-space, convolutional or recurrent layer where others have attention.  mlp: with experts and routers.
 projector: what joins a tower to the language model."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -61,8 +59,8 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor sits.  layer: of the decoder, or the only stack, from 0; None outside it (embeddings, final norm, head,
-    towers, an encoder).
+    """Where a tensor sits.  layer: of the decoder, or the only stack, from 0; None outside it (embeddings, final norm,
+    head, towers, an encoder).
 
     tensor: its name, which recipes may name in part; places are equal whatever their tensors are called.
     encoder_layer: of an encoder-decoder's encoder.
@@ -87,8 +85,8 @@ def place(name: str) -> Place:
 
 
 def layer_count(names: list[str]) -> int:
-    """How many layers the decoder of a checkpoint with these tensor names has, or its encoder if it has no decoder; 0 if
-    no name carries a layer index."""
+    """How many layers the decoder of a checkpoint with these tensor names has, or its encoder if it has no decoder; 0
+    if no name carries a layer index."""
     places = [place(name) for name in names]
     decoder = [p.layer for p in places if p.layer is not None]
     return 1 + max(decoder or [p.encoder_layer for p in places if p.encoder_layer is not None], default=-1)
@@ -103,9 +101,12 @@ def at_layer(name: str, layer: int) -> str:
 
 
 def relative_depth(where: Place, layers: int) -> int:
-    """The layer whose coefficients a tensor uses: its own, the first for what comes before the stack (embeddings, towers),
-    the last for what follows it (final norm, head); in an encoder that of the same number.  mergekit's gradients give those the first layer's too; `merge/mergekit/` says how
-    its files are read all the same."""
+    """The layer whose coefficients a tensor uses: its own, the first for what comes before the stack (embeddings,
+    towers), the last for what follows it (final norm, head); in an encoder that of the same number.
+
+    mergekit's gradients give what follows the stack the first layer's too; `merge/mergekit/` says how its files are
+    read all the same.
+    """
     if where.layer is not None:
         return where.layer
     last = max(layers - 1, 0)

@@ -168,8 +168,8 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         return [folder / "model.safetensors"], []
     if packed := sorted(p.name for p in folder.glob("*.gguf")):
         raise EvomergeError(
-            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it was "
-            f"made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
+            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
+            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
             f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
         )
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

@@ -1,20 +1,24 @@
 """Can these models be merged?  Every mismatch is one line; nothing is loaded to find out."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_text
+from evomerge.files import read_json, read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
 from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.quantised import said_by
 from evomerge.sources.settings import LAYER_COUNTS, compare_settings, describe
+from evomerge.sources.tokenizer import is_there
 from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
+QUANTISED_NAME = re.compile(r"(?i)[-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[48]|[48]-?bit)(?![a-z0-9])")
 
 
 @dataclass
@@ -179,10 +183,23 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
+def quantised_base(declared: str) -> str | None:
+    """How the model that an adapter was trained on is quantised, by its configuration, else by its name; None if no."""
+    if is_there(Path(declared) / "config.json"):
+        return next((method for _, method in said_by(read_json(Path(declared) / "config.json"))), None)
+    named = QUANTISED_NAME.search(declared)
+    return named.group(1) if named else None
+
+
 def compare_declared_base(name: str, base: Checkpoint, source: Checkpoint | Adapter, found: Compatibility) -> None:
     declared = declared_base(source)
     if declared is None:
         return
+    if isinstance(source, Adapter) and (method := quantised_base(declared)):
+        found.notes.append(
+            f"{name}: was trained on a quantised model, {declared} ({method}); on these weights, which are not rounded "
+            "as that one's, it may do a little better or worse"
+        )
     here = {base.path.name.lower(), str(base.config.get("_name_or_path", "")).split("/")[-1].lower()}
     # A hub snapshot lies under models--owner--name/snapshots/<commit>.
     here |= {part.split("--")[-1].lower() for part in base.path.parts if part.startswith("models--")}

@@ -21,7 +21,7 @@ PACKED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("bitsandbytes, 8 bit", re.compile(r"\.(?:SCB|weight_format)$")),
     ("GPTQ", re.compile(r"\.g_idx$")),
     ("AWQ or GPTQ", re.compile(r"\.(?:qweight|qzeros|B_24)$")),
-    ("compressed-tensors", re.compile(r"\.weight_(?:packed|shape|zero_point|g_idx|global_scale)$|\.input_global_scale$")),
+    ("compressed-tensors", re.compile(r"\.weight_(?:packed|shape|zero_point|g_idx)$|_global_scale$")),
     ("weights with scales, as in FP8", re.compile(r"\.(?:weight_scale(?:_inv|_2)?|input_scale|activation_scale)$")),
     ("MXFP4", re.compile(r"_proj_(?:blocks|scales)$")),
     ("HQQ", re.compile(r"\.W_q$")),
@@ -58,8 +58,8 @@ def quantisation_problem(folder: Path, config: Mapping[str, Any], tensors: Mappi
     kind, tensor = packed or ("", "")
     method = said[1] if said else kind
     return (
-        f"{folder}: is quantised ({method}): tensor {tensor} has the type {tensors[tensor]}, which cannot be merged, nor "
-        f"can the scales of packed weights. {remedy(folder, method)}"
+        f"{folder}: is quantised ({method}): tensor {tensor} has the type {tensors[tensor]}, which cannot be merged, "
+        f"nor can the scales of packed weights. {remedy(folder, method)}"
     )
 
 

@@ -1,12 +1,14 @@
 """Settings: what configurations say that changes what weights mean, compared key by key.
 
-Keys that a configuration leaves out have transformers' defaults, and old spellings are read as new ones (`rope_theta` and
-`rope_scaling` as `rope_parameters`), so that equal meaning is no difference.
+Keys that a configuration leaves out have transformers' defaults, and old spellings are read as new ones (`rope_theta`
+and `rope_scaling` as `rope_parameters`), so that equal meaning is no difference.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from evomerge.sources.architecture import known_config
 
 Allowed = Literal["rope_theta", "rope_scaling"]
 """What models may differ in if a recipe or a search says so (`allow_differences`)."""
@@ -71,8 +73,8 @@ def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     elif audible(ours) == audible(theirs):
         return []
     else:
-        filled = (with_defaults(ours), with_defaults(theirs))
-        x, y = (flat(with_rope_parameters(c)) for c in (filled if None not in filled else (ours, theirs)))  # type: ignore[arg-type]
+        filled = with_defaults(ours), with_defaults(theirs)
+        x, y = (flat(with_rope_parameters(c)) for c in ((filled[0], filled[1]) if all(filled) else (ours, theirs)) if c)
     found = []
     for key in dict.fromkeys([*x, *y]):
         a, b = x.get(key), y.get(key)
@@ -115,13 +117,8 @@ def audible(config: Mapping[str, Any], depth: int = DEPTH) -> dict[str, Any]:
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A configuration as transformers completes it; None if it cannot."""
-    from transformers import AutoConfig
-
-    try:
-        whole: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    except Exception:  # an unknown architecture, or any way in which a value can be wrong
-        return None
-    return whole
+    known = known_config(config)
+    return None if known is None else dict(known.to_dict())
 
 
 def with_rope_parameters(config: Mapping[str, Any], depth: int = DEPTH) -> dict[str, Any]:
@@ -172,8 +169,8 @@ def describe(difference: Difference, name: str, allowed: Collection[str]) -> str
     if difference.kind == "note" or difference.kind in allowed:
         return f"{line}; the output has the base model's"
     return (
-        f"{line}: positions turn queries and keys otherwise, so equal weights mean something else; to merge them all the "
-        f"same, write `allow_differences: [{difference.kind}]`"
+        f"{line}: positions turn queries and keys otherwise, so equal weights mean something else; to merge them all "
+        f"the same, write `allow_differences: [{difference.kind}]`"
     )
 
 

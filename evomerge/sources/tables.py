@@ -40,7 +40,7 @@ def kind(name: str) -> str:
 
 
 def integer_problems(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> list[str]:
-    """A line for each source with a tensor of integers that is not the base's, or is of integers in one of them alone."""
+    """A line for each tensor of integers of a source that is not the base's, or of integers in one model alone."""
     problems = []
     for name, source in sources.items():
         theirs = source.tensors if isinstance(source, Checkpoint) else base.tensors
@@ -54,7 +54,7 @@ def integer_problems(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapte
                 problems.append(f"{name}: {tensor} has the type {theirs[tensor].dtype}, in the base model {info.dtype}")
             elif not torch.equal(source.read(tensor).to(base.read(tensor).dtype), base.read(tensor)):
                 problems.append(
-                    f"{name}: the integers of {tensor} are not the base model's; integers cannot be averaged, and a merge "
-                    "takes them from the base"
+                    f"{name}: the integers of {tensor} are not the base model's; integers cannot be averaged, and a "
+                    "merge takes them from the base"
                 )
     return problems
