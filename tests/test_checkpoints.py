@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from evomerge.cli import app
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe import load_recipe
 from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import open_checkpoint
@@ -167,6 +168,9 @@ def test_the_line_that_dequantises_fp8_gives_the_weights_in_float64(tmp_path: Pa
     change_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     with pytest.raises(EvomergeError) as caught:
         open_checkpoint(folder)
+    live, _ = open_live_model(folder, None, torch.float32, torch.device("cpu"))  # `evaluate` leaves it to transformers
+    for name, parameter in live.named_parameters():
+        torch.testing.assert_close(parameter.double(), truth[name], rtol=1e-6, atol=1e-7)
     line = str(caught.value).split("transformers: ")[1]
     names = {"AutoModelForCausalLM": AutoModelForCausalLM, "FineGrainedFP8Config": FineGrainedFP8Config}
     eval(line.replace("FOLDER", "OUT"), names | {"OUT": tmp_path / "plain"})

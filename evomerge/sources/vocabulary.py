@@ -116,7 +116,8 @@ def translate(
     wanted: `base`, `union` or a source's name, whose tokenizer and number of rows the output has; a union has a row
     for each token.  Tokens of that tokenizer which only other models have a row for get one, too.  None is the base's;
     the tokenizers were found to be equal then.  A model that has its rows in place already stays as it is.  A row
-    that a model lacks is that of the only model which has it, else the base's, else the mean of those which have it (mergekit's rule), else 0.
+    that a model lacks is that of the only model which has it, else the base's, else the mean of those which have it
+    (mergekit's rule), else 0.
     """
     models: dict[str, Source] = {BASE: base, **{f"source {n}": m for n, m in sources.items()}}
     mine = base.vocabulary
