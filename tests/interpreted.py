@@ -26,7 +26,9 @@ Case = tuple[str, Call, tuple[int, ...]]
 MIXED = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)
 
 
-def operands(shape: tuple[int, ...], types: tuple[torch.dtype, ...] = MIXED, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+def operands(
+    shape: tuple[int, ...], types: tuple[torch.dtype, ...] = MIXED, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     """A base and sources near it; a third of the elements of each source are the base's, so that signs are of zeros."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator).to(types[0])
@@ -89,7 +91,11 @@ def cases() -> Iterator[Case]:
 
 def equal(x: Tensor, y: Tensor) -> bool:
     """Whether the bits are the same, those of NaN aside."""
-    return bool(torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(0.0, 9.0, -9.0), y.nan_to_num(0.0, 9.0, -9.0)) and torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan()))
+    return bool(
+        torch.equal(x.isnan(), y.isnan())
+        and torch.equal(x.nan_to_num(0.0, 9.0, -9.0), y.nan_to_num(0.0, 9.0, -9.0))
+        and torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan())
+    )
 
 
 def main() -> None:
@@ -111,8 +117,8 @@ def far_elements() -> bool:
     """A random mask's words beyond 2^32 elements: a table that says the tensor began so far before."""
     from evomerge.merge import triton_kernels
     from evomerge.merge.call import low_word, with_high_word
-    from evomerge.merge.launch import blocks_of, described, kernel_of, settings_of
     from evomerge.merge.kernels import sparse_blend
+    from evomerge.merge.launch import blocks_of, described, kernel_of, settings_of
 
     base, sources = operands((3000,), (torch.float32,) * 4)
     call = call_of(PLANS["drop"], base, sources, (), KEYS)
@@ -148,7 +154,11 @@ def candidates(folder: Path) -> Iterator[tuple[str, bool]]:
         "tsv": {},
     }.items():
         recipe = Recipe(
-            method=method, dtype="float32", base=Model(path=str(folders["base"])), sources=sources, parameters=parameters
+            method=method,
+            dtype="float32",
+            base=Model(path=str(folders["base"])),
+            sources=sources,
+            parameters=parameters,
         )
         bank = open_bank(recipe)
         outs = [{n: torch.empty(t.shape) for n, t in bank.layout.tensors.items()} for _ in range(2)]

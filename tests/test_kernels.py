@@ -16,6 +16,7 @@ from torch import Tensor
 from evomerge.merge import compiled as compile_module
 from evomerge.merge import statistics
 from evomerge.merge.bank import mask_key, mask_keys
+from evomerge.merge.call import piece_size
 from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.derived import threads
 from evomerge.merge.execute import execute, random_mask
@@ -305,6 +306,28 @@ def test_without_a_compiler_everything_works_and_the_log_says_what_it_costs(
     assert len(lines) == 1
     assert "uncompiled" in lines[0]
     assert "no C++ compiler" in lines[0]
+
+
+def test_a_variant_that_cannot_be_compiled_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tried: list[int] = []
+
+    def compile_apart(variant: Variant, _: Path) -> None:
+        tried.append(variant.count)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(compile_module, "compile_apart", compile_apart)
+    flat = torch.zeros(100)
+    compiled = Compiled(tmp_path, lambda _: None)
+    for count in (1, 2, 1):
+        assert compiled.kernel(Variant.of_blend(flat, None, [flat] * count)) is None
+    assert tried == [1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 48])
+def test_no_piece_lies_on_both_sides_of_the_highest_index(count: int):
+    """The upper word of an element's index is taken once for a piece."""
+    with threads(count):
+        assert 2**32 % piece_size(torch.device("cpu")) == 0
 
 
 # --- Random masks ---

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.call import Keys
 from evomerge.merge.compiled import Compiled
 from evomerge.merge.derived import derive, fingerprint, kept
-from evomerge.merge.call import Keys
 from evomerge.merge.execute import random_mask
 from evomerge.merge.gathered import Gathered, open_gathered
 from evomerge.merge.layout import BASE, Slice, build_layout

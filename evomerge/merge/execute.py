@@ -66,23 +66,27 @@ def fused_call(call: Call, out: Tensor, compiled: Compiled) -> Tensor | None:
     """The same as `piecewise_call` in one fused kernel; None if there is none for this call."""
     if call.is_copy or not call.sources:
         return None
-    sources = same_type([x.reshape(-1) for x in call.sources])
-    flat, base = out.view(-1), None if call.base is None else call.base.reshape(-1)
-    numbers = call.number_rows(out.device)
-    if call.form is None:
-        fused = compiled.kernel(Variant.of_blend(flat, base, sources))
-        operands = [flat, *([] if base is None else [base]), *sources]
-        return fused and slabs(operands, lambda parts, _: fused([*parts, numbers]))
-    assert base is not None, "task vectors need a base"
-    planes = [x.expand(out.shape).reshape(-1) for x in call.planes]
-    words = call.word_rows(out.device)
-    fused = compiled.kernel(Variant.of_sparse(flat, base, sources, planes, call.form))
-    return fused and slabs(
-        [flat, base, *sources, *planes],
-        lambda parts, start: fused(
-            [*parts, numbers, with_high_word(words, start), low_word(start, out.device)],
-        ),
+    form, device, flat = call.form, out.device, out.view(-1)
+    base, sources = (
+        None if call.base is None else call.base.reshape(-1),
+        same_type([x.reshape(-1) for x in call.sources]),
     )
+    planes = [x.expand(out.shape).reshape(-1) for x in call.planes]
+    if form is None:
+        variant = Variant.of_blend(flat, base, sources)
+    else:
+        assert base is not None, "task vectors need a base"
+        variant = Variant.of_sparse(flat, base, sources, planes, form)
+    kernel = compiled.kernel(variant)
+    if kernel is None:
+        return None
+    numbers, words = call.number_rows(device), call.word_rows(device)
+
+    def run(parts: Sequence[Tensor], start: int) -> Tensor:
+        mask = [] if form is None else [with_high_word(words, start), low_word(start, device)]
+        return kernel([*parts, numbers, *mask])
+
+    return slabs([flat, *([] if base is None else [base]), *sources, *planes], run)
 
 
 def fisher_blend(

@@ -100,7 +100,7 @@ class Launcher:
         table = self.table(kind, rows, largest.device)
         settings = uploaded(settings_of(calls), largest.device)
         try:
-            with torch.cuda.device_of(largest):
+            with torch.cuda.device_of(largest):  # type: ignore[no-untyped-call]
                 kernel, constants = kernel_of(self.kernels, kind)
                 kernel[(len(table.blocks),)](
                     table.blocks,

@@ -1,4 +1,4 @@
-"""`blend` and `sparse_blend` of `kernels.py` for CUDA, one launch for all tensors of a candidate; the bits are the same.
+"""`blend` and `sparse_blend` of `kernels.py` for CUDA: one launch for all tensors of a candidate, the same bits.
 
 Every program does BLOCK elements of one tensor.  Which, the table `blocks` says; where the tensor lies, the table
 `addresses`; its coefficients are one row of `settings`.  Both kernels must be compiled with `enable_fp_fusion=False`,
@@ -8,9 +8,9 @@ Shapes: B blocks, T tensors, N sources.
     blocks     (B, 2) int32: row of the tensor, number of the block in it
     addresses  (T, 5 + 2 N) int64: elements, out, base, elements of a row (for `importance`), number of the entry of
                `largest`, N sources, N planes; 0 where there is none
-    settings   (T, N) or (T, 11 N) int32: the coefficients; for `sparse_blend` the 6 rows of `numbers` (float32 bits) and
-               the 5 of `words`
-    largest    int32, zeros at first: the bits of the largest |out| as float32; those of NaN are above all others'
+    settings   (T, N) or (T, 11 N) int32: the coefficients as the bits of float32; for `sparse_blend` the 6 rows of
+               `numbers` and then the 5 of `words`
+    largest    int32, zeros at first: the bits of the largest |out| as float32; those of NaN are the largest
 
 Types are numbers (`TYPES`), those of the sources two bits each, the first source's lowest.
 """
@@ -123,7 +123,10 @@ def folded(h, BY: tl.constexpr):
 
 @triton.jit
 def index_hash(start, lanes, key):
-    """The lowbias32 hash of the elements' indices under the tensor's key, uint32.  A block lies within 2^32 elements."""
+    """The lowbias32 hash of the elements' indices under the tensor's key, uint32.
+
+    No block lies on both sides of the 2^32-th element.
+    """
     high = (start >> 32).to(tl.uint32) * 0x9E3779B9
     h = (start & 0xFFFFFFFF).to(tl.uint32) + lanes.to(tl.uint32)
     h = folded(h ^ (key.to(tl.uint32, bitcast=True) ^ high), 16) * 0x7FEB352D
