@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.call import Keys
 from evomerge.merge.compiled import Compiled
 from evomerge.merge.derived import derive, fingerprint, kept
-from evomerge.merge.execute import Keys, random_mask
+from evomerge.merge.execute import random_mask
 from evomerge.merge.gathered import Gathered, open_gathered
 from evomerge.merge.layout import BASE, Slice, build_layout
 from evomerge.merge.measure import Kept, Measurements
@@ -51,6 +52,7 @@ class Bank:
         self.layout = build_layout(models, slices)
         self.compiled = compiled
         self.device = torch.device(device)
+        self.launcher = compiled.launcher if compiled is not None and self.device.type == "cuda" else None
         self.names = list(self.layout.tensors)
         self.layers = self.layout.layers
         self.capacity = capacity if capacity is not None else default_capacity(self.device)

@@ -97,7 +97,7 @@ def open_bank(
     models.compatibility.notes += [
         f"in the recipe of source {name}: {note}" for name in nested for note in nested[name]
     ]
-    compiled = compiled_for(models.base.tensors, log) if log else None
+    compiled = compiled_for(models.base.tensors, device, log) if log else None
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
     return bank

@@ -94,7 +94,7 @@ class Scorer:
         self.folders = model_folders(config)
         self.stamps = stamps(self.folders)
         device = resolve_device(config.device)
-        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, log), cache=cache)
+        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, device, log), cache=cache)
         self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype])
         self.destinations = destinations(self.model, self.bank)
         self.engine = Engine(self.model, open_tokenizer(models.base.path), config.batch_tokens, log)
