@@ -16,6 +16,7 @@ from torch import Tensor
 from evomerge.merge import compiled as compile_module
 from evomerge.merge import statistics
 from evomerge.merge.bank import mask_key, mask_keys
+from evomerge.merge.call import piece_size
 from evomerge.merge.compiled import Compiled, Variant
 from evomerge.merge.derived import threads
 from evomerge.merge.execute import execute, random_mask
@@ -166,7 +167,7 @@ def compiled() -> Compiled:
     found = Compiled(Path(__file__).resolve().parent.parent / ".cache" / "kernels", lines.append)
     flat = torch.zeros(2).bfloat16()
     found.kernel(Variant.of_blend(flat, flat, [flat] * 3))
-    if not found.usable:
+    if found.reasons:
         pytest.skip(f"nothing can be compiled here: {lines}")
     return found
 
@@ -206,7 +207,7 @@ def test_compiled_kernels_give_the_same_bits(compiled: Compiled, name: str, size
     with threads(2):
         assert torch.equal(run(PLANS[name], base, sources, torch.bfloat16, compiled=compiled), eager)
     assert torch.equal(run(PLANS[name], base, sources, torch.bfloat16, compiled=compiled), eager)
-    assert compiled.usable
+    assert not compiled.reasons
 
 
 @pytest.mark.parametrize("name", [fused_name(n) for n in FUSED])
@@ -274,7 +275,7 @@ def test_operands_of_several_types_are_widened_for_compiled_kernels(compiled: Co
 
 @pytest.mark.parametrize("form", [None, SparseForm("rank", "weighted", True, False)])
 def test_a_variant_survives_the_way_to_the_compiling_process(form: SparseForm | None):
-    variant = Variant("cpu", torch.bfloat16, torch.float32, torch.float16, 3, torch.uint8 if form else None, form)
+    variant = Variant(torch.bfloat16, torch.float32, torch.float16, 3, torch.uint8 if form else None, form)
     assert Variant.from_json(variant.to_json()) == variant
 
 
@@ -305,6 +306,28 @@ def test_without_a_compiler_everything_works_and_the_log_says_what_it_costs(
     assert len(lines) == 1
     assert "uncompiled" in lines[0]
     assert "no C++ compiler" in lines[0]
+
+
+def test_a_variant_that_cannot_be_compiled_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tried: list[int] = []
+
+    def compile_apart(variant: Variant, _: Path) -> None:
+        tried.append(variant.count)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(compile_module, "compile_apart", compile_apart)
+    flat = torch.zeros(100)
+    compiled = Compiled(tmp_path, lambda _: None)
+    for count in (1, 2, 1):
+        assert compiled.kernel(Variant.of_blend(flat, None, [flat] * count)) is None
+    assert tried == [1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 48])
+def test_no_piece_lies_on_both_sides_of_the_highest_index(count: int):
+    """The upper word of an element's index is taken once for a piece."""
+    with threads(count):
+        assert 2**32 % piece_size(torch.device("cpu")) == 0
 
 
 # --- Random masks ---

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.merge.bank import Bank, mask_keys
+from evomerge.merge.call import Keys
 from evomerge.merge.derived import derive
-from evomerge.merge.execute import Keys, execute, random_mask
+from evomerge.merge.execute import execute, random_mask
 from evomerge.merge.gathered import Gathered
 from evomerge.merge.kernels import variance
 from evomerge.merge.materialise import materialise_tensor

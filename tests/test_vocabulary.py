@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCABULARY, write_adapter, write_llama
+from models import VOCABULARY, write_adapter, write_llama, write_tokenizer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.trainers import BpeTrainer
@@ -212,6 +212,25 @@ def test_added_tokens_of_a_source_stay_what_they_are(tmp_path: Path):
 
 
 # --- The default ---
+
+
+@pytest.mark.parametrize("wanted", ["base", "one"])
+def test_tokens_beyond_the_leaders_rows_get_the_row_of_a_model_that_has_one(wanted: str, tmp_path: Path):
+    """`<im>` is in all tokenizers, but only `two` has a row for it; nobody has one for `<never>`."""
+    leader, other = ("base", "one") if wanted == "base" else ("one", "base")
+    more = [*VOCABULARY, "<im>"]
+    folders = {n: write_llama(tmp_path / n, seed) for seed, n in enumerate((leader, other))}
+    folders["two"] = write_llama(tmp_path / "two", 2, vocabulary=more)
+    write_tokenizer(folders[leader], [*more, "<never>"])
+    recipe = recipe_of({n: folders[n] for n in ("base", "one", "two")}, vocabulary=wanted, parameters={"weight": 1})
+    found, bank = merged(recipe), open_bank(recipe)
+    assert found[EMBEDDING].shape[0] == found[HEAD].shape[0] == bank.layout.config["vocab_size"] == len(more)
+    assert torch.allclose(found[EMBEDDING][-1], open_checkpoint(folders["two"]).read(EMBEDDING)[-1])
+    assert [
+        n
+        for n in bank.models.compatibility.notes
+        if "names 1 token(s) that no model has a row for, such as '<never>'" in n
+    ]
 
 
 def test_equal_vocabularies_are_left_alone(tmp_path: Path):

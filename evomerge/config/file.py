@@ -145,7 +145,10 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
     sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
-    return {"base": recipe.base.path, "sources": sources, "method": recipe.method} | content
+    given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
+    if recipe.allow_differences:
+        given["allow_differences"] = recipe.allow_differences
+    return given | content
 
 
 def readable(error: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from evomerge.merge.plan import Method
 from evomerge.merge.recipe import Dtype
 from evomerge.sources.anatomy import Component
+from evomerge.sources.settings import Allowed
 
 Granularity = Literal["model", "depth", "group", "layer"]
 GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone
@@ -229,6 +230,8 @@ RacingValue = Annotated[RacingConfig, BeforeValidator(racing)]
 class SearchConfig(Strict):
     """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
 
+    allow_differences: as in a recipe.
+
     baselines: recipe files of one's own, on the same sources, that the winner must beat too.  start_from: one more, a
     recipe or a mergekit file, which also gives the base, the sources and the method where they are not said here.
     """
@@ -236,6 +239,7 @@ class SearchConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
+    allow_differences: list[Allowed] = []
     method: str
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))
     tasks: list[TaskConfig] = Field(min_length=1)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.call import Keys
 from evomerge.merge.compiled import Compiled
 from evomerge.merge.derived import derive, fingerprint, kept
-from evomerge.merge.execute import Keys, random_mask
+from evomerge.merge.execute import random_mask
 from evomerge.merge.gathered import Gathered, open_gathered
 from evomerge.merge.layout import BASE, Slice, build_layout
 from evomerge.merge.measure import Kept, Measurements
@@ -68,6 +69,7 @@ class Bank:
         self.layout = build_layout(models, slices)
         self.compiled = compiled
         self.device = torch.device(device)
+        self.launcher = compiled.launcher if compiled is not None and self.device.type == "cuda" else None
         self.names = list(self.layout.tensors)
         self.layers = self.layout.layers
         self.mapped = self.device.type == "cpu" if mapped is None else mapped
@@ -80,7 +82,7 @@ class Bank:
         pinned = Room(pinned_capacity(host_memory(), (share or Share()).host))
         self.transfers = None if self.mapped else Transfers(self.device, window, pinned)
         self.ahead: dict[str, list[Key]] = {}
-        self.keeps_products = self.mapped or sum(sum(self.sizes(n)) for n in self.names) <= capacity
+        self.holds_all = self.mapped or sum(sum(self.sizes(n)) for n in self.names) <= capacity
         self.changes: dict[Key, Change] = {}  # of adapters, on the device
         self.held: dict[Key, Tensor] = {}
         self.lock = threading.Lock()
@@ -147,7 +149,7 @@ class Bank:
         """A model's own tensor `name`, the base's if `source` is empty."""
         model = self.models.sources[source] if source else self.models.base
         in_place = self.mapped and model.stores(name)
-        may_stay = self.keeps_products or model.stores(name) or not isinstance(model, Adapter)
+        may_stay = self.holds_all or model.stores(name) or not isinstance(model, Adapter)
         return self.get((source, name), lambda: self.read(source, name), in_place, may_stay)
 
     def plane(self, key: Key, make: Callable[[], Tensor]) -> Tensor:

@@ -25,6 +25,10 @@ Coefficient = bool | PerLayer | dict[str, PerLayer] | Annotated[list[Part], Fiel
 by tensor name, of which the first that fits decides; or the name of one of a knob's choices."""
 
 
+BASIC = ("attention", "mlp", "norm", "embedding", "head", "other")
+"""The components that every language model may have; who names all of them has named `other` for the rest."""
+
+
 def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
     """The number that a coefficient has at a place."""
     if type(coefficient) is float:
@@ -38,7 +42,7 @@ def part_at(coefficient: Coefficient, where: Place) -> PerLayer:
     """The part of a coefficient that a tensor uses."""
     assert not isinstance(coefficient, str), "a name was not checked"
     if isinstance(coefficient, dict):
-        return coefficient.get(where.component, coefficient.get("default", 0.0))
+        return coefficient.get(where.component, coefficient.get("default", coefficient.get("other", 0.0)))
     if parts := named_parts(coefficient):
         return next(p.value for p in parts if p.filter is None or p.filter in where.tensor)
     assert not isinstance(coefficient, dict)
@@ -65,7 +69,7 @@ def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> li
         unknown = set(coefficient) - {*COMPONENTS, "default"}
         if unknown:
             return [f"{where}: {min(unknown)!r} is not a component; allowed: {', '.join(COMPONENTS)}, default"]
-        if "default" not in coefficient and len(coefficient) < len(COMPONENTS):
+        if "default" not in coefficient and not coefficient.keys() >= set(BASIC):
             return [f"{where}: needs `default` for the components it does not name"]
     if parts := named_parts(coefficient):
         if parts[-1].filter is not None:

@@ -1,4 +1,4 @@
-"""Kernels fused by torch's ahead-of-time compiler: compiled once per machine, kept on disk, loaded in milliseconds.
+"""The CPU's kernels fused by torch's ahead-of-time compiler: once per machine, kept on disk, loaded in milliseconds.
 
     python -m evomerge.merge.compiled VARIANT FILE
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from evomerge.files import written_aside
 from evomerge.merge import kernels, scan
 from evomerge.merge.kernels import SparseForm
+from evomerge.merge.launch import Launcher, last_word
 from evomerge.merge.scan import SOURCE, Scan, compile_scan
 from evomerge.sources.checkpoint import TensorInfo
 
@@ -45,7 +46,6 @@ class Variant:
     count: operands beside out and base.  levels: the type of the planes, if the mask has them.
     """
 
-    device: str
     out: torch.dtype
     base: torch.dtype | None
     sources: torch.dtype
@@ -56,14 +56,14 @@ class Variant:
     @classmethod
     def of_blend(cls, out: Tensor, origin: Tensor | None, terms: Sequence[Tensor]) -> "Variant":
         base = None if origin is None else origin.dtype
-        return cls(out.device.type, out.dtype, base, terms[0].dtype, len(terms))
+        return cls(out.dtype, base, terms[0].dtype, len(terms))
 
     @classmethod
     def of_sparse(
         cls, out: Tensor, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], form: SparseForm
     ) -> "Variant":
         levels = planes[0].dtype if planes else None
-        return cls(out.device.type, out.dtype, base.dtype, sources[0].dtype, len(sources), levels, form)
+        return cls(out.dtype, base.dtype, sources[0].dtype, len(sources), levels, form)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=lambda dtype: str(dtype).removeprefix("torch."))
@@ -85,16 +85,16 @@ class Variant:
         """Operands of the right types and any length, to trace with."""
 
         def flat(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(4096, dtype=dtype, device=self.device)
+            return torch.zeros(4096, dtype=dtype)
 
         head = [flat(self.out)] + ([] if self.base is None else [flat(self.base)])
         terms = [flat(self.sources) for _ in range(self.count)]
         if self.form is None:
-            return (*head, *terms, torch.ones(self.count, device=self.device))
+            return (*head, *terms, torch.ones(self.count))
         planes = [] if self.levels is None else [flat(self.levels) for _ in range(self.count)]
-        numbers = torch.ones((6, self.count), device=self.device)
-        words = torch.ones((5, self.count), dtype=torch.int32, device=self.device)
-        return (*head, *terms, *planes, numbers, words, torch.zeros(1, dtype=torch.int32, device=self.device))
+        numbers = torch.ones((6, self.count))
+        words = torch.ones((5, self.count), dtype=torch.int32)
+        return (*head, *terms, *planes, numbers, words, torch.zeros(1, dtype=torch.int32))
 
 
 class Fusable(nn.Module):
@@ -117,22 +117,22 @@ class Fusable(nn.Module):
 
 
 class Compiled:
-    """The compiled kernels of this machine.
+    """The compiled kernels of this machine; those of a CUDA device are the launcher's.
 
-    A variant that is not on disk is compiled and kept there; what cannot be compiled (no C++ compiler) runs
-    uncompiled, and `log` is told once.
+    A variant that is not on disk is compiled and kept there; one that cannot be compiled runs uncompiled, the others
+    stay, and `log` is told once for each reason.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
         self.folder = folder
         self.log = log
         self.loaded: dict[Variant, Kernel | None] = {}
-        self.usable = True
+        self.reasons: set[str] = set()
 
     def kernel(self, variant: Variant) -> Kernel | None:
         """The fused kernel of a variant; None where there is none and the caller should go piece by piece."""
         if variant not in self.loaded:
-            self.loaded[variant] = self.load(variant) if self.usable else None
+            self.loaded[variant] = self.load(variant)
         return self.loaded[variant]
 
     def load(self, variant: Variant) -> Kernel | None:
@@ -145,10 +145,16 @@ class Compiled:
             # What torch._inductor.aoti_load_package does, without importing the compiler.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1).run
         except Exception as error:  # a compiler fails in many ways, and none may cost the merge
-            self.usable = False
-            self.log(f"kernels run uncompiled, which makes a sparse merge about ten times slower ({last_word(error)})")
+            if (reason := last_word(error)) not in self.reasons:
+                self.reasons.add(reason)
+                self.log(f"{file.stem} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
             return None
         return lambda operands: runner(operands)[0]
+
+    @cached_property
+    def launcher(self) -> Launcher:
+        """The kernels of CUDA devices."""
+        return Launcher(self.log)
 
     @cached_property
     def scan(self) -> Scan:
@@ -167,15 +173,16 @@ class Compiled:
             return Scan()
 
 
-def last_word(error: Exception) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {text[0]}"
+def compiled_for(
+    tensors: Mapping[str, TensorInfo], device: torch.device | str, log: Callable[[str], None]
+) -> Compiled | None:
+    """The compiled kernels for merging these tensors, None where a compilation takes longer than it saves.
 
-
-def compiled_for(tensors: Mapping[str, TensorInfo], log: Callable[[str], None]) -> Compiled | None:
-    """The compiled kernels for merging these tensors, None where a compilation takes longer than it saves."""
+    On a CUDA device a compilation takes a second, and a launch for each of hundreds of tensors is always slower.
+    """
     elements = sum(math.prod(t.shape) for t in tensors.values())
-    return Compiled(user_cache(), log) if elements >= WORTHWHILE else None
+    worthwhile = elements >= WORTHWHILE or torch.device(device).type == "cuda"
+    return Compiled(user_cache(), log) if worthwhile else None
 
 
 def compile_apart(variant: Variant, file: Path) -> None:
@@ -193,8 +200,7 @@ def compile_to(variant: Variant, file: Path) -> None:
     lengths = tuple({0: n} if x.ndim == 1 and x.numel() == 4096 else {} for x in example)
     exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
     options: dict[str, bool | int] = {"cpp.dynamic_threads": True, "emulate_precision_casts": True}
-    if variant.device == "cpu":
-        options["realize_opcount_threshold"] = 8  # else short kernels get pairs of vectors, at half the speed
+    options["realize_opcount_threshold"] = 8  # else short kernels get pairs of vectors, at half the speed
     with written_aside(file) as aside:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
 
@@ -202,8 +208,7 @@ def compile_to(variant: Variant, file: Path) -> None:
 @cache
 def machine() -> str:
     """What a compiled kernel depends on besides its own code."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {gpu}"
+    return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @cache

@@ -17,7 +17,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import sha256
 from evomerge.merge.plan import Statistics
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import is_old_buffer
+from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.header import open_safetensors
 from evomerge.sources.open import Models
@@ -120,7 +120,7 @@ def missing(found: Gathered, base: Checkpoint) -> str | None:
         return f"has {unknown[0]}, which is not a tensor of {base.path}"
     if found.origin.kind == "fisher":
         for name, info in base.tensors.items():
-            if not info.dtype.is_floating_point or is_old_buffer(name):
+            if not info.dtype.is_floating_point or is_computed(name):
                 continue
             if not found.covers(name):
                 return f"lacks the tensor {name} of {base.path}"

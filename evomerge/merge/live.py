@@ -11,8 +11,8 @@ from evomerge.files import read_json
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import is_old_buffer
-from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.anatomy import is_computed
+from evomerge.sources.checkpoint import read_config, stored_tensors
 from evomerge.sources.open import open_models
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
@@ -70,7 +70,7 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
         tensor = live_tensor(name, parameters, prefix)
         if tensor is not None:
             found[name] = tensor
-        elif not (name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_old_buffer(name)):
+        elif not (name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_computed(name)):
             raise EvomergeError(
                 f"{bank.models.base.path}: transformers' {type(model).__name__} has no parameter for the tensor {name}"
             )
@@ -114,7 +114,8 @@ def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device:
     """
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     if not is_adapter:
-        open_checkpoint(folder)  # says what is wrong with the files before transformers tries
+        read_config(folder)
+        stored_tensors(folder)  # says what is wrong with the files before transformers tries
         return load_live_model(folder, dtype, device), open_tokenizer(folder)
     if base is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")

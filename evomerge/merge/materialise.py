@@ -1,24 +1,78 @@
 """Materialise a recipe: the one way to merge.  Search, export and `merge` all come through here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank, mask_keys
-from evomerge.merge.execute import contributes, execute
+from evomerge.merge.call import Call, Keys, call_of, contributes
+from evomerge.merge.coefficients import named_parts
+from evomerge.merge.execute import execute
+from evomerge.merge.launch import Launcher
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend, Derived, FisherBlend, SparseBlend
+from evomerge.merge.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
 from evomerge.merge.recipe import Recipe, check_layers
-from evomerge.sources.anatomy import place
+from evomerge.sources.anatomy import Place, place
+
+STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
+KnobsAt = Callable[[Place, int, tuple[str, ...]], Knobs]
 
 
 class NotFinite(ArithmeticError):
     """A merged tensor holds NaN or infinity: this candidate is broken, the next may be fine."""
 
 
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What one tensor is made of: the arguments of `execute`."""
+
+    plan: Plan
+    base: Tensor
+    sources: Sequence[Tensor]
+    planes: Sequence[Tensor]
+    keys: Keys
+
+
+def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planned | None:
+    """What a recipe makes the tensor `name` of; None for integers, which are the base's.
+
+    knobs: `recipe.knobs`, or what remembers its answers.
+    """
+    base = bank.base(name)
+    if not base.is_floating_point():
+        return None
+    names = bank.taking_part(name, [s.name for s in recipe.sources])
+    gathered = bank.gathered(recipe, names)
+    measured = bank.measurements(name, names, recipe.seed, gathered)
+    if names:
+        plan = METHODS[recipe.method].plan(knobs(place(name), bank.layers, tuple(names)), measured)
+    else:
+        plan = Blend((), base=1.0)  # a slice of the base alone
+    # An operand that does not count is not read: the base stands in for it.
+    sources: Sequence[Tensor]
+    if isinstance(plan, Blend):
+        sources = [measured.source(i) if c else base for i, c in enumerate(plan.sources)]
+    elif isinstance(plan, SparseBlend):
+        # A silent one that must be computed is read all the same: that may find it broken.
+        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
+        sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
+    elif isinstance(plan, Derived):
+        sources = bank.derived(plan, name, names, gathered)
+    else:
+        sources = [measured.source(i) for i in range(len(names))]
+    planes = measured.planes(plan)
+    if isinstance(plan, FisherBlend):
+        planes = [g.read(name).to(bank.device) for g in gathered]
+    is_random = isinstance(plan, SparseBlend) and plan.chances is not None
+    return Planned(plan, base, sources, planes, mask_keys(recipe.seed, name, names) if is_random else (0, ()))
+
+
 @torch.no_grad()
-def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor) -> torch.Tensor:
+def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: Tensor) -> Tensor:
     """Write the merged tensor `name` into `out` (its shape, the recipe's dtype or the device's own copy of it).
 
     Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
@@ -26,40 +80,76 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: torch.Tensor)
     """
     bank.begin(name)
     name = bank.merged_as(name)
-    base = bank.base(name)
-    if not base.is_floating_point():
-        out.copy_(base)
+    planned = plan_tensor(recipe, bank, name, recipe.knobs)
+    return run_alone(planned, bank, name, out)
+
+
+def run_alone(planned: Planned | None, bank: Bank, name: str, out: Tensor) -> Tensor:
+    if planned is None:
+        out.copy_(bank.base(name))
         return torch.zeros((), device=bank.device)
-    names = bank.taking_part(name, [s.name for s in recipe.sources])
-    gathered = bank.gathered(recipe, names)
-    measured = bank.measurements(name, names, recipe.seed, gathered)
-    if names:
-        plan = METHODS[recipe.method].plan(recipe.knobs(place(name), bank.layers, names), measured)
-    else:
-        plan = Blend((), base=1.0)  # a slice of the base alone
-    if isinstance(plan, Blend):
-        # An operand that does not count is not read: the base stands in for it.
-        sources = [bank.source(s, name) if c else base for s, c in zip(names, plan.sources, strict=True)]
-    elif isinstance(plan, SparseBlend):
-        # The base stands in for a silent operand, too, unless computing it may find it broken.
-        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
-        sources = [base if quiet else bank.source(s, name) for s, quiet in zip(names, silent, strict=True)]
-    elif isinstance(plan, Derived):
-        sources = bank.derived(plan, name, names, gathered)
-    else:
-        sources = [bank.source(s, name) for s in names]
-    planes = measured.planes(plan)
-    if isinstance(plan, FisherBlend):
-        planes = [g.read(name).to(bank.device) for g in gathered]
-    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    keys = mask_keys(recipe.seed, name, names)
-    largest = execute(plan, target, base, sources, planes, keys, bank.compiled)
+    target = in_one_piece(out)
+    p = planned
+    largest = execute(p.plan, target, p.base, p.sources, p.planes, p.keys, bank.compiled)
     if target is not out:
         out.copy_(target)
     return largest
 
 
-def check_finite(largest: Mapping[str, torch.Tensor]) -> None:
+def in_one_piece(out: Tensor) -> Tensor:
+    """A tensor to write into: `out`, or one that is contiguous and must be copied to it."""
+    return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+class Batch:
+    """Tensors of one candidate on a device, those of one kind merged in one launch.
+
+    largest: (name, its largest |out|) of what was merged.
+    """
+
+    def __init__(self, recipe: Recipe, bank: Bank, launcher: Launcher) -> None:
+        self.recipe, self.bank, self.launcher = recipe, bank, launcher
+        self.knobs = remembered(recipe)
+        self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []  # name, out, what is written, call
+        self.largest: list[tuple[str, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, name: str, out: Tensor) -> None:
+        """Plan a tensor; it is merged by the next `launch`, which comes by itself where much was streamed."""
+        if not self.waiting:
+            self.bank.begin(name)
+        merged = self.bank.merged_as(name)
+        planned = plan_tensor(self.recipe, self.bank, merged, self.knobs)
+        call = None
+        if planned is not None and not isinstance(planned.plan, Derived):  # whose matrices would all wait in memory
+            call = call_of(planned.plan, planned.base, planned.sources, planned.planes, planned.keys)
+        if call is None:
+            self.largest.append((name, run_alone(planned, self.bank, merged, out)))
+        else:
+            self.waiting.append((name, out, in_one_piece(out), call))
+        if sum(x.nbytes for x in self.bank.recent.values()) > STREAMED:
+            self.launch()
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Merge what waits."""
+        if not self.waiting:
+            return
+        found = self.launcher.run([(target, call) for _, _, target, call in self.waiting])
+        self.largest += zip((name for name, *_ in self.waiting), found.unbind(), strict=True)
+        for _, out, target, _ in self.waiting:
+            if target is not out:
+                out.copy_(target)
+        self.waiting.clear()
+
+
+def remembered(recipe: Recipe) -> KnobsAt:
+    """`recipe.knobs` that computes equal places once; coefficients by tensor name differ among equal places."""
+    given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
+    return recipe.knobs if any(map(named_parts, given)) else cache(recipe.knobs)
+
+
+def check_finite(largest: Mapping[str, Tensor]) -> None:
     """NotFinite names the first tensor whose largest magnitude is not a number."""
     if not largest:
         return
@@ -81,7 +171,7 @@ def check_fits(recipe: Recipe, bank: Bank) -> None:
 def materialise(
     recipe: Recipe,
     bank: Bank,
-    destinations: Mapping[str, torch.Tensor],
+    destinations: Mapping[str, Tensor],
     between: Callable[[], None] = lambda: None,
 ) -> None:
     """Write every tensor of a candidate to its destination, in the bank's order.  NotFinite if one is not finite.
@@ -89,16 +179,23 @@ def materialise(
     destinations: checkpoint name -> tensor to write into.  between: called before each tensor (may raise to stop).
     """
     check_fits(recipe, bank)
-    largest = {}
+    largest: dict[str, Tensor] = {}
     names = [name for name in bank.names if name in destinations]
-    sent = 1
+    batch = Batch(recipe, bank, bank.launcher) if bank.launcher else None
+    sent = 0
     try:
         for done, name in enumerate(names):
             between()
-            sent = max(sent, done + 1)
+            sent = len(names) if bank.holds_all else max(sent, done)
             while sent < len(names) and bank.prefetch(names[sent], read_by(recipe, bank, names[sent])):
                 sent += 1
-            largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+            if batch is None:
+                largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+            else:
+                batch.add(name, destinations[name])
+        if batch is not None:
+            batch.launch()
+            largest = dict(batch.largest)
     finally:
         bank.end()
     check_finite(largest)

@@ -86,12 +86,18 @@ def open_bank(
     sources = {
         s.name: open_nested(s.name, s.recipe, device, log) if s.recipe else locate(s.path) for s in recipe.sources
     }
-    models = open_models(locate(recipe.base.path), sources, any_depth=bool(recipe.slices), vocabulary=recipe.vocabulary)
+    models = open_models(
+        locate(recipe.base.path),
+        sources,
+        any_depth=bool(recipe.slices),
+        vocabulary=recipe.vocabulary,
+        allowed=recipe.allow_differences,
+    )
     nested = {name: m.bank.models.compatibility.notes for name, m in models.sources.items() if isinstance(m, Nested)}
     models.compatibility.notes += [
         f"in the recipe of source {name}: {note}" for name in nested for note in nested[name]
     ]
-    compiled = compiled_for(models.base.tensors, log) if log else None
+    compiled = compiled_for(models.base.tensors, device, log) if log else None
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
     return bank

@@ -15,6 +15,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knobs, Method
 from evomerge.sources.anatomy import Place
 from evomerge.sources.locate import absolute, absolute_model, fingerprint, locate, matching_models
+from evomerge.sources.settings import Allowed
 from evomerge.sources.vocabulary import WHOLE
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +60,9 @@ class Recipe(BaseModel):
     embedding and head are then merged by token.  None: the tokenizers must be equal.  chat_template: the output's, as
     Jinja; None: its tokenizer's own.
 
+    allow_differences: what the models' configurations may differ in (`rope_theta`, `rope_scaling`); the output's is
+    the base's.
+
     Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
     layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
     """
@@ -73,6 +77,7 @@ class Recipe(BaseModel):
     parameters: dict[str, Coefficient] = {}
     slices: list[Slice] = []
     vocabulary: str | None = None
+    allow_differences: list[Allowed] = []
     chat_template: str | None = None
     outputs: dict[str, str] = {}
 

@@ -118,7 +118,8 @@ def given(space: Space, path: Path) -> Baseline:
             f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
             "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
         )
-    recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources})
+    allowed = space.config.allow_differences  # of the same models, so an export of it opens them alike
+    recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources, "allow_differences": allowed})
     return Baseline(path.stem, "given", recipe, None)
 
 
@@ -156,4 +157,5 @@ def plain_recipe(space: Space, method: str, weights: dict[str, float], density: 
         seed=space.config.seed,
         base=Model(path=space.config.base),
         sources=sources,
+        allow_differences=space.config.allow_differences,
     )

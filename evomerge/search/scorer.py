@@ -47,7 +47,7 @@ def model_folders(config: SearchConfig) -> dict[str, Path]:
 def open_config_models(config: SearchConfig) -> Models:
     """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
     folders = model_folders(config)
-    return open_models(folders.pop("base"), folders)
+    return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -98,7 +98,7 @@ class Scorer:
         self.stamps = stamps(self.folders)
         device = resolve_device(config.device)
         use(device)
-        compiled, dtype = compiled_for(models.base.tensors, log), TORCH_DTYPES[config.dtype]
+        compiled, dtype = compiled_for(models.base.tensors, device, log), TORCH_DTYPES[config.dtype]
         self.bank = Bank(models, device, compiled=compiled, cache=cache, live=dtype, share=share)
         self.model = candidate_model(self.bank, dtype)
         self.destinations = destinations(self.model, self.bank)

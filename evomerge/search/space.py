@@ -85,6 +85,7 @@ class Space:
                 for s in self.config.sources
             ],
             parameters=shared,
+            allow_differences=self.config.allow_differences,
         )
 
     def point(self, each: Mapping[str, Mapping[str, float]], shared: Mapping[str, float]) -> Point | None:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
 
-Component = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
+Component = Literal["attention", "mixer", "mlp", "norm", "embedding", "head", "vision", "audio", "projector", "other"]
+"""mixer: a state-space, convolutional or recurrent layer where others have attention.  mlp: with experts and routers.
+projector: what joins a tower to the language model."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 KNOWN_MODEL_TYPES = frozenset(
@@ -16,41 +18,78 @@ KNOWN_MODEL_TYPES = frozenset(
 )
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+FIRST = ("embedding", "vision", "audio", "projector")
 ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+# The encoder of an encoder-decoder.  BERT's only stack is called `encoder.layer`, CPM-Ant's `cpmant.encoder.layers`.
+ENCODER = re.compile(r"(?:^|\.)(?<!cpmant\.)(?:text_)?encoder\.(?:text_model\.)?(?:layers|block)\.(\d+)\.")
+# Numbered modules beside the decoder's layers: further predicted tokens, cross attention between layers, parts of BLT.
+BESIDE = re.compile(
+    r"(?:^|\.)(?:mtp|altup_\w+|\w*cross_attn_layers|local_encoder|local_decoder|patcher|depth_decoder|dit)\."
+)
+# A module outside the language model; the outermost one decides.
+TOWER = re.compile(
+    r"(?:^|\.)(?:"
+    r"(?P<projector>\w*projector|mm_projector|connector|merger|resampler|perceiver|\w*aligner|qformer|query_tokens|abstractor"
+    r"|(?:language|visual|vision|audio|text|image_to_text|multimodal)_projection|vision_adapter|embed_vision|embed_audio"
+    r"|image_newline|view_seperator|view_separator|patch_merger)"
+    r"|(?P<vision>vision\w*|visual\w*|image_\w+|img_\w+|vqmodel|video_\w+|sam_\w+|high_res_\w+|vit\w*)"
+    r"|(?P<audio>audio\w*|speech_\w+|acoustic_\w+|semantic_\w+|codec_model|token2wav|code2wav|talker|word_timestamp_\w+)"
+    r")(?:\.|$)"
+)
 
 # The first pattern that matches decides: `post_attention_layernorm` and `q_norm` are norms, not attention.
 COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
-    ("head", re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_projection)\.")),
-    ("embedding", re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)\.")),
-    ("norm", re.compile(r"norm|(?:^|\.)ln_(?:\d|f)")),
-    ("attention", re.compile(r"(?:^|\.)(?:self_attn|attn|attention|self_attention)\.")),
-    ("mlp", re.compile(r"(?:^|\.)(?:mlp|feed_forward|ffn|block_sparse_moe|moe|experts)\.")),
-)
+    ("head", re.compile(
+        r"(?:^|\.)(?:lm_head|embed_out|output_projection|final_logits_bias|lm_loss|pred_layer|generator_\w+|proj_out)(?:\.|$)"
+        r"|(?:^|\.)cls\.predictions|^(?:output|head)\.|^decoder\.(?:weight|bias)$")),
+    ("embedding", re.compile(
+        r"(?:^|\.)(?:embed_tokens|embed_in|wte|wpe|word_embeddings|word_embedding|tok_embeddings|shared)\.")),
+    ("norm", re.compile(r"(?i:norm)|(?:^|[._])ln_?(?:\d|f|q|pre|post|out)?\.")),
+    ("mlp", re.compile(r"(?:^|\.)mixer\.(?:gate|fc\d|up_proj|down_proj)\.|(?:^|\.)\w*experts?(?:\.|$)")),
+    ("attention", re.compile(r"(?i:attn|attention)|(?:^|\.)(?:mixer|temporal_block)\.[qkvo]_proj\.")),
+    ("mixer", re.compile(
+        r"(?:^|\.)(?:\w*mamba\w*|\w*mixer|ssm|mlstm_layer|slstm_layer|xlstm|temporal_block|time_mix\w*|conv|short_conv|recurrent)"
+        r"(?:\.|$)")),
+    ("mlp", re.compile(
+        r"mlp|(?:^|\.)(?:feed_forward|\w*ffns?|\w*moe|router|gate|ffn_\w+|ff\d?|fc\d|intermediate|output|DenseReluDense|dense_\w+"
+        r"|feedforward|lin\d)(?:\.|$)")),
+    ("embedding", re.compile(r"(?i:embed)|\.(?:segment|mask)_emb(?:\.|$)|^transformer\.w\.")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor sits.  layer: index from 0, None outside the stack (embeddings, final norm, head).
+    """Where a tensor sits.  layer: of the decoder, or the only stack, from 0; None outside it (embeddings, final norm,
+    head, towers, an encoder).
 
     tensor: its name, which recipes may name in part; places are equal whatever their tensors are called.
+    encoder_layer: of an encoder-decoder's encoder.
     """
 
     layer: int | None
     component: Component
     tensor: str = field(default="", compare=False)
+    encoder_layer: int | None = None
 
 
 @lru_cache(maxsize=65536)
 def place(name: str) -> Place:
     """The place of the tensor called `name` in a checkpoint."""
-    layer = LAYER.search(name) or ANY_NUMBER.search(name)
+    if tower := TOWER.search(name):
+        return Place(None, tower.lastgroup, name)  # type: ignore[arg-type]
     component: Component = next((c for c, pattern in COMPONENT_PATTERNS if pattern.search(name)), "other")
+    if encoder := ENCODER.search(name):
+        return Place(None, component, name, int(encoder.group(1)))
+    layer = None if BESIDE.search(name) else LAYER.search(name) or ANY_NUMBER.search(name)
     return Place(int(layer.group(1)) if layer else None, component, name)
 
 
 def layer_count(names: list[str]) -> int:
-    """How many layers a checkpoint with these tensor names has; 0 if none carries a layer index."""
-    return 1 + max((p.layer for p in map(place, names) if p.layer is not None), default=-1)
+    """How many layers the decoder of a checkpoint with these tensor names has, or its encoder if it has no decoder; 0
+    if no name carries a layer index."""
+    places = [place(name) for name in names]
+    decoder = [p.layer for p in places if p.layer is not None]
+    return 1 + max(decoder or [p.encoder_layer for p in places if p.encoder_layer is not None], default=-1)
 
 
 def at_layer(name: str, layer: int) -> str:
@@ -62,14 +101,27 @@ def at_layer(name: str, layer: int) -> str:
 
 
 def relative_depth(where: Place, layers: int) -> int:
-    """The layer whose coefficients a tensor uses: its own, the first for embeddings, the last for what follows
-    the stack (final norm, head).  mergekit's gradients give those the first layer's too; `merge/mergekit/` says how
-    its files are read all the same."""
+    """The layer whose coefficients a tensor uses: its own, the first for what comes before the stack (embeddings,
+    towers), the last for what follows it (final norm, head); in an encoder that of the same number.
+
+    mergekit's gradients give what follows the stack the first layer's too; `merge/mergekit/` says how its files are
+    read all the same.
+    """
     if where.layer is not None:
         return where.layer
-    return 0 if where.component == "embedding" else max(layers - 1, 0)
+    last = max(layers - 1, 0)
+    if where.encoder_layer is not None:
+        return min(where.encoder_layer, last)
+    return 0 if where.component in FIRST else last
 
 
-def is_old_buffer(name: str) -> bool:
-    """Tables that old checkpoints store and transformers now computes: causal masks and rotary frequencies."""
-    return name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"))
+COMPUTED = re.compile(
+    r"\.(?:attn|attention)\.bias$|\.masked_bias$|(?:^|\.)rope\.freqs$|\.num_batches_tracked$|(?:^|\.)(?:position_ids|token_type_ids)$"
+    r"|\.rotary_(?:emb|embeddings?|pos_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$"
+)
+
+
+def is_computed(name: str) -> bool:
+    """Tables that old checkpoints store and transformers now computes: causal masks, positions, rotary frequencies;
+    and counters that only training reads."""
+    return COMPUTED.search(name) is not None

@@ -14,6 +14,8 @@ from evomerge.files import read_json
 from evomerge.sources.anatomy import layer_count
 from evomerge.sources.architecture import known_config
 from evomerge.sources.header import open_safetensors
+from evomerge.sources.quantised import quantisation_problem
+from evomerge.sources.settings import LAYER_COUNTS
 from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
 
 DTYPES = {
@@ -30,7 +32,6 @@ DTYPES = {
 }
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 LAYERS = 10_000  # more than any model has; recipes are written out layer by layer
 
 
@@ -165,6 +166,12 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         return [folder / name for name in names], list(weight_map)
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"], []
+    if packed := sorted(p.name for p in folder.glob("*.gguf")):
+        raise EvomergeError(
+            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
+            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
+        )
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise EvomergeError(
@@ -188,19 +195,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder` (Hugging Face layout).  EvomergeError says what is missing or broken."""
-    config = read_config(folder)
+def stored_tensors(folder: Path) -> tuple[dict[Path, Any], dict[str, tuple[Path, Any]]]:
+    """The files of a checkpoint, opened, and for each tensor its file and its header's entry; no type is refused.
+
+    EvomergeError says what is missing or broken.
+    """
     handles: dict[Path, Any] = {}
-    tensors: dict[str, TensorInfo] = {}
+    parts: dict[str, tuple[Path, Any]] = {}
     files, promised = weight_files(folder)
     for file in files:
         handles[file] = handle = open_safetensors(file)
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            part = handle.get_slice(name)
-            tensors[name] = TensorInfo(tuple(part.get_shape()), mergeable(file, name, part), file)
-    if lacking := [name for name in promised if name not in tensors]:
+        parts |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    if lacking := [name for name in promised if name not in parts]:
         raise EvomergeError(f"{folder}: lacks {len(lacking)} tensor(s) of its index: {', '.join(lacking[:3])}")
+    return handles, parts
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open the checkpoint in `folder` (Hugging Face layout).
+
+    EvomergeError says what is missing or broken, or how it is quantised: packed weights cannot be merged.
+    """
+    config = read_config(folder)
+    handles, parts = stored_tensors(folder)
+    if problem := quantisation_problem(folder, config, {name: part.get_dtype() for name, (_, part) in parts.items()}):
+        raise EvomergeError(problem)
+    tensors = {
+        name: TensorInfo(tuple(part.get_shape()), mergeable(file, name, part), file)
+        for name, (file, part) in parts.items()
+    }
     if (layers := layer_count(list(tensors))) > LAYERS:
         raise EvomergeError(f"{folder}: has a tensor of layer {layers - 1:,}; no model has more than {LAYERS:,} layers")
     return Checkpoint(folder, config, tensors, handles)

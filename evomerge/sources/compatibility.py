@@ -1,25 +1,24 @@
 """Can these models be merged?  Every mismatch is one line; nothing is loaded to find out."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_text
+from evomerge.files import read_json, read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
-from evomerge.sources.checkpoint import LAYER_COUNTS, Checkpoint, is_head
+from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.quantised import said_by
+from evomerge.sources.settings import LAYER_COUNTS, compare_settings, describe
+from evomerge.sources.tokenizer import is_there
 from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
-# What decides the meaning of a weight: two models that differ here compute different functions of it.
-CONFIG_KEYS = """
-    model_type architectures hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head
-    num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function vocab_size
-    num_experts num_local_experts num_experts_per_tok
-""".split()
+QUANTISED_NAME = re.compile(r"(?i)[-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[48]|[48]-?bit)(?![a-z0-9])")
 
 
 @dataclass
@@ -31,13 +30,17 @@ class Compatibility:
 
 
 def check(
-    base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter], any_depth: bool = False, by_token: bool = False
+    base: Checkpoint,
+    sources: Mapping[str, Checkpoint | Adapter],
+    any_depth: bool = False,
+    by_token: bool = False,
+    allowed: Collection[str] = (),
 ) -> Compatibility:
-    """Compare each source (by name) with the base: architecture, tensors, tokenizer, declared base model.
+    """Compare each source (by name) with the base: architecture, settings, tensors, tokenizer, declared base model.
 
     any_depth: the stacks are taken apart and put together again, so only what is outside them is compared here.
     by_token: embedding and head are gathered by token, so tokenizers and numbers of rows may differ; with equal
-    tokenizers the rows beyond them always may.
+    tokenizers the rows beyond them always may.  allowed: the differences that a recipe allows by name.
     """
     found = Compatibility()
     model_type = base.config.get("model_type")
@@ -59,7 +62,7 @@ def check(
         equal = vocabulary is not None and (theirs is None or theirs.tokens == vocabulary.tokens)
         relaxed = Relaxed(any_depth, any_rows=vocabulary is not None and (by_token or equal))
         if isinstance(source, Checkpoint):
-            compare_config(name, base, source, found, relaxed)
+            compare_config(name, base, source, found, relaxed, allowed)
             compare_tensors(name, base, source, found, relaxed)
         else:
             changed = len(source.changes)
@@ -82,14 +85,17 @@ class Relaxed:
     any_rows: bool
 
 
-def compare_config(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
-    for key in CONFIG_KEYS:
-        if (relaxed.any_depth and key in LAYER_COUNTS) or (relaxed.any_rows and key == "vocab_size"):
+def compare_config(
+    name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed, allowed: Collection[str]
+) -> None:
+    for difference in compare_settings(base.config, source.config):
+        key, value = difference.last, difference.ours or difference.theirs
+        if relaxed.any_depth and (key in (*LAYER_COUNTS, "max_window_layers") or isinstance(value, list)):
             continue
-        ours, theirs = base.config.get(key), source.config.get(key)
-        if ours == theirs:
+        if relaxed.any_rows and key == "vocab_size":
             continue
-        found.problems.append(f"{name}: {key} is {theirs!r}, in the base model {ours!r}")
+        is_note = difference.kind == "note" or difference.kind in allowed
+        (found.notes if is_note else found.problems).append(describe(difference, name, allowed))
 
 
 def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
@@ -177,10 +183,23 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
+def quantised_base(declared: str) -> str | None:
+    """How the model that an adapter was trained on is quantised, by its configuration, else by its name; None if no."""
+    if is_there(Path(declared) / "config.json"):
+        return next((method for _, method in said_by(read_json(Path(declared) / "config.json"))), None)
+    named = QUANTISED_NAME.search(declared)
+    return named.group(1) if named else None
+
+
 def compare_declared_base(name: str, base: Checkpoint, source: Checkpoint | Adapter, found: Compatibility) -> None:
     declared = declared_base(source)
     if declared is None:
         return
+    if isinstance(source, Adapter) and (method := quantised_base(declared)):
+        found.notes.append(
+            f"{name}: was trained on a quantised model, {declared} ({method}); on these weights, which are not rounded "
+            "as that one's, it may do a little better or worse"
+        )
     here = {base.path.name.lower(), str(base.config.get("_name_or_path", "")).split("/")[-1].lower()}
     # A hub snapshot lies under models--owner--name/snapshots/<commit>.
     here |= {part.split("--")[-1].lower() for part in base.path.parts if part.startswith("models--")}

@@ -1,6 +1,6 @@
 """Open a base and its sources together, checked against each other before anything is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, untied
 from evomerge.sources.compatibility import Compatibility, check
+from evomerge.sources.tables import drop_lone_tables, integer_problems
 from evomerge.sources.tokenizer import Vocabulary, is_there
-from evomerge.sources.vocabulary import translate
+from evomerge.sources.vocabulary import rowless, translate
 
 
 @dataclass
@@ -37,19 +38,29 @@ def open_models(
     strict: bool = True,
     any_depth: bool = False,
     vocabulary: str | None = None,
+    allowed: Collection[str] = (),
 ) -> Models:
     """Open folders as base and sources; a source may be open already.
 
     With `strict`, EvomergeError lists every incompatibility.  any_depth: the number of layers is none of them.
     vocabulary: `base`, `union` or a source's name; then the tokenizers are none either (see `translate`).
+    allowed: the differences between configurations that a recipe allows by name.
     """
     base_model = open_checkpoint(base)
     opened: dict[str, Checkpoint | Adapter] = {}
     for name, source in sources.items():
         opened[name] = source if isinstance(source, Checkpoint) else open_source(source, base_model)
-    found = check(base_model, opened, any_depth, by_token=vocabulary is not None)
+    dropped = drop_lone_tables(base_model, opened)
+    found = check(base_model, opened, any_depth, by_token=vocabulary is not None, allowed=allowed)
+    found.notes += dropped
+    found.problems += integer_problems(base_model, opened)
     if not found.problems:
         aligned_base, aligned, output = translate(with_own_head(base_model, opened), opened, vocabulary)
+        if output is not None and (tokens := rowless(aligned_base, output)):
+            found.notes.append(
+                f"the tokenizer of {output.folder} names {len(tokens)} token(s) that no model has a row for, such as "
+                f"{tokens[0]!r}; the output has none either"
+            )
         return Models(aligned_base, aligned, found, vocabulary, output)
     if strict:
         hint = "\n  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"

@@ -114,9 +114,10 @@ def translate(
     """Base and sources with embedding and head in one vocabulary, and that vocabulary.
 
     wanted: `base`, `union` or a source's name, whose tokenizer and number of rows the output has; a union has a row
-    for each token.  None is the base's; the tokenizers were found to be equal then.  A model that has its rows in
-    place already stays as it is.  A row that a model lacks is that of the only model which has it, else the base's,
-    else the mean of those which have it (mergekit's rule), else 0.
+    for each token.  Tokens of that tokenizer which only other models have a row for get one, too.  None is the base's;
+    the tokenizers were found to be equal then.  A model that has its rows in place already stays as it is.  A row
+    that a model lacks is that of the only model which has it, else the base's, else the mean of those which have it
+    (mergekit's rule), else 0.
     """
     models: dict[str, Source] = {BASE: base, **{f"source {n}": m for n, m in sources.items()}}
     mine = base.vocabulary
@@ -134,6 +135,8 @@ def translate(
         if output is not mine:
             rows = 1 + max(output.tokens.values())
     have = {n: rows_by_key(own[n], row_count(m)) for n, m in models.items()}
+    # A tokenizer may name more tokens than its own model has rows; those that another model has get theirs.
+    rows = max([rows, *(1 + i for t, i in output.tokens.items() if any(t in known for known in have.values()))])
     target = rows_by_key(output, rows)
     found: dict[str, Source] = {}
     for name, model in models.items():
@@ -143,6 +146,12 @@ def translate(
     out = found.pop(BASE)
     assert isinstance(out, Checkpoint)
     return with_special_tokens(out, models[leader]), {n: found[f"source {n}"] for n in sources}, output
+
+
+def rowless(model: Checkpoint, vocabulary: Vocabulary) -> list[str]:
+    """The tokens that a tokenizer names and a model has no row for."""
+    rows = row_count(model)
+    return [t for t, i in vocabulary.tokens.items() if i >= rows] if rows else []
 
 
 def with_special_tokens(base: Checkpoint, leader: Source) -> Checkpoint:
