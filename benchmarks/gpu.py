@@ -46,6 +46,7 @@ STEPS = [
     Step("environment", "machine.environment", 60, "Environment"),
     Step("kernels", "kernels.compiled_kernels", 100, "One kernel of each kind"),
     Step("bits", "kernels.same_bits", 80, "Bits of the CPU"),
+    Step("tests", "kernels.suite", 60, "The suite's own tests of an accelerator"),
     Step("bank", "memory.capacities", 80, "The bank's bits and memory"),
     Step("search", "search.searched", 110, "A search, and trials repeated"),
     Step("large", "large.large", 130, "1.5B and 7B, four sources"),

@@ -24,7 +24,7 @@ def resolve_device(wanted: str) -> torch.device:
 
 def use(device: torch.device) -> None:
     """Make a device this thread's own: kernels are launched on the current one, wherever their operands lie."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without one it is the current device
         torch.cuda.set_device(device)
 
 

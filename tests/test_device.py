@@ -14,7 +14,7 @@ from models import write_adapter, write_family
 from torch import Tensor
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import resolve_device
+from evomerge.device import resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate import clock as clock_module
 from evomerge.evaluate.budget import fitting_tokens, kept_budget
@@ -274,6 +274,14 @@ def test_a_device_that_is_not_there_is_one_error(monkeypatch: pytest.MonkeyPatch
     assert str(resolve_device("cuda:1")) == "cuda:1"
     with pytest.raises(EvomergeError, match="'cuda:2' was asked for, but torch finds 2 here"):
         resolve_device("cuda:2")
+
+
+def test_a_thread_works_on_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        use(torch.device(name))
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_a_part_of_a_trial_ends_when_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch):

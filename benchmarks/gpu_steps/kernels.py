@@ -1,7 +1,10 @@
 """Kernels: whether each kind compiles, and whether their bits are the CPU's."""
 
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from merge import CASES, SOURCES, write_models
@@ -53,6 +56,16 @@ def same_bits(bench: Bench) -> None:
                 materialise(made, bank, found)
                 differing = sum(int((found[n].cpu() != wanted[n]).sum()) for n in wanted)
                 bench.report(f"{method}, {how}: elements that differ", differing, ok=differing == 0)
+
+
+def suite(bench: Bench) -> None:
+    """The tests that need an accelerator; without one they are skipped."""
+    tests = Path(__file__).resolve().parents[2] / "tests" / "test_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "accelerator", str(tests)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=tests.parents[1])
+    print(done.stdout)
+    last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+    bench.report("tests that need an accelerator", last, ok=done.returncode == 0)
 
 
 def measured(bench: Bench, models) -> None:  # type: ignore[no-untyped-def]
