@@ -21,6 +21,8 @@ class Slice(BaseModel):
     """Consecutive layers of the output.
 
     layers: a source's name, or `base`, -> (start, end): its layers start .. end - 1 go into this slice, in order.
+    Equal ends are no layer: such a slice, the first or the last, only says whose tensors stand before or after the
+    stack.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,8 +33,8 @@ class Slice(BaseModel):
         if not self.layers:
             raise ValueError("layers: names no model")
         for name, (start, end) in self.layers.items():
-            if not 0 <= start < end:
-                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start < end")
+            if not 0 <= start <= end:
+                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start <= end")
         if len({end - start for start, end in self.layers.values()}) > 1:
             lengths = ", ".join(f"{name} {end - start}" for name, (start, end) in self.layers.items())
             raise ValueError(f"layers: all ranges of a slice must be equally long, here are {lengths}")
@@ -78,12 +80,15 @@ def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
     # One row per output layer: model -> its layer.  Models in the order of the recipe, the base first.
     order = [name for name in opened if any(name in s.layers for s in slices)]
     rows = [{n: s.layers[n][0] + i for n in order if n in s.layers} for s in slices for i in range(s.length)]
+    if not rows:
+        raise EvomergeError("slices: none of them has a layer")
+    outside = [[n for n in order if n in s.layers] for s in (slices[0], slices[-1])]
     origins: dict[str, dict[str, str]] = {}
     stack_written = False
     for name in base.tensors:
         where = place(name)
         if where.layer is None:
-            origins[name] = dict.fromkeys(rows[0 if where.component == "embedding" else -1], name)
+            origins[name] = dict.fromkeys(outside[0 if where.component == "embedding" else 1], name)
         elif not stack_written:
             origins |= {out: origin for layer, row in enumerate(rows) for out, origin in layer_of(layer, row, opened)}
             stack_written = True
@@ -94,7 +99,7 @@ def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
 def check_ranges(slices: Sequence[Slice], layers: Mapping[str, int]) -> None:
     for number, part in enumerate(slices):
         for name, (start, end) in part.layers.items():
-            if end > layers[name]:
+            if start < end and end > layers[name]:
                 raise EvomergeError(
                     f"slices.{number}.layers.{name}: [{start}, {end}] goes beyond the {layers[name]} layers of {name}"
                 )
