@@ -322,6 +322,34 @@ def test_slices_are_the_recipes_slices_and_gradients_run_along_each(folder: Path
     assert [knobs[n][1] for n in (Q1.replace("1", "2"), HEAD)] == [0.6, 0.3], two  # a single layer is at the end
 
 
+def test_slices_of_no_layer_say_whose_tensors_stand_at_the_ends(folder: Path):
+    parts = [("two", [0, 0]), ("one", [0, 1]), ("base", [1, 1]), ("one", [1, 2]), ("base", [9, 9])]
+    content = [{"sources": [{"model": model, "layer_range": layers}]} for model, layers in parts]
+    recipe = recipe_of(folder, merge_method="passthrough", base_model=None, models=None, slices=content, parameters={})
+    layout = open_bank(recipe).layout
+    assert layout.layers == LAYERS
+    assert {n: list(layout.origins[n]) for n in (EMBEDDING, Q0, Q1, FINAL_NORM, HEAD)} == {
+        EMBEDDING: ["two"], Q0: ["one"], Q1: ["one"], FINAL_NORM: ["base-2"], HEAD: ["base-2"]
+    }  # fmt: skip
+    with pytest.raises(EvomergeError, match="slices: none of them has a layer"):
+        open_bank(recipe.model_copy(update={"slices": recipe.slices[:1]}))
+
+
+def test_an_adapter_on_another_model_than_the_base_is_merged_into_it_first(folder: Path, tmp_path: Path):
+    recipe = recipe_of(folder, models=[{"model": "one+lora"}])
+    (source,) = recipe.sources
+    assert source.recipe is not None
+    assert (source.name, source.recipe.base.path) == ("lora", str(folder / "one"))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "one", dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload().state_dict()
+    bank = open_bank(recipe)
+    for name in TENSORS:
+        assert torch.allclose(bank.source("lora", name), expected[name], atol=1e-6), name
+
+
 def test_slices_of_whole_models_are_no_slices(folder: Path):
     whole = [{"sources": [{"model": n, "layer_range": [0, 2]} for n in ("base", "one")]}]
     assert recipe_of(folder, models=None, slices=whole).slices == []
