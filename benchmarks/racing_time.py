@@ -74,12 +74,10 @@ def main() -> None:
         plain, raced = (sum(row[k] for row in found) for k in (0, 1))
         never = [b / a for a, b, share in found if share == 1]
         scored = statistics.mean(row[2] for row in found)
-        print(
-            f"{len(found)} trials, {len(found) - len(never)} stopped, {scored:.0%} of the items scored; time with a race {raced / plain:.2f} of without; of a trial never stopped "
-            f"{statistics.median(never):.2f} (median)"
-            if never
-            else "no trial ran to its end"
-        )
+        print(f"{len(found)} trials, {len(found) - len(never)} stopped, {scored:.0%} of the items scored")
+        print(f"time with a race {raced / plain:.2f} of without, {plain / len(found):.3f} s a trial")
+        if never:
+            print(f"trials that ran to their end: {sum(never) / len(never):.2f} (mean), {max(never):.2f} (most)")
 
 
 if __name__ == "__main__":

@@ -258,12 +258,3 @@ class SearchConfig(Strict):
     compute_dtype: Dtype | Literal["auto"] = "auto"
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = 4096
     storage: str | None = None
-
-    @model_validator(mode="after")
-    def computes_with_the_values(self) -> "SearchConfig":
-        if self.compute_dtype not in ("auto", "float32", self.dtype):
-            raise ValueError(
-                f"compute_dtype: {self.compute_dtype} cannot hold the values of dtype {self.dtype}; "
-                f"give auto, float32 or {self.dtype}"
-            )
-        return self

@@ -259,7 +259,8 @@ def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
 def finite(task: Task, metric: str, found: ItemMetrics) -> list[float]:
     """The item scores of one metric.  NotFiniteScore if one is NaN or infinite: a study keeps NaN for items that were
     not scored, and neither a race nor a mean can tell what such a score is worth."""
-    scores = rounded(scores_of(task, metric, found))
+    with np.errstate(over="ignore"):
+        scores = rounded(scores_of(task, metric, found))
     if not np.isfinite(scores).all():
         wrong = next(s for s in scores if not np.isfinite(s))
         raise NotFiniteScore(f"task {task.name}: the {metric} of an item is {wrong}")
