@@ -435,7 +435,7 @@ def test_few_looks_come_early() -> None:
 
 
 def test_generation_in_pieces_costs_its_steps_again() -> None:
-    cost = Cost((1, 1000), (0.01, 1.0), 0.0)
+    cost = Cost((1, 1000), (0.001, 1.0), 0.0)
     whole, half = seconds_of(work_of([], 40), cost), seconds_of(work_of([], 20), cost)
     assert 2 * half == pytest.approx(whole)  # time in proportion to tokens
     flat = Cost((1, 100, 1000), (0.01, 0.01, 1.0), 0.0)

@@ -80,7 +80,7 @@ def place_looks(
     least = at_once
     most = min(LOOKS, count // FEWEST)
     if cost.look > 0:
-        most = min(most, int((WORST - 1) * at_once / cost.look))
+        most = int(min(most, (WORST - 1) * at_once / cost.look))
     for growth in GROWTHS:
         for ends in cuts(count, most, growth):
             each = [seconds_of(work, cost) + cost.look for work in pieces_of(ends)]
