@@ -98,25 +98,35 @@ def evaluate(
     fewshot_as_multiturn: Multiturn = True,
     allow_task_code: TaskCode = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compute_dtype: Annotated[str, typer.Option(help="What computes: auto, float32, or the same as --dtype.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens per forward.")] = 4096,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
+    from typing import get_args
+
     from evomerge.device import TORCH_DTYPES, resolve_device
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
+    from evomerge.merge.recipe import Dtype
     from evomerge.report.terminal import Steps, print_results
     from evomerge.sources.locate import locate
 
-    if dtype not in TORCH_DTYPES:
+    values = next((k for k in get_args(Dtype) if k == dtype), None)
+    if values is None:
         raise EvomergeError(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
+    if computing is None:
+        raise EvomergeError(f"--compute-dtype: {compute_dtype!r} is not one of auto, float32, {values}")
     where = resolve_device(device)
     opened = open_tasks(task_configs(tasks, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
-    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
+    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, values, where, computing)
+    computed = str(live.dtype).removeprefix("torch.")
+    print(f"weights in {values}, computed in {computed}")
     clock, steps = Clock(), Steps("scoring")
     try:
         results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, steps.step)
@@ -124,7 +134,10 @@ def evaluate(
         steps.close()
     print_results(results, clock)
     if output is not None:
-        content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
+        content = {
+            r.task: {"items": r.items, "metrics": r.metrics, "compute_dtype": computed, "per_item": r.raw}
+            for r in results
+        }
         write_text(output, json.dumps(content, indent=2, default=str) + "\n")
 
 
@@ -148,8 +161,6 @@ def statistics(
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
     from typing import get_args
 
-    import torch
-
     from evomerge.config.file import load_config
     from evomerge.device import resolve_device
     from evomerge.evaluate.tasks import open_tasks
@@ -166,7 +177,7 @@ def statistics(
     opened = open_tasks(task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
     chosen = choose_items(opened, items, load_config(search) if search else None)
     folder, below = locate(model), locate(base) if base else None
-    live = open_live_model(folder, below, torch.float32, resolve_device(device))
+    live = open_live_model(folder, below, "float32", resolve_device(device))
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
         gather(wanted, folder, below, live, opened, chosen, out, bar.update)

@@ -71,6 +71,14 @@ def method_problems(config: SearchConfig) -> list[str]:
     return problems
 
 
+def type_problems(config: SearchConfig) -> list[str]:
+    """A type to compute in that would round the candidate's values once more."""
+    if config.compute_dtype in ("auto", "float32", config.dtype):
+        return []
+    allowed = " or ".join(dict.fromkeys(("auto", "float32", config.dtype)))
+    return [f"compute_dtype: {config.compute_dtype} cannot hold the values of dtype {config.dtype}; give {allowed}"]
+
+
 def path_problems(config: SearchConfig) -> list[str]:
     """Models and task files that are not there, and tasks that the search could not tell apart."""
     problems = []
@@ -176,7 +184,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + path_problems(config)
+        problems = method_problems(config) + type_problems(config) + path_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # What is well-formed is checked all the same, so that one run of the command tells everything.
