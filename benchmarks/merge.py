@@ -11,17 +11,18 @@ measures floor and candidate one after the other, and every candidate has coeffi
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from stopwatch import timed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,6 +33,7 @@ from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.prepare import prepare
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.shards import open_writer
 from evomerge.sources.locate import fingerprint
 from evomerge.sources.open import open_models
 
@@ -49,14 +51,20 @@ CASES = {
 }
 MERGEKIT = ["linear", "slerp", "task_arithmetic", "model_stock", "ties", "dare_ties", "della"]
 
+SIZES = {
+    "tiny": (4096, 64, 256, 64, 2),
+    "135m": (49152, 576, 1536, 192, 30),
+    "1.5b": (151936, 1536, 8960, 256, 28),
+    "7b": (32000, 4096, 11008, 4096, 8),
+    "7b whole": (32000, 4096, 11008, 4096, 32),
+}
+"""(vocabulary, hidden, inner, keys, layers) of SmolLM2-135M, Qwen2.5-1.5B, and Llama-7B: eight of its layers (the rest
+is more of the same), or all."""
+
 
 def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama of this size: SmolLM2-135M, or eight layers of a 7B (the rest is more of the same)."""
-    vocabulary, hidden, inner, keys, layers = {
-        "tiny": (4096, 64, 256, 64, 2),
-        "135m": (49152, 576, 1536, 192, 30),
-        "7b": (32000, 4096, 11008, 4096, 8),
-    }[model]
+    """The tensors of a Llama of this size; see `SIZES`."""
+    vocabulary, hidden, inner, keys, layers = SIZES[model]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
         layer = {
@@ -74,37 +82,49 @@ def shapes(model: str) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (hidden,)}
 
 
-def write_models(folder: Path, model: str) -> dict[str, Path]:
-    """A base of random weights and three fine-tunes near it, bfloat16."""
-    layout = shapes(model)
-    layers = sum(name.endswith("input_layernorm.weight") for name in layout)
+def llama_config(layout: dict[str, tuple[int, ...]], dtype: str) -> dict[str, object]:
+    """The config.json of a Llama with these tensors, its head tied to the embedding."""
     vocabulary, hidden = layout["model.embed_tokens.weight"]
-    config = {
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": layout["model.layers.0.mlp.up_proj.weight"][0],
-        "num_hidden_layers": layers,
+        "num_hidden_layers": sum(name.endswith("input_layernorm.weight") for name in layout),
         "num_attention_heads": hidden // 64,
         "num_key_value_heads": layout["model.layers.0.self_attn.k_proj.weight"][0] // 64,
         "vocab_size": vocabulary,
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": dtype,
     }
-    generator = torch.Generator().manual_seed(0)
-    base = {n: (0.05 * torch.randn(s, generator=generator)).bfloat16() for n, s in layout.items()}
-    folders = {}
-    for name in ("base", *SOURCES):
-        folders[name] = folder / name
-        folders[name].mkdir()
-        moved = base
-        if name != "base":
-            moved = {
-                n: (t.float() + 0.002 * torch.randn(t.shape, generator=generator)).bfloat16() for n, t in base.items()
-            }
-        save_file(moved, folders[name] / "model.safetensors", metadata={"format": "pt"})
-        (folders[name] / "config.json").write_text(json.dumps(config))
-        Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(folders[name] / "tokenizer.json"))
+
+
+def write_models(
+    folder: Path, model: str, names: Sequence[str] = SOURCES, device: str = "cpu", linked: bool = False
+) -> dict[str, Path]:
+    """A base of random weights and fine-tunes near it, bfloat16, written tensor by tensor.
+
+    device: where the numbers are drawn.  linked: all fine-tunes are one file, which a bank does not know.
+    """
+    layout = shapes(model)
+    config = llama_config(layout, "bfloat16")
+    info = {n: (torch.bfloat16, s) for n, s in layout.items()}
+    folders = {name: folder / name for name in ("base", *names)}
+    for number, own in enumerate(folders.values()):
+        own.mkdir(parents=True)
+        (own / "config.json").write_text(json.dumps(config))
+        Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(own / "tokenizer.json"))
+        if linked and number > 1:
+            os.link(folders[names[0]] / "model.safetensors", own / "model.safetensors")
+            continue
+        first = torch.Generator(device).manual_seed(0)  # the base's numbers, again for every fine-tune
+        noise = torch.Generator(device).manual_seed(number)
+        with open_writer(own / "model.safetensors", info) as writer:
+            for shape in layout.values():
+                x = (0.05 * torch.randn(shape, generator=first, device=device)).bfloat16()
+                if number:
+                    x = (x.float() + 0.002 * torch.randn(shape, generator=noise, device=device)).bfloat16()
+                writer.write(x.cpu())
     return folders
 
 
@@ -259,23 +279,24 @@ def beside_mergekit(python: str, methods: list[str], folders: dict[str, Path]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["tiny", "135m", "7b"], default="135m")
+    parser.add_argument("--model", choices=list(SIZES), default="135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stream", action="store_true", help="hold nothing on the device")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--methods", nargs="*", default=[m for m in CASES if m in METHODS])
     parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--no-compiled", action="store_true", help="only kernels in pieces")
     parser.add_argument("--mergekit", metavar="PYTHON", help="the Python of an environment that has mergekit")
     parser.add_argument("--folder", type=Path, help="where the models are written (default: a temporary folder)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, {args.device}, {args.model}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        folders = write_models(Path(folder), args.model)
+        folders = write_models(Path(folder), args.model, device=args.device)
         compiled = Compiled(user_cache(), lambda line: print(line, file=sys.stderr))
         print("method            kernels   x floor     median    beyond sources and live model")
-        for method in args.methods:
+        for method in [] if args.no_compiled else args.methods:
             print(measure(method, folders, compiled, args), flush=True)
         if not args.no_eager:
             for method in args.methods:

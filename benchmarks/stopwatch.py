@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 
+from evomerge.device import synchronise
+
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     started = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     return time.perf_counter() - started

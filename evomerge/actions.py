@@ -79,7 +79,7 @@ def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results:
 
 def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
-    from evomerge.device import resolve_device
+    from evomerge.device import resolve_device, use
     from evomerge.merge.card import model_card
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
@@ -87,7 +87,9 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.report.terminal import Bar
 
     # One merge reads every tensor once: nothing is worth holding.
-    bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
+    where = resolve_device(device)
+    use(where)
+    bank = open_bank(recipe, where, capacity=0, log=print)
     print("".join(f"note: {note}\n" for note in bank.models.compatibility.notes), end="", file=sys.stderr)
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")

@@ -14,6 +14,21 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise EvomergeError(f"device: {wanted!r} was asked for, but torch finds no CUDA device here")
     try:
-        return torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError as error:
         raise EvomergeError(f"device: {wanted!r} is not a device ({str(error).splitlines()[0]})") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise EvomergeError(f"device: {wanted!r} was asked for, but torch finds {count} here, the first is cuda:0")
+    return device
+
+
+def use(device: torch.device) -> None:
+    """Make a device this thread's own: kernels are launched on the current one, wherever their operands lie."""
+    if device.type == "cuda" and device.index is not None:  # without one it is the current device
+        torch.cuda.set_device(device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done all that it was given; a clock that is read before counts only the giving."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

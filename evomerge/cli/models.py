@@ -99,14 +99,16 @@ def evaluate(
     allow_task_code: TaskCode = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     compute_dtype: Annotated[str, typer.Option(help="What computes: auto, float32, or the same as --dtype.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens per forward.")] = 4096,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Padded tokens per forward; by default what the device holds.")
+    ] = None,
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from typing import get_args
 
-    from evomerge.device import TORCH_DTYPES, resolve_device
+    from evomerge.device import TORCH_DTYPES, resolve_device, use
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
     from evomerge.evaluate.tasks import open_tasks
@@ -123,13 +125,14 @@ def evaluate(
     if computing is None:
         raise EvomergeError(f"--compute-dtype: {compute_dtype!r} is not one of auto, float32, {values}")
     where = resolve_device(device)
+    use(where)
     opened = open_tasks(task_configs(tasks, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
     live, tokenizer = open_live_model(locate(model), locate(base) if base else None, values, where, computing)
     computed = str(live.dtype).removeprefix("torch.")
     print(f"weights in {values}, computed in {computed}")
-    clock, steps = Clock(), Steps("scoring")
+    clock, steps = Clock(device=where), Steps("scoring")
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens, limit, clock, steps.step)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, steps.step)
     finally:
         steps.close()
     print_results(results, clock)

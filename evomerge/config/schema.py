@@ -256,5 +256,5 @@ class SearchConfig(Strict):
     device: str = "auto"
     dtype: Dtype = "bfloat16"
     compute_dtype: Dtype | Literal["auto"] = "auto"
-    batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = 4096
+    batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None

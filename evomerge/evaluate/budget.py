@@ -1,10 +1,13 @@
 """How many tokens one forward may have."""
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from evomerge.evaluate.loglikelihood import LOGITS, Plan, Row, kept_logits, plan_batches
+from evomerge.files import write_text
 
 ON_CPU = 4096  # more does not make a processor faster
 LEAST, MOST = 64, 65536
@@ -12,19 +15,54 @@ TRIED = 1024  # tokens of the forward whose memory is measured
 SHARE = 0.5  # of the free memory: blocks of unequal sizes leave gaps
 
 
-@torch.inference_mode()
-def token_budget(wanted: int | Literal["auto"], model: Any, vocabulary: int) -> int:
-    """`auto` is what the accelerator's free memory holds, by the memory that one forward takes, as a power of two."""
+def token_budget(wanted: int | Literal["auto"], model: Any, reserved: int = 0, folder: Path | None = None) -> int:
+    """`auto` is what the accelerator's free memory holds, by the memory that one forward takes, as a power of two.
+
+    reserved: bytes of it that somebody else will need.  folder: where the measured number is kept, so that every worker
+    of a run and every resume on the same kind of device makes the same batches, whose scores have the same bits.
+    """
     if wanted != "auto":
         return wanted
     if model.device.type != "cuda":
         return ON_CPU
+    file = None
+    if folder is not None:
+        kind = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(model.device))
+        file = folder / f"batch-tokens-{kind}-{str(model.dtype).removeprefix('torch.')}.json"
+        if (kept := kept_budget(file)) is not None:
+            return kept
+    bytes_a_token = measured_forward(model)
+    free = torch.cuda.mem_get_info(model.device)[0]
+    found = fitting_tokens(free - reserved, bytes_a_token)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(found))
+    return found
+
+
+def fitting_tokens(free: int, bytes_a_token: float) -> int:
+    """How many tokens fit into so many bytes, beside the logits in float32 and what is made of them."""
+    room = free - 4 * 4 * LOGITS
+    most = max(LEAST, min(MOST, int(SHARE * room / max(1.0, bytes_a_token))))
+    return 1 << (most.bit_length() - 1)
+
+
+def kept_budget(file: Path) -> int | None:
+    """The number in a file; None if there is none."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if type(found) is int and LEAST <= found <= MOST else None
+
+
+@torch.inference_mode()
+def measured_forward(model: Any) -> float:
+    """Bytes of the device that a forward takes for a token."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rows = [Row(tuple((k + t) % vocabulary for t in range(129)), 1) for k in range(TRIED // 128)]
     (batch,) = plan_batches(rows, Plan(TRIED, model.device, vocabulary, packs=False))
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     kept_logits(model, batch)
-    taken = (torch.cuda.max_memory_allocated(model.device) - before) / TRIED  # bytes a token
-    free = torch.cuda.mem_get_info(model.device)[0] - 4 * 4 * LOGITS  # logits in float32 and what is made of them
-    most = max(LEAST, min(MOST, int(SHARE * free / max(1.0, taken))))
-    return 1 << (most.bit_length() - 1)
+    return (torch.cuda.max_memory_allocated(model.device) - before) / TRIED

@@ -6,6 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from evomerge.device import synchronise
+
+CPU = torch.device("cpu")
+
 
 @dataclass
 class Counts:
@@ -29,7 +35,7 @@ class Clock:
     """Seconds by part.
 
     check: called between batches, may raise to interrupt the work.  step: called after each batch.  counts: added to
-    by every forward.
+    by every forward.  device: that does the work; a part ends when it has done all it was given.
     """
 
     def __init__(
@@ -37,7 +43,9 @@ class Clock:
         check: Callable[[], None] = lambda: None,
         step: Callable[[], None] = lambda: None,
         counts: Counts | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.seconds: dict[str, float] = {}
         self.check = check
         self.step = step
@@ -46,10 +54,12 @@ class Clock:
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
         """Add the time of the block to `part`; blocks do not nest."""
+        synchronise(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
+            synchronise(self.device)
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 

@@ -55,7 +55,7 @@ class Engine:
         end = {self.lm.eot_token_id, *as_list(getattr(model.generation_config, "eos_token_id", None))}
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
-        self.batch_tokens = token_budget(batch_tokens, model, self.vocabulary)
+        self.batch_tokens = token_budget(batch_tokens, model)
         self.abilities = probe(model, self.vocabulary, log)
         self.unpacked: set[str] = set()  # tasks whose rows are too long to share one
 

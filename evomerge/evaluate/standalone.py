@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
@@ -25,7 +25,7 @@ def evaluate_model(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[Task],
-    batch_tokens: int,
+    batch_tokens: int | Literal["auto"],
     limit: int | None,
     clock: Clock,
     progress: Callable[[int, int], None] = lambda done, total: None,

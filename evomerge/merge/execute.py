@@ -108,12 +108,20 @@ def fisher_blend(
     )
 
 
-def random_mask(chance: Chance, start: int, size: int, keys: tuple[int, int], levels: Tensor | None = None) -> Tensor:
+def random_mask(
+    chance: Chance,
+    start: int,
+    size: int,
+    keys: tuple[int, int],
+    levels: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """1.0 where the elements start .. start + size - 1 are kept.  keys: the tensor's word and the source's.
 
-    levels: the elements' ranks for a chance with a step.  Whoever needs a mask outside a merge asks here.
+    levels: the elements' ranks for a chance with a step.  device: where the mask is wanted, the levels' or the CPU by
+    default.  Whoever needs a mask outside a merge asks here.
     """
-    device = torch.device("cpu") if levels is None else levels.device
+    device = device or (torch.device("cpu") if levels is None else levels.device)
     plan = SparseBlend((1.0,), "rank", chances=(chance,))
     words = tensor_of(mask_words(plan, [0], (keys[0], [keys[1]])), np.int32, device).view(5, 1)
     words = with_high_word(words, start)

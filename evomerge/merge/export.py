@@ -105,6 +105,7 @@ def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.
         check_finite({name: materialise_tensor(recipe, bank, name, out)})
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
+    bank.end()
     return out.cpu()
 
 

@@ -58,7 +58,9 @@ def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planne
     if isinstance(plan, Blend):
         sources = [measured.source(i) if c else base for i, c in enumerate(plan.sources)]
     elif isinstance(plan, SparseBlend):
-        sources = [measured.source(i) if contributes(plan, i, False) else base for i in range(len(names))]
+        # A silent one that must be computed is read all the same: that may find it broken.
+        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
+        sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
     elif isinstance(plan, Derived):
         sources = bank.derived(plan, name, names, gathered)
     else:
@@ -77,7 +79,7 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: Tensor) -> Te
     Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
     on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
-    bank.forget_recent()
+    bank.begin(name)
     name = bank.merged_as(name)
     planned = plan_tensor(recipe, bank, name, recipe.knobs)
     return run_alone(planned, bank, name, out)
@@ -116,7 +118,7 @@ class Batch:
     def add(self, name: str, out: Tensor) -> None:
         """Plan a tensor; it is merged by the next `launch`, which comes by itself where much was streamed."""
         if not self.waiting:
-            self.bank.forget_recent()
+            self.bank.begin(name)
         merged = self.bank.merged_as(name)
         planned = plan_tensor(self.recipe, self.bank, merged, self.knobs)
         call = None
@@ -191,22 +193,36 @@ def materialise(
     widened: list[tuple[Tensor, Tensor]] = []
     names = [name for name in bank.names if name in destinations]
     batch = Batch(recipe, bank, bank.launcher) if bank.launcher else None
-    for name, following in zip(names, [*names[1:], None], strict=True):
-        between()
-        if following is not None:
-            bank.prefetch(following, [s.name for s in recipe.sources])
-        live = destinations[name]
-        out = torch.empty_like(live, dtype=dtype) if live.is_floating_point() and live.dtype != dtype else live
+    sent = 0
+    try:
+        for done, name in enumerate(names):
+            between()
+            sent = len(names) if bank.holds_all else max(sent, done)
+            while sent < len(names) and bank.prefetch(names[sent], read_by(recipe, bank, names[sent])):
+                sent += 1
+            live = destinations[name]
+            out = torch.empty_like(live, dtype=dtype) if live.is_floating_point() and live.dtype != dtype else live
+            if batch is not None:
+                batch.add(name, out)
+            else:
+                largest[name] = materialise_tensor(recipe, bank, name, out)
+            if out is not live:
+                widened.append((live, out))
+            if batch is None:
+                widen(widened)
         if batch is not None:
-            batch.add(name, out)
-        else:
-            largest[name] = materialise_tensor(recipe, bank, name, out)
-        if out is not live:
-            widened.append((live, out))
-        if batch is None:
+            batch.launch()
+            largest = dict(batch.largest)
             widen(widened)
-    if batch is not None:
-        batch.launch()
-        largest = dict(batch.largest)
-        widen(widened)
+    finally:
+        bank.end()
     check_finite(largest)
+
+
+def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
+    """The sources that a tensor will be made of, as far as their weights tell: one of weight 0 is mostly not read."""
+    names = bank.taking_part(name, [s.name for s in recipe.sources])
+    if not names:
+        return []
+    weights = recipe.knobs(place(name), bank.layers, names).each.get("weight", [1.0] * len(names))
+    return [s for s, weight in zip(names, weights, strict=True) if weight]

@@ -40,11 +40,14 @@ class Measurements:
         mask: Callable[[int, Chance, slice], Tensor] | None = None,
         gathered: Sequence[Gathered] = (),
         scan: Scan | None = None,
+        plane: Callable[[tuple[str, ...], Callable[[], Tensor]], Tensor] | None = None,
     ) -> None:
         """mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps.
 
         gathered: the sources' statistics, if the method uses them.  scan: compiled passes, if there are.
+        plane: (key, how to make it) -> what is as large as a tensor, kept by somebody who counts bytes.
         """
+        self.plane = plane or self.once
         self.scan = scan or Scan()
         self.gathered = tuple(gathered)
         self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
@@ -64,6 +67,14 @@ class Measurements:
         if number not in self.read:
             self.read[number] = self.tensors.source(self.sources[number], self.name)
         return self.read[number]
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def sum(self, terms: Callable[[slice], Tensor], rows: int = 1) -> list[float]:
+        """`statistics.summed` over the tensor."""
+        return [float(s) for s in summed(self.elements, terms, rows, self.device)]
 
     def operands(self) -> list[Tensor]:
         """Base and sources."""
@@ -128,7 +139,7 @@ class Measurements:
         return self.once(key, lambda: self.scan.magnitudes(self.base, self.source(source)))
 
     def magnitude(self, source: int, rank: int) -> float:
-        return 0.0 if self.untouched(source) else self.magnitudes(source).kth(rank, self.sizes(source))
+        return 0.0 if self.untouched(source) else self.magnitudes(source).kth(rank, self.sizes(source), self.device)
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
         def measure() -> float:
@@ -138,7 +149,7 @@ class Measurements:
                 return self.scan.l1(self.base, self.source(source))[0]
             sizes, mask = self.sizes(source), self.mask
             assert mask is not None, "a random mask needs its keys"
-            return float(summed(self.elements, lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0])
+            return self.sum(lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0]
 
         return self.once(("l1", self.name, self.sources[source]), measure) if chance is None else measure()
 
@@ -149,7 +160,7 @@ class Measurements:
             base, x = self.base, self.source(source)
             return self.scan.levels(base, x) if x is not base else no_levels(base)
 
-        return self.once(("levels", self.name, self.sources[source]), measure)
+        return self.plane(("levels", self.name, self.sources[source]), measure)
 
     def rank_weighted_l1(self, source: int) -> float:
         def measure() -> float:
@@ -168,12 +179,12 @@ class Measurements:
             return kernels.variance(deltas(part))
 
         def measure() -> tuple[Magnitudes, int]:
-            found = Magnitudes.of(self.elements, sizes)
-            return found, self.elements - found.zeros(sizes)
+            found = Magnitudes.of(self.elements, sizes, self.device)
+            return found, self.elements - found.zeros(sizes, self.device)
 
         ordered, varying = self.once(("variances", self.name, *self.sources), measure)
         k = min(varying, int(np.float32(varying) * np.float32(share)))  # mergekit counts in float32
-        return ordered.kth(k, sizes) if k else None
+        return ordered.kth(k, sizes, self.device) if k else None
 
     def mean_squares(self, floor: float) -> tuple[float, ...]:
         deltas = self.deltas()
@@ -183,8 +194,7 @@ class Measurements:
             mask = (kernels.variance(found) >= floor).double()
             return torch.stack([d.double().square() * mask for d in found])
 
-        sums = summed(self.elements, squares, len(self.sources))
-        return tuple(float(s) / max(1, self.elements) for s in sums)
+        return tuple(s / max(1, self.elements) for s in self.sum(squares, len(self.sources)))
 
     def divergences(self) -> Tensor:
         """KL of each row of the first source from the base, (..., 1) float32."""
@@ -201,8 +211,9 @@ class Measurements:
             def scores(part: slice) -> Tensor:
                 return sizes(part) * rows[part]
 
-            ordered = Magnitudes.of(n, scores)
-            low, median, high = (np.float32(ordered.kth(n - int(q * (n - 1)), scores)) for q in (0.25, 0.5, 0.75))
+            ordered = Magnitudes.of(n, scores, self.device)
+            ranks = (n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75))
+            low, median, high = (np.float32(ordered.kth(k, scores, self.device)) for k in ranks)
             with np.errstate(over="ignore", invalid="ignore"):
                 return float(median + np.float32(1.5) * (high - low))
 
@@ -211,7 +222,7 @@ class Measurements:
     def changed(self, epsilon: float) -> tuple[tuple[int, int], ...]:
         n, bound = len(self.sources), float(np.float32(epsilon))
 
-        def measure() -> NDArray[np.float64]:
+        def measure() -> list[float]:
             deltas = self.deltas()
 
             def counts(part: slice) -> Tensor:
@@ -219,7 +230,7 @@ class Measurements:
                 alone = moved & (moved.sum(0) == 1)
                 return torch.cat([alone, moved & ~alone]).double()
 
-            return summed(self.elements, counts, 2 * n)
+            return self.sum(counts, 2 * n)
 
         found = self.once(("changed", self.name, epsilon, *self.sources), measure)
         return tuple((int(found[i]), int(found[n + i])) for i in range(n))

@@ -49,7 +49,7 @@ class Nested(Checkpoint):
             check_finite({name: materialise_tensor(self.recipe, self.bank, name, out)})
         except NotFinite as error:
             raise NotFinite(f"in the recipe of source {self.name}: {error}") from error
-        self.bank.forget_recent()
+        self.bank.end()
         self.bank.kept.clear()  # what is measured can be as large as a tensor
         return out
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from evomerge.device import use
 from evomerge.files import written_aside
 from evomerge.merge import statistics
 from evomerge.merge.bank import Bank
@@ -52,21 +53,22 @@ def prepare(bank: Bank, method: str, sources: Sequence[str], folder: Path, input
                 measured.magnitudes(i)
             if "ranks" in wanted:
                 measured.rank_weighted_l1(i)  # and with it the ranks
-        bank.forget_recent()
+        bank.recent.clear()
         return found
 
     def together(names: Sequence[str]) -> int:
         digest = hashlib.sha256(json.dumps([common, names]).encode()).hexdigest()[:32]
         file = folder / f"{digest}.safetensors"
-        if (found := load(file, bank.device)) is not None:
+        if (found := load(file)) is not None:
             bank.kept.update(found)
             return 0
         save(file, {k: v for name in names for k, v in measure(name).items()})
-        bank.kept.update(load(file, bank.device) or {})  # what is large lies in the mapped file, not in memory
+        bank.kept.update(load(file) or {})  # what is large lies in the mapped file, not in memory
         return len(names)
 
-    count = torch.get_num_threads()
-    with threads(1), ThreadPoolExecutor(count) as pool:  # files for each, so that none waits for another
+    # On an accelerator one thread measures and another reads; more would hold more tensors there at a time.
+    count = torch.get_num_threads() if bank.device.type == "cpu" else 2
+    with threads(1), ThreadPoolExecutor(count, initializer=use, initargs=(bank.device,)) as pool:
         return sum(pool.map(together, by_file(bank)))
 
 
@@ -107,15 +109,15 @@ def save(file: Path, kept: Kept) -> None:
         save_file(tensors, aside)
 
 
-def load(file: Path, device: torch.device) -> Kept | None:
+def load(file: Path) -> Kept | None:
     """What `save` wrote; None if there is no such file or it is not what was written."""
     try:
-        return restored(load_file(file), device)
+        return restored(load_file(file))
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, RecursionError):
         return None
 
 
-def restored(tensors: Mapping[str, torch.Tensor], device: torch.device) -> Kept:
+def restored(tensors: Mapping[str, torch.Tensor]) -> Kept:
     kept: Kept = {}
     states: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for label, value in tensors.items():
@@ -126,5 +128,5 @@ def restored(tensors: Mapping[str, torch.Tensor], device: torch.device) -> Kept:
         elif value.dtype == torch.float64:
             kept[k] = value.numpy() if value.ndim else float(value)
         else:
-            kept[k] = value.to(device)
+            kept[k] = value
     return kept | {k: Magnitudes.restored(state) for k, state in states.items()}

@@ -66,7 +66,7 @@ class Scan:
         n = base.numel()
         if self.library is None or not self.reads([base, source]):
             flat_base, flat = base.reshape(-1), source.reshape(-1)
-            return Magnitudes.of(n, lambda part: (flat[part].float() - flat_base[part].float()).abs_())
+            return Magnitudes.of(n, lambda part: (flat[part].float() - flat_base[part].float()).abs_(), base.device)
         counts = np.zeros(1 << 15, dtype=np.int64)
         odd = np.empty(statistics.few_of(n) + statistics.CHUNK, dtype=np.int32)
         few = self.library.count_sizes(*pair(base, source), n, statistics.CHUNK, counts.ctypes.data, odd.ctypes.data)
@@ -95,7 +95,7 @@ class Scan:
                 return torch.stack([sizes, sizes * ((flat_levels[part].double() + 0.5) / 256)])
 
             rows = 1 if levels is None else 2
-            sums[:rows] = statistics.summed(n, terms, rows)
+            sums[:rows] = statistics.summed(n, terms, rows, base.device)
         else:
             ranks = None if levels is None else levels.contiguous()
             self.library.sum_sizes(

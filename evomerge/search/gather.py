@@ -23,6 +23,7 @@ from evomerge.files import sync, written_aside
 from evomerge.merge.bank import Bank
 from evomerge.merge.gathered import Origin
 from evomerge.merge.live import destinations, live_tensor
+from evomerge.merge.memory import host_memory
 from evomerge.merge.plan import Statistics
 from evomerge.sources.anatomy import place
 from evomerge.sources.locate import fingerprint
@@ -91,19 +92,17 @@ def log_likelihood(model: Any, rows: Sequence[Row]) -> Tensor:
 
 
 def fisher(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) -> dict[str, Tensor]:
-    """The mean over items of the squared gradient of the gold answer's log-likelihood, by checkpoint name, float32."""
+    """The mean over items of the squared gradient of the gold answer's log-likelihood, by checkpoint name, float32.
+
+    A gradient is squared and freed as soon as it is whole: beside the model stand its squares, not its gradients.
+    """
     names = destinations(model, bank)
     model.requires_grad_(True)
-    parameters = dict(model.named_parameters())
-    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    for done, item in enumerate(rows, 1):
-        model.zero_grad(set_to_none=True)
-        torch.autograd.backward(log_likelihood(model, item))
-        for name, p in parameters.items():
-            if p.grad is not None:
-                squares[name].addcmul_(p.grad.float(), p.grad.float())
-        progress(done)
-    model.zero_grad(set_to_none=True)
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    with squared_gradients(model, squares):
+        for done, item in enumerate(rows, 1):
+            torch.autograd.backward(log_likelihood(model, item))
+            progress(done)
     model.requires_grad_(False)
     prefix = getattr(model, "base_model_prefix", "") + "."
     found = {}
@@ -114,10 +113,36 @@ def fisher(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) 
     return found
 
 
+@contextmanager
+def squared_gradients(model: Any, squares: Mapping[str, Tensor]) -> Iterator[None]:
+    """While this lasts, every gradient of the model is squared, added to `squares` and freed."""
+
+    def add(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            squares[name].addcmul_(parameter.grad.float(), parameter.grad.float())
+            parameter.grad = None
+
+        return hook
+
+    model.zero_grad(set_to_none=True)
+    handles = [p.register_post_accumulate_grad_hook(add(name)) for name, p in model.named_parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
-def grams(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) -> tuple[dict[str, Tensor], list[str]]:
-    """The Gram matrix X^T X (in, in) float64 of each linear layer's inputs, by checkpoint name, and the names of the
-    layers whose weight is stored (in, out).  A head tied to the embedding is an embedding and has none."""
+def grams(
+    model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None], room: int | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The Gram matrix X^T X (in, in) float64 of each linear layer's inputs, by checkpoint name, on the CPU, and the
+    names of the layers whose weight is stored (in, out).  A head tied to the embedding is an embedding and has none.
+
+    room: bytes for matrices on the model's device; where they do not all fit, the items are read several times.
+    """
     by_place = {(x.data_ptr(), tuple(x.shape)): name for name, x in destinations(model, bank).items()}
     found: dict[str, Tensor] = {}
     transposed: list[str] = []
@@ -130,11 +155,34 @@ def grams(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) -
         if name is not None and place(name).component != "embedding":
             layers.append((module, name))
             transposed += [name] if is_conv1d else []
-    with watched(layers, found):
-        for done, item in enumerate(rows, 1):
-            log_likelihood(model, item)
-            progress(done)
+    groups = fitting_groups(layers, gram_room(model.device) if room is None else room)
+    for number, group in enumerate(groups):
+        here: dict[str, Tensor] = {}
+        with watched(group, here):
+            for done, item in enumerate(rows, 1):
+                log_likelihood(model, item)
+                progress((number * len(rows) + done) // len(groups))
+        found |= {name: x.cpu() for name, x in here.items()}
     return found, transposed
+
+
+def gram_room(device: torch.device) -> int:
+    """Bytes for Gram matrices: half of what is free."""
+    return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()) // 2
+
+
+def fitting_groups(layers: Sequence[tuple[Any, str]], room: int) -> list[list[tuple[Any, str]]]:
+    """The layers in their order, in groups whose Gram matrices fit into `room` bytes; a larger one is alone."""
+    groups: list[list[tuple[Any, str]]] = [[]]
+    taken = 0
+    for module, name in layers:
+        size = 8 * module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1] ** 2
+        if groups[-1] and taken + size > room:
+            groups.append([])
+            taken = 0
+        groups[-1].append((module, name))
+        taken += size
+    return groups
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import TORCH_DTYPES, resolve_device
+from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.budget import token_budget
 from evomerge.evaluate.canary import Broken, Signs, check, prompts, signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks, scores_of
@@ -26,6 +27,7 @@ from evomerge.merge.compiled import compiled_for
 from evomerge.merge.compute import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
+from evomerge.merge.memory import Share
 from evomerge.merge.prepare import Fingerprints, prepare
 from evomerge.merge.recipe import Recipe
 from evomerge.search.exam import Exam, Scores
@@ -78,7 +80,7 @@ class Scorer:
     """One device's workshop: bank, live model, engine and prepared items.
 
     check: called between batches, may raise to interrupt the work.  progress: called with the batches of an
-    examination that are done, and their total.
+    examination that are done, and their total.  share: who else uses the device and the machine.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Scorer:
         log: Callable[[str], None] = print,
         cache: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        share: Share | None = None,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -100,13 +103,17 @@ class Scorer:
         self.folders = model_folders(config)
         self.stamps = stamps(self.folders)
         device = resolve_device(config.device)
-        self.bank = Bank(models, device, compiled=compiled_for(models.base.tensors, device, log), cache=cache)
+        use(device)
         computing = config.compute_dtype
         if computing == "auto":  # a driver settles it; who opens a scorer by itself has no study to keep it in
             computing = faster_type(config.dtype, measure(config.dtype, device.type, shapes_of(models)))
-        self.model = candidate_model(self.bank, TORCH_DTYPES[config.dtype], TORCH_DTYPES[computing])
+        dtype, held = TORCH_DTYPES[config.dtype], TORCH_DTYPES[computing]
+        compiled = compiled_for(models.base.tensors, device, log)
+        self.bank = Bank(models, device, compiled=compiled, cache=cache, live=held, share=share)
+        self.model = candidate_model(self.bank, dtype, held)
         self.destinations = destinations(self.model, self.bank)
-        self.engine = Engine(self.model, open_tokenizer(models.base.path), config.batch_tokens, log)
+        budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
+        self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.heats: dict[str, list[Heat]] = {}
         self.prompts: torch.Tensor | None = None
@@ -187,7 +194,7 @@ class Scorer:
         else:
             tasks = [t for t in self.exam.tasks if t.name in only]
             work = self.joined([self.engine.asked(t, only[t.name], everything) for t in tasks])
-        clock = Clock(self.check, counter(work.steps, self.progress), self.counts)
+        clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
@@ -198,7 +205,7 @@ class Scorer:
     ) -> Outcome:
         """A trial, see `Tryout`.  NotFinite, NotFiniteScore or Broken if the candidate is broken."""
         work = self.prepared("search", everything=False)
-        clock = Clock(self.check, counts=self.counts)
+        clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(recipe, clock)
         if self.prompts is None:
             self.prompts = prompts(contexts(work.by_task), self.bank.device)

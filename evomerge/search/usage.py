@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial
 
+from evomerge.device import synchronise
 from evomerge.evaluate.clock import Counts
 from evomerge.search.scores import LEDGER
 from evomerge.search.study import record_of
@@ -123,6 +124,7 @@ class Meter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        synchronise(self.device)
         seconds = time.perf_counter() - self.started
         first, last = self.started_at, self.energy()
         self.used = Usage(

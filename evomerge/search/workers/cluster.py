@@ -119,6 +119,14 @@ def cluster_device(device: str) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) and device != "cpu" else "cpu"
 
 
+def workers_of_a_machine(count: int) -> int:
+    """How many of so many workers may come to stand on one machine of the cluster: no more than it has accelerators,
+    or processors where there are none."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max([int(found.get("GPU", 0) or found.get("CPU", 1)) for found in alive], default=1)
+    return max(1, min(count, most))
+
+
 class RayWorker:
     """A worker that Ray places: on a machine with a free accelerator, spread over the cluster."""
 

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import resolve_device
 from evomerge.errors import EvomergeError
+from evomerge.merge.memory import Share
 from evomerge.search.exam import Exam
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer, model_folders, stamps
@@ -70,10 +71,13 @@ def make_workers(
     """The workers of a search, not started yet.  One worker without Ray is this process itself."""
     if crew.ray is not None:
         connect_ray(crew.ray)
-        from evomerge.search.workers.cluster import RayWorker, cluster_room
+        from evomerge.search.workers.cluster import RayWorker, cluster_room, workers_of_a_machine
 
         count = cluster_room(config.device, crew.count)
-        setup = setup_of(run, config)
+        # Ray shows every worker its own accelerator alone; it does not say beforehand how many share a machine.
+        device = "cuda" if config.device.startswith("cuda") else config.device
+        setup = setup_of(run, config.model_copy(update={"device": device}))
+        setup = replace(setup, share=Share(host=workers_of_a_machine(count)))
         return [RayWorker(setup, run.log) for _ in range(count)]
     devices = devices_of(config.device)
     count = len(devices) if crew.count == "auto" else crew.count
@@ -89,11 +93,16 @@ def make_workers(
             return scorer
 
         return [LocalWorker(make, devices[0], stop)]
-    setup = setup_of(run, config)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // count) if devices == ["cpu"] else None
     names = [devices[k % len(devices)] for k in range(count)]
-    return [ProcessWorker(setup, d, threads, log_of(run, k), run.log) for k, d in enumerate(names)]
+    setup = setup_of(run, config)
+    shares = {d: Share(names.count(d), count) for d in devices}
+    setups = [replace(setup, share=shares[d]) for d in names]
+    return [
+        ProcessWorker(s, d, threads, log_of(run, k), run.log)
+        for k, (s, d) in enumerate(zip(setups, names, strict=True))
+    ]
 
 
 def devices_of(wanted: str) -> list[str]:

@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +34,8 @@ class ProcessWorker:
     def __init__(
         self, setup: Setup, device: str, threads: int | None, log_file: Path, log: Callable[[str], None]
     ) -> None:
-        self.setup = replace(setup, config=setup.config.model_copy(update={"device": device}))
+        self.visible, own = one_device(device, os.environ)
+        self.setup = replace(setup, config=setup.config.model_copy(update={"device": own}))
         self.device = device
         self.threads = threads
         self.log_file = log_file
@@ -44,7 +45,7 @@ class ProcessWorker:
 
     async def start(self) -> None:
         await self.kill()
-        environment = dict(os.environ)
+        environment = dict(os.environ) | self.visible
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         with self.log_file.open("ab") as errors:
@@ -103,6 +104,20 @@ class ProcessWorker:
 
     def close(self) -> None:
         """Nothing is left after a kill."""
+
+
+def one_device(device: str, environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """What hides all devices but one from a process, and the name that the one has there.
+
+    Kernels are launched on a process's current device, which is the first, wherever their operands lie; so a process
+    sees no other.  The variable must be set before CUDA starts, and counts what is visible here already.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not index:
+        return {}, device
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
+    names = visible.split(",") if visible else []
+    return {"CUDA_VISIBLE_DEVICES": names[int(index)].strip() if names else index}, "cuda"
 
 
 def framed(message: Any) -> bytes:

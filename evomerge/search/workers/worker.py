@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from evomerge.config.schema import SearchConfig
+from evomerge.merge.memory import Share
 from evomerge.search.jobs import Job, Result
 
 Progress = Callable[[int, int], None]
@@ -21,7 +22,8 @@ class Setup:
     """All that a worker knows before its first job.
 
     folder: the run's, absolute.  host: the driver's.  stamps: who the models' files are on that host.  inputs, items:
-    hashes of the models' files and of the dealt items, as the driver sees them.
+    hashes of the models' files and of the dealt items, as the driver sees them.  share: how many workers use the same
+    device and the same machine, None for it alone.
     """
 
     config: SearchConfig
@@ -30,6 +32,7 @@ class Setup:
     stamps: Mapping[str, Mapping[str, tuple[int, int, int]]]
     inputs: Mapping[str, Mapping[str, str]]
     items: Mapping[str, Mapping[str, str]]
+    share: Share | None = None
 
 
 class Worker(Protocol):

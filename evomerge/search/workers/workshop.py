@@ -27,7 +27,7 @@ def open_workshop(setup: Setup, check: Callable[[], None], log: Callable[[str], 
     if not setup.folder.is_dir():
         cache = user_cache().parent / "sources"
         cache.mkdir(parents=True, exist_ok=True)
-    scorer = Scorer(setup.config, open_config_models(setup.config), exam, check, log, cache, progress)
+    scorer = Scorer(setup.config, open_config_models(setup.config), exam, check, log, cache, progress, setup.share)
     with locked(cache / "lock"):  # the first measures, the others find it measured
         scorer.prepare(setup.inputs)
     return scorer

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 15  # elements of a delta worked on at a time: cached, and below torch's threading grain
+BLOCK_ON_ACCELERATOR = 1 << 26  # there a launch costs more than a pass over memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,10 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, ...]:
         return *self.left.shape[:-1], self.right.shape[-1]
+
+    def to(self, device: torch.device) -> "LowRank":
+        """The same, computed on a device."""
+        return LowRank(self.left.to(device), self.right.to(device), self.scale)
 
     def product(self) -> Tensor:
         """The matrix (or one for each expert) in float32."""
@@ -64,9 +69,15 @@ class Change:
             out = self.added.float() + out
         if self.rows is not None:
             where, values = self.rows
-            longer = torch.empty((self.height(len(out)) - len(out), *out.shape[1:]), dtype=out.dtype)
+            longer = torch.empty((self.height(len(out)) - len(out), *out.shape[1:]), dtype=out.dtype, device=out.device)
             out = torch.cat([out, longer]).index_copy_(0, where, values.to(out.dtype))
         return out
+
+    def to(self, device: torch.device) -> "Change":
+        """The same, computed on a device."""
+        whole, added = (None if x is None else x.to(device) for x in (self.whole, self.added))
+        rows = None if self.rows is None else (self.rows[0].to(device), self.rows[1].to(device))
+        return Change(whole, None if self.low_rank is None else self.low_rank.to(device), added, rows)
 
     def same_as(self, other: "Change | None") -> bool:
         """Whether both make the same of the same tensor, bit for bit."""
@@ -90,9 +101,10 @@ def low_rank_product(b: Tensor, a: Tensor) -> Tensor:
     same bits everywhere.
     """
     b, a = b.float(), a.float()
-    out = torch.empty(b.shape[0], a.shape[1])
-    rows = max(1, BLOCK // a.shape[1])
-    term = torch.empty(rows, a.shape[1])
+    out = torch.empty(b.shape[0], a.shape[1], device=a.device)
+    block_size = BLOCK if a.device.type == "cpu" else BLOCK_ON_ACCELERATOR
+    rows = min(b.shape[0], max(1, block_size // max(1, a.shape[1])))
+    term = torch.empty(rows, a.shape[1], device=a.device)
     for start in range(0, b.shape[0], rows):
         block = out[start : start + rows]
         scratch = term[: block.shape[0]]
