@@ -88,11 +88,16 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
 
     # One merge reads every tensor once: nothing is worth holding.
     bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
-    print("".join(f"note: {note}\n" for note in bank.models.compatibility.notes), end="", file=sys.stderr)
+
+    def say(note: str) -> None:
+        print(f"note: {note}", file=sys.stderr)
+
+    for note in bank.models.compatibility.notes:
+        say(note)
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:
-        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update)
+        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update, note=say)
     finally:
         bar.close()
     print(f"wrote {out} in {time.monotonic() - started:.1f} s")

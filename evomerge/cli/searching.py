@@ -1,5 +1,6 @@
 """Commands on a search: start it, go on with it, look at it, take home what it found."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,8 @@ def search(
     """Start a search: propose, merge, score, and judge the winner at the end."""
     from evomerge.config.file import load_config
     from evomerge.files import refuse_full
+    from evomerge.merge.layout import build_layout
+    from evomerge.merge.loads import check_loads
     from evomerge.search.exam import check_statistics, open_exam
     from evomerge.search.limits import limits_of, with_budget
     from evomerge.search.run import create_run, refuse_existing
@@ -52,6 +55,8 @@ def search(
         refuse_full(out)
     # All that can be wrong with the inputs is said before there is a run folder.
     models = open_config_models(loaded)
+    for note in check_loads(build_layout(models), models.base):
+        print(f"note: {note}", file=sys.stderr)
     exam = open_exam(loaded)
     check_statistics(loaded, models, exam)
     created = create_run(loaded, exam, config, folder)
