@@ -50,7 +50,9 @@ def find_stack(name: str, model: Checkpoint) -> Stack:
     """The decoder of a model.  EvomergeError if it has several stacks of layers that slices could mean."""
     stored, known = layer_count(list(model.tensors)), known_config(model.config)
     prefixes = {prefix(tensor) for tensor in model.tensors if place(tensor).layer is not None}
-    if len(prefixes) > 1 or getattr(known, "is_encoder_decoder", model.config.get("is_encoder_decoder")):
+    if getattr(known, "is_encoder_decoder", model.config.get("is_encoder_decoder")):
+        prefixes = {"an encoder", "a decoder"}
+    if len(prefixes) > 1:
         raise EvomergeError(
             f"slices: {name} has several stacks of layers ({', '.join(sorted(prefixes))}), and slices cannot say which "
             "of them they mean; merge such models whole"
