@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import VOCABULARY, write_family, write_llama, write_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-import transformers
 from evomerge.errors import EvomergeError
 from evomerge.merge.card import model_card
 from evomerge.merge.export import export
@@ -115,8 +115,8 @@ def same(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> bool:
 def test_every_layer_of_a_frankenmerge_is_found_where_it_belongs(kind: str, tmp_path: Path):
     settings, prefix, path = STACKS[kind]
     folders = {name: write_model(tmp_path / name, kind, settings, seed) for seed, name in enumerate(("base", "one"))}
-    recipe = frankenmerge(folders, [{"base": [0, 2]}, {"one": [1, 4]}, {"base": [2, 4]}]
-                          if kind != "deepseek_v3" else [{"base": [0, 1]}, {"one": [1, 4]}, {"base": [2, 4]}])  # fmt: skip
+    first = 1 if kind == "deepseek_v3" else 2  # its dense layers stand before all others
+    recipe = frankenmerge(folders, [{"base": [0, first]}, {"one": [1, 4]}, {"base": [2, 4]}])
     rows = [(name, at) for part in recipe.slices for name, (a, b) in part.layers.items() for at in range(a, b)]
     notes: list[str] = []
     export(recipe, open_bank(recipe), tmp_path / "out", model_card, note=notes.append)
@@ -246,7 +246,10 @@ def test_what_the_loader_ignores_in_the_base_is_written_with_a_line(tmp_path: Pa
 def test_an_architecture_that_transformers_does_not_know_is_written_with_a_line(tmp_path: Path):
     folders = write_family(tmp_path)
     for folder in folders.values():
-        config = json.loads((folder / "config.json").read_text()) | {"model_type": "homegrown", "architectures": ["Own"]}
+        config = json.loads((folder / "config.json").read_text()) | {
+            "model_type": "homegrown",
+            "architectures": ["Own"],
+        }
         (folder / "config.json").write_text(json.dumps(config))
     recipe, notes = plain(folders), list[str]()
     export(recipe, open_bank(recipe), tmp_path / "out", model_card, note=notes.append)

@@ -116,9 +116,11 @@ def status(
         print_status(read_status(opened), timing)
 
 
-@app.command(epilog="Example: evomerge studies --storage postgresql+psycopg://me:secret@db/studies")
+@app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
 def studies(
-    storage: Annotated[str, typer.Option("--storage", help="A database URL, a study.db or a run folder.")],
+    storage: Annotated[
+        str, typer.Option(help="A database URL (${NAME} is of the environment), a study.db, a run folder.")
+    ],
 ) -> None:
     """The studies in a database: trials, best score, who is working on them."""
     from evomerge.report.studies import print_studies

@@ -1,11 +1,11 @@
 """The configuration of a model whose layers are assembled of others': their number, and what it says of single layers.
 
-A configuration speaks of single layers by lists (`layer_types`), by sets of indices (`moe_layers`) and by counts from the
-first layer on (`first_k_dense_replace`).  All of them move with the layers.  What only a layer's position decides
+A configuration speaks of single layers by lists (`layer_types`), by sets of indices (`moe_layers`) and by counts from
+the first layer on (`first_k_dense_replace`).  All of them move with the layers.  What only a layer's position decides
 cannot move, and is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,7 @@ def find_stack(name: str, model: Checkpoint) -> Stack:
     keys = [key for key in known.sub_configs if getattr(known, key, None) is text]
     if text is not known and not keys:
         raise EvomergeError(f"slices: the configuration of {name} does not say where its language model is described")
-    # Layers beyond the count predict further tokens (DeepSeek's MTP): they follow the head and are no part of the stack.
+    # Layers beyond the count predict further tokens (DeepSeek's MTP): they follow the head, outside the stack.
     return Stack(min(stored, text.num_hidden_layers), keys[0] if keys else None, text.to_dict())
 
 
@@ -135,25 +135,24 @@ def per_layer_lists(rows: Sequence[Row], stacks: Mapping[str, Stack]) -> dict[st
         if users := sorted(name for name in used if stacks[name].settings.get(key)):
             raise EvomergeError(f"slices: {users[0]} has layers whose place decides what they compute ({key})")
 
-    def common(key: str, value: Callable[[str, int], Any]) -> list[Any]:
-        kinds = [[value(name, at) for name, at in row.items()] for row in rows]
-        for layer, found in enumerate(kinds):
-            if any(kind != found[0] for kind in found):
-                raise EvomergeError(f"layer {layer} of the slices: {key} differs: {', '.join(map(str, found))}")
-        return [found[0] for found in kinds]
-
     def is_list(key: str, name: str) -> bool:
         value = stacks[name].settings.get(key)
         return isinstance(value, list | tuple) and (key in INDICES or len(value) >= stacks[name].depth)
 
     found: dict[str, list[Any]] = {}
-    for key in PER_LAYER:
-        if all(is_list(key, name) for name in used):
-            found[key] = common(key, lambda name, at, key=key: stacks[name].settings[key][at])
-    for key in INDICES:
-        if all(is_list(key, name) for name in used):
-            inside = common(key, lambda name, at, key=key: at in stacks[name].settings[key])
-            found[key] = [layer for layer, is_in in enumerate(inside) if is_in]
+    for key in (*PER_LAYER, *INDICES):
+        if not all(is_list(key, name) for name in used):
+            continue
+        kinds = []
+        for layer, row in enumerate(rows):
+            values = [(stacks[name].settings[key], at) for name, at in row.items()]
+            kind, *others = [at in value if key in INDICES else value[at] for value, at in values]
+            if any(other != kind for other in others):
+                raise EvomergeError(
+                    f"layer {layer} of the slices: {key} differs: {', '.join(map(str, [kind, *others]))}"
+                )
+            kinds.append(kind)
+        found[key] = [layer for layer, is_in in enumerate(kinds) if is_in] if key in INDICES else kinds
     return found
 
 

@@ -52,7 +52,7 @@ def build(text: str) -> Any | None:
         try:
             with torch.device("meta"):
                 return kind(known)
-        except Exception:  # noqa: S112 (whatever a wrong configuration makes of the code that builds it)
+        except Exception:
             continue
     return None
 
