@@ -147,7 +147,8 @@ class Compiled:
         except Exception as error:  # a compiler fails in many ways, and none may cost the merge
             if (reason := last_word(error)) not in self.reasons:
                 self.reasons.add(reason)
-                self.log(f"{file.stem} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
+                kind = Path(variant.file_name).stem
+                self.log(f"{kind} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
             return None
         return lambda operands: runner(operands)[0]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.sources.anatomy import is_old_buffer
+from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import empty_model
 
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -77,7 +77,7 @@ def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
         raise EvomergeError(f"transformers cannot load such a model ({reason})") from error
     return Loading(
         missing=frozenset(found["missing_keys"]),
-        unread=frozenset(name for name in found["unexpected_keys"] if not is_old_buffer(name)),
+        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed(name)),
         misshapen={n: f"{tuple(here)} for {tuple(there)}" for n, here, there in found["mismatched_keys"]},
     )
 
