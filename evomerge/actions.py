@@ -84,8 +84,10 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
     from evomerge.merge.nested import open_bank
+    from evomerge.merge.recipe import pin
     from evomerge.report.terminal import Bar
 
+    recipe = pin(recipe, {})
     # One merge reads every tensor once: nothing is worth holding.
     bank = open_bank(recipe, resolve_device(device), capacity=0, log=print)
 

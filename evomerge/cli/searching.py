@@ -37,7 +37,7 @@ def search(
     out: ExportTo = None,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config.file import load_config
+    from evomerge.config.file import load_config, pin
     from evomerge.files import refuse_full
     from evomerge.merge.layout import build_layout
     from evomerge.merge.loads import check_loads
@@ -54,6 +54,7 @@ def search(
     if out is not None:
         refuse_full(out)
     # All that can be wrong with the inputs is said before there is a run folder.
+    loaded = pin(loaded, {})
     models = open_config_models(loaded)
     for note in check_loads(build_layout(models), models.base):
         print(f"note: {note}", file=sys.stderr)

@@ -234,6 +234,8 @@ class SearchConfig(Strict):
 
     baselines: recipe files of one's own, on the same sources, that the winner must beat too.  start_from: one more, a
     recipe or a mergekit file, which also gives the base, the sources and the method where they are not said here.
+
+    hub: what each hub id stood for when the search began, as `owner/name@commit`; evomerge writes it.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -256,3 +258,4 @@ class SearchConfig(Strict):
     dtype: Dtype = "bfloat16"
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = 4096
     storage: str | None = None
+    hub: dict[str, str] = {}
