@@ -6,8 +6,8 @@
 
 Models of random weights with the layers, widths and heads of real ones; fewer layers where that changes nothing but
 the time.  One forward of each type is timed after the other; the ratio is of the tokens a second to those in float32.
-`auto` is what a search would choose here.  Scores: every model of the family in OUT, its weights rounded to bfloat16, on
-the items of evals/tiny, computed in bfloat16 (as the exported model computes) and in float32 (as a search may).
+`auto` is what a search would choose here.  Scores: every model of the family in OUT, its weights rounded to bfloat16,
+on the items of evals/tiny, computed in bfloat16 (as the exported model computes) and in float32 (as a search may).
 """
 
 import argparse

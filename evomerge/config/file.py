@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evomerge.files import read_yaml, write_text
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import choices_of, is_named, values_of
-from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -209,6 +210,17 @@ def load_config(path: Path) -> SearchConfig:
     return parse_config(read_yaml(path), path)
 
 
+def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
+    """The configuration with every hub id as the commit that it stands for, and the table of them.
+
+    known: the commits of a search that began already.  EvomergeError if the hub does not give a model.
+    """
+    paths = [config.base, *(source.path for source in config.sources)]
+    hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
+    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})
+
+
 def dump_config(config: SearchConfig) -> str:
     """The configuration as YAML that `load_config` reads back, with absolute paths."""
     text: str = yaml.safe_dump(config.model_dump(by_alias=True, exclude_none=True), sort_keys=False, width=110)
@@ -226,7 +238,7 @@ def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     The budget, the price and the workers' patience may change, and so may where the work is done (`device`,
     `batch_tokens` stay part of the results).  Passwords are not shown.
     """
-    free = {"budget", "price", "workers"}
+    free = {"budget", "price", "workers", "hub"}
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:
