@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of tasks")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model, tokenizer = open_live_model(args.model, None, TORCH_DTYPES[args.dtype], resolve_device(args.device))
+    model, tokenizer = open_live_model(args.model, None, args.dtype, resolve_device(args.device), args.dtype)
     extend(model)
     print(f"{args.model}, {args.dtype} on {model.device}, {args.items} items, {args.batch_tokens} tokens a batch,")
     print(

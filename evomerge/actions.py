@@ -84,17 +84,24 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.merge.export import export as export_model
     from evomerge.merge.export import total_bytes
     from evomerge.merge.nested import open_bank
+    from evomerge.merge.recipe import pin
     from evomerge.report.terminal import Bar
 
+    recipe = pin(recipe, {})
     # One merge reads every tensor once: nothing is worth holding.
     where = resolve_device(device)
     use(where)
     bank = open_bank(recipe, where, capacity=0, log=print)
-    print("".join(f"note: {note}\n" for note in bank.models.compatibility.notes), end="", file=sys.stderr)
+
+    def say(note: str) -> None:
+        print(f"note: {note}", file=sys.stderr)
+
+    for note in bank.models.compatibility.notes:
+        say(note)
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB")
     try:
-        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update)
+        signed = export_model(recipe, bank, out, lambda r: model_card(r, results), bar.update, note=say)
     finally:
         bar.close()
     print(f"wrote {out} in {time.monotonic() - started:.1f} s")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evomerge.errors import EvomergeError
-from evomerge.parse import parse_json, parse_yaml
+from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
 
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
@@ -55,6 +55,11 @@ def read_text(path: Path, limit: int = YAML_BYTES) -> str:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, plain data only.  EvomergeError if it cannot be read or is not YAML."""
     return parse_yaml(read_text(path), str(path))
+
+
+def read_yaml_documents(path: Path) -> list[Any]:
+    """The contents of a YAML file's documents, one at least.  EvomergeError as for `read_yaml`."""
+    return parse_yaml_documents(read_text(path), str(path))
 
 
 def read_json(path: Path, limit: int = JSON_BYTES, unique: bool = False) -> dict[str, Any]:

@@ -40,14 +40,23 @@ def parse_yaml(text: str, where: str, loader: type[Loader] = Loader) -> Any:
     EvomergeError (with `where`, line and reason, never with the text itself, which may hold a password) if it is not
     YAML, is too deep or too much, holds a key twice, an object of another program, or an alias to what it is part of.
     """
+    documents = parse_yaml_documents(text, where, loader)
+    if len(documents) > 1:
+        raise EvomergeError(f"{where}: not YAML: expected a single document, but found another document")
+    return documents[0]
+
+
+def parse_yaml_documents(text: str, where: str, loader: type[Loader] = Loader) -> list[Any]:
+    """The contents of the documents of YAML that `---` parts; of empty text None.  EvomergeError as in `parse_yaml`."""
     try:
         check_events(text)
         reading = loader(text)
-        node = reading.get_single_node()
-        if node is None:
-            return None
-        check_nodes(reading, node)
-        return reading.construct_document(node)
+        found = []
+        while reading.check_node():
+            node = reading.get_node()
+            check_nodes(reading, node)
+            found.append(reading.construct_document(node))
+        return found or [None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

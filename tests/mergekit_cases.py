@@ -159,6 +159,38 @@ CASES: dict[str, Case] = {
         }
     ),
     "slices passed through": Case({"merge_method": "passthrough", "slices": ends("one")[:1] + ends("two")[1:]}),
+    "ram, three models": of_base("ram", plain("one", "two", "three"), units=2),
+    "ties, nothing of one model": of_base("ties", models(0.4, 0.7, density=[0, "5e-1"]), cuts=(0.5,)),
+    "slices of no layer at the ends": Case(
+        {
+            "merge_method": "passthrough",
+            "slices": [
+                {"sources": [{"model": f"<{name}>", "layer_range": layers}]}
+                for name, layers in (
+                    ("two", [0, 0]),
+                    ("one", [0, 3]),
+                    ("base", [1, 1]),
+                    ("two", [3, 4]),
+                    ("base", [4, 4]),
+                )
+            ],
+        }
+    ),
+    "other ways to say it": Case(
+        {
+            "x-common": {"weight": ["0.5"]},
+            "name": "mine",
+            "merge_method": "ties",
+            "base_model": {"model": "<base>", "override_architecture": None},
+            "models": [
+                {"model": {"model": {"path": "<one>", "revision": "main"}}, "note": 1, "parameters": {"weight": []}},
+                {"model": "<two>@main", "parameters": {"weight": {"filter": "", "value": "3e-1"}}},
+            ],
+            "parameters": {"weight": 0.6, "normalize": "off", "int8_mask": "true", "density": 2, "embed_slerp": True},
+            "modules": {},
+            "chat_template": "",
+        }
+    ),
     "one module": Case(
         {
             "merge_method": "linear",
@@ -187,6 +219,53 @@ VOCABULARIES: dict[str, Case] = {
         ("a source's", "<one>", "ties", models(0.5, 0.25), {"density": 0.5}, 0),
     )
 }
+
+# The bfloat16 files again with `dtype: bfloat16`, in which mergekit then computes: how far it is from what is computed
+# in float32 and rounded once, in units, and which share of the elements may be farther.  These are the elements of
+# which another part is kept, or whose elected sign is the other one, because bfloat16 makes magnitudes equal or sums 0.
+ROUNDED: dict[str, tuple[float, float]] = {
+    "linear": (1, 0),
+    "slerp": (1, 0),
+    "passthrough, scaled": (1, 0),
+    "task_arithmetic": (3, 0),
+    "nearswap": (3, 0),
+    "nuslerp": (4, 0),
+    "nuslerp, task vectors": (4, 0),
+    "multislerp": (4, 0),
+    "multislerp, task vectors": (4, 0),
+    "model_stock": (4, 0),
+    "karcher": (10, 0),
+    "ties": (3, 0.03),
+    "ties, trimmed": (3, 0.03),
+    "breadcrumbs": (3, 0.03),
+    "sce": (3, 0.03),
+    "ram": (3, 0.03),
+    "ramplus_tl": (3, 0.03),
+    "arcee_fusion": (3, 0.1),
+}
+
+DOCUMENTS = """
+name: first
+merge_method: linear
+models: [{model: <one>}, {model: <two>}]
+parameters: {weight: 0.5}
+dtype: float32
+out_dtype: bfloat16
+---
+name: second
+merge_method: task_arithmetic
+base_model: <base>
+models: [{model: first, parameters: {weight: 0.7}}, {model: <one>+<lora>, parameters: {weight: 0.2}}]
+dtype: float32
+---
+merge_method: slerp
+base_model: second
+models: [{model: first}]
+parameters: {t: [0.3, 0.6]}
+dtype: float64
+out_dtype: float32
+"""
+"""For mergekit-multi: merges of merges, one rounded to bfloat16, one with an adapter on a model that is no base."""
 
 ADAPTER = of_base("task_arithmetic", [{"model": "<base>+<lora>", "parameters": {"weight": 0.5}}])
 

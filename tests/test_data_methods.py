@@ -297,7 +297,7 @@ def write_gathered(
 ) -> None:
     """What `evomerge statistics` does, without a process of its own."""
     opened = open_tasks([TaskConfig(task=str(t)) for t in tasks])
-    live = open_live_model(folder, None, torch.float32, CPU)
+    live = open_live_model(folder, None, "float32", CPU)
     gather(kind, folder, None, live, opened, choose_items(opened, count, search), out)
 
 

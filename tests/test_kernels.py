@@ -238,7 +238,7 @@ def test_compiled_kernels_work_on_vectors(compiled: Compiled, name: str):
     base, sources = operands(100)
     run(PLANS[name], base, [x.bfloat16() for x in sources], torch.bfloat16, compiled=compiled)
     for variant in compiled.loaded:
-        with ZipFile(compiled.folder / variant.file_name) as package:
+        with ZipFile(compiled.files.folder / variant.file_name) as package:
             (code,) = (package.read(n) for n in package.namelist() if n.endswith(".kernel.cpp"))
         assert b"at::vec::Vectorized" in code, f"torch's compiler found the kernel of {variant} not worth vectors"
 

@@ -183,12 +183,12 @@ def test_an_output_folder_with_something_in_it_is_refused_before_the_search(tiny
 
 # --- The reserve ---
 
-RATES = Rates(merge=2.0, item=0.1, trial=5.0, draw=0.001)
+RATES = Rates(merge=2.0, item=0.1, trial=5.0, objective=0.02, draw=0.001)
 AHEAD = Ahead({"search": 1, "selection": 6, "holdout": 5}, {"search": 100, "selection": 50, "holdout": 200})
 
 
 def test_the_reserve_is_the_formula_that_it_states() -> None:
-    scoring = (2 + 10) + 6 * (2 + 5) + 5 * (2 + 20)
+    scoring = (2 + 2) + 6 * (2 + 5) + 5 * (2 + 20)
     assert reserve(RATES, AHEAD) == pytest.approx(FIXED + 1.3 * (5 + scoring + 3 * 200 * 0.001))
     assert reserve(RATES, Ahead()) == pytest.approx(FIXED + 1.3 * 5)
 

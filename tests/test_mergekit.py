@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import ADAPTER, CASES, ELSEWHERE, RANDOM, VOCABULARIES, Case
+from mergekit_cases import ADAPTER, CASES, DOCUMENTS, ELSEWHERE, RANDOM, ROUNDED, VOCABULARIES, Case
 from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
@@ -48,7 +48,11 @@ def family(root: Path, architecture: str, dtype: torch.dtype) -> Path:
 
 def configuration(case: Case, folder: Path, dtype: torch.dtype) -> str:
     """The case as YAML, with the models' absolute paths and the output in `dtype`."""
-    text = yaml.safe_dump(case.config | {"dtype": case.arithmetic, "out_dtype": NAMES[dtype]}, sort_keys=False)
+    types = {"dtype": case.arithmetic, "out_dtype": NAMES[dtype]}
+    return with_paths(yaml.safe_dump(case.config | types, sort_keys=False), folder)
+
+
+def with_paths(text: str, folder: Path) -> str:
     for name in ("base", "one", "two", "three", "lora"):
         text = text.replace(f"<{name}>", str(folder / name))
     return text
@@ -77,6 +81,17 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
             again, _ = dump_mergekit(load_merge(file)[0])
             (file.parent / "again.yml").write_text(again)
             jobs.append([str(file.parent / "again.yml"), str(file.parent / "again"), 1])
+    for name in ROUNDED:
+        folder = family(root, "llama", torch.bfloat16)
+        (folder / f"{name}, rounded").mkdir()
+        text = with_paths(yaml.safe_dump(CASES[name].config | {"dtype": "bfloat16"}, sort_keys=False), folder)
+        (file := folder / f"{name}, rounded" / "mergekit.yml").write_text(text)
+        jobs.append([str(file), str(file.parent / "theirs"), 1])
+    for seed, name in enumerate(("base", "one", "two")):
+        write_llama(root / "documents" / name, seed)
+    write_adapter(root / "documents" / "lora", root / "documents" / "base")
+    (file := root / "documents" / "mergekit.yml").write_text(with_paths(DOCUMENTS, file.parent))
+    jobs.append([str(file), str(file.parent / "theirs"), 1])
     (root / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).with_name("mergekit_run.py")
     run = [str(MERGEKIT), program, root / "jobs.json"]
@@ -124,13 +139,18 @@ def on_a_cut(base: Tensor, sources: list[Tensor], cuts: tuple[float, ...]) -> Te
 
 
 def units_apart(x: Tensor, y: Tensor, *inputs: Tensor) -> float:
-    """The largest difference, in units in the last place (of the outputs' type) of the largest number that went into
-    each element."""
+    """The largest difference in units (`units_of_each`)."""
+    return float(units_of_each(x, y, *inputs).max())
+
+
+def units_of_each(x: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
+    """The differences, in units in the last place (of the outputs' type) of the largest number that went into each
+    element."""
     assert x.dtype == y.dtype
     bits = {torch.float32: 24, torch.bfloat16: 8}[x.dtype]
     largest = torch.stack([t.float().abs() for t in (*inputs, x, y)]).amax(0)
     exponent = torch.frexp(largest).exponent
-    return float(((x.double() - y.double()).abs() / torch.exp2((exponent - bits).double())).max())
+    return (x.double() - y.double()).abs() / torch.exp2((exponent - bits).double())
 
 
 @pytest.mark.parametrize(("name", "architecture", "dtype"), RUNS, ids=IDS)
@@ -145,6 +165,25 @@ def test_a_mergekit_file_makes_what_mergekit_makes(name: str, architecture: str,
     print(f"{max(apart.values()):.2f} units apart at most, {max(apart, key=lambda n: apart[n])}")
     allowed = CASES[name].units if dtype == torch.float32 else min(1, CASES[name].units)
     assert max(apart.values()) <= allowed, apart
+
+
+@pytest.mark.parametrize(("name", "units", "share"), [(n, *bounds) for n, bounds in ROUNDED.items()], ids=ROUNDED)
+def test_mergekits_own_rounding_is_as_far_as_the_page_says(name: str, units: float, share: float, merged: Path):
+    ours, theirs, bank = both(family(merged, "llama", torch.bfloat16) / f"{name}, rounded")
+    far = total = 0
+    for tensor in ours:
+        inputs = [bank.base(tensor), *(bank.source(s, tensor) for s in bank.models.sources)]
+        apart = units_of_each(ours[tensor], theirs[tensor].bfloat16(), *inputs)  # of which two methods write float32
+        far, total = far + int((apart > units).sum()), total + apart.numel()
+    print(f"{far / total:.4f} farther than {units} units")
+    assert far / total <= share
+
+
+def test_documents_that_build_on_each_other_make_what_mergekit_makes(merged: Path):
+    ours, theirs, bank = both(merged / "documents")
+    for tensor in ours:
+        inputs = [bank.source(s, tensor) for s in bank.models.sources]
+        assert units_apart(ours[tensor], theirs[tensor], *inputs) <= 8, tensor
 
 
 @pytest.mark.parametrize("name", [*CASES, *VOCABULARIES, "an adapter"])

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import LAYERS, llama_shapes, write_adapter, write_family
+from models import LAYERS, llama_shapes, write_adapter, write_family, write_llama
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.card import model_card
 from evomerge.merge.coefficients import Part, named_parts
 from evomerge.merge.export import export
-from evomerge.merge.mergekit.file import parse
 from evomerge.merge.mergekit.methods import MERGEKIT
+from evomerge.merge.mergekit.parse import parse
 from evomerge.merge.mergekit.read import load_merge, to_recipe
 from evomerge.merge.mergekit.values import coefficient, value_of
 from evomerge.merge.mergekit.write import dump_mergekit
@@ -187,6 +188,113 @@ def test_what_mergekit_passes_over_is_passed_over_and_said(folder: Path):
     assert [note.split(":")[0] for note in notes] == ["int8_mask", "normalize", "t", "parameters of the base model"]
 
 
+PASSED_OVER: dict[str, tuple[dict[str, Any], str]] = {
+    "a name": ({"name": "mine"}, "name"),
+    "an anchor's key": ({"x-common": {"weight": 1}}, "x-common"),
+    "a note at a model": ({"models": [{"model": "one", "note": "math"}]}, "models.0.note"),
+    "an old parameter": ({"parameters": {"weight": 1, "embed_slerp": True}}, "parameters.embed_slerp"),
+    "a key beside a filter": (
+        {"parameters": {"weight": [{"filter": "mlp", "value": 1, "why": "x"}, {"value": 1}]}},
+        "parameters.weight.0.why",
+    ),
+    "a key of the tokenizer": ({"tokenizer": {"source": "base", "note": 1}}, "tokenizer.note"),
+}
+
+
+@pytest.mark.parametrize(("changes", "key"), PASSED_OVER.values(), ids=PASSED_OVER)
+def test_a_key_that_mergekit_does_not_know_is_passed_over_and_said(changes: dict[str, Any], key: str, folder: Path):
+    recipe, notes = load_merge(written(folder, merge(**changes)))
+    assert notes == [f"{key}: mergekit has no key of that name; passed over, as mergekit does"]
+    assert recipe.sources[0].parameters == {"weight": 1.0}
+
+
+SAID_OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a quoted boolean": ({"normalize": "true", "int8_mask": "Yes"}, {"normalize": True}),
+    "a number for a boolean": ({"normalize": 1, "int8_mask": 0.0}, {"normalize": True}),
+    "an empty filter": ({"lambda": [{"filter": "", "value": 2}, {"value": 1}]}, {"lambda": 2}),
+    "a gradient of one": ({"lambda": ["2"]}, {"lambda": 2}),
+    "an empty gradient": ({"lambda": []}, {}),
+    "an empty gradient with a filter": ({"lambda": [{"filter": "mlp", "value": []}, {"value": 2}]},
+                                        {"lambda": [{"filter": "mlp", "value": 1}, {"value": 2}]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("theirs", "plainly"), SAID_OTHERWISE.values(), ids=SAID_OTHERWISE)
+def test_what_is_said_in_another_way_means_the_same(theirs: dict[str, Any], plainly: dict[str, Any], folder: Path):
+    found, expected = (recipe_of(folder, parameters={"weight": 1} | more) for more in (theirs, plainly))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["./one@main", {"model": {"path": "one", "revision": "main"}}, {"model": "one", "override_architecture": None}],
+)
+def test_a_folder_has_no_revisions(model: Any, folder: Path):
+    assert recipe_of(folder, models=[{"model": model}]).sources[0].path == str(folder / "one")
+
+
+@pytest.mark.parametrize(("given", "meant"), [(5000, 1000), (-1, 0), ("20", 20)])
+def test_steps_beyond_those_that_change_anything_are_read_as_those(given: Any, meant: float, folder: Path):
+    recipe = recipe_of(folder, merge_method="karcher", base_model=None, parameters={"max_iter": given})
+    assert recipe.parameters == {"max_iter": meant}
+
+
+def test_empty_outputs_and_types_are_as_if_left_out(folder: Path):
+    plain = recipe_of(folder)
+    assert recipe_of(folder, slices=[], modules={}, dtype="", chat_template="", tokenizer_source=None) == plain
+
+
+def test_a_slice_may_name_the_one_base_again(folder: Path):
+    own = [part | {"base_model": "base"} for part in SLICES]
+    assert recipe_of(folder, models=None, slices=own) == recipe_of(folder, models=None, slices=SLICES)
+    assert recipe_of(folder, models=None, slices=own, base_model=None) == recipe_of(folder, models=None, slices=SLICES)
+
+
+def test_without_a_type_the_output_holds_the_numbers_of_all_models(folder: Path, tmp_path: Path):
+    write_llama(tmp_path / "half", 1, dtype=torch.bfloat16)
+    assert recipe_of(folder, base_model=str(tmp_path / "half")).dtype == "float32"
+    half = [{"model": str(tmp_path / "half")}]
+    assert recipe_of(folder, merge_method="linear", base_model=None, models=half).dtype == "bfloat16"
+
+
+# --- Several documents ---
+
+FIRST = "name: first\nmerge_method: linear\nmodels: [{model: one}, {model: two}]\nparameters: {weight: 0.5}\n"
+LAST = "merge_method: slerp\nbase_model: first\nmodels: [{model: three}]\nparameters: {t: 0.3}\n"
+
+
+def test_later_documents_use_the_merges_of_earlier_ones(folder: Path):
+    for text in (f"{FIRST}---\n{LAST}", f"{LAST}---\n{FIRST}", f"{FIRST}---\nname: last\n{LAST}"):
+        recipe, notes = load_merge(written(folder, text))
+        assert [s.name for s in recipe.sources] == ["first", "three"]
+        inner = recipe.sources[0].recipe
+        assert inner is not None
+        assert [s.path for s in inner.sources] == [str(folder / "one"), str(folder / "two")]
+        assert (recipe.base.path, recipe.parameters, notes) == (str(folder / "one"), {"t": 0.3}, [])
+
+
+BAD_DOCUMENTS = {
+    "two ends": (f"{FIRST}---\nname: other\n{LAST.replace('first', 'base')}", "which merge is the last?"),
+    "a name twice": (f"{FIRST}---\n{FIRST}", "two documents have the name 'first'"),
+    "two without a name": (f"{LAST}---\n{LAST}", "two documents have no name"),
+    "a circle": (f"{FIRST.replace('one', 'first')}---\n{LAST}", "the merge 'first' needs itself"),
+    "no merge": (f"{FIRST}---\nweight: 1\n", "document 2 is no configuration of mergekit"),
+    "a merge as the base of task vectors": (
+        f"{FIRST}---\n{LAST.replace('slerp', 'ties').replace('t: ', 'weight: ')}",
+        "base_model: the merge 'first' cannot be the base of ties; merge it into a checkpoint first",
+    ),
+    "an adapter on a merge": (
+        f"{FIRST}---\n{LAST.replace('three', 'first+lora')}", "an adapter on a merge of this file cannot be read"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line"), BAD_DOCUMENTS.values(), ids=BAD_DOCUMENTS)
+def test_documents_that_do_not_make_one_model_are_refused(text: str, line: str, folder: Path):
+    with pytest.raises(EvomergeError, match=re.escape(line)):
+        load_merge(written(folder, text))
+
+
 def test_a_recipe_of_ones_own_is_read_as_before(folder: Path):
     own = {"method": "linear", "base": {"path": "base"}, "sources": [{"name": "a", "path": "one"}]}
     recipe, notes = load_merge(written(folder, own))
@@ -212,6 +320,34 @@ def test_slices_are_the_recipes_slices_and_gradients_run_along_each(folder: Path
     knobs = {n: recipe.knobs(place(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
     assert [knobs[n][0] for n in (EMBEDDING, Q0, Q1)] == [0.1, 0.1, 0.2], one
     assert [knobs[n][1] for n in (Q1.replace("1", "2"), HEAD)] == [0.6, 0.3], two  # a single layer is at the end
+
+
+def test_slices_of_no_layer_say_whose_tensors_stand_at_the_ends(folder: Path):
+    parts = [("two", [0, 0]), ("one", [0, 1]), ("base", [1, 1]), ("one", [1, 2]), ("base", [9, 9])]
+    content = [{"sources": [{"model": model, "layer_range": layers}]} for model, layers in parts]
+    recipe = recipe_of(folder, merge_method="passthrough", base_model=None, models=None, slices=content, parameters={})
+    layout = open_bank(recipe).layout
+    assert layout.layers == LAYERS
+    assert {n: list(layout.origins[n]) for n in (EMBEDDING, Q0, Q1, FINAL_NORM, HEAD)} == {
+        EMBEDDING: ["two"], Q0: ["one"], Q1: ["one"], FINAL_NORM: ["base-2"], HEAD: ["base-2"]
+    }  # fmt: skip
+    with pytest.raises(EvomergeError, match="slices: none of them has a layer"):
+        open_bank(recipe.model_copy(update={"slices": recipe.slices[:1]}))
+
+
+def test_an_adapter_on_another_model_than_the_base_is_merged_into_it_first(folder: Path, tmp_path: Path):
+    recipe = recipe_of(folder, models=[{"model": "one+lora"}])
+    (source,) = recipe.sources
+    assert source.recipe is not None
+    assert (source.name, source.recipe.base.path) == ("lora", str(folder / "one"))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "one", dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload().state_dict()
+    bank = open_bank(recipe)
+    for name in TENSORS:
+        assert torch.allclose(bank.source("lora", name), expected[name], atol=1e-6), name
 
 
 def test_slices_of_whole_models_are_no_slices(folder: Path):
@@ -251,12 +387,15 @@ def test_a_chat_template_is_written_to_the_model(folder: Path, tmp_path: Path):
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"merge_method": "mash"}, "merge_method: 'mash' is not one of linear, slerp"),
-    "unknown key": ({"modells": []}, "modells: unknown key; allowed: models"),
+    "unknown key": ({"modells": []}, "modells: unknown key; is it meant to be models?"),
     "nothing to merge": (
         {"models": None},
         "models: exactly one of models, slices and modules must be given, here are 0",
     ),
-    "two outputs": ({"slices": []}, "models: exactly one of models, slices and modules must be given, here are 2"),
+    "two outputs": (
+        {"slices": [{"sources": []}]},
+        "models: exactly one of models, slices and modules must be given, here are 2",
+    ),
     "other modules": (
         {"models": None, "modules": {"text_decoder": {"models": [{"model": "one"}]}}},
         "modules: only the one module `default`",
@@ -265,8 +404,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key of a model": ({"models": [{"modell": "one"}]}, "models.0.modell: unknown key"),
     "two adapters": ({"models": [{"model": "a+b+c"}]}, "models.0.model: 'a+b+c' is not MODEL or MODEL+LORA"),
     "unknown parameter": (
-        {"parameters": {"wait": 1}},
-        "parameters.wait: mergekit has no parameter of that name; it has alpha",
+        {"parameters": {"weights": 1}},
+        "parameters.weights: unknown key; is it meant to be weight?",
     ),
     "no number": ({"parameters": {"weight": "much"}}, "parameters.weight: expected a number, found 'much'"),
     "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight: expected a number, found inf"),
@@ -274,10 +413,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"parameters": {"weight": 1, "normalize": 2}},
         "parameters.normalize: expected true or false, found 2",
     ),
-    "an empty gradient": ({"parameters": {"weight": []}}, "parameters.weight: expected a number, found []"),
-    "an empty filter": (
-        {"parameters": {"weight": [{"filter": "", "value": 1}]}},
-        "parameters.weight.0.filter: expected",
+    "an empty gradient": ({"parameters": {"weight": []}}, "weight: must be given for one; lm_head.weight has no"),
+    "another architecture": (
+        {"models": [{"model": {"model": "one", "override_architecture": "X"}}]},
+        "models.0.model.override_architecture: a model is read as what its config.json says",
     ),
     "a wrong key beside a filter": (
         {"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}},
@@ -305,8 +444,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "slices.0: lacks the base model",
     ),
     "no range": (
-        {"models": None, "slices": [{"sources": [{"model": "one", "layer_range": [1, 1]}]}]},
-        "slices.0.sources.0.layer_range: expected [FIRST, END]",
+        {"models": None, "slices": [{"sources": [{"model": "one", "layer_range": [2, 1]}]}]},
+        "slices.0.sources.0.layer_range: expected [FIRST, END] with FIRST not above END, found [2, 1]",
     ),
     "a base of its own": (
         {"models": None, "slices": [{"base_model": "two", "sources": [{"model": "one", "layer_range": [0, 1]}]}]},
@@ -327,7 +466,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"merge_method": "slerp", "parameters": {"t": 0.5}},
         "models: slerp takes 1 model(s) besides the base, here are 2",
     ),
-    "an adapter on another model": ({"models": [{"model": "one+lora"}]}, "lora: is an adapter on "),
     "an adapter as the base": ({"base_model": "base+lora"}, "base_model: an adapter cannot be the base"),
     "out of our range": (
         {"merge_method": "slerp", "models": [{"model": "one"}], "parameters": {"t": 1.5}},
@@ -348,7 +486,7 @@ def test_a_file_that_cannot_be_merged_is_refused_with_a_line_that_says_why(
 
 def test_all_problems_of_a_file_are_said_together(folder: Path):
     with pytest.raises(EvomergeError, match="3 problem") as caught:
-        load_merge(written(folder, merge(merge_method="mash", dtype="int8", seed=1)))
+        load_merge(written(folder, merge(merge_method="mash", dtype="int8", parameter=1)))
     assert len(str(caught.value).splitlines()) == 4
 
 

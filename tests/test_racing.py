@@ -6,11 +6,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.evaluate import racing
+from evomerge.evaluate.generation import GenerationBatch
+from evomerge.evaluate.loglikelihood import Batch
+from evomerge.evaluate.looks import Cost, place_looks, seconds_of
 from evomerge.evaluate.racing import (
+    FEWEST,
+    LOOKS,
     Order,
     Race,
     Vector,
@@ -20,6 +26,7 @@ from evomerge.evaluate.racing import (
     item_weights,
     race_order,
 )
+from evomerge.evaluate.workload import Workload
 from evomerge.search.intervals import mean_score
 
 
@@ -366,3 +373,75 @@ def test_metrics_without_a_known_top_get_the_baselines_range_above_their_best() 
     assert ceiling("margin", baselines) == 7.0
     assert ceiling("margin", np.full((2, 2), 4.0)) == 8.0
     assert ceiling("margin", np.zeros((2, 2))) == 1.0
+
+
+# --- Where to look ---
+
+
+def work_of(tokens: list[int], prompts: int = 0) -> Workload:
+    """Batches of so many tokens, and one generation of so many prompts."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    work = Workload(None, [], metrics=False)  # type: ignore[arg-type]
+    work.batches = [
+        Batch(torch.zeros(1, n), None, None, (), nothing, nothing, nothing, nothing, n) for n in tokens
+    ]  # fmt: skip
+    if prompts:
+        ids = torch.zeros(prompts, 10)
+        work.generations = [
+            GenerationBatch(ids, ids, (), [(slice(0, prompts), 0)], [10] * prompts, list(range(prompts)), (), 50)
+        ]
+    return work
+
+
+def pieces_of(ends: Sequence[int]) -> list[Workload]:
+    """Ten tokens an item, a batch for each piece."""
+    return [work_of([10 * n]) for n in np.diff([0, *ends])]
+
+
+def spent(ends: Sequence[int], cost: Cost) -> float:
+    return sum(seconds_of(work, cost) + cost.look for work in pieces_of(ends))
+
+
+@given(
+    st.integers(16, 2000), st.floats(1e-6, 1.0), st.floats(0.0, 2.0), st.floats(0.0, 0.2), st.integers(1, 8)
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_race_never_costs_five_percent_more_than_scoring_everything(
+    count: int, token: float, overhead: float, look: float, batches: int
+) -> None:
+    times = tuple(overhead * 100 * token + n * token for n in (10, 100, 10 * count))
+    cost = Cost((10, 100, max(101, 10 * count)), times, look * count * token)
+    whole = work_of([10 * count // batches] * batches)
+    ends = place_looks(count, whole, pieces_of, cost)
+    assert ends[-1] == count
+    if len(ends) > 1:
+        assert list(ends) == sorted(set(ends))
+        assert min(np.diff([0, *ends])) >= FEWEST
+        assert spent(ends, cost) <= 1.05 * seconds_of(whole, cost)
+
+
+def test_cheap_small_forwards_are_looked_at_often_and_dear_ones_never() -> None:
+    whole = work_of([8000])
+    cheap, dear = Cost((10, 8000), (0.001, 0.8), 0.0), Cost((10, 8000), (0.7, 0.8), 0.0)
+    assert len(place_looks(800, whole, pieces_of, cheap)) == LOOKS
+    assert place_looks(800, whole, pieces_of, dear) == (800,)
+
+
+def test_few_looks_come_early() -> None:
+    """Most candidates that are stopped are so at the beginning."""
+    ends = place_looks(800, work_of([8000]), pieces_of, Cost((10, 8000), (0.009, 0.8), 0.0))
+    assert 1 < len(ends) < LOOKS
+    assert ends[0] < 800 / len(ends)
+
+
+def test_generation_in_pieces_costs_its_steps_again() -> None:
+    cost = Cost((1, 1000), (0.001, 1.0), 0.0)
+    whole, half = seconds_of(work_of([], 40), cost), seconds_of(work_of([], 20), cost)
+    assert 2 * half == pytest.approx(whole)  # time in proportion to tokens
+    flat = Cost((1, 100, 1000), (0.01, 0.01, 1.0), 0.0)
+    assert 2 * seconds_of(work_of([], 20), flat) > 1.3 * seconds_of(work_of([], 40), flat)
+
+
+def test_a_forward_between_two_that_were_timed_lies_on_the_line_and_above_them_in_proportion() -> None:
+    cost = Cost((10, 30), (1.0, 2.0), 0.0)
+    assert [cost.forward(n) for n in (1, 10, 20, 30, 60)] == [1.0, 1.0, 1.5, 2.0, 4.0]

@@ -1,6 +1,7 @@
 """The command that lists a database's studies."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from postgres import running_server
 from test_storage import space_of
 
 from evomerge.cli import main
-from evomerge.report.studies import read_studies
+from evomerge.config.storage import has_password
+from evomerge.errors import EvomergeError
+from evomerge.report.studies import read_studies, url_of
 from evomerge.search.lease import LEASE, lease
 from evomerge.search.storage import open_study, sqlite_url
 from evomerge.search.study import SearchStudy
@@ -82,3 +85,27 @@ def test_a_wrong_place_is_one_message(
     assert "topsecret" not in text
     assert text.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_text_of_the_product_shows_a_password_in_a_url() -> None:
+    root = Path(__file__).resolve().parent.parent
+    files = [root / "README.md", root / "CHANGELOG.md"]
+    for folder, pattern in (
+        ("evomerge", "*.py"),
+        ("docs", "*.md"),
+        ("examples", "*"),
+        ("configs", "*"),
+        ("benchmarks", "*.py"),
+    ):
+        files += [f for f in (root / folder).rglob(pattern) if f.is_file() and f.suffix != ".pyc"]
+    for file in files:
+        for url in re.findall(r"[\w+]+://[^\s`'\"]+", file.read_text(encoding="utf-8", errors="replace")):
+            assert not has_password(url), f"{file}: {url}"
+
+
+def test_a_variable_of_the_environment_stands_for_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "a b")
+    assert url_of("postgresql://me:${SECRET}@host/db") == "postgresql://me:a%20b@host/db"
+    monkeypatch.delenv("SECRET")
+    with pytest.raises(EvomergeError, match="'SECRET' is not set"):
+        url_of("postgresql://me:${SECRET}@host/db")

@@ -55,7 +55,7 @@ def test_a_stopwatch_goes_on_from_earlier_sessions_and_counts_the_devices_that_a
 
 @pytest.fixture(scope="module")
 def opened(tiny_family: Path) -> tuple[Any, Any]:
-    return open_live_model(tiny_family / "rev", None, torch.float32, torch.device("cpu"))
+    return open_live_model(tiny_family / "rev", None, "float32", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("steps", [True, False], ids=["own generation", "lm-eval's"])

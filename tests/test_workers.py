@@ -258,6 +258,30 @@ def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
     assert "SIGKILL" in result.reason
 
 
+def test_a_mistake_in_the_program_ends_the_driver_that_waits_for_its_worker() -> None:
+    class Faulty:
+        device, beats = "cpu", 0
+
+        async def start(self) -> None:
+            raise IndexError("a mistake")
+
+        async def run(self, job: Any, progress: Any) -> Any: ...
+
+        async def kill(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    async def work() -> None:
+        pool = Pool([Faulty()], lambda text: None)
+        try:
+            await asyncio.wait_for(pool.open(), timeout=10)
+        finally:
+            await pool.close()
+
+    with pytest.raises(IndexError, match="a mistake"):
+        asyncio.run(work())
+
+
 def test_a_worker_whose_files_are_others_is_refused(run: Run) -> None:
     config = run.config()
     setup = setup_of(run, config)

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evomerge.actions import write_model, write_outputs
-from evomerge.cli.options import Device, Mergekit, Out, app
+from evomerge.cli.options import Chat, Device, Fewshot, Mergekit, Multiturn, Out, TaskCode, app
 from evomerge.errors import EvomergeError
+
+if TYPE_CHECKING:
+    from evomerge.config.schema import TaskConfig
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -74,14 +77,28 @@ def inspect(
         raise typer.Exit(2)
 
 
+def task_configs(names: list[str], fewshot: int | None, chat: bool, multiturn: bool, code: bool) -> list["TaskConfig"]:
+    """The tasks that a command line names, with what it says of them, in a configuration's words."""
+    from evomerge.config.schema import TaskConfig
+    from evomerge.evaluate.tasks import task_files
+
+    said = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
+    files = [file for name in names for file in task_files(name)]
+    return [TaskConfig.model_validate({**said, "task": file, "allow_task_code": code}) for file in files]
+
+
 @app.command(epilog="Example: evomerge evaluate merged/ --tasks evals/tiny/rev.yaml --tasks evals/tiny/sort.yaml")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model or a LoRA adapter: a folder or a hub id.")],
     tasks: Annotated[list[str], typer.Option("--tasks", help="A task file, a folder of them, or an lm-eval task.")],
     base: Annotated[str | None, typer.Option(help="The base model, if MODEL is an adapter.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first items of each task.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt.")] = None,
+    num_fewshot: Fewshot = None,
+    apply_chat_template: Chat = False,
+    fewshot_as_multiturn: Multiturn = True,
+    allow_task_code: TaskCode = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compute_dtype: Annotated[str, typer.Option(help="What computes: auto, float32, or the same as --dtype.")] = "auto",
     batch_tokens: Annotated[
         int | None, typer.Option(min=64, help="Padded tokens per forward; by default what the device holds.")
     ] = None,
@@ -89,22 +106,30 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
-    from evomerge.config.schema import TaskConfig
+    from typing import get_args
+
     from evomerge.device import TORCH_DTYPES, resolve_device, use
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
-    from evomerge.evaluate.tasks import open_tasks, task_files
+    from evomerge.evaluate.tasks import open_tasks
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
+    from evomerge.merge.recipe import Dtype
     from evomerge.report.terminal import Steps, print_results
     from evomerge.sources.locate import locate
 
-    if dtype not in TORCH_DTYPES:
+    values = next((k for k in get_args(Dtype) if k == dtype), None)
+    if values is None:
         raise EvomergeError(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
+    if computing is None:
+        raise EvomergeError(f"--compute-dtype: {compute_dtype!r} is not one of auto, float32, {values}")
     where = resolve_device(device)
     use(where)
-    opened = open_tasks([TaskConfig(task=t, num_fewshot=num_fewshot) for name in tasks for t in task_files(name)])
-    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, TORCH_DTYPES[dtype], where)
+    opened = open_tasks(task_configs(tasks, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
+    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, values, where, computing)
+    computed = str(live.dtype).removeprefix("torch.")
+    print(f"weights in {values}, computed in {computed}")
     clock, steps = Clock(device=where), Steps("scoring")
     try:
         results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, steps.step)
@@ -112,7 +137,10 @@ def evaluate(
         steps.close()
     print_results(results, clock)
     if output is not None:
-        content = {r.task: {"items": r.items, "metrics": r.metrics, "per_item": r.raw} for r in results}
+        content = {
+            r.task: {"items": r.items, "metrics": r.metrics, "compute_dtype": computed, "per_item": r.raw}
+            for r in results
+        }
         write_text(output, json.dumps(content, indent=2, default=str) + "\n")
 
 
@@ -127,17 +155,18 @@ def statistics(
     search: Annotated[
         Path | None, typer.Option("--search", help="Take only items of this configuration's search split.")
     ] = None,
+    num_fewshot: Fewshot = None,
+    apply_chat_template: Chat = False,
+    fewshot_as_multiturn: Multiturn = True,
+    allow_task_code: TaskCode = False,
     device: Device = "auto",
 ) -> None:
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
     from typing import get_args
 
-    import torch
-
     from evomerge.config.file import load_config
-    from evomerge.config.schema import TaskConfig
     from evomerge.device import resolve_device
-    from evomerge.evaluate.tasks import open_tasks, task_files
+    from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
     from evomerge.merge.plan import Statistics
     from evomerge.report.terminal import Bar
@@ -148,10 +177,10 @@ def statistics(
         raise EvomergeError(f"--kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
     if out.exists():
         raise EvomergeError(f"{out}: exists already; choose another name")
-    opened = open_tasks([TaskConfig(task=t) for name in task for t in task_files(name)])
+    opened = open_tasks(task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
     chosen = choose_items(opened, items, load_config(search) if search else None)
     folder, below = locate(model), locate(base) if base else None
-    live = open_live_model(folder, below, torch.float32, resolve_device(device))
+    live = open_live_model(folder, below, "float32", resolve_device(device))
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
         gather(wanted, folder, below, live, opened, chosen, out, bar.update)

@@ -29,6 +29,17 @@ Target = Annotated[float | None, typer.Option(help="End when the best score is a
 Patience = Annotated[
     int | None, typer.Option(min=1, help="End when this many sampled trials in a row brought no better score.")
 ]
+Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")]
+Chat = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Put the prompts into the tokenizer's chat template.")
+]
+Multiturn = Annotated[
+    bool,
+    typer.Option(
+        "--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="With a chat template: examples as turns of their own."
+    ),
+]
+TaskCode = Annotated[bool, typer.Option("--allow-task-code", help="Let the task files run Python code of their own.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to write; it must be new or empty.")]
 ExportTo = Annotated[
     Path | None,

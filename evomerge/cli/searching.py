@@ -1,5 +1,6 @@
 """Commands on a search: start it, go on with it, look at it, take home what it found."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +37,10 @@ def search(
     out: ExportTo = None,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config.file import load_config
+    from evomerge.config.file import load_config, pin
     from evomerge.files import refuse_full
+    from evomerge.merge.layout import build_layout
+    from evomerge.merge.loads import check_loads
     from evomerge.search.exam import check_statistics, open_exam
     from evomerge.search.limits import limits_of, with_budget
     from evomerge.search.run import create_run, refuse_existing
@@ -51,7 +54,10 @@ def search(
     if out is not None:
         refuse_full(out)
     # All that can be wrong with the inputs is said before there is a run folder.
+    loaded = pin(loaded, {})
     models = open_config_models(loaded)
+    for note in check_loads(build_layout(models), models.base):
+        print(f"note: {note}", file=sys.stderr)
     exam = open_exam(loaded)
     check_statistics(loaded, models, exam)
     created = create_run(loaded, exam, config, folder)
@@ -111,9 +117,11 @@ def status(
         print_status(read_status(opened), timing)
 
 
-@app.command(epilog="Example: evomerge studies --storage postgresql+psycopg://me:secret@db/studies")
+@app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
 def studies(
-    storage: Annotated[str, typer.Option("--storage", help="A database URL, a study.db or a run folder.")],
+    storage: Annotated[
+        str, typer.Option(help="A database URL (${NAME} is of the environment), a study.db, a run folder.")
+    ],
 ) -> None:
     """The studies in a database: trials, best score, who is working on them."""
     from evomerge.report.studies import print_studies

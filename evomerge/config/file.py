@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evomerge.files import read_yaml, write_text
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import choices_of, is_named, values_of
-from evomerge.sources.locate import looks_like_hub_id
+from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -69,6 +70,14 @@ def method_problems(config: SearchConfig) -> list[str]:
     if not any(a.low < a.high for a in given.values()) and not problems:
         problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
     return problems
+
+
+def type_problems(config: SearchConfig) -> list[str]:
+    """A type to compute in that would round the candidate's values once more."""
+    if config.compute_dtype in ("auto", "float32", config.dtype):
+        return []
+    allowed = " or ".join(dict.fromkeys(("auto", "float32", config.dtype)))
+    return [f"compute_dtype: {config.compute_dtype} cannot hold the values of dtype {config.dtype}; give {allowed}"]
 
 
 def path_problems(config: SearchConfig) -> list[str]:
@@ -176,7 +185,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + path_problems(config)
+        problems = method_problems(config) + type_problems(config) + path_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # What is well-formed is checked all the same, so that one run of the command tells everything.
@@ -201,6 +210,17 @@ def load_config(path: Path) -> SearchConfig:
     return parse_config(read_yaml(path), path)
 
 
+def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
+    """The configuration with every hub id as the commit that it stands for, and the table of them.
+
+    known: the commits of a search that began already.  EvomergeError if the hub does not give a model.
+    """
+    paths = [config.base, *(source.path for source in config.sources)]
+    hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
+    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})
+
+
 def dump_config(config: SearchConfig) -> str:
     """The configuration as YAML that `load_config` reads back, with absolute paths."""
     text: str = yaml.safe_dump(config.model_dump(by_alias=True, exclude_none=True), sort_keys=False, width=110)
@@ -218,7 +238,7 @@ def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     The budget, the price and the workers' patience may change, and so may where the work is done (`device`,
     `batch_tokens` stay part of the results).  Passwords are not shown.
     """
-    free = {"budget", "price", "workers"}
+    free = {"budget", "price", "workers", "hub"}
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

@@ -234,6 +234,8 @@ class SearchConfig(Strict):
 
     baselines: recipe files of one's own, on the same sources, that the winner must beat too.  start_from: one more, a
     recipe or a mergekit file, which also gives the base, the sources and the method where they are not said here.
+    dtype: of the candidate's values.  compute_dtype: what forwards are computed in, see merge/compute.py.
+    hub: what each hub id stood for when the search began, as `owner/name@commit`; evomerge writes it.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -254,5 +256,7 @@ class SearchConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"
+    compute_dtype: Dtype | Literal["auto"] = "auto"
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None
+    hub: dict[str, str] = {}

@@ -12,8 +12,9 @@ from evomerge.errors import EvomergeError
 from evomerge.files import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
-ALLOW = "read it, and say `allow_task_code: true` beside the task if it may"
+ALLOW = "read it, and say `allow_task_code: true` beside the task (on the command line --allow-task-code) if it may"
 INCLUDES = 16
+SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # What `load_dataset` takes of a task file only by consent: where to write, whose code to run, how many processes.
 DATA_OPTIONS = ("trust_remote_code", "cache_dir", "download_config", "storage_options", "num_proc")
 
@@ -63,8 +64,11 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
         content = load_yaml(path, resolve_func=allow_code)
     except Exception as error:  # with consent, a file may import anything, which may raise anything
         raise EvomergeError(f"{path}: not a task file ({reason(error)})") from error
-    if "task" not in content or not isinstance(content["task"], str):
-        raise EvomergeError(f"{path}: has no `task:` name")
+    if not isinstance(content.get("task"), str):
+        several = content.get("group") is not None or isinstance(content.get("task"), list)
+        what = "is a group or a list of tasks; give the files of its tasks, or their folder" if several else ""
+        raise EvomergeError(f"{path}: {what or 'has no `task:` name'}")
+    content.pop("group", None)  # beside a task, the old word for `tag`, by which lm-eval now takes it for a group
     if not allow_code:
         refuse_metric_scripts(content, path)
     kwargs = content.get("dataset_kwargs") or {}
@@ -79,7 +83,19 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
             make()  # lm-eval would find out after the first answer
         return tasks, bool(code)
     except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
-        raise EvomergeError(f"{path}: lm-eval cannot open this task ({reason(error)})") from error
+        why = missing_split(content, error) or f"lm-eval cannot open this task ({reason(error)})"
+        raise EvomergeError(f"{path}: {why}") from error
+
+
+def missing_split(content: dict[str, Any], error: Exception) -> str | None:
+    """What to say if an error is about a split that the task names and its data lack; None if it is not."""
+    wanted = error.args[0] if isinstance(error, KeyError) and error.args else None
+    key = next((k for k in SPLIT_KEYS if wanted is not None and content.get(k) == wanted), None)
+    if key is None:
+        return None
+    files = (content.get("dataset_kwargs") or {}).get("data_files")
+    there = f"; it has {', '.join(map(str, files))}" if isinstance(files, dict) else ""
+    return f"{key}: the data set has no split {wanted!r}{there}"
 
 
 def code_in(path: Path, root: Path, seen: set[Path]) -> list[tuple[Path, str]]:

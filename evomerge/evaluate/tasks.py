@@ -87,6 +87,8 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
             lm_tasks, code = load_file(Path(config.task), config.allow_task_code)
         else:
             lm_tasks, code = load_named(config.task), False
+        if not lm_tasks:
+            raise EvomergeError(f"{config.task}: lm-eval finds no task in it")
         for lm_task in lm_tasks:
             if config.num_fewshot is not None:
                 lm_task.set_config("num_fewshot", config.num_fewshot)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.files import written_aside
 from evomerge.merge import kernels, scan
+from evomerge.merge.compiler import Kept, run_compiler
 from evomerge.merge.kernels import SparseForm
 from evomerge.merge.launch import Launcher, last_word
 from evomerge.merge.scan import SOURCE, Scan, compile_scan
@@ -124,7 +123,7 @@ class Compiled:
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        self.folder = folder
+        self.files = Kept(folder, log)
         self.log = log
         self.loaded: dict[Variant, Kernel | None] = {}
         self.reasons: set[str] = set()
@@ -136,18 +135,20 @@ class Compiled:
         return self.loaded[variant]
 
     def load(self, variant: Variant) -> Kernel | None:
-        file = self.folder / variant.file_name
+        def make(file: Path) -> None:
+            started = time.monotonic()
+            compile_apart(variant, file)
+            self.log(f"compiled the kernel {variant.file_name} in {time.monotonic() - started:.0f} s; it is kept")
+
         try:
-            if not file.exists():
-                started = time.monotonic()
-                compile_apart(variant, file)
-                self.log(f"compiled the kernel {file.name} in {time.monotonic() - started:.0f} s; it is kept")
+            file = self.files.file(variant.file_name, make)
             # What torch._inductor.aoti_load_package does, without importing the compiler.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1).run
         except Exception as error:  # a compiler fails in many ways, and none may cost the merge
             if (reason := last_word(error)) not in self.reasons:
                 self.reasons.add(reason)
-                self.log(f"{file.stem} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
+                kind = Path(variant.file_name).stem
+                self.log(f"{kind} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
             return None
         return lambda operands: runner(operands)[0]
 
@@ -160,12 +161,9 @@ class Compiled:
     def scan(self) -> Scan:
         """The passes that measure the sources; in torch where they cannot be compiled."""
         text = SOURCE.read_text(encoding="utf-8") + machine() + Path(scan.__file__).read_text(encoding="utf-8")
-        file = self.folder / f"scan-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+        name = f"scan-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
         try:
-            if not file.exists():
-                with written_aside(file) as aside:
-                    compile_scan(aside)
-            return Scan(file)
+            return Scan(self.files.file(name, compile_scan))
         except Exception as error:
             self.log(
                 f"the sources are measured without a compiler, which takes several times as long ({last_word(error)})"
@@ -187,10 +185,7 @@ def compiled_for(
 
 def compile_apart(variant: Variant, file: Path) -> None:
     """Compile a variant in another process.  RuntimeError with the compiler's last word."""
-    command = [sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    run_compiler([sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)])
 
 
 def compile_to(variant: Variant, file: Path) -> None:
@@ -201,8 +196,7 @@ def compile_to(variant: Variant, file: Path) -> None:
     exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
     options: dict[str, bool | int] = {"cpp.dynamic_threads": True, "emulate_precision_casts": True}
     options["realize_opcount_threshold"] = 8  # else short kernels get pairs of vectors, at half the speed
-    with written_aside(file) as aside:
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
 
 
 @cache

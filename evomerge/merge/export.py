@@ -12,6 +12,7 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import new_folder, read_json, sha256, write_text
 from evomerge.merge.bank import Bank
+from evomerge.merge.loads import check_loads
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.recipe import Recipe, dump_recipe, signed
 from evomerge.merge.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
@@ -45,14 +46,18 @@ def export(
     card: Callable[[Recipe], str],
     progress: Callable[[int], None] = lambda done: None,
     shard_bytes: int = SHARD_BYTES,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
     """Write the model of `recipe` to the new folder `folder` and return the recipe with all SHA-256 sums.
 
     Weights (sharded), config, generation config, tokenizer, chat template, README.md (`card`) and recipe.yaml.
-    progress: called with the number of bytes written so far.  EvomergeError if the folder is not empty, the
-    disk is full, or the merge is not finite.
+    progress: called with the number of bytes written so far.  note: called with what to know of the folder.
+    EvomergeError if transformers would not load what is to be written, the folder is not empty, the disk is full,
+    or the merge is not finite.
     """
     check_fits(recipe, bank)
+    for line in check_loads(bank.layout, bank.models.base):
+        note(line)
     bank.gathered(recipe)  # says what is wrong with a statistics file before anything is written
     tensors = output_tensors(recipe, bank)
     shards = plan_shards(tensors, shard_bytes)

@@ -7,20 +7,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.assembly import assembled_config, find_stack
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import at_layer, layer_count, place
+from evomerge.sources.anatomy import at_layer, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
 from evomerge.sources.open import Models
 
 BASE = "base"
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-PER_LAYER_KEYS = ("layer_types", "layers_block_type", "no_rope_layers", "attention_layers")
 
 
 class Slice(BaseModel):
     """Consecutive layers of the output.
 
     layers: a source's name, or `base`, -> (start, end): its layers start .. end - 1 go into this slice, in order.
+    Equal ends are no layer: such a slice, the first or the last, only says whose tensors stand before or after the
+    stack.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,8 +32,8 @@ class Slice(BaseModel):
         if not self.layers:
             raise ValueError("layers: names no model")
         for name, (start, end) in self.layers.items():
-            if not 0 <= start < end:
-                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start < end")
+            if not 0 <= start <= end:
+                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start <= end")
         if len({end - start for start, end in self.layers.values()}) > 1:
             lengths = ", ".join(f"{name} {end - start}" for name, (start, end) in self.layers.items())
             raise ValueError(f"layers: all ranges of a slice must be equally long, here are {lengths}")
@@ -50,12 +51,14 @@ class Layout:
 
     tensors: every output tensor, in the base's order.  layers: of the output.  config: the output's, but for `dtype`.
     origins: output tensor -> model -> the tensor of that model which goes into it; empty if each is its namesake's.
+    left_out: tensors of the base that the output cannot have.
     """
 
     tensors: Mapping[str, TensorInfo]
     layers: int
     config: Mapping[str, Any]
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
 
     def origin(self, model: str, name: str) -> str | None:
         """The tensor of a model (`base`, or a source's name) that goes into `name`; None if it takes no part there."""
@@ -65,36 +68,45 @@ class Layout:
 def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
     """The base's own layout, or that which slices assemble.
 
-    Tensors outside the stack are made of the models of the nearest slice: the first for embeddings, the last for the
-    final norm and the head (as in mergekit).  EvomergeError if a model lacks a layer or a tensor, or two models
-    differ in what one layer is.
+    Tensors outside the stack are made of the models of the nearest slice: the first for embeddings and what else comes
+    before the stack, the last for the final norm and the head (as in mergekit).  EvomergeError if a model lacks a layer
+    or a tensor, two models differ in what one layer is, or slices do not fit the architecture.
     """
     base = models.base
     if not slices:
         return Layout(base.tensors, layer_count(list(base.tensors)), base.config)
     opened: dict[str, Checkpoint] = {BASE: base}
     opened |= {n: m.base if isinstance(m, Adapter) else m for n, m in models.sources.items()}
-    check_ranges(slices, {name: layer_count(list(model.tensors)) for name, model in opened.items()})
+    stacks = {name: find_stack(name, model) for name, model in opened.items()}
+    check_ranges(slices, {name: stack.depth for name, stack in stacks.items()})
     # One row per output layer: model -> its layer.  Models in the order of the recipe, the base first.
     order = [name for name in opened if any(name in s.layers for s in slices)]
     rows = [{n: s.layers[n][0] + i for n in order if n in s.layers} for s in slices for i in range(s.length)]
+    if not rows:
+        raise EvomergeError("slices: none of them has a layer")
+    outside = [[n for n in order if n in s.layers] for s in (slices[0], slices[-1])]
     origins: dict[str, dict[str, str]] = {}
+    left_out = []
     stack_written = False
     for name in base.tensors:
         where = place(name)
         if where.layer is None:
-            origins[name] = dict.fromkeys(rows[0 if where.component == "embedding" else -1], name)
+            within = where.encoder_layer is not None
+            among = rows[relative_depth(where, len(rows))] if within else outside[relative_depth(where, 2)]
+            origins[name] = dict.fromkeys(among, name)
+        elif where.layer >= stacks[BASE].depth:
+            left_out.append(name)
         elif not stack_written:
             origins |= {out: origin for layer, row in enumerate(rows) for out, origin in layer_of(layer, row, opened)}
             stack_written = True
     tensors = {name: common_info(name, origin, opened) for name, origin in origins.items()}
-    return Layout(tensors, len(rows), assembled_config(base.config, rows, opened, origins), origins)
+    return Layout(tensors, len(rows), assembled_config(base.config, rows, stacks, origins), origins, left_out)
 
 
 def check_ranges(slices: Sequence[Slice], layers: Mapping[str, int]) -> None:
     for number, part in enumerate(slices):
         for name, (start, end) in part.layers.items():
-            if end > layers[name]:
+            if start < end and end > layers[name]:
                 raise EvomergeError(
                     f"slices.{number}.layers.{name}: [{start}, {end}] goes beyond the {layers[name]} layers of {name}"
                 )
@@ -119,7 +131,10 @@ def layer_of(
 
 def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Checkpoint]) -> TensorInfo:
     """The shape that all origins of a tensor have, with the type of the first."""
-    infos = {model: opened[model].tensors[opened[model].stored_name(tensor)] for model, tensor in origin.items()}
+    stored = {model: opened[model].stored_name(tensor) for model, tensor in origin.items()}
+    if lacking := [model for model, tensor in stored.items() if tensor not in opened[model].tensors]:
+        raise EvomergeError(f"slices: {lacking[0]} lacks the tensor {stored[lacking[0]]}")
+    infos = {model: opened[model].tensors[tensor] for model, tensor in stored.items()}
     first = next(iter(infos.values()))
     for model, info in infos.items():
         if info.shape != first.shape:
@@ -128,44 +143,3 @@ def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Check
                 f"of {next(iter(origin))}, {first.shape}; tensors of one layer must have one shape"
             )
     return first
-
-
-def assembled_config(
-    config: Mapping[str, Any],
-    rows: Sequence[Mapping[str, int]],
-    opened: Mapping[str, Checkpoint],
-    origins: Mapping[str, Mapping[str, str]],
-) -> dict[str, Any]:
-    """The base's configuration with another number of layers, and what it says of single layers put right.
-
-    EvomergeError if the models of one layer differ in its kind (sliding and full attention).
-    """
-    keys = [k for k in LAYER_COUNT_KEYS if k in config] or [LAYER_COUNT_KEYS[0]]
-    out = dict(config) | dict.fromkeys(keys, len(rows))
-    known = {name: whole_config(opened[name].config) for row in rows for name in row}
-    for key in PER_LAYER_KEYS:
-        if not all(isinstance(known[name].get(key), list) for row in rows for name in row):
-            continue
-        kinds = [[known[name][key][at] for name, at in row.items()] for row in rows]
-        for layer, found in enumerate(kinds):
-            if any(kind != found[0] for kind in found):
-                raise EvomergeError(f"layer {layer} of the slices: {key} differs: {', '.join(map(str, found))}")
-        out[key] = [found[0] for found in kinds]
-    if config.get("max_window_layers") is not None:  # the first layer with a sliding window
-        types = out.get("layer_types", [])
-        out["max_window_layers"] = types.index("sliding_attention") if "sliding_attention" in types else len(rows)
-    if "mlp_only_layers" in config or "decoder_sparse_step" in config:
-        sparse = {place(name).layer for name in origins if ".experts." in name}
-        out |= {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(len(rows)) if i not in sparse]}
-    return out
-
-
-def whole_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration with transformers' defaults, which say of some architectures what each layer is."""
-    from transformers import AutoConfig
-
-    try:
-        whole: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    except (ValueError, TypeError, KeyError):  # an architecture that transformers does not know
-        return config
-    return whole

@@ -2,15 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
 from evomerge.merge.bank import Bank
+from evomerge.merge.compute import faster_type, measure
 from evomerge.merge.materialise import materialise
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import read_config, stored_tensors
 from evomerge.sources.open import open_models
@@ -20,9 +22,10 @@ from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
 
 
-def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None) -> Any:
     """A model as transformers builds it from a folder, on the device, ready to be scored or overwritten.
 
+    dtype: what its weights are rounded to.  compute: the type that holds them and computes, if another.
     EvomergeError if transformers cannot open it (unknown architecture, missing code).
     """
     from transformers import AutoModelForCausalLM
@@ -37,14 +40,17 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
         raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
-    return model.requires_grad_(False).eval().to(device)
+    return ready(model, dtype, device, compute)
 
 
-def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
-    """The live model that a bank's candidates overwrite: the base's, or one of the layout's own depth and width."""
+def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None = None) -> Any:
+    """The live model that a bank's candidates overwrite: the base's, or one of the layout's own depth and width.
+
+    dtype, compute: see `load_live_model`.
+    """
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
-        return load_live_model(base, dtype, bank.device)
+        return load_live_model(base, dtype, bank.device, compute)
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
@@ -54,7 +60,14 @@ def candidate_model(bank: Bank, dtype: torch.dtype) -> Any:
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.requires_grad_(False).eval().to(bank.device)
+    return ready(model, dtype, bank.device, compute)
+
+
+def ready(model: Any, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None) -> Any:
+    """A model on its device that nobody trains.  It is widened, never narrowed: what transformers keeps in float32 (the
+    frequencies of rotary positions) stays so."""
+    model = model.requires_grad_(False).eval().to(device)
+    return model if compute in (None, dtype) else model.to(compute)
 
 
 def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
@@ -107,22 +120,33 @@ def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> 
     return None
 
 
-def open_live_model(folder: Path, base: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def open_live_model(
+    folder: Path, base: Path | None, dtype: Dtype, device: torch.device, wanted: Dtype | Literal["auto"] = "auto"
+) -> tuple[Any, Any]:
     """A model to score and its tokenizer.  An adapter is merged onto `base` by the ordinary road.
+
+    dtype: what its weights are rounded to.  wanted: the type to compute in; `auto` measures (`compute.py`).
 
     EvomergeError if the folder is an adapter and no base is given.
     """
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-    if not is_adapter:
-        read_config(folder)
-        stored_tensors(folder)  # says what is wrong with the files before transformers tries
-        return load_live_model(folder, dtype, device), open_tokenizer(folder)
-    if base is None:
+    whole = folder if not is_adapter else base
+    if whole is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
+    config, (_, tensors) = read_config(whole), stored_tensors(whole)  # say what is wrong before transformers tries
+    if wanted == "auto" and "quantization_config" in config:
+        wanted = dtype  # its products are its own
+    elif wanted == "auto":
+        shapes = (tuple(part.get_shape()) for _, part in tensors.values())
+        wanted = faster_type(dtype, measure(dtype, device.type, shapes))
+    types = TORCH_DTYPES[dtype], TORCH_DTYPES[wanted]
+    if not is_adapter:
+        return load_live_model(folder, types[0], device, types[1]), open_tokenizer(folder)
     vocabulary = "source" if read_vocabulary(folder) else None  # an adapter may have added tokens
-    bank = Bank(open_models(base, {"source": folder}, vocabulary=vocabulary), device)
-    model = candidate_model(bank, dtype)
+    bank = Bank(open_models(whole, {"source": folder}, vocabulary=vocabulary), device)
+    model = candidate_model(bank, *types)
     source = RecipeSource(name="source", path=str(folder))
-    recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source], vocabulary=vocabulary)
+    base_model = Model(path=str(whole))
+    recipe = Recipe(method="linear", dtype=dtype, base=base_model, sources=[source], vocabulary=vocabulary)
     materialise(recipe, bank, destinations(model, bank))
     return model, open_tokenizer(bank.models.tokenizer_folder)

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank import Bank, mask_keys
 from evomerge.merge.call import Call, Keys, call_of, contributes
@@ -168,6 +169,13 @@ def check_fits(recipe: Recipe, bank: Bank) -> None:
     check_layers(recipe, bank.layers)
 
 
+def widen(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy what was merged to where it belongs, in a wider type: (there, merged) of each; none is left."""
+    for there, merged in pairs:
+        there.copy_(merged)
+    pairs.clear()
+
+
 def materialise(
     recipe: Recipe,
     bank: Bank,
@@ -176,10 +184,13 @@ def materialise(
 ) -> None:
     """Write every tensor of a candidate to its destination, in the bank's order.  NotFinite if one is not finite.
 
-    destinations: checkpoint name -> tensor to write into.  between: called before each tensor (may raise to stop).
+    destinations: checkpoint name -> tensor to write into.  Its values are those of an export, rounded to the recipe's
+    dtype, also where the tensor is of a wider type.  between: called before each tensor (may raise to stop).
     """
+    dtype = TORCH_DTYPES[recipe.dtype]
     check_fits(recipe, bank)
     largest: dict[str, Tensor] = {}
+    widened: list[tuple[Tensor, Tensor]] = []
     names = [name for name in bank.names if name in destinations]
     batch = Batch(recipe, bank, bank.launcher) if bank.launcher else None
     sent = 0
@@ -189,13 +200,20 @@ def materialise(
             sent = len(names) if bank.holds_all else max(sent, done)
             while sent < len(names) and bank.prefetch(names[sent], read_by(recipe, bank, names[sent])):
                 sent += 1
-            if batch is None:
-                largest[name] = materialise_tensor(recipe, bank, name, destinations[name])
+            live = destinations[name]
+            out = torch.empty_like(live, dtype=dtype) if live.is_floating_point() and live.dtype != dtype else live
+            if batch is not None:
+                batch.add(name, out)
             else:
-                batch.add(name, destinations[name])
+                largest[name] = materialise_tensor(recipe, bank, name, out)
+            if out is not live:
+                widened.append((live, out))
+            if batch is None:
+                widen(widened)
         if batch is not None:
             batch.launch()
             largest = dict(batch.largest)
+            widen(widened)
     finally:
         bank.end()
     check_finite(largest)

@@ -1,6 +1,6 @@
 """The recipe: a complete description of one merge, and the only input of materialisation."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from evomerge.merge.layout import BASE, Slice
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import Knobs, Method
 from evomerge.sources.anatomy import Place
-from evomerge.sources.locate import absolute, absolute_model, fingerprint, locate, matching_models
+from evomerge.sources.locate import absolute, absolute_model, fingerprint, locate, matching_models, pinned
 from evomerge.sources.settings import Allowed
 from evomerge.sources.vocabulary import WHOLE
 
@@ -22,10 +22,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Model(BaseModel):
-    """A model that goes into a merge: a folder or a hub id, and the SHA-256 of its files once they are known."""
+    """A model that goes into a merge: a folder or a hub id, and the SHA-256 of its files once they are known.
+
+    asked: the hub id that a person wrote, where `path` is what it stood for, `owner/name@commit`.
+    """
 
     model_config = ConfigDict(extra="forbid")
     path: str
+    asked: str | None = Field(default=None, exclude_if=lambda asked: asked is None)
     sha256: dict[str, str] = {}
 
 
@@ -250,6 +254,15 @@ def leaves(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
             yield from leaves(source.recipe, f"{above}{source.name}/")
         else:
             yield f"{above}{source.name}", source
+
+
+def pin(recipe: Recipe, known: Mapping[str, str]) -> Recipe:
+    """The recipe with every hub id as the commit that it stands for (see `pinned`)."""
+    copy = recipe.model_copy(deep=True)
+    for _, model in leaves(copy):
+        if model.path and (path := pinned(model.path, known)) != model.path:
+            model.path, model.asked = path, model.path
+    return copy
 
 
 def signed(recipe: Recipe) -> Recipe:

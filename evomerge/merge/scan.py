@@ -6,7 +6,6 @@ each other.  The passes of `scan.cpp` give the same bits and keep a core busy fo
 
 import ctypes
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merge import statistics
+from evomerge.merge.compiler import run_compiler
 from evomerge.merge.plan import Gram
 from evomerge.merge.statistics import Magnitudes
 
@@ -40,9 +40,7 @@ def compile_scan(file: Path) -> None:
     )  # as torch's own compiler does
     vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", *vectors]
-    done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(file)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    run_compiler([compiler, *flags, str(SOURCE), "-o", str(file)])
 
 
 class Scan:

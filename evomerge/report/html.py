@@ -72,7 +72,9 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
 def summary(status: Status) -> str:
     config = status.config
     sources = f"{config.method} of {len(config.sources)} sources"
-    return f"{sources}; {config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
+    computed = f"; {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
+    searched = f"{config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
+    return f"{sources}; {searched}{computed}"
 
 
 def explanation(verdict: dict[str, Any]) -> str:

@@ -56,7 +56,8 @@ def columns(points: Sequence[tuple[int, float]], last: int, width: int) -> list[
 def render(snapshot: Snapshot, age: float = 0.0, gone: str | None = None) -> RenderableType:
     """The picture of a search.  age: seconds since the snapshot.  gone: why nobody writes another one."""
     s = snapshot
-    parts: list[RenderableType] = [Text.assemble((s.name, "bold"), f"  {s.title}")]
+    computing = f", computed in {s.compute_dtype}" if s.compute_dtype else ""
+    parts: list[RenderableType] = [Text.assemble((s.name, "bold"), f"  {s.title}{computing}")]
     if gone is not None:
         parts.append(Text(gone, style="bold" if gone == "finished" else "bold red"))
     else:

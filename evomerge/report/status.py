@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.config.schema import SearchConfig
 from evomerge.search.board import price_of
+from evomerge.search.computing import recorded_type
 from evomerge.search.limits import limits_of, now
 from evomerge.search.run import Run
 from evomerge.search.study import FINISHED, in_full, rank, record_of, trial_seconds
@@ -32,6 +33,7 @@ class Status:
     verdict: dict[str, Any] | None
     baselines: dict[int, str] = field(default_factory=dict)
     used: Usage = field(default_factory=Usage)
+    compute_dtype: str | None = None
 
     def count(self, state: TrialState) -> int:
         return sum(t.state == state for t in self.trials)
@@ -86,7 +88,17 @@ def read_status(run: Run) -> Status:
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
     used = used_by(trials, study.user_attrs)
-    return Status(config, trials, best, seconds, mean_timing(complete), run.verdict(), names, used)
+    return Status(
+        config,
+        trials,
+        best,
+        seconds,
+        mean_timing(complete),
+        run.verdict(),
+        names,
+        used,
+        recorded_type(study.user_attrs),
+    )
 
 
 def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:

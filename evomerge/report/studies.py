@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection, func, select
 
+from evomerge.config.storage import expanded
 from evomerge.errors import EvomergeError
 from evomerge.search.lease import LEASE, Holder, machine, parse
 from evomerge.search.storage import open_storage, sqlite_url
@@ -42,9 +43,9 @@ class StudyRow:
 
 
 def url_of(place: str) -> str:
-    """A database's URL; `place` is one, or a study.db, or a run folder."""
+    """A database's URL; `place` is one, which may name variables of the environment, or a study.db, or a run folder."""
     if "://" in place:
-        return place
+        return expanded(place)
     path = Path(place)
     if path.is_dir():
         from evomerge.search.run import open_run  # takes seconds to import

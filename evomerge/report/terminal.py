@@ -92,6 +92,10 @@ class SearchView:
             self.steps, self.started, self.seen = Steps(text), time.monotonic(), 0
             print(f"{text} ...", flush=True)
 
+    def say(self, text: str) -> None:
+        """One line, above the live view where there is one."""
+        self.screen.print(text, markup=False, soft_wrap=True)
+
     def step(self, done: int, total: int) -> None:
         """Batches of the phase in hand."""
         if not self.screen.is_terminal:
@@ -133,6 +137,8 @@ def print_status(status: Status, timing: bool) -> None:
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
+    if status.compute_dtype is not None:
+        console.print(f"computed in {status.compute_dtype} with values of {config.dtype}")
     planned = f" of {config.budget.most}" if config.budget.most else ""
     running = status.count(TrialState.RUNNING)
     console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} in hand")

@@ -40,4 +40,7 @@ def usage_section(status: Status) -> str:
     """A paragraph of Markdown on what the search took; empty for runs that did not count."""
     if not status.used.seconds:
         return ""
-    return f"\nThe search took {status.finished} trials: {usage_text(status.used, status.price)}.\n"
+    text = f"\nThe search took {status.finished} trials: {usage_text(status.used, status.price)}.\n"
+    if status.compute_dtype is not None:
+        text += f"\nScores: weights in {status.config.dtype}, computed in {status.compute_dtype}.\n"
+    return text

@@ -10,7 +10,7 @@ from evomerge.merge.coefficients import Coefficient, named_parts
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.plan import share
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe import Model, Recipe, RecipeSource, pin
 from evomerge.search.space import Point, Space
 from evomerge.sources.anatomy import COMPONENTS, Place
 
@@ -106,7 +106,7 @@ def given(space: Space, path: Path) -> Baseline:
 
     Sources are the search's by their paths, else by their names.  EvomergeError if one is not among the search's.
     """
-    recipe, _ = load_merge(path)
+    recipe = pin(load_merge(path)[0], space.config.hub)
     names = {s.path: s.name for s in space.config.sources}
     sources = [s.model_copy(update={"name": names.get(s.path, s.name)}) for s in recipe.sources]
     if unknown := [s.name for s in sources if s.name not in names.values()]:

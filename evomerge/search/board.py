@@ -25,6 +25,7 @@ class Listener(Protocol):
     """Who shows the run to a person."""
 
     def phase(self, text: str) -> None: ...
+    def say(self, text: str) -> None: ...
     def step(self, done: int, total: int) -> None: ...
     def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
     def show(self, snapshot: Snapshot) -> None: ...
@@ -46,6 +47,7 @@ class Board:
         self.progress = Progress()
         self.workers: Callable[[], Sequence[WorkerState]] = tuple
         self.reserved = 0.0
+        self.compute_dtype: str | None = None
         self.used = Usage()
         self.names: dict[int, str] = {}
         self.points: list[tuple[int, float]] = []
@@ -82,6 +84,11 @@ class Board:
         self.now_doing, self.batches = text, None
         self.listener.phase(text)
         self.publish()
+
+    def say(self, text: str) -> None:
+        """A line for the person and for the log."""
+        self.run.log(text)
+        self.listener.say(text)
 
     def step(self, done: int, total: int) -> None:
         """Batches of the phase in hand."""
@@ -137,6 +144,7 @@ class Board:
         return Snapshot(
             name=self.config.name,
             title=self.title,
+            compute_dtype=self.compute_dtype,
             phase=self.now_doing,
             step=self.batches,
             ended=self.ended,

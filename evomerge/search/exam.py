@@ -36,6 +36,10 @@ class Exam:
         """Item scores of every task's `objective` or `metric`."""
         return {t.name: scores[t.name][getattr(t, which)] for t in self.tasks}
 
+    def wanted(self, task: Task, split: Split) -> tuple[str, ...]:
+        """The metrics of a task that a split is for: trials and soups are compared by the objective alone."""
+        return (task.objective,) if split == "search" else (task.objective, task.metric)
+
     def mean(self, scores: Scores, which: str) -> float:
         """The weighted mean over tasks of the mean `objective` or `metric`."""
         return mean_score(self.of(scores, which), self.weights)

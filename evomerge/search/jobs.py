@@ -28,14 +28,25 @@ class Tryout:
 
 @dataclass(frozen=True)
 class Examination:
-    """Every metric of a recipe on a split.  only: the ids of the items by task, if not all of them."""
+    """A recipe on a split: its objective on the search split, every metric on the others.
+
+    only: the ids of the items by task, if not all of them.
+    """
 
     recipe: Recipe
     split: Split
     only: Mapping[str, Sequence[str]] | None = None
 
 
-Job = Tryout | Examination
+@dataclass(frozen=True)
+class Survey:
+    """Where should races of a course look?  recipe: of any healthy model, to take times on."""
+
+    recipe: Recipe
+    course: Course
+
+
+Job = Tryout | Examination | Survey
 
 NOTHING = Usage()
 
@@ -45,13 +56,15 @@ class Outcome:
     """What an evaluation gave.
 
     scores: NaN for items that were not evaluated.  seconds: by part of the work.  signs: what the canary saw.
-    estimate: of a candidate that was stopped.  used: what it took.
+    estimate: of a candidate that was stopped.  ends: after how many items races should look, of a `Survey`.  used: what
+    it took.
     """
 
     scores: Scores
     seconds: dict[str, float]
     signs: Signs | None = None
     estimate: Estimate | None = None
+    ends: tuple[int, ...] = ()
     used: Usage = NOTHING
 
 

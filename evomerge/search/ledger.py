@@ -46,15 +46,15 @@ class Book:
         return self.names[split]
 
     def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
-        """Per task, the items that lack a score of the objective or the metric."""
+        """Per task, the items that lack a score that the split is for."""
         found = {}
         for task in self.exam.tasks:
-            tables = [known.get(task.name, {}).get(metric, {}) for metric in (task.objective, task.metric)]
+            tables = [known.get(task.name, {}).get(metric, {}) for metric in self.exam.wanted(task, split)]
             found[task.name] = [i for i in self.exam.items[task.name][split] if not all(i.id in t for t in tables)]
         return {task: items for task, items in found.items() if items}
 
     def stored(self, split: Split, recipe: Recipe) -> Scores | None:
-        """Every metric of a recipe on a split, None if the study does not have all of it."""
+        """The metrics of a recipe that a split is for, None if the study does not have all of them."""
         known = self.known(split, recipe)
         return None if self.missing(split, known) else self.arranged(split, known)
 
@@ -77,7 +77,7 @@ class Ledger(Book):
         self.board = board
 
     async def score(self, split: Split, recipe: Recipe, title: str) -> Scores:
-        """Every metric of a recipe on a split; what the study has is taken from there, only the rest is evaluated.
+        """The metrics of a recipe that a split is for; what the study has is taken from there, the rest is evaluated.
 
         title: for whoever watches.  ArithmeticError if the model is broken.
         """

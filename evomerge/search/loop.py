@@ -4,7 +4,6 @@ import asyncio
 import time
 import traceback
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,31 @@ from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Signs, normal_signs
-from evomerge.evaluate.racing import PREDICTORS, Race, Vector
+from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.board import Board, told
+from evomerge.search.computing import settle
+from evomerge.search.course import LOOKS, looks_of, make_course, rivals
 from evomerge.search.exam import Exam, open_exam
 from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failures_in_a_row
 from evomerge.search.finals import finish, search_score
-from evomerge.search.jobs import Failure, Outcome, Result, Tryout
+from evomerge.search.jobs import Failure, Outcome, Result, Survey, Tryout
 from evomerge.search.lease import Lease, lease
-from evomerge.search.ledger import Book, Ledger
+from evomerge.search.ledger import Ledger
 from evomerge.search.limits import now
-from evomerge.search.race import Course, build_course
+from evomerge.search.race import Course
 from evomerge.search.reserve import SPLITS, ReservedTime, export_seconds
 from evomerge.search.run import Run, claim
 from evomerge.search.scorer import open_config_models, reason
-from evomerge.search.scores import objective_scores, pack
+from evomerge.search.scores import pack
 from evomerge.search.soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space import Point, build_space
 from evomerge.search.stop import StopSignal, stoppable
 from evomerge.search.storage import Patience, open_study
-from evomerge.search.study import Begun, SearchStudy, in_full, rank, record_of
+from evomerge.search.study import Begun, SearchStudy, in_full, record_of
 from evomerge.search.usage import stored_usage
 from evomerge.search.verdict import Verdict
-from evomerge.search.workers.crew import Crew, make_workers
+from evomerge.search.workers.crew import Crew, device_kind, make_workers
 from evomerge.search.workers.pool import Pool, together
 
 BEAT = 5.0  # seconds between signs of life in the study
@@ -64,6 +65,8 @@ async def drive(run: Run, board: Board, stop: StopSignal, crew: Crew, out: Path 
         study = SearchStudy(stored, build_space(config, models))
         board.restore(study.trials, stored.user_attrs)
         export = export_seconds(config, models, out) if out and board.limits.timed else 0.0
+        config = settle(stored, config, models, device_kind(crew, config), board.say)
+        board.compute_dtype = config.compute_dtype
         workers = make_workers(crew, run, config, models, exam, stop.check, board.phase)
         if len(workers) > 1:
             board.phase(f"starting {len(workers)} workers")
@@ -114,7 +117,7 @@ class Driver:
 
     async def search(self) -> Verdict:
         outside = [b for b in self.known if b.point is None]
-        await together(*(self.ledger.score("search", b.recipe, f"baseline {b.name}") for b in outside))
+        await together(*(search_score(self.study, self.ledger, b) for b in outside))
         self.board.phase("searching")
         await together(*(self.slot() for _ in range(self.pool.size)))
         soup = self.soup or await self.make_soup()  # the budget ended among the baselines
@@ -126,7 +129,7 @@ class Driver:
         while (end := self.ended()) is None:
             if not self.cooking and self.baselines_are_done():
                 self.cooking = True
-                self.course = make_course(self.study, self.known, self.ledger)
+                self.course = await self.make_course()
                 self.soup = await self.make_soup()
             else:
                 await self.trial()
@@ -141,6 +144,24 @@ class Driver:
 
     def baselines_are_done(self) -> bool:
         return all(b.point is None or self.study.of_baseline(b.name) is not None for b in self.known)
+
+    async def make_course(self) -> Course | None:
+        """The course of this search's races, None if looking at candidates early does not pay.
+
+        Where races look is found out once and kept with the study: it decides on batches, and so on bits.
+        """
+        course = make_course(self.study, self.known, self.ledger)
+        best = self.study.best
+        if course is None or best is None or looks_of(self.study, course.items) is not None:
+            return course
+        result = await self.pool.run(Survey(self.study.space.recipe(best.params), course), "where races look")
+        if isinstance(result, Failure):
+            self.run.log(f"candidates are not raced in this session: {result.reason}")
+            return None
+        content = {"items": course.items, "ends": result.ends, "seconds": result.seconds}
+        self.study.stored.set_user_attr(LOOKS, content)
+        self.run.log(f"races look after {', '.join(map(str, result.ends))} items")
+        return make_course(self.study, self.known, self.ledger)
 
     async def make_soup(self) -> GreedySoup:
         """The greedy soup, added to the baselines unless it is one of them."""
@@ -174,6 +195,7 @@ class Driver:
         else:
             record["reason"] = result.reason
             self.run.log(f"trial {trial.number}: {result.traceback}")
+        record["compute_dtype"] = self.board.compute_dtype
         scored = time.perf_counter()
         total = scored - started + self.storing
         times = {"propose": proposed - started, "store": self.storing, "total": total}
@@ -227,32 +249,6 @@ def next_baseline(study: SearchStudy, known: list[Baseline]) -> tuple[str, Point
     """The first baseline in the space that has no trial yet."""
     there = study.baselines
     return next(((b.name, b.point) for b in known if b.point is not None and b.name not in there), None)
-
-
-def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
-    """Of the trials evaluated in full on these items, the best and the latest others."""
-    best = study.best
-    if best is not None and record_of(best).get("items") != items:  # items were changed on the way
-        here = (t for t in study.complete if record_of(t).get("items") == items)
-        best = max(here, key=rank, default=None)
-    latest = (t for t in reversed(study.complete) if t is not best and record_of(t).get("items") == items)
-    return best, list(islice(latest, PREDICTORS))[::-1]
-
-
-def make_course(study: SearchStudy, known: list[Baseline], book: Book) -> Course | None:
-    """The race course of a search whose baselines have all been evaluated, None if the configuration wants no race."""
-    config = study.space.config
-    if not config.racing.enabled:
-        return None
-    items = book.items("search")
-    scores: list[dict[str, Any]] = []
-    for baseline in known:
-        trial = study.of_baseline(baseline.name)
-        if trial is not None and record_of(trial).get("items") == items:
-            scores.append(objective_scores(trial))
-        elif (found := book.stored("search", baseline.recipe)) is not None:
-            scores.append(book.exam.of(found, "objective"))
-    return build_course(book.exam, items, scores, config.seed, config.racing)
 
 
 def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:

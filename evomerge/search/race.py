@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,20 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import RacingConfig
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.racing import Order, Race, Vector, ceiling, chunks, item_weights, race_order
+from evomerge.evaluate.loglikelihood import Batch, Plan, Row, plan_batches
+from evomerge.evaluate.looks import Cost, measure_cost, place_looks
+from evomerge.evaluate.racing import (
+    FEWEST,
+    LOOKS,
+    PREDICTORS,
+    Order,
+    Race,
+    Vector,
+    ceiling,
+    chunks,
+    item_weights,
+    race_order,
+)
 from evomerge.evaluate.workload import Workload
 from evomerge.search.exam import Exam
 from evomerge.search.scores import objective_scores
@@ -22,6 +35,7 @@ class Course:
     """The items of the search split, task after task, in the order in which every candidate meets them.
 
     items: the name under which the study keeps their ids.  sizes: items per task.  ceiling: (N,) see `Race`.
+    ends: after how many items a race looks, the last of them all.
     """
 
     items: str
@@ -29,11 +43,12 @@ class Course:
     order: Order
     ceiling: Vector
     alpha: float
+    ends: tuple[int, ...]
 
     @cached_property
     def name(self) -> str:
         """A hash of the order: workers keep a course's batches under it."""
-        return hashlib.sha256(self.items.encode() + self.order.items.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.items}{self.ends}".encode() + self.order.items.tobytes()).hexdigest()[:16]
 
     def by_task(self, scores: Vector) -> dict[str, Vector]:
         """Scores of all items, (N,), task by task."""
@@ -54,12 +69,18 @@ class Course:
 
 
 def build_course(
-    exam: Exam, items: str, baselines: Sequence[Mapping[str, Sequence[float]]], seed: int, config: RacingConfig
+    exam: Exam,
+    items: str,
+    baselines: Sequence[Mapping[str, Sequence[float]]],
+    seed: int,
+    config: RacingConfig,
+    ends: Sequence[int] = (),
 ) -> Course:
     """The course of a search.
 
     items: the name of the search split's item ids in the study.  baselines: the objective's item scores, task by task,
-    of models that were evaluated in full; they say which items tell models apart.
+    of models that were evaluated in full; they say which items tell models apart.  ends: see `Course`; without them
+    those of `chunks`.
     """
     split = exam.split("search")
     sizes = {task: len(found) for task, found in split.items()}
@@ -68,7 +89,34 @@ def build_course(
     weights = item_weights(exam.weights, sizes)
     scores = np.concatenate(list(known.values()), axis=1) if config.informative and baselines else None
     order = race_order([f"{task}\0{i.id}" for task, found in split.items() for i in found], weights, seed, scores, tops)
-    return Course(items, sizes, order, tops, config.alpha)
+    ends = ends or np.cumsum([len(piece) for piece in chunks(order)]).tolist()
+    return Course(items, sizes, order, tops, config.alpha, tuple(ends))
+
+
+def survey(course: Course, engine: Engine, asked: Sequence[Workload], whole: Workload) -> tuple[tuple[int, ...], Cost]:
+    """After how many items a race should look, see `place_looks`, and the times that tell.
+
+    asked: every task's items.  whole: all of them at once.
+    """
+    count = len(course.ceiling)
+    incumbent, rng = np.minimum(course.ceiling, 0.0), np.random.default_rng(0)
+    race = course.race(incumbent, list(incumbent + rng.normal(size=(PREDICTORS, count))))
+    race.observe(incumbent[: count // 2])
+
+    def pieces_of(ends: Sequence[int]) -> list[Workload]:
+        return [heat.work for heat in build_heats(replace(course, ends=tuple(ends)), engine, asked)]
+
+    def batches_of(works: Sequence[Workload]) -> list[Batch]:
+        """Their batches; of prompts to be continued, batches of the same tokens."""
+        rows = [[Row((*p.context, p.context[-1]), 1) for p in work.prompts] for work in works]
+        plan = Plan(engine.batch_tokens, engine.model.device, engine.vocabulary, packs=False)
+        return [b for work, own in zip(works, rows, strict=True) for b in (work.batches or plan_batches(own, plan))]
+
+    even = [[round(count * (k + 1) / n) for k in range(n)] for n in (min(LOOKS, count // FEWEST), 6) if n > 1]
+    one_token = plan_batches([Row((k, k), 1) for k in range(4)], Plan(4, engine.model.device, 1, packs=False))
+    samples = [one_token, batches_of([whole]), *(batches_of(pieces_of(ends)) for ends in even)]
+    cost = measure_cost(engine.model, samples, max(len(whole.rows), len(whole.prompts), 4), race)
+    return place_looks(count, whole, pieces_of, cost), cost
 
 
 @dataclass(frozen=True)
@@ -83,7 +131,7 @@ class Heat:
 
 def build_heats(course: Course, engine: Engine, asked: Sequence[Workload]) -> list[Heat]:
     """The work between the looks of a course.  asked: every task's items."""
-    pieces = chunks(course.order)
+    pieces = np.split(course.order.items, course.ends[:-1])
     ends = np.cumsum(list(course.sizes.values()))
     starts = ends - list(course.sizes.values())
     split = [[p[(first <= p) & (p < end)] for first, end in zip(starts, ends, strict=True)] for p in pieces]

@@ -6,10 +6,11 @@ import numpy as np
 
 from evomerge.errors import EvomergeError
 from evomerge.search.baselines import baselines
+from evomerge.search.course import make_course
 from evomerge.search.exam import open_exam
 from evomerge.search.jobs import Failure, Tryout
 from evomerge.search.ledger import Book
-from evomerge.search.loop import healthy, make_course, value_of
+from evomerge.search.loop import healthy, value_of
 from evomerge.search.run import Run
 from evomerge.search.scorer import Scorer, open_config_models
 from evomerge.search.scores import objective_scores
@@ -48,6 +49,8 @@ def repeat(run: Run, number: int) -> Repeated:
             incumbent, others = record["race"]["incumbent"], record["race"]["others"]
             race = course.race(course.vector(full[incumbent]), [course.vector(full[n]) for n in others])
         job = Tryout(job.recipe, healthy(study, known), course, race)
+    computed = record.get("compute_dtype", config.dtype)  # runs of before it was recorded had no other type
+    config = config.model_copy(update={"compute_dtype": computed})
     scorer = Scorer(config, models, exam, log=run.log, cache=run.folder / "cache")
     scorer.prepare(run.manifest()["inputs"])
     result = scorer.run(job)

@@ -22,7 +22,7 @@ from evomerge.search.finals import FINALISTS
 from evomerge.search.intervals import drawn_means
 from evomerge.search.ledger import digest
 from evomerge.search.scorer import model_folders
-from evomerge.search.scores import ITEMS, LEDGER, ledger_key
+from evomerge.search.scores import ITEMS, ledger_key
 from evomerge.search.study import SearchStudy, in_full, rank, record_of
 from evomerge.sources.open import Models
 
@@ -43,13 +43,18 @@ class Rates:
     """What was measured, in seconds.
 
     merge: of one candidate.  item: of scoring one item by every metric.  trial: the longest that a trial in full took.
-    draw: of the bootstrap for one item.
+    objective: of scoring one item by the objective alone, as on the search split.  draw: of the bootstrap for one item.
     """
 
     merge: float
     item: float
     trial: float
+    objective: float
     draw: float = 0.0
+
+    def of(self, split: Split) -> float:
+        """Of scoring one item on a split."""
+        return self.objective if split == "search" else self.item
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,12 @@ def reserve(rates: Rates, ahead: Ahead, workers: int = 1) -> float:
 
     trial: a trial that has just begun ends before the rest can begin.  The sum is over the search split (baselines and
     soups without a score), the selection split (finalists and baselines) and the holdout split (the chosen one and the
-    baselines); workers score different models side by side, and a split begins when the one before it has ended.  The
-    bootstrap is drawn three times: for the score, for the differences and for the table of the tasks.
+    baselines); workers score different models side by side, and a split begins when the one before it has ended.  item:
+    by the objective alone on the search split.  The bootstrap is drawn three times: for the score, for the differences
+    and for the table of the tasks.
     """
     scoring = sum(
-        math.ceil(count / max(1, workers)) * (rates.merge + ahead.items[split] * rates.item)
+        math.ceil(count / max(1, workers)) * (rates.merge + ahead.items[split] * rates.of(split))
         for split, count in ahead.models.items()
         if count
     )
@@ -97,12 +103,12 @@ def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Ra
         return None
     seconds: list[dict[str, float]] = [r["seconds"] for r in latest]
     merge = statistics.median(s["merge"] for s in seconds)
-    entries = [e for name, e in attributes.items() if name.startswith(LEDGER) and e.get("scored")]
-    each = [(e["seconds"]["forward"] + e["seconds"]["score"]) / e["scored"] for e in entries]
-    if not each:
-        scored = [sum(map(len, attributes[ITEMS + r["items"]].values())) for r in latest]
-        each = [GENERATES * (s["forward"] + s["score"]) / n for s, n in zip(seconds, scored, strict=True)]
-    return Rates(merge, statistics.median_low(each), max(s["total"] for s in seconds), draw_time())
+    judged = tuple(ledger_key(split, "") for split in SPLITS if split != "search")
+    entries = [e for name, e in attributes.items() if name.startswith(judged) and e.get("scored")]
+    scored = [sum(map(len, attributes[ITEMS + r["items"]].values())) for r in latest]
+    objective = statistics.median((s["forward"] + s["score"]) / n for s, n in zip(seconds, scored, strict=True))
+    each = [(e["seconds"]["forward"] + e["seconds"]["score"]) / e["scored"] for e in entries] or [GENERATES * objective]
+    return Rates(merge, statistics.median_low(each), max(s["total"] for s in seconds), objective, draw_time())
 
 
 def draw_time() -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from evomerge import __version__
-from evomerge.config.file import config_differences, load_config, write_config
+from evomerge.config.file import config_differences, load_config, pin, write_config
 from evomerge.config.schema import SearchConfig
 from evomerge.config.storage import expanded
 from evomerge.errors import EvomergeError
@@ -139,7 +139,7 @@ def item_fingerprints(exam: Exam) -> dict[str, dict[str, str]]:
 
 def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[str, Any]) -> str:
     """A hash of all that decides a study's results, wherever its files lie."""
-    content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage"})
+    content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
         for entry in content[part]:
@@ -203,8 +203,8 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
     lines: list[str] = []
     current = config
     if origin.is_file():
-        current = load_config(origin)
-        lines += config_differences(config, current.model_copy(update={"name": config.name}))
+        current = pin(load_config(origin), config.hub)
+        lines += config_differences(pin(config, config.hub), current.model_copy(update={"name": config.name}))
     prints = input_fingerprints(current)
     recorded: dict[str, dict[str, str]] = manifest.get("inputs", {})
     for name in sorted(prints.keys() & recorded.keys()):

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.workload import Workload, together
 from evomerge.merge.bank import Bank
 from evomerge.merge.compiled import compiled_for
+from evomerge.merge.compute import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.memory import Share
 from evomerge.merge.prepare import Fingerprints, prepare
 from evomerge.merge.recipe import Recipe
 from evomerge.search.exam import Exam, Scores
-from evomerge.search.jobs import Failure, Job, Outcome, Result, Tryout
-from evomerge.search.race import Course, Heat, build_heats
+from evomerge.search.jobs import Failure, Job, Outcome, Result, Survey, Tryout
+from evomerge.search.race import Course, Heat, build_heats, survey
 from evomerge.search.scores import rounded
 from evomerge.search.usage import Meter
 from evomerge.sources.locate import locate, stamp
@@ -48,6 +49,11 @@ def open_config_models(config: SearchConfig) -> Models:
     """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
     folders = model_folders(config)
     return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
+
+
+def shapes_of(models: Models) -> list[tuple[int, ...]]:
+    """The shapes of the base's tensors."""
+    return [t.shape for t in models.base.tensors.values()]
 
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -98,9 +104,13 @@ class Scorer:
         self.stamps = stamps(self.folders)
         device = resolve_device(config.device)
         use(device)
-        compiled, dtype = compiled_for(models.base.tensors, device, log), TORCH_DTYPES[config.dtype]
-        self.bank = Bank(models, device, compiled=compiled, cache=cache, live=dtype, share=share)
-        self.model = candidate_model(self.bank, dtype)
+        computing = config.compute_dtype
+        if computing == "auto":  # a driver settles it; who opens a scorer by itself has no study to keep it in
+            computing = faster_type(config.dtype, measure(config.dtype, device.type, shapes_of(models)))
+        dtype, held = TORCH_DTYPES[config.dtype], TORCH_DTYPES[computing]
+        compiled = compiled_for(models.base.tensors, device, log)
+        self.bank = Bank(models, device, compiled=compiled, cache=cache, live=held, share=share)
+        self.model = candidate_model(self.bank, dtype, held)
         self.destinations = destinations(self.model, self.bank)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
         self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
@@ -152,7 +162,10 @@ class Scorer:
         try:
             if isinstance(job, Tryout):
                 return self.try_out(job.recipe, job.normal, job.course, job.race)
-            return self.evaluate(job.recipe, job.split, everything=True, only=self.chosen(job.split, job.only))
+            if isinstance(job, Survey):
+                return self.survey(job.recipe, job.course)
+            everything = job.split != "search"  # there only objectives are compared, and generating answers takes long
+            return self.evaluate(job.recipe, job.split, everything, only=self.chosen(job.split, job.only))
         except EvomergeError:
             raise
         except (NotFinite, NotFiniteScore, Broken) as error:
@@ -216,6 +229,13 @@ class Scorer:
         scores = {t.name: {t.objective: own[t.name].tolist()} for t in self.exam.tasks}
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
+    def survey(self, recipe: Recipe, course: Course) -> Outcome:
+        """See `Survey`.  seconds: what forwards and looks take."""
+        work = self.prepared("search", everything=False)
+        self.materialise(recipe, Clock(self.check))
+        ends, cost = survey(course, self.engine, work.by_task, work)
+        return Outcome({}, asdict(cost), ends=ends)
+
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
@@ -225,7 +245,7 @@ class Scorer:
         found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
         with clock.time("score"):
             tasks = [(part.task, metrics) for part, metrics in found]
-            return {t.name: {t.objective: rounded(scores_of(t, t.objective, metrics))} for t, metrics in tasks}
+            return {t.name: {t.objective: finite(t, t.objective, metrics)} for t, metrics in tasks}
 
 
 def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:
@@ -235,9 +255,23 @@ def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:
 
 
 def item_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
-    """Item scores of the metrics that the search uses or shows: objective, metric and the smooth ones."""
+    """Item scores of the metrics that the search uses or shows: objective, metric and the smooth ones.
+
+    NotFiniteScore: see `finite`.
+    """
     wanted = dict.fromkeys(m for m in (task.objective, task.metric, "gold_logprob") if m in found)
-    return {metric: rounded(scores_of(task, metric, found)) for metric in wanted}
+    return {metric: finite(task, metric, found) for metric in wanted}
+
+
+def finite(task: Task, metric: str, found: ItemMetrics) -> list[float]:
+    """The item scores of one metric.  NotFiniteScore if one is NaN or infinite: a study keeps NaN for items that were
+    not scored, and neither a race nor a mean can tell what such a score is worth."""
+    with np.errstate(over="ignore"):
+        scores = rounded(scores_of(task, metric, found))
+    if not np.isfinite(scores).all():
+        wrong = next(s for s in scores if not np.isfinite(s))
+        raise NotFiniteScore(f"task {task.name}: the {metric} of an item is {wrong}")
+    return scores
 
 
 def free_memory(device: torch.device) -> None:

@@ -44,8 +44,9 @@ class Failure:
 class Snapshot:
     """A search at one moment; plain data.
 
-    title: method, sources and sampler in a few words.  pid, host: of the driver.  beat: seconds since the epoch.
-    phase: what it is doing.  step: batches done in it and their total.  ended: why it stopped, None while it runs.
+    title: method, sources and sampler in a few words.  compute_dtype: what forwards are computed in.  pid, host: of the
+    driver.  beat: seconds since the epoch.  phase: what it is doing.  step: batches done in it and their total.
+    ended: why it stopped, None while it runs.
 
     trials: finished ones.  limit: how many there will be, None if that is not known.  partial, broken, failed: of
     them.  best, best_trial, best_name: evaluated in full; the name is a baseline's.  points: (trials finished, best
@@ -57,6 +58,7 @@ class Snapshot:
 
     name: str
     title: str = ""
+    compute_dtype: str | None = None
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=socket.gethostname)
     beat: float = field(default_factory=time.time)

@@ -6,9 +6,11 @@ version (`language_model.model.layers`, `model.language_model.layers`; experts o
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +25,18 @@ def known_config(config: Mapping[str, Any]) -> Any | None:
     """A configuration as transformers reads it, with all defaults; None if it does not know the architecture."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.for_model(**config)
-    except Exception:  # a configuration may be wrong in any way, and each architecture checks its own
-        return None
+    with tempfile.TemporaryDirectory() as folder:  # reading a file, transformers also decodes what JSON cannot say
+        Path(folder, "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception:  # a configuration may be wrong in any way, and each architecture checks its own
+            return None
 
 
 def empty_model(config: Mapping[str, Any]) -> Any | None:
     """The model that a configuration describes, without memory for its weights (on torch's `meta` device).
 
-    None if transformers does not know the architecture.
+    None if transformers does not know the architecture, or lacks a package that it needs.
     """
     return build(json.dumps(config, sort_keys=True, default=str))
 
@@ -44,17 +48,27 @@ def build(text: str) -> Any | None:
     transformers.utils.logging.set_verbosity_error()
     config = json.loads(text)
     known = known_config(config)
-    if known is None:
-        return None
-    names = config.get("architectures") or [None]
-    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
-    try:
-        with torch.device("meta"):
-            if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+    for kind in () if known is None else classes(config, known):
+        try:
+            with torch.device("meta"):
                 return kind(known)
-            return transformers.AutoModelForCausalLM.from_config(known)
-    except Exception:  # whatever a wrong configuration makes of the code that builds it
-        return None
+        except Exception:
+            continue
+    return None
+
+
+def classes(config: Mapping[str, Any], known: Any) -> Iterator[Any]:
+    """What may build the model of a configuration: the class that it names, then those for its model type."""
+    import transformers
+
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is type(known):
+            yield kind
+    for task in ("CausalLM", "ImageTextToText", "Seq2SeqLM"):
+        yield getattr(transformers, f"AutoModelFor{task}").from_config
+    yield transformers.AutoModel.from_config
 
 
 @dataclass(frozen=True)

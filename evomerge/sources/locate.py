@@ -3,6 +3,8 @@
 import glob
 import os
 import re
+from collections.abc import Mapping
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -73,13 +75,34 @@ def natural(name: str) -> list[str | int]:
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
+def pinned(text: str, known: Mapping[str, str]) -> str:
+    """A model's name that means the same files tomorrow: a hub id as `owner/name@commit`, a folder as it is.
+
+    known: hub ids -> what they stood for when a search began.  EvomergeError if the hub does not give the model.
+    """
+    if text in known:
+        return known[text]
+    match = HUB_ID.match(text)
+    if not match or text.startswith(".") or os.path.exists(os.path.expanduser(text)):
+        return text
+    folder = locate(text)  # .../models--owner--name/snapshots/<commit>
+    return f"{match['repo']}@{folder.name}" if folder.parent.name == "snapshots" else text
+
+
+@cache
+def snapshot(repository: str, revision: str | None) -> Path:
+    """A model's folder in the Hugging Face cache, asked for once: a branch that moves meanwhile is not followed."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+
+
 def download(repository: str, revision: str | None, path: Path) -> Path:
     """Fetch a model from the hub.  EvomergeError if it cannot be had; the message names both readings."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+        return snapshot(repository, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvomergeError(

@@ -43,11 +43,11 @@ def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
 
 
 def setting_at(scopes: Iterable[Settings], parameter: str, name: str, t: float) -> Scalar | None:
-    """The value of a parameter at a tensor: the first scope that has an entry for it decides."""
+    """The value of a parameter at a tensor: the first scope whose first entry for it has one decides."""
     for settings in scopes:
-        for entry in settings.get(parameter, []):
-            if entry.filter is None or entry.filter in name:
-                return on_gradient(entry.values, t, kind(parameter))
+        fitting = (e for e in settings.get(parameter, []) if e.filter is None or e.filter in name)
+        if (entry := next(fitting, None)) and entry.values:
+            return on_gradient(entry.values, t, kind(parameter))
     return None
 
 

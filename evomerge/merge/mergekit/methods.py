@@ -68,9 +68,13 @@ MERGEKIT: dict[str, Theirs] = {
 KNOWN = frozenset(name for method in MERGEKIT.values() for name in (*method.parameters, *method.unused))
 """Every parameter of any method: mergekit passes over those that another method has."""
 
-BOOLEANS = frozenset(
+BOOLEANS = UNUSED | {
     name for method in MERGEKIT.values() for name, value in method.parameters.items() if isinstance(value, bool)
-)
+}
+
+BOUNDS = {"density": (0.0, 1.0), "select_topk": (0.0, 1.0), "max_iter": (0.0, 1000.0)}
+"""Where a parameter's results end to change: what lies beyond means the same as the bound.  (After a thousand steps
+karcher has settled, or never does.)"""
 
 
 def is_required(default: Scalar) -> bool:

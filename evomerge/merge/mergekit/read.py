@@ -1,25 +1,20 @@
-"""From a mergekit file to the recipe that means the same."""
+"""From a mergekit file, of one document or several, to the recipe that means the same."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
-from evomerge.merge.coefficients import Coefficient
-from evomerge.merge.mergekit.evaluate import Tensor, output_tensors, setting_at
-from evomerge.merge.mergekit.file import Input, MergekitFile, Reference, Settings, Slice, parse
-from evomerge.merge.mergekit.methods import MERGEKIT, Scalar, is_required, kind
-from evomerge.merge.mergekit.template import template_text
-from evomerge.merge.mergekit.values import coefficient
-from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Model, Recipe, RecipeSource, load_recipe
+from evomerge.files import read_yaml_documents
+from evomerge.merge.mergekit.evaluate import output_tensors
+from evomerge.merge.mergekit.file import MergekitFile, Reference
+from evomerge.merge.mergekit.parse import parse
+from evomerge.merge.mergekit.reading import Reading
+from evomerge.merge.recipe import Model, Recipe, load_recipe
 from evomerge.sources.anatomy import layer_count
-from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
+from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
 
 
@@ -28,230 +23,91 @@ def load_merge(path: Path) -> tuple[Recipe, list[str]]:
 
     EvomergeError lists everything that is wrong with it.
     """
-    content = read_yaml(path)
-    if not is_mergekit(content):
+    documents = read_yaml_documents(path)
+    if len(documents) > 1:
+        return several_merges(documents, path)
+    if not is_mergekit(documents[0]):
         return load_recipe(path), []
-    return to_recipe(parse(content, path), path)
+    return to_recipe(parse(documents[0], path), path)
 
 
 def is_mergekit(content: Any) -> bool:
     return isinstance(content, dict) and "merge_method" in content and not content.keys() & {"recipe", "method"}
 
 
-class Reading:
-    """One file on its way to a recipe; collects what is wrong with it."""
+def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]:
+    """The recipe of a file for `mergekit-multi`: documents with a `name`, which stands for a model in the others.
 
-    def __init__(self, file: MergekitFile) -> None:
-        self.file = file
-        self.theirs = MERGEKIT[file.method]
-        self.problems: list[str] = []
-        self.slices = [Slice(list(s.inputs), s.settings) for s in file.slices]
-        whole = [s for s in self.slices if all(i.layers is None for i in s.inputs)]
-        if whole and file.base and all(i.model != file.base for i in whole[0].inputs):
-            whole[0].inputs.append(Input(file.base, None, {}))  # mergekit adds the base to `models`
-        self.has_base = self.theirs.base != "input" and file.base is not None
-        inputs = list(dict.fromkeys(i.model for s in self.slices for i in s.inputs))
-        self.sources = [m for m in inputs if not (self.has_base and m == file.base)]
-        self.base = (file.base or inputs[0]).model
-        self.names = source_names(self.sources)
-        self.check()
-
-    def check(self) -> None:
-        """Bases and counts, slice by slice."""
-        file, (least, most) = self.file, self.theirs.models
-        if not self.sources:
-            self.problems.append("models: there is none besides the base")
-        if self.theirs.base == "required" and file.base is None:
-            self.problems.append(f"base_model: {file.method} needs it")
-        if self.has_base and file.base is not None and file.base.lora:
-            self.problems.append("base_model: an adapter cannot be the base; merge it into a checkpoint first")
-        for number, part in enumerate(self.slices):
-            where = f"slices.{number}" if part.inputs[0].layers else "models"
-            models = [i.model for i in part.inputs]
-            if len(set(models)) < len(models):
-                self.problems.append(f"{where}: the same model twice")
-            if self.has_base and file.base not in models:
-                self.problems.append(f"{where}: lacks the base model, which {file.method} needs in every slice")
-            count = len([m for m in models if m in self.sources])
-            if count < least or (most is not None and count > most):
-                wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"at most {most}"
-                beside = " besides the base" if self.has_base else ""
-                self.problems.append(f"{where}: {file.method} takes {wanted} model(s){beside}, here are {count}")
-        for name, model in zip(self.names, self.sources, strict=True):
-            if model.lora and model.model != self.base:
-                self.problems.append(
-                    f"{name}: is an adapter on {model.model}; adapters are read on the base model only, {self.base}"
-                )
-
-    def scopes(self, part: Slice) -> list[Settings]:
-        return [part.settings, *self.file.settings]
-
-    def shared(self, parameter: str, default: Scalar, tensors: list[Tensor]) -> dict[str, float]:
-        """The values of a parameter that all models share, by tensor."""
-        return self.values(parameter, default, ((t, t.name, self.scopes(t.slice)) for t in tensors), "the merge")
-
-    def each(self, parameter: str, default: Scalar, tensors: list[Tensor], source: Reference) -> dict[str, float]:
-        """The values of a parameter for one model, by tensor, where it takes part."""
-        places = (
-            (t, t.name_in(i), [i.settings, *self.scopes(t.slice)])
-            for t in tensors
-            for i in t.slice.inputs
-            if i.model == source
+    What it makes is the merge without a name, else the only one that no other needs; the merges that it is made of
+    become recipes in it.  EvomergeError if there is no such one, or a merge needs itself.
+    """
+    named: dict[str | None, Any] = {}
+    for number, document in enumerate(documents, 1):
+        if not is_mergekit(document):
+            raise EvomergeError(f"{path}: document {number} is no configuration of mergekit (it has no merge_method)")
+        name = document.get("name")
+        if name is not None and not (isinstance(name, str) and name):
+            raise EvomergeError(f"{path}: document {number}: name: expected text, found {name!r:.60}")
+        if name in named:
+            raise EvomergeError(f"{path}: two documents have {f'the name {name!r}' if name else 'no name'}")
+        named[name] = {k: v for k, v in document.items() if k != "name"}
+    names = {name for name in named if name is not None}
+    files = {name: parse(document, path, names) for name, document in named.items()}
+    needed = {name: {m.model for m in references(file) if m.merged} for name, file in files.items()}
+    ends = [None] if None in files else [n for n in files if not any(n in needed[other] for other in files)]
+    if len(ends) != 1:
+        raise EvomergeError(
+            f"{path}: which merge is the last? One document must have no `name`, or be the only one that no other needs"
         )
-        return self.values(parameter, default, places, self.names[self.sources.index(source)])
+    made: dict[str, Recipe] = {}
+    notes: list[str] = []
 
-    def values(
-        self, parameter: str, default: Scalar, places: Iterable[tuple[Tensor, str, list[Settings]]], owner: str
-    ) -> dict[str, float]:
-        found = {}
-        for tensor, name, scopes in places:
-            value = setting_at(scopes, parameter, name, tensor.t)
-            if value is None and is_required(default):
-                self.problems.append(f"{parameter}: must be given for {owner}; {tensor.name} has no value")
-                return {}
-            if value is None:
-                value = default
-            found[tensor.name] = min(1.0, max(0.0, value)) if parameter == "density" else float(value)
-        if kind(parameter) == "integer" and any(v != int(v) for v in found.values()):
-            self.problems.append(f"{parameter}: a gradient of whole numbers has other ones between them")
-        return found
+    def make(name: str | None, above: tuple[str | None, ...]) -> Recipe:
+        if name in above:
+            raise EvomergeError(f"{path}: the merge {name!r} needs itself")
+        for inner in sorted(needed[name] - made.keys()):
+            made[inner] = make(inner, (*above, name))
+        recipe, new = to_recipe(files[name], path, made)
+        notes.extend(f"{name}: {note}" if name else note for note in new)
+        return recipe
 
-    def filters(self, parameter: str, source: Reference | None = None) -> list[str]:
-        """The filters that may decide a parameter, those of higher precedence first."""
-        scopes = [i.settings for s in self.slices for i in s.inputs if source is not None and i.model == source]
-        scopes += [s.settings for s in self.slices] + self.file.settings
-        return [e.filter for settings in scopes for e in settings.get(parameter, []) if e.filter is not None]
-
-    def parameters(self, tensors: list[Tensor]) -> tuple[dict[str, Coefficient], list[dict[str, Coefficient]]]:
-        """The knobs of the recipe, and those of each source."""
-        knobs, layers = METHODS[self.file.method].knobs, layer_count([t.name for t in tensors])
-        shared: dict[str, Coefficient] = {}
-        each: list[dict[str, Coefficient]] = [{} for _ in self.sources]
-        for parameter, default in self.theirs.parameters.items():
-            for source, into in (
-                zip(self.sources, each, strict=True) if parameter in self.theirs.each else [(None, shared)]
-            ):
-                if source is None:
-                    values = self.shared(parameter, default, tensors)
-                else:
-                    values = self.each(parameter, default, tensors, source)
-                if not values or parameter not in knobs:
-                    if set(values.values()) - {float(default)}:
-                        self.problems.append(f"{parameter}: {self.file.method} has no such knob here; leave it out")
-                    continue
-                found = coefficient(values, self.filters(parameter, source), layers)
-                if parameter == "rescale" and isinstance(found, float):
-                    found = "l1" if found else "none"  # mergekit knows only the L1 norm
-                if found != knobs[parameter].default:
-                    into[parameter] = bool(found) if knobs[parameter].switch and isinstance(found, float) else found
-        if "task_vectors" in knobs:
-            shared["task_vectors"] = self.has_base
-        return shared, each
-
-    def layout(self, layers: int) -> list[dict[str, dict[str, tuple[int, int]]]]:
-        """The recipe's `slices`; none if the file has whole models of this many layers, one upon the other."""
-        found = []
-        for part in self.slices:
-            ranges = {i.model: i.layers or (0, layers) for i in part.inputs}
-            named = {n: ranges[m] for n, m in zip(self.names, self.sources, strict=True) if m in ranges}
-            if self.has_base and self.file.base in ranges:
-                named["base"] = ranges[self.file.base]
-            elif self.theirs.base == "optional":  # there must be one, although the method does not look at it
-                first, end = next(iter(ranges.values()))
-                named["base"] = (0, end - first)
-            found.append({"layers": named})
-        whole = len(found) == 1 and set(found[0]["layers"].values()) == {(0, layers)}
-        return [] if whole else found
-
-    def vocabulary(self) -> str | None:
-        """Whose tokenizer the output has, in the recipe's words."""
-        wanted = self.file.tokenizer
-        if not isinstance(wanted, Reference):
-            return wanted
-        if wanted.model == self.base:
-            return "base"
-        if wanted in self.sources:
-            return self.names[self.sources.index(wanted)]
-        self.problems.append(f"tokenizer: {wanted.model} is not one of the models")
-        return None
-
-    def template(self) -> str | None:
-        """The chat template that the file asks for."""
-        if self.file.chat_template is None:
-            return None
-        models = dict.fromkeys([self.base, *(m.model for m in self.sources)])
-        try:
-            return template_text(self.file.chat_template, map(locate, models))
-        except EvomergeError as error:
-            self.problems.append(str(error))
-            return None
-
-    def unused(self) -> list[str]:
-        """Notes on parameters that mergekit passes over."""
-        theirs, notes = self.theirs, list(self.file.notes)
-        scopes = [s.settings for s in self.slices] + self.file.settings
-        own = [i.settings for s in self.slices for i in s.inputs if not (self.has_base and i.model == self.file.base)]
-        base = [i.settings for s in self.slices for i in s.inputs if self.has_base and i.model == self.file.base]
-        for parameter in sorted({p for settings in scopes + own + base for p in settings}):
-            if parameter not in theirs.parameters:
-                notes.append(f"{parameter}: means nothing to {self.file.method}; passed over, as mergekit does")
-            elif parameter not in theirs.each and any(parameter in settings for settings in own + base):
-                notes.append(f"{parameter}: is one for the whole merge; passed over at single models, as mergekit does")
-        if any(parameter in theirs.each for settings in base for parameter in settings):
-            notes.append("parameters of the base model: passed over, as mergekit does")
-        return notes
+    recipe = make(ends[0], ())
+    if idle := sorted(names - made.keys() - {ends[0]}):
+        notes.append(f"{', '.join(idle)}: not needed for the last merge, so not made")
+    return recipe, notes
 
 
-def source_names(models: list[Reference]) -> list[str]:
-    """A name for each source: the last part of its path, with a number where that is taken."""
-    names: list[str] = []
-    for model in models:
-        stem = Path((model.lora or model.model).split("@")[0]).name or "source"
-        name, number = stem, 2
-        while name in (*names, "base"):
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
+def references(file: MergekitFile) -> list[Reference]:
+    """Every model that a file names."""
+    found = [i.model for part in file.slices for i in part.inputs]
+    return found + [m for m in (file.base, file.tokenizer) if isinstance(m, Reference)]
 
 
-def to_recipe(file: MergekitFile, path: Path) -> tuple[Recipe, list[str]]:
+def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None = None) -> tuple[Recipe, list[str]]:
     """The recipe that makes what mergekit makes of a file, and notes on what was passed over.
 
     Gradients are written out layer by layer, so the base model must be at hand.  EvomergeError lists what a recipe
-    cannot say.  path: the file, named in errors.
+    cannot say.  path: the file, named in errors.  made: what the names of its other documents stand for.
     """
-    reading = Reading(file)
+    reading = Reading(file, made or {})
     base = open_checkpoint(locate(reading.base))
     tensors = list(output_tensors(reading.slices, list(base.tensors)))
     shared, each = reading.parameters(tensors)
     vocabulary, template = reading.vocabulary(), reading.template()
     if reading.problems:
         raise EvomergeError(f"{path}: {len(reading.problems)} problem(s):\n  " + "\n  ".join(reading.problems))
-    content: dict[str, Any] = {
-        "method": file.method,
-        "dtype": file.dtype or stored_dtype(base),
-        "base": Model(path=reading.base),
-        "sources": [
-            RecipeSource(name=n, path=m.lora or m.model, parameters=p)
-            for n, m, p in zip(reading.names, reading.sources, each, strict=True)
-        ],
-        "parameters": shared,
-        "vocabulary": vocabulary,
-        "chat_template": template,
-        "slices": reading.layout(layer_count(list(base.tensors))),
-    }
     try:
+        content: dict[str, Any] = {
+            "method": file.method,
+            "dtype": reading.dtype(),
+            "base": Model(path=reading.base),
+            "sources": list(map(reading.source, reading.names, reading.sources, each)),
+            "parameters": shared,
+            "vocabulary": vocabulary,
+            "chat_template": template,
+            "slices": reading.layout(layer_count(list(base.tensors))),
+        }
         return Recipe(**content), reading.unused()
     except ValidationError as error:
         lines = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
         raise EvomergeError(f"{path}: evomerge cannot make this merge:\n  " + "\n  ".join(lines)) from error
-
-
-def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The floating type that most of a checkpoint's numbers have."""
-    sizes: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[str(info.dtype).removeprefix("torch.")] += info.bytes // info.dtype.itemsize
-    most = sizes.most_common(1)[0][0] if sizes else "float32"
-    return most if most in TORCH_DTYPES else "float32"

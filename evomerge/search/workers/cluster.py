@@ -114,6 +114,11 @@ def cluster_room(device: str, wanted: int | Literal["auto"]) -> int:
     return wanted
 
 
+def cluster_device(device: str) -> str:
+    """The kind of device that workers get for this `device` of the configuration."""
+    return "cuda" if ray.cluster_resources().get("GPU", 0) and device != "cpu" else "cpu"
+
+
 def workers_of_a_machine(count: int) -> int:
     """How many of so many workers may come to stand on one machine of the cluster: no more than it has accelerators,
     or processors where there are none."""
@@ -131,7 +136,7 @@ class RayWorker:
         self.beats = 0
         self.actor: Any = None
         self.gone = False  # the actor died, and Ray is at it already
-        self.gpus = 1 if ray.cluster_resources().get("GPU", 0) and setup.config.device != "cpu" else 0
+        self.gpus = 1 if cluster_device(setup.config.device) == "cuda" else 0
         self.device = "ray cuda" if self.gpus else "ray cpu"
         threads = os.environ.get("OMP_NUM_THREADS")
         variables = {"OMP_NUM_THREADS": threads} if threads else {}

@@ -40,6 +40,25 @@ def crew_of(workers: str | None, ray: str | None) -> Crew:
     return Crew(int(workers), ray)
 
 
+def device_kind(crew: Crew, config: SearchConfig) -> str:
+    """`cpu`, `cuda`: the kind of device that the workers of a crew will compute on."""
+    if crew.ray is None:
+        return resolve_device(config.device).type
+    connect_ray(crew.ray)
+    from evomerge.search.workers.cluster import cluster_device
+
+    return cluster_device(config.device)
+
+
+def connect_ray(address: str) -> None:
+    """Join the cluster, once."""
+    if address == "local":
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read at Ray's import: it then keeps to 127.0.0.1
+    from evomerge.search.workers.cluster import connect
+
+    connect(address)
+
+
 def make_workers(
     crew: Crew,
     run: Run,
@@ -51,11 +70,9 @@ def make_workers(
 ) -> list[Worker]:
     """The workers of a search, not started yet.  One worker without Ray is this process itself."""
     if crew.ray is not None:
-        if crew.ray == "local":
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read at Ray's import: it then keeps to 127.0.0.1
-        from evomerge.search.workers.cluster import RayWorker, cluster_room, connect, workers_of_a_machine
+        connect_ray(crew.ray)
+        from evomerge.search.workers.cluster import RayWorker, cluster_room, workers_of_a_machine
 
-        connect(crew.ray)
         count = cluster_room(config.device, crew.count)
         # Ray shows every worker its own accelerator alone; it does not say beforehand how many share a machine.
         device = "cuda" if config.device.startswith("cuda") else config.device

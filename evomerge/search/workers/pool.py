@@ -58,7 +58,7 @@ class Pool:
         self.longest = longest
         self.idle: asyncio.Queue[Post | None] = asyncio.Queue()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.error: EvomergeError | None = None
+        self.error: Exception | None = None
 
     @property
     def size(self) -> int:
@@ -73,7 +73,8 @@ class Pool:
         ]
 
     async def open(self) -> None:
-        """Start all workers; return when the first is ready.  EvomergeError if none can be started."""
+        """Start all workers; return when the first is ready.  EvomergeError if none can be started; an error of another
+        kind, which is a mistake in this program, is raised as it is."""
         for post in self.posts:
             self.launch(post)
         self.idle.put_nowait(await self.ready())
@@ -138,7 +139,7 @@ class Pool:
             except (Died, Late) as end:
                 self.log(f"worker {self.posts.index(post)} did not start: it {end}")
                 state, cause = "restarting", EvomergeError(f"no worker could be started; the last one {end}")
-            except EvomergeError as error:  # another worker would say the same
+            except Exception as error:  # another worker would say the same
                 post.turn("dead")
                 self.error = error
                 self.idle.put_nowait(None)

@@ -91,15 +91,16 @@ class ProcessWorker:
         """How the process died."""
         assert self.process is not None
         code = await self.process.wait()
+        end_group(self.process.pid)  # what a process that was killed leaves behind
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         last = self.log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         return f"ended with exit code {code} ({last[0] if last else 'it printed nothing'}; see {self.log_file})"
 
     async def kill(self) -> None:
+        """End the process and its children."""
         if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
+            end_group(self.process.pid)
             await self.process.wait()
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ class Channel:
     def listen(self) -> None:
         while len(head := self.source.read(8)) == 8:
             self.inbox.put(pickle.loads(self.source.read(struct.unpack("<Q", head)[0])))
-        os._exit(0)  # also in the middle of a job
+        end()  # also in the middle of a job
 
     def send(self, kind: str, content: Any = None) -> None:
         with self.lock:
@@ -153,6 +154,19 @@ class Channel:
     def progress(self, done: int, total: int) -> None:
         if done == total or time.monotonic() - self.said >= BEAT:
             self.send("progress", (done, total))
+
+
+def end_group(leader: int) -> None:
+    """End a process that leads a group of its own, and its children."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end() -> None:
+    """End this process at once, with its children if they are its own process group."""
+    if os.getpgrp() == os.getpid():
+        end_group(os.getpid())
+    os._exit(0)
 
 
 def main() -> None:

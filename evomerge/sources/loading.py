@@ -1,0 +1,100 @@
+"""Whether transformers finds every tensor of a folder, and invents none.
+
+The check is transformers' own loading, of tensors that have a type and a shape but no content (torch's `meta` device):
+its renaming and fusing, tied weights and ignored tables are all in it.  A model of 8 billion weights takes a tenth of a
+second, one of 45,000 tensors five.
+"""
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from evomerge.errors import EvomergeError
+from evomerge.sources.anatomy import is_computed
+from evomerge.sources.architecture import empty_model
+
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> type and shape."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How transformers loads a folder.
+
+    missing: parameters that the folder lacks, which the loader fills with random numbers.  unread: tensors that no
+    parameter takes.  misshapen: a parameter -> its shape in the folder and in the architecture, as text.
+    """
+
+    missing: frozenset[str]
+    unread: frozenset[str]
+    misshapen: Mapping[str, str]
+
+    def problems(self) -> list[str]:
+        """What is wrong with the folder, a line each."""
+        lines = []
+        if self.missing:
+            lines.append(f"{len(self.missing)} tensor(s) are missing, random numbers would stand there: "
+                         + some(self.missing))  # fmt: skip
+        if self.unread:
+            lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(self.unread)}")
+        if self.misshapen:
+            shapes = [f"{name}, {shapes}" for name, shapes in self.misshapen.items()]
+            lines.append(f"{len(self.misshapen)} tensor(s) have another shape: {some(shapes)}")
+        return lines
+
+
+def some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
+    """How transformers loads a folder with this config.json and these tensors.
+
+    None if it does not know the architecture (or only by code that lies beside the model, which is never run).
+    EvomergeError if it cannot make its parameters of these tensors.
+    """
+    if (model := empty_model(config)) is None:
+        return None
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in tensors.items()}
+    try:
+        with quiet():
+            _, found = type(model).from_pretrained(
+                None,
+                config=deepcopy(model.config),
+                state_dict=empty,
+                dtype=torch.float32,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # such as experts of several shapes that it would stack
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EvomergeError(f"transformers cannot load such a model ({reason})") from error
+    return Loading(
+        missing=frozenset(found["missing_keys"]),
+        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed(name)),
+        misshapen={n: f"{tuple(here)} for {tuple(there)}" for n, here, there in found["mismatched_keys"]},
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its warnings and bars, which speak of a model that nobody loads."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

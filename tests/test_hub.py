@@ -1,0 +1,136 @@
+"""A hub id stands for one commit: what a command begins with is what a resume, an export and `reproduce` take."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hub import Hub, running_hub
+from models import write_llama
+
+from evomerge.cli import main
+from evomerge.config.file import load_config, pin
+from evomerge.errors import EvomergeError
+from evomerge.merge.export import differences
+from evomerge.merge.recipe import load_recipe
+from evomerge.search.baselines import given
+from evomerge.search.exam import Exam
+from evomerge.search.run import check_unchanged, create_run
+from evomerge.search.scorer import open_config_models
+from evomerge.search.space import build_space
+from evomerge.sources.locate import locate, pinned, snapshot
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with running_hub(tmp_path / "cache", monkeypatch) as found:
+        monkeypatch.chdir(tmp_path)
+        yield found
+
+
+def command(*words: str) -> int:
+    """A command as in a new process, whose memory of the hub is empty."""
+    snapshot.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evomerge", *words])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+def test_a_hub_id_is_resolved_once_in_a_command(hub: Hub, tmp_path: Path):
+    first = hub.push("me/model", write_llama(tmp_path / "1"))
+    folder = locate("me/model")
+    assert folder.name == first
+    hub.push("me/model", write_llama(tmp_path / "2", 2))
+    asked = len(hub.asked)
+    assert locate("me/model") == folder
+    assert pinned("me/model", {}) == f"me/model@{first}"
+    assert len(hub.asked) == asked
+    snapshot.cache_clear()
+    assert locate("me/model") != folder
+
+
+def test_only_hub_ids_are_pinned(hub: Hub, tmp_path: Path):
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert pinned("me/model", {}) == "me/model"
+    assert pinned(str(tmp_path), {}) == str(tmp_path)
+    assert pinned("me/other", {"me/other": "me/other@1"}) == "me/other@1"
+    with pytest.raises(EvomergeError, match="the hub did not give a model of that name"):
+        pinned("me/other", {})
+
+
+def test_an_exported_model_is_reproduced_from_the_commit_that_it_was_made_of(hub: Hub, tmp_path: Path):
+    base = hub.push("me/base", write_llama(tmp_path / "base"))
+    one = hub.push("me/one", write_llama(tmp_path / "one", 1))
+    recipe = {"method": "linear", "base": {"path": "me/base"}, "sources": [{"name": "one", "path": "me/one@main"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert command("merge", "r.yaml", "--out", "merged") == 0
+    written = load_recipe(tmp_path / "merged" / "recipe.yaml")
+    assert (written.base.path, written.base.asked) == (f"me/base@{base}", "me/base")
+    assert (written.sources[0].path, written.sources[0].asked) == (f"me/one@{one}", "me/one@main")
+    for name in ("base", "one"):
+        hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
+    assert command("reproduce", "merged/recipe.yaml", "--out", "again", "--check", "merged") == 0
+    assert differences(tmp_path / "merged", tmp_path / "again") == []
+    assert command("merge", "r.yaml", "--out", "newer") == 0
+    assert differences(tmp_path / "merged", tmp_path / "newer") != []
+
+
+def write_search(folder: Path) -> Path:
+    content = {
+        "name": "x",
+        "base": "me/base",
+        "sources": [{"name": "a", "path": "me/one"}],
+        "method": "task_arithmetic",
+        "space": {"weight": [0, 1]},
+        "tasks": [{"task": "x"}],
+        "baselines": ["other.yaml"],
+    }
+    (folder / "search.yaml").write_text(yaml.safe_dump(content))
+    recipe = {
+        "method": "linear",
+        "base": {"path": "me/base"},
+        "sources": [{"name": "theirs", "path": "me/one", "parameters": {"weight": 0.5}}],
+    }
+    (folder / "other.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "search.yaml"
+
+
+def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = hub.push("me/base", write_llama(tmp_path / "base"))
+    one = hub.push("me/one", write_llama(tmp_path / "one", 1))
+    file, exam = write_search(tmp_path), Exam([], {})
+    monkeypatch.setattr("evomerge.search.run.open_exam", lambda config: exam)  # no task is asked here
+    run = create_run(pin(load_config(file), {}), exam, file, tmp_path / "run")
+    kept = yaml.safe_load(run.config_file.read_text())
+    assert kept["base"] == f"me/base@{base}"
+    assert kept["hub"] == {"me/base": f"me/base@{base}", "me/one": f"me/one@{one}"}
+    for name in ("base", "one"):
+        hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
+    snapshot.cache_clear()
+    config = check_unchanged(run, accept=False)
+    assert config == run.config()
+    space = build_space(config, open_config_models(config))
+    recipe = space.recipe(space.point({"a": {"weight": 0.5}}, {}) or {})
+    assert [recipe.base.path, recipe.sources[0].path] == [f"me/base@{base}", f"me/one@{one}"]
+    baseline = given(space, tmp_path / "other.yaml").recipe
+    assert [baseline.base.path, baseline.sources[0].path] == [f"me/base@{base}", f"me/one@{one}"]
+    assert baseline.sources[0].name == "a"
+
+
+def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("base", "one", "two"):
+        hub.push(f"me/{name}", write_llama(tmp_path / name))
+    file, exam = write_search(tmp_path), Exam([], {})
+    monkeypatch.setattr("evomerge.search.run.open_exam", lambda config: exam)
+    run = create_run(pin(load_config(file), {}), exam, file, tmp_path / "run")
+    file.write_text(file.read_text().replace("me/one", "me/two"))
+    with pytest.raises(EvomergeError, match=r"sources.0.path: me/one@\w+ -> me/two@\w+"):
+        check_unchanged(run, accept=False)
+    accepted = check_unchanged(run, accept=True)
+    assert accepted.hub.keys() == {"me/base", "me/one", "me/two"}
+    assert json.loads(run.manifest_file.read_text())["inputs"].keys() == {"base", "a"}
