@@ -127,16 +127,17 @@ def compare(engine: Engine, task: Task, repeats: int) -> list[str]:
     engine.lm.batch_size_per_gpu = max(1, engine.batch_tokens // longest)
     theirs = engine.lm.generate_until if generates else engine.lm.loglikelihood
     ours_s, theirs_s = [], []
-    clock = Clock()
+    device = engine.model.device
+    clock = Clock(device=device)
     for repeat in range(repeats + 1):
-        clock = clock if repeat else Clock()
-        ours = timed(lambda: engine.score(work, clock), engine.model.device)  # noqa: B023
-        other = timed(lambda: theirs(instances, disable_tqdm=True), engine.model.device)
+        clock = clock if repeat else Clock(device=device)
+        ours = timed(lambda: engine.score(work, clock), device)  # noqa: B023
+        other = timed(lambda: theirs(instances, disable_tqdm=True), device)
         if repeat:
             ours_s.append(ours)
             theirs_s.append(other)
         else:
-            clock = Clock()
+            clock = Clock(device=device)
     outside = 1 - clock.seconds["forward"] / sum(ours_s)
     ratio = statistics.median(theirs_s) / statistics.median(ours_s)
     computed = ["", ""] if generates else [f"{x:.2f}" for x in tokens(work)]

@@ -51,8 +51,7 @@ STEPS = [
     Step("search", "search.searched", 110, "A search, and trials repeated"),
     Step("large", "large.large", 130, "1.5B and 7B, four sources"),
     Step("floor", "floor.floor", 100, "Candidates against a copy of their bytes"),
-    Step("scoring", "scoring.scoring", 70, "Scoring"),
-    Step("decoding", "scoring.decoding", 60, "Decoding"),
+    Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
     Step("workers", "search.killed", 70, "Two workers on one device, one killed"),
 ]
 

@@ -30,16 +30,8 @@ def engine_of(bench: Bench) -> Engine:
 
 
 def scoring(bench: Bench) -> None:
-    """Choices and log-likelihoods."""
-    run(bench, ["choice", "single"] if bench.small else ["choice", "shots", "single"])
-
-
-def decoding(bench: Bench) -> None:
-    """Greedy generation."""
-    run(bench, ["generation"])
-
-
-def run(bench: Bench, names: list[str]) -> None:
+    """Choices, log-likelihoods and greedy generation."""
+    names = ["choice", "generation"] if bench.small else ["choice", "shots", "single", "generation"]
     engine = engine_of(bench)
     bench.report("tokens of a batch", engine.batch_tokens)
     parameters = sum(p.numel() for p in engine.model.parameters())

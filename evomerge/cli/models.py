@@ -165,7 +165,7 @@ def statistics(
     from typing import get_args
 
     from evomerge.config.file import load_config
-    from evomerge.device import resolve_device
+    from evomerge.device import resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
     from evomerge.merge.plan import Statistics
@@ -180,7 +180,9 @@ def statistics(
     opened = open_tasks(task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
     chosen = choose_items(opened, items, load_config(search) if search else None)
     folder, below = locate(model), locate(base) if base else None
-    live = open_live_model(folder, below, "float32", resolve_device(device))
+    where = resolve_device(device)
+    use(where)
+    live = open_live_model(folder, below, "float32", where)
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
         gather(wanted, folder, below, live, opened, chosen, out, bar.update)
