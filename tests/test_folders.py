@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from evomerge.cli import main
 from evomerge.errors import EvomergeError
 from evomerge.merge.card import model_card
 from evomerge.merge.export import export
@@ -264,3 +265,24 @@ def test_a_tied_head_and_a_mixture_that_is_stacked_in_memory_pass(tmp_path: Path
         export(recipe, open_bank(recipe), tmp_path / f"out{number}", model_card, note=notes.append)
         assert notes == []
         assert not loaded(tmp_path / f"out{number}")[1]["missing_keys"]
+
+
+def test_a_search_whose_models_would_not_load_is_refused_before_there_is_a_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folders = write_family(tmp_path)
+    change(folders, **{UP: None})
+    (tmp_path / "search.yaml").write_text(
+        json.dumps({
+            "name": "x", "base": "base", "sources": [{"name": n, "path": n} for n in ("one", "two")],
+            "method": "linear", "space": {"weight": [0, 1]}, "tasks": [{"task": "x"}],
+        })
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "sys.argv", ["evomerge", "search", str(tmp_path / "search.yaml"), "--run", str(tmp_path / "run")]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert f"1 tensor(s) are missing, random numbers would stand there: {UP}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
