@@ -52,7 +52,7 @@ STEPS = [
     Step("large", "large.large", 130, "1.5B and 7B, four sources"),
     Step("floor", "floor.floor", 100, "Candidates against a copy of their bytes"),
     Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
-    Step("workers", "search.killed", 70, "Two workers on one device, one killed"),
+    Step("workers", "search.killed", 120, "Two workers on one device, one killed"),
 ]
 
 
