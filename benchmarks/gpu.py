@@ -200,6 +200,8 @@ def main() -> int:
         work = Path(name)
         family = begin_family(args, work)
         steps = [s for s in STEPS if not args.only or s.name in args.only]
+        if args.small:  # the longest first, so that both processes end at the same time
+            steps.sort(key=lambda step: step.name not in ("workers", "search", "scoring"))
 
         def run(step: Step) -> None:
             run_step(step, args, work, lambda: TOTAL - (time.monotonic() - started), results)

@@ -22,12 +22,16 @@ from evomerge.evaluate.clock import Clock
 from evomerge.merge import statistics
 from evomerge.merge.bank import Bank
 from evomerge.merge.materialise import materialise
-from evomerge.merge.memory import Room, device_capacity, group_limits, pinned_capacity
+from evomerge.merge.memory import Room, Share, device_capacity, group_limits, pinned_capacity
 from evomerge.merge.prepare import prepare
 from evomerge.merge.recipe import Model, Recipe, RecipeSource
 from evomerge.merge.transfer import Transfers, pinned_size
 from evomerge.search.gather import fitting_groups
+from evomerge.search.run import Run
+from evomerge.search.workers import crew
+from evomerge.search.workers.crew import Crew
 from evomerge.search.workers.process import one_device
+from evomerge.search.workers.worker import Setup
 from evomerge.sources.locate import fingerprint
 from evomerge.sources.open import open_models
 
@@ -266,6 +270,18 @@ def test_gram_matrices_of_layers_are_gathered_in_groups_that_fit():
 def test_a_worker_sees_one_device(device: str, visible: str | None, wanted: tuple[dict[str, str], str]):
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert one_device(device, environment) == wanted
+
+
+def test_workers_know_with_how_many_they_share_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = SearchConfig.model_construct(device="cuda")
+    setup = Setup(config, tmp_path, "host", {}, {}, {})
+    monkeypatch.setattr(crew, "devices_of", lambda wanted: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(crew, "setup_of", lambda run, config: setup)
+    run = Run(tmp_path)
+    workers = crew.make_workers(Crew(3), run, config, None, None, lambda: None, print)  # type: ignore[arg-type]
+    assert [w.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [w.setup.share for w in workers] == [Share(2, 3), Share(1, 3), Share(2, 3)]  # type: ignore[attr-defined]
+    assert {w.setup.config.device for w in workers} == {"cuda"}  # type: ignore[attr-defined]
 
 
 def test_a_device_that_is_not_there_is_one_error(monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,7 @@ def capacities(bench: Bench) -> None:
     models = open_models(folders["base"], {n: folders[n] for n in (*SOURCES, "adapter")})
     whole = 6 * sum(t.bytes for t in models.base.tensors.values())
     compiled = bench.compiled()
-    for method in METHODS:
+    for method in METHODS[1:] if bench.small else METHODS:
         made = zero_weight(method, folders, "bfloat16")
         host = Bank(models, "cpu")
         wanted = outputs(host, torch.bfloat16)
