@@ -262,7 +262,7 @@ def test_a_vocabulary_that_an_adapter_made_longer(tied: bool, tmp_path: Path) ->
     found, _ = merged(tmp_path / "out", recipe)
     assert found.config.tie_word_embeddings == tied
     torch.testing.assert_close(logits(found, ids), logits(model.eval(), ids), rtol=1e-4, atol=1e-4)
-    live, tokenizer = open_live_model(tmp_path / "it", base, torch.float32, torch.device("cpu"))
+    live, tokenizer = open_live_model(tmp_path / "it", base, "float32", torch.device("cpu"))
     torch.testing.assert_close(logits(live, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
     assert tokenizer("vwx").input_ids == [40, 41, 42]
 

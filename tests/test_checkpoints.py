@@ -168,7 +168,7 @@ def test_the_line_that_dequantises_fp8_gives_the_weights_in_float64(tmp_path: Pa
     change_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     with pytest.raises(EvomergeError) as caught:
         open_checkpoint(folder)
-    live, _ = open_live_model(folder, None, torch.float32, torch.device("cpu"))  # `evaluate` leaves it to transformers
+    live, _ = open_live_model(folder, None, "float32", torch.device("cpu"))  # `evaluate` leaves it to transformers
     for name, parameter in live.named_parameters():
         torch.testing.assert_close(parameter.double(), truth[name], rtol=1e-6, atol=1e-7)
     line = str(caught.value).split("transformers: ")[1]
