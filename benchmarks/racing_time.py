@@ -5,7 +5,7 @@
     python benchmarks/racing_time.py runs/unraced
 
 The recorded trials come in their own order, in one process, on one live model, one way timed after the other (which
-is first changes from trial to trial).  The race is a search's own: its looks are placed by measured times, its
+is first changes from trial to trial).  The race is a search's own: its looks are where they pay, its
 incumbent is the best candidate evaluated in full so far, with the full ones before as history.
 """
 
@@ -40,9 +40,8 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     work = scorer.prepared("search", everything=False)
     scorer.materialise(study.space.recipe(study.complete[0].params), Clock())
     began = time.perf_counter()
-    ends, cost = survey(course, scorer.engine, work.by_task, work)
+    ends = survey(course, scorer.engine, work.by_task, work)
     print(f"{len(course.ceiling)} items, {len(ends)} looks placed in {time.perf_counter() - began:.1f} s: {ends}")
-    print(f"forwards of {cost.tokens} tokens: {[round(1000 * s, 2) for s in cost.seconds]} ms")
     course = Course(items, course.sizes, course.order, course.ceiling, course.alpha, ends)
     full = [course.vector(t) for t in study.complete if "baseline" in t.user_attrs]
     found = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from evomerge.evaluate import racing
 from evomerge.evaluate.generation import GenerationBatch
 from evomerge.evaluate.loglikelihood import Batch
-from evomerge.evaluate.looks import Cost, place_looks, seconds_of
+from evomerge.evaluate.looks import Cost, place_looks, time_of
 from evomerge.evaluate.racing import (
     FEWEST,
     LOOKS,
@@ -399,7 +399,7 @@ def pieces_of(ends: Sequence[int]) -> list[Workload]:
 
 
 def spent(ends: Sequence[int], cost: Cost) -> float:
-    return sum(seconds_of(work, cost) + cost.look for work in pieces_of(ends))
+    return sum(time_of(work, cost) + cost.look for work in pieces_of(ends))
 
 
 @given(
@@ -417,7 +417,7 @@ def test_a_race_never_costs_five_percent_more_than_scoring_everything(
     if len(ends) > 1:
         assert list(ends) == sorted(set(ends))
         assert min(np.diff([0, *ends])) >= FEWEST
-        assert spent(ends, cost) <= 1.05 * seconds_of(whole, cost)
+        assert spent(ends, cost) <= 1.05 * time_of(whole, cost)
 
 
 def test_cheap_small_forwards_are_looked_at_often_and_dear_ones_never() -> None:
@@ -436,10 +436,10 @@ def test_few_looks_come_early() -> None:
 
 def test_generation_in_pieces_costs_its_steps_again() -> None:
     cost = Cost((1, 1000), (0.001, 1.0), 0.0)
-    whole, half = seconds_of(work_of([], 40), cost), seconds_of(work_of([], 20), cost)
+    whole, half = time_of(work_of([], 40), cost), time_of(work_of([], 20), cost)
     assert 2 * half == pytest.approx(whole)  # time in proportion to tokens
     flat = Cost((1, 100, 1000), (0.01, 0.01, 1.0), 0.0)
-    assert 2 * seconds_of(work_of([], 20), flat) > 1.3 * seconds_of(work_of([], 40), flat)
+    assert 2 * time_of(work_of([], 20), flat) > 1.3 * time_of(work_of([], 40), flat)
 
 
 def test_a_forward_between_two_that_were_timed_lies_on_the_line_and_above_them_in_proportion() -> None:

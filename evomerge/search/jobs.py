@@ -40,9 +40,8 @@ class Examination:
 
 @dataclass(frozen=True)
 class Survey:
-    """Where should races of a course look?  recipe: of any healthy model, to take times on."""
+    """Where should races of a course look?"""
 
-    recipe: Recipe
     course: Course
 
 

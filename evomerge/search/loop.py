@@ -151,14 +151,13 @@ class Driver:
         Where races look is found out once and kept with the study: it decides on batches, and so on bits.
         """
         course = make_course(self.study, self.known, self.ledger)
-        best = self.study.best
-        if course is None or best is None or looks_of(self.study, course.items) is not None:
+        if course is None or looks_of(self.study, course.items) is not None:
             return course
-        result = await self.pool.run(Survey(self.study.space.recipe(best.params), course), "where races look")
+        result = await self.pool.run(Survey(course), "where races look")
         if isinstance(result, Failure):
             self.run.log(f"candidates are not raced in this session: {result.reason}")
             return None
-        content = {"items": course.items, "ends": result.ends, "seconds": result.seconds}
+        content = {"items": course.items, "ends": result.ends}
         self.study.stored.set_user_attr(LOOKS, content)
         self.run.log(f"races look after {', '.join(map(str, result.ends))} items")
         return make_course(self.study, self.known, self.ledger)

@@ -11,12 +11,8 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import RacingConfig
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.loglikelihood import Batch, Plan, Row, plan_batches
-from evomerge.evaluate.looks import Cost, measure_cost, place_looks
+from evomerge.evaluate.looks import USUAL, place_looks
 from evomerge.evaluate.racing import (
-    FEWEST,
-    LOOKS,
-    PREDICTORS,
     Order,
     Race,
     Vector,
@@ -93,30 +89,13 @@ def build_course(
     return Course(items, sizes, order, tops, config.alpha, tuple(ends))
 
 
-def survey(course: Course, engine: Engine, asked: Sequence[Workload], whole: Workload) -> tuple[tuple[int, ...], Cost]:
-    """After how many items a race should look, see `place_looks`, and the times that tell.
-
-    asked: every task's items.  whole: all of them at once.
-    """
-    count = len(course.ceiling)
-    incumbent, rng = np.minimum(course.ceiling, 0.0), np.random.default_rng(0)
-    race = course.race(incumbent, list(incumbent + rng.normal(size=(PREDICTORS, count))))
-    race.observe(incumbent[: count // 2])
+def survey(course: Course, engine: Engine, asked: Sequence[Workload], whole: Workload) -> tuple[int, ...]:
+    """After how many items a race should look, see `place_looks`.  asked: every task's items.  whole: all at once."""
 
     def pieces_of(ends: Sequence[int]) -> list[Workload]:
         return [heat.work for heat in build_heats(replace(course, ends=tuple(ends)), engine, asked)]
 
-    def batches_of(works: Sequence[Workload]) -> list[Batch]:
-        """Their batches; of prompts to be continued, batches of the same tokens."""
-        rows = [[Row((*p.context, p.context[-1]), 1) for p in work.prompts] for work in works]
-        plan = Plan(engine.batch_tokens, engine.model.device, engine.vocabulary, packs=False)
-        return [b for work, own in zip(works, rows, strict=True) for b in (work.batches or plan_batches(own, plan))]
-
-    even = [[round(count * (k + 1) / n) for k in range(n)] for n in (min(LOOKS, count // FEWEST), 6) if n > 1]
-    one_token = plan_batches([Row((k, k), 1) for k in range(4)], Plan(4, engine.model.device, 1, packs=False))
-    samples = [one_token, batches_of([whole]), *(batches_of(pieces_of(ends)) for ends in even)]
-    cost = measure_cost(engine.model, samples, max(len(whole.rows), len(whole.prompts), 4), race)
-    return place_looks(count, whole, pieces_of, cost), cost
+    return place_looks(len(course.ceiling), whole, pieces_of, USUAL)
 
 
 @dataclass(frozen=True)

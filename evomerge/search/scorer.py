@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -163,7 +163,7 @@ class Scorer:
             if isinstance(job, Tryout):
                 return self.try_out(job.recipe, job.normal, job.course, job.race)
             if isinstance(job, Survey):
-                return self.survey(job.recipe, job.course)
+                return self.survey(job.course)
             everything = job.split != "search"  # there only objectives are compared, and generating answers takes long
             return self.evaluate(job.recipe, job.split, everything, only=self.chosen(job.split, job.only))
         except EvomergeError:
@@ -229,12 +229,10 @@ class Scorer:
         scores = {t.name: {t.objective: own[t.name].tolist()} for t in self.exam.tasks}
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
-    def survey(self, recipe: Recipe, course: Course) -> Outcome:
-        """See `Survey`.  seconds: what forwards and looks take."""
+    def survey(self, course: Course) -> Outcome:
+        """See `Survey`."""
         work = self.prepared("search", everything=False)
-        self.materialise(recipe, Clock(self.check))
-        ends, cost = survey(course, self.engine, work.by_task, work)
-        return Outcome({}, asdict(cost), ends=ends)
+        return Outcome({}, {}, ends=survey(course, self.engine, work.by_task, work))
 
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         with clock.time("merge"):
