@@ -29,7 +29,7 @@ import evomerge.search.scorer as s
 calls, real = [0], s.Engine.score_parts
 def counted(*a):
     calls[0] += 1
-    if calls[0] == 22:  # among the chunks of a race
+    if calls[0] == 22:  # after some of the trials
         die()
     return real(*a)
 s.Engine.score_parts = counted
@@ -139,7 +139,7 @@ def test_a_larger_budget_goes_on_where_the_search_ended(undisturbed: Path, tiny_
 
 
 def test_an_interrupted_search_gives_its_trial_back(undisturbed: Path, tiny_family: Path, tmp_path: Path) -> None:
-    prelude = DURING_AN_EVALUATION.replace("SIGKILL", "SIGINT")
+    prelude = DURING_A_MERGE.replace("SIGKILL", "SIGINT")  # which is looked for after every tensor
     run = tmp_path / "run"
     stopped = run_cli("search", write_config(tmp_path, tiny_family), "--run", run, prelude=prelude)
     assert stopped.returncode == 128 + signal.SIGINT, stopped.stderr
