@@ -287,7 +287,7 @@ def make_targets(root: Path) -> dict[str, Target]:
         "verdict": Target(run.verdict_file, VERDICT, as_json, read_verdict),
         "measurements": Target(
             root / "kept" / "a.safetensors", kept_header, as_safetensors(kept_data),
-            lambda: load(root / "kept" / "a.safetensors", torch.device("cpu")),
+            lambda: load(root / "kept" / "a.safetensors"),
         ),
     }  # fmt: skip
 

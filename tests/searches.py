@@ -109,10 +109,10 @@ def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = 
     return Started(child, out, err)
 
 
-def finished_search(config: Path) -> Path:
-    """The run folder, beside its configuration, of a search that went to its end."""
+def finished_search(config: Path, prelude: str = "") -> Path:
+    """The run folder, beside its configuration, of a search that went to its end.  prelude: see `run_cli`."""
     run = config.parent / "run"
-    done = run_cli("search", config, "--run", run)
+    done = run_cli("search", config, "--run", run, prelude=prelude)
     assert done.returncode == 0, done.stderr
     return run
 

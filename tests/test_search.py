@@ -318,12 +318,20 @@ def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, 
 # --- Racing ---
 
 
+LOOKS_COST_NOTHING = """
+import evomerge.search.race as r
+from evomerge.evaluate.looks import Cost
+r.USUAL = Cost((0, 1 << 20), (0.1, 0.1 + (1 << 20)), 0.0)
+"""
+
+
 @pytest.fixture(scope="module")
 def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search whose candidates ran against each other."""
     splits = {"search": 80, "selection": 10, "holdout": 40}
     folder = tmp_path_factory.mktemp("raced")
-    return finished_search(write_config(folder, tiny_family, splits=splits, budget={"trials": 20}))
+    config = write_config(folder, tiny_family, splits=splits, budget={"trials": 20})
+    return finished_search(config, LOOKS_COST_NOTHING)  # so few items are not worth a look otherwise
 
 
 def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
