@@ -5,7 +5,7 @@
     python benchmarks/racing_time.py runs/unraced
 
 The recorded trials come in their own order, in one process, on one live model, one way timed after the other (which
-is first changes from trial to trial).  The race is a search's own: its looks are where they pay, its
+is first changes from trial to trial).  The race is a search's own: its looks are placed by measured times, its
 incumbent is the best candidate evaluated in full so far, with the full ones before as history.
 """
 
@@ -13,13 +13,14 @@ import argparse
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from evomerge.evaluate.clock import Clock
 from evomerge.search.exam import open_exam
-from evomerge.search.race import Course, build_course, survey
+from evomerge.search.race import build_course, survey
 from evomerge.search.run import open_run
 from evomerge.search.scorer import Scorer, open_config_models
 from evomerge.search.scores import objective_scores
@@ -40,15 +41,16 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     work = scorer.prepared("search", everything=False)
     scorer.materialise(study.space.recipe(study.complete[0].params), Clock())
     began = time.perf_counter()
-    ends = survey(course, scorer.engine, work.by_task, work)
-    print(f"{len(course.ceiling)} items, {len(ends)} looks placed in {time.perf_counter() - began:.1f} s: {ends}")
-    course = Course(items, course.sizes, course.order, course.ceiling, course.alpha, ends)
+    looks = survey(course, scorer.engine, work.by_task, work)
+    placed = f"{len(looks.ends)} looks placed in {time.perf_counter() - began:.1f} s"
+    print(f"{len(course.ceiling)} items, {placed}: {looks.ends}; a trial to its end costs {looks.costs[-1]:.2f}")
+    course = replace(course, looks=looks)
     full = [course.vector(t) for t in study.complete if "baseline" in t.user_attrs]
     found = []
     for trial in [t for t in study.complete if "baseline" not in t.user_attrs][:most]:
         recipe = study.space.recipe(trial.params)
         best = max(full, key=lambda scores: float(course.order.weights @ scores))
-        race = course.race(best, [s for s in full if s is not best]) if len(ends) > 1 else None
+        race = course.race(best, [s for s in full if s is not best]) if len(looks.ends) > 1 else None
         seconds, share = {}, 1.0
         for raced in (True, False) if trial.number % 2 else (False, True):
             began = time.perf_counter()

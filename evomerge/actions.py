@@ -85,7 +85,7 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.merge.export import total_bytes
     from evomerge.merge.nested import open_bank
     from evomerge.merge.recipe import pin
-    from evomerge.report.terminal import Bar
+    from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})
     # One merge reads every tensor once: nothing is worth holding.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.search.cma import GENERATION, CmaEsSampler, Distribution, is_enqueued, trial_seed
+from evomerge.search.cma import GENERATION, CmaEsSampler, is_enqueued, trial_seed
+from evomerge.search.distribution import Distribution
 from evomerge.search.study import Mirror
 
 Point = dict[str, float]

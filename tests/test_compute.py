@@ -79,6 +79,7 @@ def done(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dtype": "bfloat16",
         "compute_dtype": "float32",
         "budget": {"trials": 9},
+        "racing": True,
         "splits": {"search": 24, "selection": 10, "holdout": 30},
     }
     return finished_search(write_config(tmp_path_factory.mktemp("computing"), tiny_family, **changes))
@@ -112,6 +113,8 @@ def test_where_races_look_is_kept_with_the_study(done: Path) -> None:
     looks = open_run(done).study().user_attrs[LOOKS]
     assert looks["ends"][-1] == 48
     assert looks["ends"] == sorted(set(looks["ends"]))
+    assert looks["costs"] == sorted(looks["costs"])
+    assert len(looks["ends"]) == len(looks["costs"])
 
 
 def settled(study: optuna.Study, config: Any, **changes: Any) -> tuple[str, list[str]]:

@@ -15,8 +15,9 @@ from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Plan, Row, plan_batches
 from evomerge.evaluate.tasks import items_of, open_tasks
 from evomerge.merge.live import open_live_model
+from evomerge.report.progress import seconds_text
 from evomerge.report.status import read_status
-from evomerge.report.usage import count_text, seconds_text, usage_text
+from evomerge.report.usage import count_text, usage_text
 from evomerge.search.board import price_of
 from evomerge.search.run import open_run
 from evomerge.search.study import record_of

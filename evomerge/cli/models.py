@@ -115,7 +115,8 @@ def evaluate(
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
     from evomerge.merge.recipe import Dtype
-    from evomerge.report.terminal import Steps, print_results
+    from evomerge.report.progress import Steps
+    from evomerge.report.terminal import print_results
     from evomerge.sources.locate import locate
 
     values = next((k for k in get_args(Dtype) if k == dtype), None)
@@ -169,7 +170,7 @@ def statistics(
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
     from evomerge.merge.plan import Statistics
-    from evomerge.report.terminal import Bar
+    from evomerge.report.progress import Bar
     from evomerge.search.gather import choose_items, gather
     from evomerge.sources.locate import locate
 

@@ -4,7 +4,7 @@ import numpy as np
 from rich.table import Table
 
 from evomerge.merge.statistics import gram_matrix
-from evomerge.report.terminal import console
+from evomerge.report.progress import console
 from evomerge.sources.anatomy import layer_count, place
 from evomerge.sources.open import Models
 

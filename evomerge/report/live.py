@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.report.usage import seconds_text, usage_text
+from evomerge.report.progress import seconds_text
+from evomerge.report.usage import usage_text
 from evomerge.search.snapshot import SILENT, Snapshot, WorkerState, read_snapshot, silence
 from evomerge.search.usage import Usage
 

@@ -9,70 +9,17 @@ from typing import Any
 from optuna.trial import TrialState
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import TaskResult
 from evomerge.report.card import interval_text, remarks
 from evomerge.report.live import UNKNOWN, render, watch
+from evomerge.report.progress import Steps, console, seconds_text
 from evomerge.report.status import Status
-from evomerge.report.usage import seconds_text, usage_text
+from evomerge.report.usage import usage_text
 from evomerge.search.run import Run
 from evomerge.search.snapshot import Snapshot
-
-console = Console(soft_wrap=True, highlight=False)
-PLAIN_EVERY = 5.0  # seconds between plain progress lines
-
-
-class Bar:
-    """One long step: a Rich bar with rate and time left, or a plain line every few seconds.
-
-    unit: what is counted; counts of `MB` are given in bytes.
-    """
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
-        self.scale = 1e6 if unit == "MB" else 1.0
-        self.started = self.said = time.monotonic()
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=console, transient=True)
-            self.task = self.progress.add_task("", total=total)
-            self.progress.start()
-
-    def update(self, done: int) -> None:
-        now = time.monotonic()
-        rate = done / max(now - self.started, 1e-9)
-        if self.progress is not None:
-            text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}, {rate / self.scale:.1f}/s"
-            self.progress.update(self.task, completed=done, description=text)
-        elif now - self.said >= PLAIN_EVERY:
-            self.said = now
-            left = seconds_text((self.total - done) / max(rate, 1e-9))
-            counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
-            print(f"{self.title}: {counted}, {rate / self.scale:.1f}/s, {left} left", flush=True)
-
-    def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-
-class Steps:
-    """Batches of one phase; their number is known with the first of them."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Bar | None = None
-
-    def step(self, done: int, total: int) -> None:
-        self.bar = self.bar or Bar(self.title, total, "batches")
-        self.bar.update(done)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class SearchView:

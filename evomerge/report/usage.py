@@ -1,16 +1,8 @@
 """What a search took, in words: for the terminal, the report and the model card."""
 
+from evomerge.report.progress import seconds_text
 from evomerge.report.status import Status
 from evomerge.search.usage import Usage
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration as a person says it: 45s, 12m, 3h 20m."""
-    if seconds < 90:
-        return f"{seconds:.0f}s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f}m"
-    return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
 
 
 def count_text(count: float) -> str:

@@ -15,15 +15,17 @@ k of the way, the mean then follows m' = m/2 + (1/2 - k) m_then: contracting for
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cmaes import CMA
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+
+if TYPE_CHECKING:
+    from evomerge.search.distribution import Distribution
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
 START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
@@ -42,20 +44,6 @@ def is_enqueued(trial: FrozenTrial) -> bool:
 def place_in_order(trial: FrozenTrial) -> int:
     """How many results came before this one; where nobody counted, trials end in the order of their numbers."""
     return int(trial.user_attrs.get("record", {}).get("order", trial.number))
-
-
-class Distribution(CMA):  # type: ignore[misc]
-    """The library's CMA-ES.  It multiplies B D out for every draw, O(D^3), and at a bound it takes up to 100 draws to
-    find a point inside; here that is done once a generation, with the same result to the last bit."""
-
-    factor: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None  # B (D, D) and B diag(D)
-
-    def _sample_solution(self) -> NDArray[np.float64]:
-        b, d = self._eigen_decomposition()
-        if self.factor is None or self.factor[0] is not b:
-            self.factor = b, np.ascontiguousarray(b * d)
-        point: NDArray[np.float64] = self._mean + self._sigma * self.factor[1].dot(self._rng.randn(self._n_dim))
-        return point
 
 
 class CmaEsSampler(BaseSampler):
@@ -116,7 +104,7 @@ class CmaEsSampler(BaseSampler):
         self.replay(study, first=None)
         return None if self.settled is None else self.point(self.settled)
 
-    def replay(self, study: Study, first: FrozenTrial | None) -> Distribution | None:
+    def replay(self, study: Study, first: FrozenTrial | None) -> "Distribution | None":
         """The optimizer after all results so far; only those that came since the last call are looked at.
 
         first: the trial to start with if no trial was sampled before; None if there is none.
@@ -164,7 +152,7 @@ class CmaEsSampler(BaseSampler):
     def generation(self, trial: FrozenTrial) -> int:
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
-    def tell(self, optimizer: Distribution, group: Sequence[FrozenTrial]) -> None:
+    def tell(self, optimizer: "Distribution", group: Sequence[FrozenTrial]) -> None:
         """One generation; a fresh optimizer if the distribution has collapsed."""
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
         self.settled = optimizer.mean.copy()
@@ -184,6 +172,8 @@ class CmaEsSampler(BaseSampler):
 
     def begin(self, mean: NDArray[np.float64], population: int) -> None:
         """A fresh distribution; it is the next generation."""
+        from evomerge.search.distribution import Distribution  # seconds, which a look at a study need not take
+
         bounds = np.tile([0.0, 1.0], (len(self.axes), 1))
         self.optimizer = Distribution(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)

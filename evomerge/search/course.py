@@ -1,11 +1,13 @@
 """The course that a study's candidates race on, from what the study knows of its baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
+from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import PREDICTORS
 from evomerge.search.baselines import Baseline
 from evomerge.search.ledger import Book
@@ -13,7 +15,8 @@ from evomerge.search.race import Course, build_course
 from evomerge.search.scores import objective_scores
 from evomerge.search.study import SearchStudy, rank, record_of
 
-LOOKS = "evomerge:looks"  # study attribute: after how many items its races look
+LOOKS = "evomerge:looks"  # study attribute: where its races look, and what that costs
+WORST = 1.05  # what racing may make of the time of a whole search
 
 
 def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
@@ -42,17 +45,41 @@ def make_course(study: SearchStudy, known: list[Baseline], book: Book) -> Course
             scores.append(objective_scores(trial))
         elif (found := book.stored("search", baseline.recipe)) is not None:
             scores.append(book.exam.of(found, "objective"))
-    ends = looks_of(study, items)
-    if ends is not None and len(ends) == 1:
+    looks = looks_of(study, items)
+    if looks is not None and len(looks.ends) == 1:
         return None
-    return build_course(book.exam, items, scores, config.seed, config.racing, ends or ())
+    return build_course(book.exam, items, scores, config.seed, config.racing, looks)
 
 
-def looks_of(study: SearchStudy, items: str) -> Sequence[int] | None:
-    """After how many items the study's races look, None if that is still to be found out; none for those that began
-    before it was kept, whose races are cut as `chunks` says."""
+def looks_of(study: SearchStudy, items: str) -> Looks | None:
+    """Where the study's races look, None if it does not say."""
     found: dict[str, Any] = study.stored.user_attrs.get(LOOKS, {})
-    if found.get("items") == items:
-        ends: list[int] = found["ends"]
-        return ends
-    return () if not found and any(record_of(t).get("race") for t in study.finished) else None
+    return Looks(tuple(found["ends"]), tuple(found["costs"])) if found.get("items") == items else None
+
+
+def must_survey(study: SearchStudy, items: str) -> bool:
+    """Whether it is still to be found out where races look; those that began before it was are cut as they were."""
+    if looks_of(study, items) is not None:
+        return False
+    return LOOKS in study.stored.user_attrs or not any(record_of(t).get("race") for t in study.finished)
+
+
+def may_race(study: SearchStudy, course: Course) -> bool:
+    """Whether the next candidate may race: if it and those in hand ran to their ends, the search would still have cost
+    at most WORST times what it would have without races, by the costs of `place_looks`."""
+    spent = plain = 0.0
+    for trial in study.finished:
+        record = record_of(trial)
+        if record.get("items") == course.items:
+            plain += 1.0
+            spent += cost_of(record, course)
+    coming = study.count - len(study.finished) + 1
+    return spent + coming * course.looks.costs[-1] <= WORST * (plain + coming)
+
+
+def cost_of(record: Mapping[str, Any], course: Course) -> float:
+    """What a trial cost, as a part of scoring all items at once."""
+    if not record.get("race"):
+        return 1.0
+    seen = float(record.get("partial", 1.0)) * len(course.ceiling)
+    return float(np.interp(seen, (0, *course.looks.ends), (0.0, *course.looks.costs)))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.evaluate.canary import Broken, Signs
+from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Estimate, Race
 from evomerge.evaluate.tasks import Split
 from evomerge.merge.recipe import Recipe
@@ -55,7 +56,7 @@ class Outcome:
     """What an evaluation gave.
 
     scores: NaN for items that were not evaluated.  seconds: by part of the work.  signs: what the canary saw.
-    estimate: of a candidate that was stopped.  ends: after how many items races should look, of a `Survey`.  used: what
+    estimate: of a candidate that was stopped.  looks: where races should look, of a `Survey`.  used: what
     it took.
     """
 
@@ -63,7 +64,7 @@ class Outcome:
     seconds: dict[str, float]
     signs: Signs | None = None
     estimate: Estimate | None = None
-    ends: tuple[int, ...] = ()
+    looks: Looks | None = None
     used: Usage = NOTHING
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.baselines import Baseline, baselines
 from evomerge.search.board import Board, told
 from evomerge.search.computing import settle
-from evomerge.search.course import LOOKS, looks_of, make_course, rivals
+from evomerge.search.course import LOOKS, make_course, may_race, must_survey, rivals
 from evomerge.search.exam import Exam, open_exam
 from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failures_in_a_row
 from evomerge.search.finals import finish, search_score
@@ -151,15 +151,15 @@ class Driver:
         Where races look is found out once and kept with the study: it decides on batches, and so on bits.
         """
         course = make_course(self.study, self.known, self.ledger)
-        if course is None or looks_of(self.study, course.items) is not None:
+        if course is None or not must_survey(self.study, course.items):
             return course
         result = await self.pool.run(Survey(course), "where races look")
         if isinstance(result, Failure):
             self.run.log(f"candidates are not raced in this session: {result.reason}")
             return None
-        content = {"items": course.items, "ends": result.ends}
-        self.study.stored.set_user_attr(LOOKS, content)
-        self.run.log(f"races look after {', '.join(map(str, result.ends))} items")
+        assert result.looks is not None, "a survey places looks"
+        self.study.stored.set_user_attr(LOOKS, {"items": course.items, **asdict(result.looks)})
+        self.run.log(f"races look after {', '.join(map(str, result.looks.ends))} items")
         return make_course(self.study, self.known, self.ledger)
 
     async def make_soup(self) -> GreedySoup:
@@ -228,7 +228,7 @@ class Driver:
     def race(self) -> tuple[Course | None, Race | None, dict[str, Any] | None]:
         """A race against the incumbent, and who ran in it; None before there is one on these items."""
         course = self.course
-        if course is None:
+        if course is None or not may_race(self.study, course):
             return None, None, None
         incumbent, others = rivals(self.study, course.items)
         if incumbent is None:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import RacingConfig
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.looks import USUAL, place_looks
+from evomerge.evaluate.looks import Cost, Looks, place_looks
 from evomerge.evaluate.racing import (
     Order,
     Race,
@@ -31,7 +31,7 @@ class Course:
     """The items of the search split, task after task, in the order in which every candidate meets them.
 
     items: the name under which the study keeps their ids.  sizes: items per task.  ceiling: (N,) see `Race`.
-    ends: after how many items a race looks, the last of them all.
+    looks: where a race looks.
     """
 
     items: str
@@ -39,12 +39,12 @@ class Course:
     order: Order
     ceiling: Vector
     alpha: float
-    ends: tuple[int, ...]
+    looks: Looks
 
     @cached_property
     def name(self) -> str:
         """A hash of the order: workers keep a course's batches under it."""
-        return hashlib.sha256(f"{self.items}{self.ends}".encode() + self.order.items.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.items}{self.looks.ends}".encode() + self.order.items.tobytes()).hexdigest()[:16]
 
     def by_task(self, scores: Vector) -> dict[str, Vector]:
         """Scores of all items, (N,), task by task."""
@@ -70,13 +70,13 @@ def build_course(
     baselines: Sequence[Mapping[str, Sequence[float]]],
     seed: int,
     config: RacingConfig,
-    ends: Sequence[int] = (),
+    looks: Looks | None = None,
 ) -> Course:
     """The course of a search.
 
     items: the name of the search split's item ids in the study.  baselines: the objective's item scores, task by task,
-    of models that were evaluated in full; they say which items tell models apart.  ends: see `Course`; without them
-    those of `chunks`.
+    of models that were evaluated in full; they say which items tell models apart.  looks: without
+    them those of `even_looks`.
     """
     split = exam.split("search")
     sizes = {task: len(found) for task, found in split.items()}
@@ -85,17 +85,23 @@ def build_course(
     weights = item_weights(exam.weights, sizes)
     scores = np.concatenate(list(known.values()), axis=1) if config.informative and baselines else None
     order = race_order([f"{task}\0{i.id}" for task, found in split.items() for i in found], weights, seed, scores, tops)
-    ends = ends or np.cumsum([len(piece) for piece in chunks(order)]).tolist()
-    return Course(items, sizes, order, tops, config.alpha, tuple(ends))
+    return Course(items, sizes, order, tops, config.alpha, looks or even_looks(order))
 
 
-def survey(course: Course, engine: Engine, asked: Sequence[Workload], whole: Workload) -> tuple[int, ...]:
-    """After how many items a race should look, see `place_looks`.  asked: every task's items.  whole: all at once."""
+def even_looks(order: Order) -> Looks:
+    """The looks of `chunks`, as they were before they were placed by what they cost."""
+    ends = np.cumsum([len(piece) for piece in chunks(order)])
+    return Looks(tuple(ends.tolist()), tuple((ends / ends[-1]).tolist()))
+
+
+def survey(course: Course, engine: Engine, asked: Sequence[Workload], whole: Workload) -> Looks:
+    """Where a race should look, see `place_looks`.  asked: every task's items.  whole: all at once."""
 
     def pieces_of(ends: Sequence[int]) -> list[Workload]:
-        return [heat.work for heat in build_heats(replace(course, ends=tuple(ends)), engine, asked)]
+        return [heat.work for heat in build_heats(replace(course, looks=Looks(tuple(ends), ())), engine, asked)]
 
-    return place_looks(len(course.ceiling), whole, pieces_of, USUAL)
+    cost = Cost.on(engine.model.device.type, engine.batch_tokens)
+    return place_looks(len(course.ceiling), whole, pieces_of, cost)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Heat:
 
 def build_heats(course: Course, engine: Engine, asked: Sequence[Workload]) -> list[Heat]:
     """The work between the looks of a course.  asked: every task's items."""
-    pieces = np.split(course.order.items, course.ends[:-1])
+    pieces = np.split(course.order.items, course.looks.ends[:-1])
     ends = np.cumsum(list(course.sizes.values()))
     starts = ends - list(course.sizes.values())
     split = [[p[(first <= p) & (p < end)] for first, end in zip(starts, ends, strict=True)] for p in pieces]

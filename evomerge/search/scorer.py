@@ -232,7 +232,7 @@ class Scorer:
     def survey(self, course: Course) -> Outcome:
         """See `Survey`."""
         work = self.prepared("search", everything=False)
-        return Outcome({}, {}, ends=survey(course, self.engine, work.by_task, work))
+        return Outcome({}, {}, looks=survey(course, self.engine, work.by_task, work))
 
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         with clock.time("merge"):
