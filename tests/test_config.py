@@ -377,3 +377,11 @@ def test_differences_use_the_names_of_the_file_and_say_what_is_absent(folder: Pa
 
 def test_a_longer_budget_is_no_difference(folder: Path) -> None:
     assert config_differences(parsed(folder), parsed(folder, budget={"trials": 500})) == []
+
+
+@pytest.mark.parametrize("name", ["base", "winner"])
+def test_a_source_is_not_called_as_another_model_of_the_tables(folder: Path, name: str) -> None:
+    """One called `base` took the base's place, one called `winner` the candidate's."""
+    sources = [{"name": name, "path": str(folder / "a")}]
+    with pytest.raises(EvomergeError, match=f"sources.0.name: '{name}' is what tables call another model"):
+        parsed(folder, sources=sources)

@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.merge.plan import Method
 from evomerge.merge.recipe import Dtype
@@ -20,9 +20,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+RESERVED = ("base", "winner")
+
+
 class SourceConfig(Strict):
     """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes.
 
+    name: any but those that a run's tables give the base and the chosen candidate (RESERVED).
     statistics: a file of `evomerge statistics`, for the methods that need one.
     """
 
@@ -30,6 +34,13 @@ class SourceConfig(Strict):
     path: str
     role: Literal["specialist", "generalist"] | None = None
     statistics: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def check_name(cls, name: str) -> str:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is what tables call another model; call the source otherwise")
+        return name
 
 
 class Axis(Strict):
