@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.errors import first_line
 from evomerge.evaluate.cache import empty_cache
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches, run_trunk
 from evomerge.evaluate.prefix import Tokens
@@ -66,7 +67,7 @@ def probe(model: Any, vocabulary: int, log: Callable[[str], None] = lambda text:
                 return True
             reason = f"differs by {error:.2g} from plain forwards"
         except Exception as failure:  # whatever an architecture makes of arguments that it does not know
-            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
+            reason = first_line(failure)[:200]
         log(f"note: {type(model).__name__} {name} ({reason}); {instead}")
         return False
 

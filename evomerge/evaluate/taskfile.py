@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line
 from evomerge.files import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
@@ -210,4 +210,4 @@ def reason(error: BaseException) -> str:
     """What went wrong first; `datasets` wraps it in an error that says nothing."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

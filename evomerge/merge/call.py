@@ -1,7 +1,7 @@
 """What one tensor's plan asks of the kernels `blend` and `sparse_blend`, and the answer in torch, piece by piece."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,9 +38,6 @@ class Call:
     def is_copy(self) -> bool:
         """Whether the result is the only source."""
         return self.form is None and self.base is None and self.numbers == [1.0]
-
-    def with_sources(self, sources: list[Tensor]) -> "Call":
-        return replace(self, sources=sources)
 
     def number_rows(self, device: torch.device) -> Tensor:
         """`numbers` as the kernels take them, (N,) or (6, N)."""

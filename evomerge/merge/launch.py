@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evomerge.errors import first_line
 from evomerge.merge.call import Call, piece_size, piecewise_call
 from evomerge.merge.kernels import SparseForm
 
@@ -216,6 +217,5 @@ def uploaded(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def last_word(error: Exception) -> str:
-    """An exception in one line."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {text[0]}"
+    """An exception with its type, in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 
 from evomerge.device import TORCH_DTYPES
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line
 from evomerge.files import read_json
 from evomerge.merge.bank import Bank
 from evomerge.merge.compute import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import is_computed
+from evomerge.sources.architecture import known_config
 from evomerge.sources.checkpoint import read_config, stored_tensors
 from evomerge.sources.open import open_models
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
@@ -36,7 +37,7 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, comput
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a configuration may be wrong in any way; code that lies beside the model is not run
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
         raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
@@ -51,12 +52,14 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
         return load_live_model(base, dtype, bank.device, compute)
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
+    if (known := known_config(bank.layout.config)) is None:
+        raise EvomergeError(f"{base}: transformers does not know its architecture")
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bank.layout.config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(known, dtype=dtype)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

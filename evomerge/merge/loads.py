@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, some
 from evomerge.merge.layout import Layout
 from evomerge.sources.architecture import empty_model
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
-from evomerge.sources.loading import Loading, loading, some
+from evomerge.sources.loading import Loading, loading
 
 
 def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
@@ -20,7 +20,7 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
     if layout.left_out:
         notes.append(
             f"{len(layout.left_out)} tensor(s) of the base lie beyond its layers, and slices leave them out: "
-            + some(layout.left_out)
+            + some(sorted(layout.left_out))
         )
     found = loads(layout.config, layout.tensors)
     if found is None:
@@ -31,7 +31,7 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
     if found.unread:
         before = loads(base.config, base.tensors)
         if of_base := found.unread & (before.unread if before else frozenset()):
-            notes.append(f"transformers does not read {len(of_base)} tensor(s) of the base: {some(of_base)}")
+            notes.append(f"transformers does not read {len(of_base)} tensor(s) of the base: {some(sorted(of_base))}")
             found = Loading(found.missing, found.unread - of_base, found.misshapen)
     if problems := found.problems():
         raise EvomergeError("transformers would not load this model as it is meant:\n  " + "\n  ".join(problems))

@@ -23,7 +23,7 @@ class Share:
 
 
 class Room:
-    """So many bytes, given out and taken back; threads may share one."""
+    """So many bytes to be given out; threads may share one."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -41,10 +41,6 @@ class Room:
                 return False
             self.taken += size
             return True
-
-    def give_back(self, size: int) -> None:
-        with self.lock:
-            self.taken -= size
 
 
 def default_capacity(device: torch.device, coming: int = 0, share: Share | None = None) -> int:

@@ -89,13 +89,14 @@ async def finish(run: Run, study: SearchStudy, ledger: Ledger, known: list[Basel
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
     candidates = [s for s in selected if s.finalist.kind == "candidate"]
     chosen = (candidates or selected)[0].finalist
-    meets = without_weaker_recipes([s.finalist for s in selected if s.finalist not in (chosen, *searched)])
-    chosen_scores, *others = await together(
+    others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
+    meets = without_weaker_recipes(others)
+    chosen_scores, *their_scores = await together(
         *(attempt(run, ledger, "holdout", f.name, f.recipe) for f in (chosen, *meets))
     )
     if chosen_scores is None:
         raise EvomergeError(f"{chosen.name} was chosen, but is broken on the holdout items; the run's log.txt says why")
-    judged = {f.name: (f, scores) for f, scores in zip(meets, others, strict=True) if scores is not None}
+    judged = {f.name: (f, scores) for f, scores in zip(meets, their_scores, strict=True) if scores is not None}
     metrics = {task.name: task.metric for task in exam.tasks}
     verdict = judge(
         exam.of(chosen_scores, "metric"),

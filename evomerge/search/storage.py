@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from evomerge.config.storage import masked, passwords
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line
 from evomerge.search import tables
 from evomerge.search.sqlite import create_file, file_of, is_damage, write_ahead
 from evomerge.search.tables import TRIALS
@@ -87,7 +87,7 @@ class Storage(RDBStorage):
                 if self.in_file:
                     raise
                 if self.patience is None or not is_lost(error):
-                    text = scrubbed(first_line(error), self.url)
+                    text = scrubbed(database_said(error), self.url)
                     raise EvomergeError(f"storage {masked(self.url)}: does not answer as it should ({text})") from error
                 tries += 1
                 self.wait(self.patience, error, tries)
@@ -101,7 +101,7 @@ class Storage(RDBStorage):
         """Let a moment pass: a tenth of a second at first, a second later."""
         if not self.gone:
             self.gone = True
-            patience.log(f"the database does not answer; waiting ({scrubbed(first_line(error), self.url)})")
+            patience.log(f"the database does not answer; waiting ({scrubbed(database_said(error), self.url)})")
         for _ in range(min(10, tries)):
             patience.check()
             time.sleep(0.1)
@@ -181,15 +181,16 @@ def open_storage(url: str, patience: Patience | None = None, create: bool = True
     except (SQLAlchemyError, OptunaError, RuntimeError, ImportError, ValueError, OSError) as error:
         if file_of(url) is not None and is_damage(error):
             raise damaged(url, error) from error
-        reason = scrubbed(first_line(error), url)
+        reason = scrubbed(database_said(error), url)
         if "version_info" in reason:
             raise EvomergeError(f"storage {masked(url)}: holds no studies") from error
         raise EvomergeError(f"storage {masked(url)}: cannot be opened ({reason})") from error
 
 
 def damaged(url: str, error: BaseException) -> EvomergeError:
+    said = scrubbed(database_said(error), url)
     return EvomergeError(
-        f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({scrubbed(first_line(error), url)}); "
+        f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({said}); "
         "put back a copy of the file, or start anew with another run folder"
     )
 
@@ -247,14 +248,14 @@ def is_lost(error: BaseException) -> bool:
     return broken or isinstance(error, (OperationalError, InterfaceError))
 
 
-def first_line(error: BaseException) -> str:
+def database_said(error: BaseException) -> str:
     """What went wrong, without SQLAlchemy's quotation of the statement."""
     cause: BaseException = error
     if isinstance(cause, StorageInternalError) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, DBAPIError) and cause.orig is not None:
         cause = cause.orig
-    return next(iter(str(cause).strip().splitlines()), type(error).__name__)
+    return first_line(cause)
 
 
 def scrubbed(text: str, url: str) -> str:

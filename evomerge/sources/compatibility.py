@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, some
 from evomerge.files import read_json, read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
@@ -143,10 +143,6 @@ def compare_heads(
             f"{name}: has {rows} rows in its embedding, the base model {ours_rows}; the last {rows - ours_rows} belong "
             "to no token of the tokenizer and are not used"
         )
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

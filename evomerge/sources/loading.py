@@ -6,7 +6,7 @@ second, one of 45,000 tensors five.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line, some
 from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import empty_model
 
@@ -39,17 +39,13 @@ class Loading:
         lines = []
         if self.missing:
             lines.append(f"{len(self.missing)} tensor(s) are missing, random numbers would stand there: "
-                         + some(self.missing))  # fmt: skip
+                         + some(sorted(self.missing)))  # fmt: skip
         if self.unread:
-            lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(self.unread)}")
+            lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(sorted(self.unread))}")
         if self.misshapen:
             shapes = [f"{name}, {shapes}" for name, shapes in self.misshapen.items()]
-            lines.append(f"{len(self.misshapen)} tensor(s) have another shape: {some(shapes)}")
+            lines.append(f"{len(self.misshapen)} tensor(s) have another shape: {some(sorted(shapes))}")
         return lines
-
-
-def some(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
@@ -73,7 +69,7 @@ def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
                 output_loading_info=True,
             )
     except Exception as error:  # such as experts of several shapes that it would stack
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EvomergeError(f"transformers cannot load such a model ({reason})") from error
     return Loading(
         missing=frozenset(found["missing_keys"]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line
 from evomerge.files import TOKENIZER_BYTES, read_json, read_text
 
 TOKENIZER_FILES = (
@@ -96,7 +96,7 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its converters raise whatever went wrong inside them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
 
 
