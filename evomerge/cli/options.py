@@ -24,7 +24,7 @@ Timeout = Annotated[
 ]
 Workers = Annotated[
     str | None,
-    typer.Option(help="How many: a count, or auto for one on each accelerator (default: 1, with --ray auto)."),
+    typer.Option(help="How many workers: a count, or auto for one on each accelerator (default: 1, with --ray auto)."),
 ]
 Ray = Annotated[str | None, typer.Option(help="Put the workers on a Ray cluster: its address, or local to start one.")]
 Until = Annotated[str | None, typer.Option(help="Have the result at this local time: 07:00.")]
