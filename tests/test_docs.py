@@ -299,6 +299,14 @@ def test_links_point_at_files_and_headings_that_are_there(page: Path) -> None:
 
 
 @every_page
+def test_files_of_the_project_that_a_page_names_are_there(page: Path) -> None:
+    named = [word for token in tokens(page) for span in spans(token) for word in span.split()]
+    folders = "benchmarks|configs|docs|evals|evomerge|examples|tests"
+    ours = [word for word in named if re.fullmatch(rf"({folders})/\S*", word)]
+    assert [path for path in ours if not any(ROOT.glob(path.rstrip("/")))] == []
+
+
+@every_page
 def test_lines_are_at_most_100_characters(page: Path) -> None:
     """Tables are exempt, and what a link or an address adds to a line."""
     lines = page.read_text(encoding="utf-8").splitlines()
