@@ -33,10 +33,10 @@ traceback; 2 a wrong input or a full disk, told in one message, or models that c
 
 def reference() -> str:
     """The whole page."""
-    commands = [(info.name or info.callback.__name__, info) for info in app.registered_commands if info.callback]
-    rows = [f"| [`{name}`](#{name}) | {summary(info.callback)} |" for name, info in commands]
+    commands = [(c.name or c.callback.__name__, c.callback, c.epilog) for c in app.registered_commands if c.callback]
+    rows = [f"| [`{name}`](#{name}) | {summary(callback)} |" for name, callback, _ in commands]
     index = "\n".join(["| command | what it does |", "|---|---|", *rows])
-    sections = [section(name, info.callback, info.epilog) for name, info in commands]
+    sections = [section(*command) for command in commands]
     return "\n".join([HEAD, index + "\n", *sections])
 
 
@@ -56,7 +56,7 @@ def section(name: str, command: Callable[..., Any], epilog: str | None) -> str:
     return "\n".join([f"## `{name}`\n", fill(summary(command), WIDTH) + "\n", *shown, "", *table, ""])
 
 
-def summary(command: Callable[..., Any] | None) -> str:
+def summary(command: Callable[..., Any]) -> str:
     return " ".join((inspect.getdoc(command) or "").split())
 
 
