@@ -27,13 +27,13 @@ from evomerge.config.schema import SearchConfig, TaskConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.prefix import tree_tokens
+from evomerge.evaluate.prefix_plan import tree_tokens
 from evomerge.evaluate.tasks import Task, items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 from evomerge.merge.live import open_live_model
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.search.exam import open_exam
-from evomerge.search.scorer import Scorer, open_config_models
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.task_set import open_task_set
 
 WORDS = "the cat saw a small red house near our old river and they were glad of it when rain came down again".split()
 LETTERS = "abcdefgh"  # for tokenizers of single characters
@@ -162,13 +162,13 @@ def trial(folder: Path, tasks: list[Path], args: argparse.Namespace) -> list[str
     )
     sources = [RecipeSource(name=n, path=str(folder), parameters={"weight": 0.5}) for n in ("one", "two")]
     recipe = Recipe(method="linear", base=Model(path=str(folder)), sources=sources)
-    scorer = Scorer(config, open_config_models(config), open_exam(config))
-    extend(scorer.model)
-    scorer.evaluate(recipe, "search", everything=False)
+    evaluator = Evaluator(config, open_config_models(config), open_task_set(config))
+    extend(evaluator.model)
+    evaluator.evaluate(recipe, "search", everything=False)
     lines = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        seconds = scorer.evaluate(recipe, "search", everything=False).seconds
+        seconds = evaluator.evaluate(recipe, "search", everything=False).seconds
         whole = time.perf_counter() - start
         parts = ", ".join(f"{k} {v / whole:.1%}" for k, v in seconds.items())
         lines.append(f"outside forwards {1 - seconds['forward'] / whole:.1%} ({parts})")

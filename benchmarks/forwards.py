@@ -25,9 +25,9 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
-from evomerge.merge.compute import faster_type, measure
+from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import open_live_model
-from evomerge.merge.recipe import Dtype
+from evomerge.merge.recipe.recipe import Dtype
 
 EVALS = Path(__file__).resolve().parent.parent / "evals" / "tiny"
 CPU = torch.device("cpu")

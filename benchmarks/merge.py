@@ -27,15 +27,15 @@ from stopwatch import timed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from evomerge.merge.bank import Bank
-from evomerge.merge.compiled import Compiled, user_cache
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.kernels.compiled import Compiled, user_cache
 from evomerge.merge.materialise import materialise
+from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.methods import METHODS
-from evomerge.merge.prepare import prepare
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.merge.shards import open_writer
-from evomerge.sources.locate import fingerprint
-from evomerge.sources.open import open_models
+from evomerge.merge.output.shards import open_writer
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.models import open_models
 
 SOURCES = ["one", "two", "three"]
 CASES = {
@@ -188,14 +188,14 @@ def measure(method: str, folders: dict[str, Path], compiled: Compiled | None, ar
     if compiled:
         _ = compiled.scan  # compiled once per machine
     before = anonymous_bytes()
-    inputs = {n: fingerprint(folders[n]) for n in ("base", *names)}
+    inputs = {n: model_fingerprint(folders[n]) for n in ("base", *names)}
     cache = folders["base"].parent / ("cache" if compiled else "cache in torch")
     measured = bool(METHODS[method].measures)
     started = time.process_time()
-    opening = timed(lambda: prepare(bank, method, names, cache, inputs), device)
+    opening = timed(lambda: measure_sources(bank, method, names, cache, inputs), device)
     busy = time.process_time() - started
     again = Bank(bank.models, device)
-    reopening = timed(lambda: prepare(again, method, names, cache, inputs), device)
+    reopening = timed(lambda: measure_sources(again, method, names, cache, inputs), device)
     recipes = [recipe(method, folders, i) for i in range(args.repeat + 1 if compiled else max(1, args.repeat // 4))]
     merges, floors = [], []
     for made in recipes:

@@ -40,8 +40,8 @@ from scipy.stats import wilcoxon
 
 from evomerge.evaluate.racing import ALPHA, Order, Race, Vector, ceiling, chunks, item_weights, race_order
 from evomerge.search.run import open_run
-from evomerge.search.scores import objective_scores
-from evomerge.search.study import in_full, record_of
+from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.study import in_full, record_of
 
 Matrix = NDArray[np.float64]
 ALPHAS = (0.02, 0.05, 0.1)

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from evomerge.evaluate.clock import Clock
-from evomerge.search.exam import open_exam
-from evomerge.search.race import build_course, survey
+from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.race_setup import build_race_setup, choose_looks
+from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.run import open_run
-from evomerge.search.scorer import Scorer, open_config_models
-from evomerge.search.scores import objective_scores
-from evomerge.search.space import build_space
-from evomerge.search.study import SearchStudy, record_of
+from evomerge.search.space.space import build_space
+from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.study import SearchStudy, record_of
 
 
 def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
@@ -33,32 +33,32 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     run = open_run(folder)
     config = run.config()
     models = open_config_models(config)
-    study, exam = SearchStudy(run.study(), build_space(config, models)), open_exam(config)
-    scorer = Scorer(config, models, exam, cache=run.folder / "cache")
+    study, task_set = SearchStudy(run.study(), build_space(config, models)), open_task_set(config)
+    evaluator = Evaluator(config, models, task_set, cache=run.folder / "cache")
     known = [objective_scores(t) for t in study.complete if "baseline" in t.user_attrs]
     items = record_of(study.complete[0])["items"]
-    course = build_course(exam, items, known, config.seed, config.racing)
-    work = scorer.prepared("search", everything=False)
-    scorer.materialise(study.space.recipe(study.complete[0].params), Clock())
+    race_setup = build_race_setup(task_set, items, known, config.seed, config.racing)
+    work = evaluator.prepared("search", everything=False)
+    evaluator.materialise(study.space.recipe(study.complete[0].params), Clock())
     began = time.perf_counter()
-    looks = survey(course, scorer.engine, work.by_task, work)
+    looks = choose_looks(race_setup, evaluator.engine, work.by_task, work)
     placed = f"{len(looks.ends)} looks placed in {time.perf_counter() - began:.1f} s"
-    print(f"{len(course.ceiling)} items, {placed}: {looks.ends}; a trial to its end costs {looks.costs[-1]:.2f}")
-    course = replace(course, looks=looks)
-    full = [course.vector(t) for t in study.complete if "baseline" in t.user_attrs]
+    print(f"{len(race_setup.ceiling)} items, {placed}: {looks.ends}; a trial to its end costs {looks.costs[-1]:.2f}")
+    race_setup = replace(race_setup, looks=looks)
+    full = [race_setup.vector(t) for t in study.complete if "baseline" in t.user_attrs]
     found = []
     for trial in [t for t in study.complete if "baseline" not in t.user_attrs][:most]:
         recipe = study.space.recipe(trial.params)
-        best = max(full, key=lambda scores: float(course.order.weights @ scores))
-        race = course.race(best, [s for s in full if s is not best]) if len(looks.ends) > 1 else None
+        best = max(full, key=lambda scores: float(race_setup.order.weights @ scores))
+        race = race_setup.race(best, [s for s in full if s is not best]) if len(looks.ends) > 1 else None
         seconds, share = {}, 1.0
         for raced in (True, False) if trial.number % 2 else (False, True):
             began = time.perf_counter()
-            outcome = scorer.try_out(recipe, None, course if raced else None, race if raced else None)
+            outcome = evaluator.score_trial(recipe, None, race_setup if raced else None, race if raced else None)
             seconds[raced] = time.perf_counter() - began
             share = outcome.estimate.fraction if outcome.estimate else share
         if share == 1:
-            full.append(course.vector(trial))
+            full.append(race_setup.vector(trial))
         found.append((seconds[False], seconds[True], share))
     return found
 

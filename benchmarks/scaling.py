@@ -33,14 +33,14 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 from storage import space_of
 
-from evomerge.config.file import write_config
+from evomerge.config.config_file import write_config
 from evomerge.config.schema import SamplerConfig
-from evomerge.search.cma import GENERATION, CmaEsSampler
 from evomerge.search.run import Run, open_run
-from evomerge.search.scores import pack
-from evomerge.search.space import Point
-from evomerge.search.storage import open_study, sqlite_url
-from evomerge.search.study import Begun, SearchStudy, in_full, trial_seconds
+from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler
+from evomerge.search.space.space import Point
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.study import Begun, SearchStudy, in_full, trial_seconds
 
 WORKERS = (1, 2, 4, 8, 16, 64)
 Answer = TypeVar("Answer")

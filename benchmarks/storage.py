@@ -20,11 +20,11 @@ from cmaes import CMA
 from optuna.trial import TrialState, create_trial
 
 from evomerge.config.schema import SearchConfig
-from evomerge.search import tables
-from evomerge.search.scores import pack
-from evomerge.search.space import Group, Space
-from evomerge.search.storage import open_study, sqlite_url, storage_of
-from evomerge.search.study import SearchStudy
+from evomerge.search.space.space import Group, Space
+from evomerge.search.storage import tables
+from evomerge.search.storage.database import open_study, sqlite_url, storage_of
+from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.study import SearchStudy
 
 TASKS, ITEMS = 4, 60
 

@@ -2,8 +2,8 @@
 
     python benchmarks/verdict.py [--repeats 4000]
 
-Every cell draws score tables from a known truth and asks `evomerge.search.intervals` and `judge`.  Columns of coverage:
-the share of intervals wholly above and wholly below the truth (5% each at most), next to a plain percentile bootstrap
+Every cell draws score tables from a known truth and asks `evomerge.search.verdict.intervals` and `judge`.  Columns of
+coverage: the share of intervals wholly above and wholly below the truth (5% each at most), next to a plain percentile bootstrap
 at the same level.  Kinds of scores: right or wrong at a chance of .02, .5 or .97; normal; heavy-tailed (normal with
 deviation 0.3, and 3% of the items lose 8).
 """
@@ -15,9 +15,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.search import intervals as module
-from evomerge.search.intervals import DRAWS, Interval, Range, intervals, of_differences, score_range
-from evomerge.search.verdict import Rival, judge
+from evomerge.search.verdict import intervals as module
+from evomerge.search.verdict.intervals import DRAWS, Interval, Range, intervals, of_differences, score_range
+from evomerge.search.verdict.verdict import Rival, judge
 
 Scores = NDArray[np.float64]
 KINDS = ("right .02", "right .5", "right .97", "normal", "heavy")

@@ -12,7 +12,7 @@ import typer
 from evomerge.errors import EvomergeError
 
 
-def run_search(run: Any, limits: Any, crew: Any, out: Path | None = None) -> None:
+def run_search(run: Any, limits: Any, worker_options: Any, out: Path | None = None) -> None:
     """Search, show, report, and write the model to `out` if there is one.
 
     On an interrupt, say how to go on and leave with the signal's exit code.
@@ -20,17 +20,17 @@ def run_search(run: Any, limits: Any, crew: Any, out: Path | None = None) -> Non
     from evomerge.report.html import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
-    from evomerge.search.board import Board
+    from evomerge.search.interrupt import Interrupted, StopSignal
     from evomerge.search.loop import search as search_loop
+    from evomerge.search.monitor.monitor import Monitor
     from evomerge.search.run import only_driver
-    from evomerge.search.stop import Interrupted, StopSignal
 
     view, stop = SearchView(), StopSignal()
     with only_driver(run), stop.installed():
         try:
-            with Board(run, run.config(), limits, view) as board:
-                search_loop(run, board, stop, crew, out)
-                board.phase("report")
+            with Monitor(run, run.config(), limits, view) as monitor:
+                search_loop(run, monitor, stop, worker_options, out)
+                monitor.phase("report")
                 write_report(run)
         except Interrupted as interrupt:
             view.close()
@@ -48,10 +48,10 @@ def run_search(run: Any, limits: Any, crew: Any, out: Path | None = None) -> Non
 
 def export_recommended(run: Any, out: Path | None, mergekit: Path | None) -> None:
     """Write what the verdict of a run recommends."""
-    from evomerge.report.card import results_section
     from evomerge.report.status import read_status
-    from evomerge.report.usage import usage_section
-    from evomerge.search.export import recommended_recipe
+    from evomerge.report.usage_text import usage_section
+    from evomerge.report.verdict_text import results_section
+    from evomerge.search.verdict.recommended import recommended_recipe
 
     recipe, verdict = recommended_recipe(run)
     print(verdict["sentence"])
@@ -80,11 +80,11 @@ def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results:
 def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
     from evomerge.device import resolve_device, use
-    from evomerge.merge.card import model_card
-    from evomerge.merge.export import export as export_model
-    from evomerge.merge.export import total_bytes
-    from evomerge.merge.nested import open_bank
-    from evomerge.merge.recipe import pin
+    from evomerge.merge.output.card import model_card
+    from evomerge.merge.output.export import export as export_model
+    from evomerge.merge.output.export import total_bytes
+    from evomerge.merge.recipe.nested import open_bank
+    from evomerge.merge.recipe.recipe import pin
     from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})

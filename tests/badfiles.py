@@ -17,23 +17,23 @@ from lm_eval_tasks import metrics, write_lines
 from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 
-from evomerge.config.file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
 from evomerge.config.schema import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
-from evomerge.merge.card import model_card
 from evomerge.merge.live import load_live_model
+from evomerge.merge.measure.prepare import load
 from evomerge.merge.mergekit.read import load_merge
-from evomerge.merge.prepare import load
-from evomerge.merge.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
-from evomerge.report.card import results_section
+from evomerge.merge.output.card import model_card
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
 from evomerge.report.html import explanation
+from evomerge.report.verdict_text import results_section
 from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 SECONDS = 5.0  # of the processor, so that a paused machine is no hang

@@ -106,7 +106,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 def finished(run: Path) -> dict[int, Any]:
     """Number -> parameters, value and item scores of every finished trial; an error if numbers are not 0, 1, 2, ..."""
     from evomerge.search.run import open_run
-    from evomerge.search.study import record_of
+    from evomerge.search.storage.study import record_of
 
     trials = open_run(run).study().get_trials(deepcopy=False)
     assert [t.number for t in trials] == list(range(len(trials))), "trial numbers have gaps or repeat"
@@ -382,14 +382,14 @@ def _(night: Night) -> str:
 
 BREAK = """
 import os
-import evomerge.search.scorer as s
-real = s.Scorer.materialise
+import evomerge.search.evaluation.evaluator as s
+real = s.Evaluator.materialise
 def broken(self, recipe, clock):
     real(self, recipe, clock)
     if os.path.exists(FLAG):
         os.unlink(FLAG)
         next(self.model.parameters()).data.fill_(float("nan"))
-s.Scorer.materialise = broken
+s.Evaluator.materialise = broken
 """
 
 

@@ -14,13 +14,13 @@ from models import write_adapter, write_family
 from test_kernels import KEYS, PLANS, RANKED, WEIGHTS, chance
 from torch import Tensor
 
-from evomerge.merge.call import Call, call_of, piecewise_call
-from evomerge.merge.launch import Launcher
+from evomerge.merge.kernels.call import Call, call_of, piecewise_call
+from evomerge.merge.kernels.launch import Launcher
 from evomerge.merge.materialise import materialise
-from evomerge.merge.measure import no_levels
-from evomerge.merge.nested import open_bank
-from evomerge.merge.plan import Blend, SparseBlend
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.measure.measurements import no_levels
+from evomerge.merge.methods.plan import Blend, SparseBlend
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 
 Case = tuple[str, Call, tuple[int, ...]]
 MIXED = (torch.bfloat16, torch.float32, torch.bfloat16, torch.float16)
@@ -115,10 +115,10 @@ def main() -> None:
 
 def far_elements() -> bool:
     """A random mask's words beyond 2^32 elements: a table that says the tensor began so far before."""
-    from evomerge.merge import triton_kernels
-    from evomerge.merge.call import low_word, with_high_word
-    from evomerge.merge.kernels import sparse_blend
-    from evomerge.merge.launch import blocks_of, described, kernel_of, settings_of
+    from evomerge.merge.kernels import triton_kernels
+    from evomerge.merge.kernels.call import low_word, with_high_word
+    from evomerge.merge.kernels.elementwise import sparse_blend
+    from evomerge.merge.kernels.launch import blocks_of, described, kernel_of, settings_of
 
     base, sources = operands((3000,), (torch.float32,) * 4)
     call = call_of(PLANS["drop"], base, sources, (), KEYS)

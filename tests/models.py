@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from evomerge.merge.gathered import Origin
-from evomerge.sources.locate import fingerprint
+from evomerge.merge.measure.statistics_file import Origin
+from evomerge.sources.locate import model_fingerprint
 
 VOCABULARY = ["<pad>", "<s>", "</s>", *" \n=+.?", *"abcdefghijklmnopqrstu", *"0123456789"]  # 40 tokens
 HIDDEN, INNER, LAYERS, HEADS = 16, 24, 2, 2
@@ -182,6 +182,6 @@ def write_statistics(file: Path, kind: str, model: Path, base: Path | None = Non
         layers = {name: (40, shape[1]) for name, shape in shapes.items() if "proj" in name}
         tensors = {name: x.double().T @ x.double() for name, x in random_tensors(layers, seed).items()}
     items = {"task": [f"item {k}" for k in range(40)]}
-    origin = Origin(kind, items, fingerprint(model), fingerprint(base) if base else {}, size=3.0**0.5)
+    origin = Origin(kind, items, model_fingerprint(model), model_fingerprint(base) if base else {}, size=3.0**0.5)
     save_file(tensors, file, metadata=origin.metadata())
     return file

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from evomerge.merge.coefficients import coefficient_problems, value_at
 from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe.coefficients import coefficient_problems, value_at
 from evomerge.sources.anatomy import is_computed, layer_count, place, relative_depth
 from evomerge.sources.quantised import packed_tensor
 

@@ -18,26 +18,26 @@ from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 from searches import run_cli, write_config
 
-from evomerge.config.file import config_differences, load_config, parse_config
-from evomerge.config.file import write_config as store
+from evomerge.config.config_file import config_differences, load_config, parse_config
+from evomerge.config.config_file import write_config as store
+from evomerge.config.database_url import expanded, has_password, masked
 from evomerge.config.schema import SearchConfig, TaskConfig
-from evomerge.config.storage import expanded, has_password, masked
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.prepared import read
+from evomerge.evaluate.prepared_items import read
 from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import read_json, read_text, read_yaml, write_text
 from evomerge.merge.live import load_live_model
-from evomerge.merge.recipe import load_recipe, signed
+from evomerge.merge.recipe.recipe import load_recipe, with_fingerprints
 from evomerge.parse import DEPTH, YAML_NODES, parse_json, parse_yaml
-from evomerge.report.card import results_section
-from evomerge.search.exam import open_exam
+from evomerge.report.verdict_text import results_section
+from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.run import Run, check_unchanged, create_run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import looks_like_hub_id
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -334,7 +334,7 @@ def test_a_path_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, path: st
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     content = {"method": "uniform_soup", "base": {"path": path}, "sources": [{"name": "a", "path": path}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    said = refusal(lambda: signed(load_recipe(tmp_path / "recipe.yaml")))
+    said = refusal(lambda: with_fingerprints(load_recipe(tmp_path / "recipe.yaml")))
     assert "is no path" in said or "no such folder" in said
 
 
@@ -519,13 +519,13 @@ def test_only_the_owner_reads_a_configuration_with_a_password(tmp_path: Path) ->
 
 def test_no_file_of_a_run_holds_what_a_variable_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(tmp_path, "sqlite:///" + str(tmp_path) + "/${SECRET}.db")
-    exam = open_exam(config)
+    task_set = open_task_set(config)
     monkeypatch.delenv("SECRET", raising=False)
-    message = refusal(lambda: create_run(config, exam, tmp_path / "search.yaml", tmp_path / "run"))
+    message = refusal(lambda: create_run(config, task_set, tmp_path / "search.yaml", tmp_path / "run"))
     assert "'SECRET' is not set" in message
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("SECRET", "hunter2")
-    run = create_run(config, exam, tmp_path / "search.yaml", tmp_path / "run")
+    run = create_run(config, task_set, tmp_path / "search.yaml", tmp_path / "run")
     assert run.storage_url(run.config()) == f"sqlite:///{tmp_path}/hunter2.db"
     changed = (tmp_path / "search.yaml").read_text().replace("name: n", "name: n\nseed: 5")
     (tmp_path / "search.yaml").write_text(changed)
@@ -536,8 +536,8 @@ def test_no_file_of_a_run_holds_what_a_variable_said(tmp_path: Path, monkeypatch
 
 def test_a_password_is_in_no_message_and_no_log_of_a_resume(tmp_path: Path) -> None:
     config = configuration(tmp_path, URL)
-    exam = open_exam(config)
-    run = create_run(config, exam, tmp_path / "search.yaml", tmp_path / "run")
+    task_set = open_task_set(config)
+    run = create_run(config, task_set, tmp_path / "search.yaml", tmp_path / "run")
     (tmp_path / "search.yaml").write_text((tmp_path / "search.yaml").read_text().replace("host:5432", "elsewhere"))
     message = refusal(lambda: check_unchanged(run, accept=False))
     assert "me:***@elsewhere" in message

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.evaluate.canary import Broken, Signs, check, endless, normal_signs, prompts, signs
+from evomerge.evaluate.canary import Broken, Signs, check_signs, endless, normal_signs, prompts, signs
 
 ROWS = 64
 
@@ -32,7 +32,7 @@ def test_prompts_are_cut_to_one_length_from_the_left() -> None:
 def test_a_healthy_model_passes_and_writes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "generate", None)  # it would fail if it were called
     found = signs(model, TOKENS, None)
-    check(signs(model, TOKENS, normal_signs([found])), normal_signs([found]))
+    check_signs(signs(model, TOKENS, normal_signs([found])), normal_signs([found]))
     assert 0 < found.entropy < 5
 
 
@@ -46,7 +46,7 @@ def test_a_collapsed_entropy_is_found(model: Any) -> None:
     normal = normal_signs([signs(model, TOKENS, None)])
     model.lm_head.weight.mul_(200)
     with pytest.raises(Broken, match="entropy"):
-        check(signs(model, TOKENS, normal), normal)
+        check_signs(signs(model, TOKENS, normal), normal)
 
 
 def test_an_endless_repetition_is_found(model: Any) -> None:
@@ -55,17 +55,17 @@ def test_an_endless_repetition_is_found(model: Any) -> None:
     found = signs(model, TOKENS, normal)
     assert found.repeats
     with pytest.raises(Broken, match="repeats itself"):
-        check(found, normal)
+        check_signs(found, normal)
 
 
 def test_what_the_parents_do_is_no_fault(model: Any) -> None:
     model.model.norm.weight.zero_()
     normal = normal_signs([signs(model, TOKENS, None)])
-    check(signs(model, TOKENS, normal), normal)
+    check_signs(signs(model, TOKENS, normal), normal)
 
 
 def test_without_parents_only_what_is_not_finite_is_broken() -> None:
-    check(Signs(0.0, 1.0, repeats=True), normal_signs([]))
+    check_signs(Signs(0.0, 1.0, repeats=True), normal_signs([]))
 
 
 @pytest.mark.parametrize(

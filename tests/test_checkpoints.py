@@ -15,12 +15,12 @@ from evomerge.cli import app
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import open_live_model
-from evomerge.merge.recipe import load_recipe
+from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.open import open_models
+from evomerge.sources.config_differences import compare_settings
+from evomerge.sources.models import open_models
 from evomerge.sources.quantised import packed_tensor
-from evomerge.sources.settings import compare_settings
 
 Q = "model.layers.0.self_attn.q_proj"
 U8, I8, I32, F8 = torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn

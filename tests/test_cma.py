@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.search.cma import GENERATION, CmaEsSampler, is_enqueued, trial_seed
-from evomerge.search.distribution import Distribution
-from evomerge.search.study import Mirror
+from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler, is_enqueued, trial_seed
+from evomerge.search.samplers.distribution import Distribution
+from evomerge.search.storage.study import Mirror
 
 Point = dict[str, float]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.merge.compiler import Kept, run_compiler
+from evomerge.merge.kernels.compiler import Kept, run_compiler
 
 SHELL = ["sh", "-c"]
 
@@ -56,7 +56,7 @@ def test_a_compiler_and_its_children_end_with_the_process_that_asked_for_them(ho
     """The child of the compiler, as g++ has cc1plus, is the one that nobody else would end."""
     file = tmp_path / "pid"
     script = f"sh -c 'echo $$ > {file}; sleep 100; true' & wait"
-    asking = f"from evomerge.merge.compiler import run_compiler; run_compiler(['sh', '-c', {script!r}])"
+    asking = f"from evomerge.merge.kernels.compiler import run_compiler; run_compiler(['sh', '-c', {script!r}])"
     asker = subprocess.Popen([sys.executable, "-c", asking], stderr=subprocess.DEVNULL)
     grandchild = written_pid(file)
     assert alive(grandchild)
@@ -196,7 +196,7 @@ def test_a_folder_of_somebody_else_is_not_used(which: str, kept: Kept):
 
 def test_a_torn_library_is_compiled_again_and_not_loaded(tmp_path: Path):
     """Real: a library whose last page is gone ends the process that maps it."""
-    from evomerge.merge.compiled import Compiled
+    from evomerge.merge.kernels.compiled import Compiled
 
     lines: list[str] = []
     if Compiled(tmp_path / "kernels", lines.append).scan.library is None:
@@ -207,7 +207,7 @@ def test_a_torn_library_is_compiled_again_and_not_loaded(tmp_path: Path):
     file.write_bytes(whole[: len(whole) // 2])
     file.chmod(0o700)
     code = (
-        "from pathlib import Path; from evomerge.merge.compiled import Compiled\n"
+        "from pathlib import Path; from evomerge.merge.kernels.compiled import Compiled\n"
         f"assert Compiled(Path({str(tmp_path / 'kernels')!r}), print).scan.library is not None"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

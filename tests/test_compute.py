@@ -10,19 +10,19 @@ import torch
 from searches import finished_search, run_cli, write_config
 from test_export import ARCHITECTURES, bank_of, exported, recipe_for, same_bits, tensors_in, write_relatives
 
-from evomerge.config.file import load_config
+from evomerge.config.config_file import load_config
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.loglikelihood import NotFiniteScore
-from evomerge.merge.compute import faster_type, measure
+from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations, load_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.search.computing import COMPUTE, settle
-from evomerge.search.course import LOOKS
-from evomerge.search.exam import open_exam
+from evomerge.search.evaluation.evaluator import finite, open_config_models
+from evomerge.search.evaluation.race_policy import LOOKS
+from evomerge.search.evaluation.settled_dtype import COMPUTE, settle
+from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.run import open_run
-from evomerge.search.scorer import finite, open_config_models
-from evomerge.search.scores import ledger_key
-from evomerge.search.study import record_of
+from evomerge.search.storage.item_scores import evaluation_key
+from evomerge.search.storage.study import record_of
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_a_trial_is_repeated_in_the_type_that_computed_it(done: Path) -> None:
 
 def test_baselines_outside_the_space_are_scored_on_the_search_split_by_the_objective_alone(done: Path) -> None:
     attributes = open_run(done).study().user_attrs
-    kept = {split: [v for k, v in attributes.items() if k.startswith(ledger_key(split, ""))] for split in
+    kept = {split: [v for k, v in attributes.items() if k.startswith(evaluation_key(split, ""))] for split in
             ("search", "holdout")}  # fmt: skip
     assert kept["search"], "dare_ties is no point of this space"
     assert {tuple(m) for entry in kept["search"] for m in entry["scores"].values()} == {("gold_logprob",)}
@@ -126,15 +126,15 @@ def settled(study: optuna.Study, config: Any, **changes: Any) -> tuple[str, list
 def test_a_study_keeps_the_type_it_began_with_and_says_what_is_faster_here(
     tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evomerge.search import computing
+    from evomerge.search.evaluation import settled_dtype
 
     config = load_config(write_config(tmp_path, tiny_family, dtype="bfloat16"))
     study = optuna.create_study()
-    monkeypatch.setattr(computing, "measure", lambda *_: {"float32": 1.0, "bfloat16": 8.0})
+    monkeypatch.setattr(settled_dtype, "measure", lambda *_: {"float32": 1.0, "bfloat16": 8.0})
     chosen, said = settled(study, config)
     assert (chosen, study.user_attrs[COMPUTE]["dtype"]) == ("float32", "float32")
     assert "8.0 times as long in bfloat16" in said[0]
-    monkeypatch.setattr(computing, "measure", lambda *_: {"float32": 1.0, "bfloat16": 0.25})
+    monkeypatch.setattr(settled_dtype, "measure", lambda *_: {"float32": 1.0, "bfloat16": 0.25})
     chosen, said = settled(study, config)
     assert chosen == "float32"
     assert "goes on so" in said[0]
@@ -143,7 +143,7 @@ def test_a_study_keeps_the_type_it_began_with_and_says_what_is_faster_here(
     assert (chosen, study.user_attrs[COMPUTE]["dtype"], len(said)) == ("bfloat16", "bfloat16", 1)
     began_before = optuna.create_study()
     began_before.add_trial(optuna.create_trial(value=0.0))
-    monkeypatch.setattr(computing, "measure", lambda *_: {"float32": 1.0, "bfloat16": 8.0})
+    monkeypatch.setattr(settled_dtype, "measure", lambda *_: {"float32": 1.0, "bfloat16": 8.0})
     assert settled(began_before, config)[0] == "bfloat16"
 
 
@@ -154,7 +154,7 @@ def test_a_type_that_cannot_hold_the_values_is_refused(tiny_family: Path, tmp_pa
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e39])
 def test_a_score_that_is_not_finite_breaks_the_candidate(wrong: float, tiny_family: Path, tmp_path: Path) -> None:
-    (task, _) = open_exam(load_config(write_config(tmp_path, tiny_family))).tasks
+    (task, _) = open_task_set(load_config(write_config(tmp_path, tiny_family))).tasks
     assert finite(task, "gold_logprob", {"gold_logprob": [-1.0, -2.0]}) == [-1.0, -2.0]
     with pytest.raises(NotFiniteScore, match="gold_logprob of an item is"):
         finite(task, "gold_logprob", {"gold_logprob": [-1.0, wrong]})

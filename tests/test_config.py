@@ -9,11 +9,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evomerge.config.file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import is_named
+from evomerge.merge.methods.plan import is_named
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 DEFAULT = object()

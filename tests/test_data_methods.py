@@ -20,26 +20,26 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
-from evomerge.config.file import load_config
+from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Row
 from evomerge.evaluate.tasks import deal, items_of, open_tasks
-from evomerge.merge import derived
-from evomerge.merge.bank import Bank
-from evomerge.merge.card import model_card
-from evomerge.merge.execute import execute
-from evomerge.merge.export import differences, export
-from evomerge.merge.gathered import read_origin
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.kernels import derived
+from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.regression import regression_mean
+from evomerge.merge.kernels.spectral import isotropic, singular_parts
 from evomerge.merge.live import destinations, load_live_model, open_live_model
 from evomerge.merge.materialise import materialise_tensor
-from evomerge.merge.plan import FisherBlend
-from evomerge.merge.recipe import Model, Recipe, RecipeSource, load_recipe
-from evomerge.merge.regression import regression_mean
-from evomerge.merge.spectral import isotropic, singular_parts
-from evomerge.search.gather import choose_items, fisher, gather, grams
-from evomerge.sources.open import open_models
+from evomerge.merge.measure.statistics_file import read_origin
+from evomerge.merge.methods.plan import FisherBlend
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import differences, export
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
+from evomerge.sources.models import open_models
+from evomerge.statistics.gather import choose_items, fisher, gather_statistics, grams
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_derived_tensors_are_made_once_and_survive_in_a_folder(
 
     monkeypatch.setattr(derived, "derive", lambda *_: pytest.fail("made again"))
     again = bank_of(folders, cache)
-    monkeypatch.setattr("evomerge.merge.bank.derive", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("evomerge.merge.bank.bank.derive", lambda *_: pytest.fail("made again"))
     assert torch.equal(merged(recipe, again, MATRIX), first)
     assert not torch.equal(merged(recipe.model_copy(update={"parameters": {"lambda": 0.5}}), again, MATRIX), first)
     monkeypatch.undo()
@@ -298,7 +298,7 @@ def write_gathered(
     """What `evomerge statistics` does, without a process of its own."""
     opened = open_tasks([TaskConfig(task=str(t)) for t in tasks])
     live = open_live_model(folder, None, "float32", CPU)
-    gather(kind, folder, None, live, opened, choose_items(opened, count, search), out)
+    gather_statistics(kind, folder, None, live, opened, choose_items(opened, count, search), out)
 
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -326,10 +326,10 @@ def test_statistics_have_the_checkpoints_names(config: Any, kind: str, tmp_path:
     for name in destinations(live, bank):
         out = merged(recipe, bank, name)
         assert out.isfinite().all()
-        if kind == "regmean" and bank.gathered(recipe)[0].covers(name):
+        if kind == "regmean" and bank.statistics(recipe)[0].covers(name):
             sources = [bank.source(s, name) for s in ("one", "two")]
-            turn = bank.gathered(recipe)[0].is_transposed(name)
-            gram = [g.read(name) for g in bank.gathered(recipe)]
+            turn = bank.statistics(recipe)[0].is_transposed(name)
+            gram = [g.read(name) for g in bank.statistics(recipe)]
             expected = oracle.regmean(
                 bank.base(name).T if turn else bank.base(name), [x.T if turn else x for x in sources], gram, [1, 1], 0.9
             ).exact

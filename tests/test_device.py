@@ -17,23 +17,23 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate import clock as clock_module
-from evomerge.evaluate.budget import fitting_tokens, kept_budget
 from evomerge.evaluate.clock import Clock
-from evomerge.merge import statistics
-from evomerge.merge.bank import Bank
+from evomerge.evaluate.token_budget import fitting_tokens, kept_budget
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.bank.memory import Room, Share, device_capacity, group_limits, pinned_capacity
+from evomerge.merge.bank.transfer import Transfers, pinned_size
 from evomerge.merge.materialise import materialise
-from evomerge.merge.memory import Room, Share, device_capacity, group_limits, pinned_capacity
-from evomerge.merge.prepare import prepare
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.merge.transfer import Transfers, pinned_size
-from evomerge.search.gather import fitting_groups
+from evomerge.merge.measure import reductions
+from evomerge.merge.measure.prepare import measure_sources
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.run import Run
-from evomerge.search.workers import crew
-from evomerge.search.workers.crew import Crew
+from evomerge.search.workers import options
+from evomerge.search.workers.options import WorkerOptions
 from evomerge.search.workers.process import one_device
 from evomerge.search.workers.worker import Setup
-from evomerge.sources.locate import fingerprint
-from evomerge.sources.open import open_models
+from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.models import open_models
+from evomerge.statistics.gather import fitting_groups
 
 CPU = torch.device("cpu")
 NAMES = ["one", "two", "lora"]
@@ -145,10 +145,10 @@ def test_an_interrupted_merge_leaves_nothing_behind(folders: dict[str, Path]):
 def test_ranks_are_counted_and_sent_like_sources(folders: dict[str, Path], tmp_path: Path):
     recipe = recipe_of(folders, "della", [0.3, 0.5, 0.5])
     wanted = merged(bank_of(folders, mapped=True), recipe)
-    inputs = {n: fingerprint(folders[n]) for n in ("base", *NAMES)}
+    inputs = {n: model_fingerprint(folders[n]) for n in ("base", *NAMES)}
     for capacity in (0, 20_000):
         bank = bank_of(folders, capacity, cache=tmp_path)
-        prepare(bank, "della", NAMES, tmp_path, inputs)
+        measure_sources(bank, "della", NAMES, tmp_path, inputs)
         sent = sent_keys(bank)
         found = merged(bank, recipe)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
@@ -275,10 +275,10 @@ def test_a_worker_sees_one_device(device: str, visible: str | None, wanted: tupl
 def test_workers_know_with_how_many_they_share_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = SearchConfig.model_construct(device="cuda")
     setup = Setup(config, tmp_path, "host", {}, {}, {})
-    monkeypatch.setattr(crew, "devices_of", lambda wanted: ["cuda:0", "cuda:1"])
-    monkeypatch.setattr(crew, "setup_of", lambda run, config: setup)
+    monkeypatch.setattr(options, "devices_of", lambda wanted: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(options, "setup_of", lambda run, config: setup)
     run = Run(tmp_path)
-    workers = crew.make_workers(Crew(3), run, config, None, None, lambda: None, print)  # type: ignore[arg-type]
+    workers = options.make_workers(WorkerOptions(3), run, config, None, None, lambda: None, print)  # type: ignore[arg-type]
     assert [w.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [w.setup.share for w in workers] == [Share(2, 3), Share(1, 3), Share(2, 3)]  # type: ignore[attr-defined]
     assert {w.setup.config.device for w in workers} == {"cuda"}  # type: ignore[attr-defined]
@@ -316,8 +316,8 @@ def test_a_part_of_a_trial_ends_when_the_device_has_done_it(monkeypatch: pytest.
 @pytest.mark.parametrize("n", [1, 5, 16, 17, 64, 100, 128, 777, 64 * 17 + 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_with_few_launches_have_the_same_bits(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(statistics, "LANES", 16)
-    monkeypatch.setattr(statistics, "SEGMENT", 64)
+    monkeypatch.setattr(reductions, "LANES", 16)
+    monkeypatch.setattr(reductions, "SEGMENT", 64)
     generator = torch.Generator().manual_seed(n)
     scale = 10.0 ** torch.randint(-20, 10, (3, n), generator=generator)
     x = [row.to(dtype) for row in torch.randn((3, n), generator=generator) * scale]
@@ -326,13 +326,13 @@ def test_sums_with_few_launches_have_the_same_bits(n: int, dtype: torch.dtype, m
     def part(where: slice) -> Tensor:
         return terms[:, where]
 
-    assert np.array_equal(statistics.summed(n, part, 3), statistics.summed_abreast(n, part, 3))
-    assert np.array_equal(statistics.gram_matrix(x), statistics.gram_matrix_abreast(x))
+    assert np.array_equal(reductions.summed(n, part, 3), reductions.summed_abreast(n, part, 3))
+    assert np.array_equal(reductions.gram_matrix(x), reductions.gram_matrix_abreast(x))
     exact = [
         row.bfloat16() for row in torch.randn((3, n), generator=generator)
     ]  # whose differences' products are exact
     assert np.array_equal(
-        statistics.gram_matrix(exact[1:], exact[0]), statistics.gram_matrix_abreast(exact[1:], exact[0])
+        reductions.gram_matrix(exact[1:], exact[0]), reductions.gram_matrix_abreast(exact[1:], exact[0])
     )
 
 
@@ -341,5 +341,5 @@ def test_ranks_by_scatter_are_those_by_sorting(shape: tuple[int, ...]):
     generator = torch.Generator().manual_seed(1)
     base, source = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     rows = (source.float() - base.float()).abs().reshape(1 if len(shape) == 1 else shape[0], -1)
-    found = statistics.levels_by_scatter(rows, torch.int32, 16).reshape(shape)
-    assert torch.equal(found, statistics.rank_levels(source, base))
+    found = reductions.levels_by_scatter(rows, torch.int32, 16).reshape(shape)
+    assert torch.equal(found, reductions.rank_levels(source, base))

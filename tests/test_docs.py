@@ -16,11 +16,11 @@ from markdown_it.token import Token
 from pydantic import BaseModel
 
 from evomerge.cli import app
-from evomerge.config.file import load_config
+from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Knob, Method
-from evomerge.merge.recipe import Recipe, load_recipe
+from evomerge.merge.methods.plan import Knob, Method
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.locate import looks_like_hub_id
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -228,8 +228,8 @@ def pair(request: pytest.FixtureRequest, tokenizer: Any, folder: Path) -> Pair:
 
 
 def test_every_road_is_open_to_ordinary_attention(pair: Pair) -> None:
-    abilities = pair.engine.abilities
-    assert (abilities.packs, abilities.trunks, abilities.steps) == (True, True, True)
+    capabilities = pair.engine.capabilities
+    assert (capabilities.packs, capabilities.trunks, capabilities.steps) == (True, True, True)
     assert pair.log == []
 
 
@@ -283,7 +283,7 @@ def test_bfloat16_log_likelihoods_are_near_lm_evals(tokenizer: Any, folder: Path
     """Each token's is within 2e-2: a sum over many adds up their roundings, and those that tip an expert's choice."""
     model = random_model(kind, PACKED[kind], torch.bfloat16, 0.1)
     pair = both_roads(model, tokenizer, folder, only=("unequal", "single", "shots", "unicode"))
-    assert pair.engine.abilities.packs
+    assert pair.engine.capabilities.packs
     check_log_likelihoods(pair, 2e-2, a_token=True)
 
 

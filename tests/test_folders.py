@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from evomerge.cli import main
 from evomerge.errors import EvomergeError
-from evomerge.merge.card import model_card
-from evomerge.merge.export import export
-from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Recipe
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import export
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import Recipe
 
 TEXT = {
     "vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "head_dim": 8,

@@ -10,15 +10,15 @@ from hub import Hub, running_hub
 from models import write_llama
 
 from evomerge.cli import main
-from evomerge.config.file import load_config, pin
+from evomerge.config.config_file import load_config, pin
 from evomerge.errors import EvomergeError
-from evomerge.merge.export import differences
-from evomerge.merge.recipe import load_recipe
-from evomerge.search.baselines import given
-from evomerge.search.exam import Exam
+from evomerge.merge.output.export import differences
+from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.search.evaluation.evaluator import open_config_models
+from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.run import check_unchanged, create_run
-from evomerge.search.scorer import open_config_models
-from evomerge.search.space import build_space
+from evomerge.search.space.baselines import given
+from evomerge.search.space.space import build_space
 from evomerge.sources.locate import locate, pinned, snapshot
 
 
@@ -103,9 +103,9 @@ def write_search(folder: Path) -> Path:
 def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = hub.push("me/base", write_llama(tmp_path / "base"))
     one = hub.push("me/one", write_llama(tmp_path / "one", 1))
-    file, exam = write_search(tmp_path), Exam([], {})
-    monkeypatch.setattr("evomerge.search.run.open_exam", lambda config: exam)  # no task is asked here
-    run = create_run(pin(load_config(file), {}), exam, file, tmp_path / "run")
+    file, task_set = write_search(tmp_path), TaskSet([], {})
+    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)  # no task is asked here
+    run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     kept = yaml.safe_load(run.config_file.read_text())
     assert kept["base"] == f"me/base@{base}"
     assert kept["hub"] == {"me/base": f"me/base@{base}", "me/one": f"me/one@{one}"}
@@ -125,9 +125,9 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
 def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("base", "one", "two"):
         hub.push(f"me/{name}", write_llama(tmp_path / name))
-    file, exam = write_search(tmp_path), Exam([], {})
-    monkeypatch.setattr("evomerge.search.run.open_exam", lambda config: exam)
-    run = create_run(pin(load_config(file), {}), exam, file, tmp_path / "run")
+    file, task_set = write_search(tmp_path), TaskSet([], {})
+    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)
+    run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     file.write_text(file.read_text().replace("me/one", "me/two"))
     with pytest.raises(EvomergeError, match=r"sources.0.path: me/one@\w+ -> me/two@\w+"):
         check_unchanged(run, accept=False)

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merge import compiled as compile_module
-from evomerge.merge import statistics
-from evomerge.merge.bank import mask_key, mask_keys
-from evomerge.merge.call import piece_size
-from evomerge.merge.compiled import Compiled, Variant
-from evomerge.merge.derived import threads
-from evomerge.merge.execute import execute, random_mask
-from evomerge.merge.kernels import SparseForm, signed
-from evomerge.merge.measure import no_levels
-from evomerge.merge.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
-from evomerge.merge.statistics import Magnitudes, gram_matrix
+from evomerge.merge.bank.bank import mask_key, mask_keys
+from evomerge.merge.kernels import compiled as compile_module
+from evomerge.merge.kernels.call import piece_size
+from evomerge.merge.kernels.compiled import Compiled, Variant
+from evomerge.merge.kernels.derived import threads
+from evomerge.merge.kernels.elementwise import SparseForm, signed_word
+from evomerge.merge.kernels.execute import execute, random_mask
+from evomerge.merge.measure import reductions
+from evomerge.merge.measure.measurements import no_levels
+from evomerge.merge.measure.reductions import Magnitudes, gram_matrix
+from evomerge.merge.methods.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
 
 WEIGHTS = (0.3, -0.7, 1.1)
 CHANCES = tuple(map(chance, (0.5, 0.2, 0.9)))
@@ -416,8 +416,8 @@ def test_keys_are_fixed_for_all_time():
 
 @given(word=st.integers(0, 2**32 - 1))
 def test_a_signed_word_has_the_same_bits(word: int):
-    assert signed(word) % 2**32 == word
-    assert -(2**31) <= signed(word) < 2**31
+    assert signed_word(word) % 2**32 == word
+    assert -(2**31) <= signed_word(word) < 2**31
 
 
 # --- Thresholds ---
@@ -463,7 +463,7 @@ def test_a_threshold_is_the_kth_largest_magnitude(kind: str, size: int, dtype: t
 
 
 def test_a_threshold_sees_past_the_first_chunk(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(statistics, "CHUNK", 1000)
+    monkeypatch.setattr(reductions, "CHUNK", 1000)
     source, base = spread(5003, "normal"), torch.zeros(5003)
     source[-1] = 100.0
     sizes = task_vector(source, base)
@@ -493,8 +493,8 @@ def test_the_gram_matrix_agrees_with_float64(dtype: torch.dtype):
 
 @pytest.mark.parametrize(("lanes", "segment"), [(1, 4), (3, 7), (8, 8), (1 << 15, 1 << 22)])
 def test_a_gram_matrix_adds_up_lane_by_lane(monkeypatch: pytest.MonkeyPatch, lanes: int, segment: int):
-    monkeypatch.setattr(statistics, "LANES", lanes)
-    monkeypatch.setattr(statistics, "SEGMENT", segment)
+    monkeypatch.setattr(reductions, "LANES", lanes)
+    monkeypatch.setattr(reductions, "SEGMENT", segment)
     x = torch.randn(30, generator=torch.Generator().manual_seed(0))
     expected = 0.0
     for begin in range(0, 30, segment):

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config, Qwen3MoeConfig
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.card import model_card
-from evomerge.merge.export import differences, export
-from evomerge.merge.layout import Slice
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise, materialise_tensor
 from evomerge.merge.methods import METHODS
-from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Recipe, check_fingerprints, load_recipe
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import differences, export
+from evomerge.merge.recipe.layout import Slice
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import Recipe, check_fingerprints, load_recipe
 from evomerge.sources.anatomy import at_layer, place
 from evomerge.sources.checkpoint import open_checkpoint
 

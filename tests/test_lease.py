@@ -16,11 +16,11 @@ import pytest
 from postgres import running_server
 from test_storage import space_of
 
-import evomerge.search.lease as module
+import evomerge.search.storage.study_lease as module
 from evomerge.errors import EvomergeError
-from evomerge.search.lease import LEASE, Holder, lease, machine, parse, process_start
-from evomerge.search.storage import Patience, open_study, sqlite_url
-from evomerge.search.study import SearchStudy
+from evomerge.search.storage.database import Patience, open_study, sqlite_url
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.study_lease import LEASE, Holder, lease, machine_id, parse, process_start
 
 FORK = multiprocessing.get_context("fork")
 
@@ -102,7 +102,7 @@ def test_a_process_number_that_was_given_out_again_is_not_the_holder(tmp_path: P
 
 
 def elsewhere(every: float) -> Holder:
-    """A holder on another machine whose clock is years off."""
+    """A holder on another machine_id whose clock is years off."""
     return Holder("far", "far", os.getpid(), 1, "0" * 16, every, 0, clock=1.0)
 
 
@@ -180,6 +180,6 @@ def test_a_holder_that_was_suspended_and_followed_writes_nothing_more(url: str) 
 
 
 def test_this_system_tells_its_processes_apart() -> None:
-    assert machine()
+    assert machine_id()
     assert process_start(os.getpid()) == process_start(os.getpid())
     assert process_start(2**22 + 1) is None

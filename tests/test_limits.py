@@ -15,10 +15,10 @@ from searches import Done, finished_search, run_cli, trials_of, verdict_of, writ
 
 from evomerge.config.schema import BudgetConfig
 from evomerge.errors import EvomergeError
-from evomerge.search.limits import Deadline, Limits, Moment, Progress, deadline_of, limits_of
-from evomerge.search.reserve import FIXED, Ahead, Rates, reserve
+from evomerge.search.budget.limits import Deadline, Limits, Moment, Progress, deadline_of, limits_of
+from evomerge.search.budget.reserve import FIXED, Ahead, Rates, reserve
 from evomerge.search.run import open_run
-from evomerge.search.study import record_of
+from evomerge.search.storage.study import record_of
 
 QUICK = {"search": 12, "selection": 4, "holdout": 8}  # items of a search whose verdict is not the point
 START = Moment(1_000_000.0, 500.0)

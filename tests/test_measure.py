@@ -11,16 +11,17 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merge import kernels, statistics
-from evomerge.merge.bank import mask_keys
-from evomerge.merge.derived import threads
-from evomerge.merge.execute import random_mask
-from evomerge.merge.measure import Measurements
+from evomerge.merge.bank.bank import mask_keys
+from evomerge.merge.kernels import elementwise
+from evomerge.merge.kernels.derived import threads
+from evomerge.merge.kernels.execute import random_mask
+from evomerge.merge.measure import reductions
+from evomerge.merge.measure.measurements import Measurements
+from evomerge.merge.measure.reductions import Magnitudes, divergences, rank_levels
 from evomerge.merge.methods.breadcrumbs import band
 from evomerge.merge.methods.della import rank_chance
+from evomerge.merge.methods.plan import Chance, SparseBlend, chance
 from evomerge.merge.methods.rescale import EXPECTED, L1, NONE, gain
-from evomerge.merge.plan import Chance, SparseBlend, chance
-from evomerge.merge.statistics import Magnitudes, divergences, rank_levels
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (257,), (31, 40), (5, 6, 7), (3, 2, 2, 5), (0,), (4, 0), (0, 0)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,7 +85,7 @@ sizes_of = {
 @pytest.mark.parametrize("n", [1, 2, 500, 40_000])
 @pytest.mark.parametrize("chunk", [333, 1 << 17])
 def test_the_kth_largest_is_the_kth_of_a_sort(kind: str, n: int, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(statistics, "CHUNK", chunk)
+    monkeypatch.setattr(reductions, "CHUNK", chunk)
     values = torch.tensor(sizes_of[kind](n, np.random.default_rng(n)), dtype=torch.float32).abs()
     ordered = values.sort(descending=True).values
     found = Magnitudes.of(n, lambda part: values[part])
@@ -135,7 +136,7 @@ def test_a_row_of_any_length_has_levels():
 def test_levels_do_not_depend_on_how_many_rows_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch):
     base, source = tensors((37, 50), 1, torch.bfloat16)
     whole = rank_levels(source, base)
-    monkeypatch.setattr(statistics, "CHUNK", 120)
+    monkeypatch.setattr(reductions, "CHUNK", 120)
     assert torch.equal(rank_levels(source, base), whole)
 
 
@@ -174,7 +175,7 @@ def test_the_variance_floor_selects_its_share_of_the_elements_that_vary(shape: t
         assert floor is None
     else:
         assert floor == pytest.approx(float(exact[k - 1]), rel=1e-5)
-        kept = kernels.variance(list(d.float())) >= floor
+        kept = elementwise.variance(list(d.float())) >= floor
         assert int(kept.sum()) == k
         assert measured.mean_squares(floor) == pytest.approx(
             (d.double() * kept).reshape(3, -1).square().mean(1).tolist(), rel=1e-6
@@ -259,9 +260,9 @@ def test_ranks_and_counts_do_not_depend_on_chunks_and_sums_hardly(monkeypatch: p
     found = tensors((30, 71), 3)
     before = everything(measure(*found))
     for chunk, lanes, segment in [(29, 64, 64), (100, 70, 500), (2129, 2130, 2131), (5000, 64, 200)]:
-        monkeypatch.setattr(statistics, "CHUNK", chunk)
-        monkeypatch.setattr(statistics, "LANES", lanes)
-        monkeypatch.setattr(statistics, "SEGMENT", segment)
+        monkeypatch.setattr(reductions, "CHUNK", chunk)
+        monkeypatch.setattr(reductions, "LANES", lanes)
+        monkeypatch.setattr(reductions, "SEGMENT", segment)
         now = everything(measure(*found))
         assert now[3:5] == before[3:5]
         assert now[7:9] == before[7:9]
@@ -272,7 +273,7 @@ def test_ranks_and_counts_do_not_depend_on_chunks_and_sums_hardly(monkeypatch: p
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 100])
 def test_a_total_by_halving_counts_every_lane_once(size: int):
     lanes = 2.0 ** torch.arange(size).double() if size < 50 else torch.arange(size).double()
-    assert statistics.total(lanes.clone().repeat(2, 1)).tolist() == [lanes.sum().item()] * 2
+    assert reductions.total(lanes.clone().repeat(2, 1)).tolist() == [lanes.sum().item()] * 2
 
 
 # --- What is asked twice ---

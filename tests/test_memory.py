@@ -10,7 +10,7 @@ import torch
 from models import write_tokenizer
 from safetensors import safe_open
 
-from evomerge.merge.shards import open_writer
+from evomerge.merge.output.shards import open_writer
 
 LARGEST = 100 << 20  # bytes of the largest tensor
 LAYERS = 8

@@ -17,12 +17,12 @@ from mergekit_cases import ADAPTER, CASES, DOCUMENTS, ELSEWHERE, RANDOM, ROUNDED
 from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
-from evomerge.merge.bank import Bank
-from evomerge.merge.card import model_card
-from evomerge.merge.export import export
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.mergekit.write import dump_mergekit
-from evomerge.merge.nested import open_bank
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import export
+from evomerge.merge.recipe.nested import open_bank
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.tokenizer import read_vocabulary

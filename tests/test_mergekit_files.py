@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_adapter, write_family, write_llama
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.card import model_card
-from evomerge.merge.coefficients import Part, named_parts
-from evomerge.merge.export import export
-from evomerge.merge.mergekit.methods import MERGEKIT
+from evomerge.merge.mergekit.mergekit_methods import MERGEKIT
 from evomerge.merge.mergekit.parse import parse
 from evomerge.merge.mergekit.read import load_merge, to_recipe
 from evomerge.merge.mergekit.values import coefficient, value_of
 from evomerge.merge.mergekit.write import dump_mergekit
 from evomerge.merge.methods import METHODS
-from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import export
+from evomerge.merge.recipe.coefficients import Part, named_parts
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import place, relative_depth
 
 TENSORS = list(llama_shapes())

@@ -17,22 +17,22 @@ from models import write_family, write_statistics
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
-from evomerge.merge.bank import Bank, mask_keys
-from evomerge.merge.call import Keys
-from evomerge.merge.derived import derive
-from evomerge.merge.execute import execute, random_mask
-from evomerge.merge.gathered import Gathered
-from evomerge.merge.kernels import variance
+from evomerge.merge.bank.bank import Bank, mask_keys
+from evomerge.merge.kernels.call import Keys
+from evomerge.merge.kernels.derived import derive
+from evomerge.merge.kernels.elementwise import variance
+from evomerge.merge.kernels.execute import execute, random_mask
 from evomerge.merge.materialise import materialise_tensor
-from evomerge.merge.measure import Measurements
+from evomerge.merge.measure.measurements import Measurements
+from evomerge.merge.measure.reductions import divergences
+from evomerge.merge.measure.statistics_file import StatisticsFile
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.della import rank_chance
+from evomerge.merge.methods.plan import Chance, Derived, Knob, Knobs, Plan, SparseBlend, chance
 from evomerge.merge.methods.rescale import RESCALE
-from evomerge.merge.plan import Chance, Derived, Knob, Knobs, Plan, SparseBlend, chance
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.merge.statistics import divergences
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import place
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 
 DTYPES = list(TORCH_DTYPES.values())
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -85,7 +85,7 @@ def truth(
     sources: Sequence[Tensor],
     keys: Keys,
     tensor: str = "tensor",
-    gathered: Sequence[Gathered] = (),
+    statistics: Sequence[StatisticsFile] = (),
 ) -> oracle.Merged | oracle.Elected:
     each, shared = knobs.each, knobs.shared
     is_layer_matrix = base.ndim == 2 and place(tensor).component not in ("embedding", "head")
@@ -97,12 +97,14 @@ def truth(
         case "tsv" | "iso_c":
             weights = each.get("weight", (1.0,) * len(sources))
             return oracle.task_arithmetic(base, sources, weights, shared["lambda"] / len(sources), normalize=False)
-        case "fisher" if gathered:
-            scale = [g.size if shared["normalize"] else sum(h.size for h in gathered) / len(gathered) for g in gathered]
-            pairs = zip(gathered, each["weight"], scale, strict=True)
+        case "fisher" if statistics:
+            scale = [
+                g.size if shared["normalize"] else sum(h.size for h in statistics) / len(statistics) for g in statistics
+            ]
+            pairs = zip(statistics, each["weight"], scale, strict=True)
             return oracle.fisher(base, sources, [w * (g.read(tensor).double() / s).clamp(1e-6) for g, w, s in pairs])
-        case "regmean" if gathered and gathered[0].covers(tensor):
-            grams = [g.read(tensor) for g in gathered]
+        case "regmean" if statistics and statistics[0].covers(tensor):
+            grams = [g.read(tensor) for g in statistics]
             return oracle.regmean(base, sources, grams, each["weight"], shared["alpha"])
         case "fisher" | "regmean":
             return oracle.task_arithmetic(base, sources, each["weight"], 1.0, normalize=True)
@@ -399,7 +401,7 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
             [bank.source(s, tensor) for s in sources],
             keys,
             tensor,
-            bank.gathered(recipe),
+            bank.statistics(recipe),
         )
         assert expected.allows(out).all(), tensor
         if name != "arcee_fusion" or base.ndim > 1:  # a vector of 16 may hold nothing important

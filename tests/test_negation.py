@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from searches import ROOT, SKILLS, write_config
 
-from evomerge.config.file import load_config
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.search.exam import open_exam
-from evomerge.search.scorer import Scorer, open_config_models
+from evomerge.config.config_file import load_config
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.task_set import open_task_set
 
 # Mean log-probability of the right answer, in nats, on 100 items of each skill that no training saw.  With all weights
 # KEPT the four have -1.58 (rev), -2.66 (sort), -2.28 (count) and -2.57 (add).  With one weight REMOVED its skill was
@@ -19,8 +19,8 @@ LOST, MARGIN = 0.4, 0.25
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Scorer:
-    """The search's own workshop over the four specialists, with the items of all four skills."""
+def evaluator(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
+    """The search's own evaluator over the four specialists, with the items of all four skills."""
     config = load_config(
         write_config(
             tmp_path_factory.mktemp("negation"),
@@ -30,12 +30,12 @@ def scorer(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Score
             splits={"search": 1, "selection": 1, "holdout": 100},
         )
     )
-    return Scorer(config, open_config_models(config), open_exam(config))
+    return Evaluator(config, open_config_models(config), open_task_set(config))
 
 
-def skills(scorer: Scorer, weights: dict[str, float]) -> dict[str, float]:
+def skills(evaluator: Evaluator, weights: dict[str, float]) -> dict[str, float]:
     """Skill -> mean log-probability of the right answer, of the task arithmetic with these weights."""
-    config = scorer.config
+    config = evaluator.config
     recipe = Recipe(
         method="task_arithmetic",
         dtype="float32",
@@ -44,20 +44,20 @@ def skills(scorer: Scorer, weights: dict[str, float]) -> dict[str, float]:
             RecipeSource(name=s.name, path=s.path, parameters={"weight": weights[s.name]}) for s in config.sources
         ],
     )
-    scores = scorer.exam.of(scorer.evaluate(recipe, "holdout", everything=False).scores, "objective")
+    scores = evaluator.task_set.of(evaluator.evaluate(recipe, "holdout", everything=False).scores, "objective")
     return {skill: float(np.mean(scores[f"tiny_{skill}"])) for skill in SKILLS}
 
 
 @pytest.fixture(scope="module")
-def together(scorer: Scorer) -> dict[str, float]:
-    return skills(scorer, dict.fromkeys(SKILLS, KEPT))
+def together(evaluator: Evaluator) -> dict[str, float]:
+    return skills(evaluator, dict.fromkeys(SKILLS, KEPT))
 
 
 @pytest.mark.parametrize("removed", SKILLS)
 def test_a_negative_weight_takes_its_skill_away_and_leaves_the_others(
-    removed: str, scorer: Scorer, together: dict[str, float]
+    removed: str, evaluator: Evaluator, together: dict[str, float]
 ) -> None:
-    apart = skills(scorer, dict.fromkeys(SKILLS, KEPT) | {removed: REMOVED})
+    apart = skills(evaluator, dict.fromkeys(SKILLS, KEPT) | {removed: REMOVED})
     change = {skill: apart[skill] - together[skill] for skill in SKILLS}
     assert change.pop(removed) < -LOST
     assert max(map(abs, change.values())) < MARGIN

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.evaluate.prefix import (
+from evomerge.evaluate.prefix_plan import (
     ALONE,
     WIDTH,
     Leaf,

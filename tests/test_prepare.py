@@ -7,15 +7,15 @@ import pytest
 import torch
 from models import write_family
 
-from evomerge.merge import prepare as prepare_module
-from evomerge.merge.bank import Bank
-from evomerge.merge.derived import threads
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.kernels.derived import threads
 from evomerge.merge.materialise import materialise
+from evomerge.merge.measure import measure_sources as prepare_module
+from evomerge.merge.measure.prepare import by_file, measure_sources
 from evomerge.merge.methods import METHODS
-from evomerge.merge.prepare import by_file, prepare
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.locate import fingerprint
-from evomerge.sources.open import open_models
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.models import open_models
 
 MEASURED = [name for name, method in METHODS.items() if method.measures]
 NAMES = ["one", "two"]
@@ -31,7 +31,7 @@ def bank_of(family: dict[str, Path]) -> Bank:
 
 
 def inputs_of(family: dict[str, Path]) -> dict[str, dict[str, str]]:
-    return {n: fingerprint(family[n]) for n in ("base", *NAMES)}
+    return {n: model_fingerprint(family[n]) for n in ("base", *NAMES)}
 
 
 def merged(family: dict[str, Path], bank: Bank, method: str) -> dict[str, torch.Tensor]:
@@ -53,8 +53,8 @@ def test_a_merge_from_kept_measurements_is_the_same(method: str, family: dict[st
     fresh = merged(family, bank_of(family), method)
     first, again = bank_of(family), bank_of(family)
     sources = NAMES[: METHODS[method].sources[1]]
-    assert prepare(first, method, sources, tmp_path / "cache", inputs_of(family)) == len(first.names)
-    assert prepare(again, method, sources, tmp_path / "cache", inputs_of(family)) == 0
+    assert measure_sources(first, method, sources, tmp_path / "cache", inputs_of(family)) == len(first.names)
+    assert measure_sources(again, method, sources, tmp_path / "cache", inputs_of(family)) == 0
     assert first.kept.keys() == again.kept.keys()
     for bank in (first, again):
         out = merged(family, bank, method)
@@ -63,10 +63,10 @@ def test_a_merge_from_kept_measurements_is_the_same(method: str, family: dict[st
 
 def test_another_input_is_measured_anew(family: dict[str, Path], tmp_path: Path):
     bank, inputs = bank_of(family), inputs_of(family)
-    prepare(bank, "slerp", NAMES, tmp_path, inputs)
+    measure_sources(bank, "slerp", NAMES, tmp_path, inputs)
     changed = inputs | {"two": {**inputs["two"], "model.safetensors": "0" * 64}}
-    assert prepare(bank_of(family), "slerp", NAMES, tmp_path, changed) == len(bank.names)
-    assert prepare(bank_of(family), "slerp", NAMES[::-1], tmp_path, inputs) == len(bank.names)
+    assert measure_sources(bank_of(family), "slerp", NAMES, tmp_path, changed) == len(bank.names)
+    assert measure_sources(bank_of(family), "slerp", NAMES[::-1], tmp_path, inputs) == len(bank.names)
 
 
 @pytest.mark.parametrize("elements", [0, 1 << 12, 1 << 30])
@@ -82,10 +82,10 @@ def test_every_tensor_lies_in_one_file(elements: int, family: dict[str, Path], m
 def test_a_torn_file_is_measured_anew(family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare_module, "PER_FILE", 0)
     inputs = inputs_of(family)
-    prepare(bank_of(family), "ties", NAMES, tmp_path, inputs)
+    measure_sources(bank_of(family), "ties", NAMES, tmp_path, inputs)
     torn = min(tmp_path.iterdir())
     torn.write_bytes(torn.read_bytes()[:-3])
-    assert prepare(bank_of(family), "ties", NAMES, tmp_path, inputs) == 1
+    assert measure_sources(bank_of(family), "ties", NAMES, tmp_path, inputs) == 1
 
 
 def test_threads_do_not_change_what_is_measured(family: dict[str, Path], tmp_path: Path):
@@ -93,7 +93,7 @@ def test_threads_do_not_change_what_is_measured(family: dict[str, Path], tmp_pat
     for count in (1, 2):
         bank = bank_of(family)
         with threads(count):
-            prepare(bank, "slerp", NAMES, tmp_path / str(count), inputs_of(family))
+            measure_sources(bank, "slerp", NAMES, tmp_path / str(count), inputs_of(family))
         grams.append({k: v for k, v in bank.kept.items() if k[0] == "gram"})
     assert grams[0].keys() == grams[1].keys()
     assert all(np.array_equal(grams[0][k], grams[1][k]) for k in grams[0])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from evomerge.config.schema import TaskConfig
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.prepared import ask
+from evomerge.evaluate.prepared_items import ask
 from evomerge.evaluate.tasks import Task, items_of, open_tasks
 
 DOCS = [{"prompt": f"{a}+{b}=", "answer": a + b, "choices": [a, b + a, "ba"], "gold": 1} for a in "abcde" for b in "ab"]

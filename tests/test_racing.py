@@ -28,9 +28,9 @@ from evomerge.evaluate.racing import (
     race_order,
 )
 from evomerge.evaluate.workload import Workload
-from evomerge.search.course import may_race
-from evomerge.search.intervals import mean_score
-from evomerge.search.race import Course
+from evomerge.search.evaluation.race_policy import may_race
+from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.verdict.intervals import mean_score
 
 
 def every_order(weights: Vector, draws: Vector) -> Iterator[tuple[float, Order]]:
@@ -442,11 +442,11 @@ def test_races_never_make_a_search_cost_five_percent_more(
     """Whatever share of the items the candidates are stopped after, by the costs that were measured."""
     looks = Looks((20, 50, 100), (0.2 * whole, 0.5 * whole, whole))
     order = shuffled(100)
-    course = Course("items", {"a": 100}, order, np.ones(100), 0.02, looks)
+    race_setup = RaceSetup("items", {"a": 100}, order, np.ones(100), 0.02, looks)
     records: list[dict[str, object]] = [{} for _ in range(baselines)]
     spent = float(baselines)
     for stop in stops:
-        raced = may_race(Past(records, in_hand), course)  # type: ignore[arg-type]
+        raced = may_race(Past(records, in_hand), race_setup)  # type: ignore[arg-type]
         records.append({"race": {"incumbent": 0}, "partial": stop} if raced else {})
         spent += stop * whole if raced else 1.0
         assert spent <= 1.05 * len(records) + 1e-9

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_family
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.bank import Bank
-from evomerge.merge.coefficients import Coefficient, Part
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Knob
-from evomerge.merge.recipe import (
+from evomerge.merge.methods.plan import Knob
+from evomerge.merge.recipe.coefficients import Coefficient, Part
+from evomerge.merge.recipe.recipe import (
     Model,
     Recipe,
     RecipeSource,
@@ -28,11 +28,11 @@ from evomerge.merge.recipe import (
     check_layers,
     dump_recipe,
     load_recipe,
-    signed,
+    with_fingerprints,
 )
 from evomerge.sources.anatomy import COMPONENTS, Place, place
-from evomerge.sources.locate import fingerprint
-from evomerge.sources.open import open_models
+from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.models import open_models
 
 # --- Round trip ---
 
@@ -391,7 +391,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path):
 def test_a_path_of_an_unknown_user_is_refused(tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", base={"path": "~nobody-of-this-name/base"})
     with pytest.raises(EvomergeError, match="nobody-of-this-name/base: no such folder"):
-        signed(load_recipe(file))
+        with_fingerprints(load_recipe(file))
 
 
 # --- Lists and layers ---
@@ -526,8 +526,8 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path):
 
 def test_inputs_that_changed_since_the_recipe_was_made_are_named(tmp_path: Path):
     paths = write_family(tmp_path, ["one"])
-    base = Model(path=str(paths["base"]), sha256=fingerprint(paths["base"]))
-    sources = [RecipeSource(name="one", path=str(paths["one"]), sha256=fingerprint(paths["one"]))]
+    base = Model(path=str(paths["base"]), sha256=model_fingerprint(paths["base"]))
+    sources = [RecipeSource(name="one", path=str(paths["one"]), sha256=model_fingerprint(paths["one"]))]
     recipe = Recipe(method="linear", base=base, sources=sources)
     check_fingerprints(recipe)
     (paths["one"] / "config.json").write_text("{}")

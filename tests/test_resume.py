@@ -25,7 +25,7 @@ m.materialise_tensor = counted
 DURING_AN_EVALUATION = (
     KILL
     + """
-import evomerge.search.scorer as s
+import evomerge.search.evaluation.evaluator as s
 calls, real = [0], s.Engine.score_parts
 def counted(*a):
     calls[0] += 1
@@ -38,7 +38,7 @@ s.Engine.score_parts = counted
 BETWEEN_RESULT_AND_END = (
     KILL
     + """
-import evomerge.search.tables as t
+import evomerge.search.storage.tables as t
 calls, real = [0], t.finish_trial
 def counted(*a):
     calls[0] += 1
@@ -51,7 +51,7 @@ t.finish_trial = counted
 BEFORE_THE_PARAMETERS_ARE_STORED = (
     KILL
     + """
-import evomerge.search.tables as t
+import evomerge.search.storage.tables as t
 calls, real = [0], t.describe_trial
 def counted(*a):
     calls[0] += 1
@@ -64,19 +64,19 @@ t.describe_trial = counted
 DURING_THE_HOLDOUT = (
     KILL
     + """
-import evomerge.search.ledger as l
-real = l.Ledger.score
+import evomerge.search.evaluation.full_evaluations as l
+real = l.Evaluations.score
 def counted(self, split, recipe, title):
     if split == "holdout":
         die()
     return real(self, split, recipe, title)
-l.Ledger.score = counted
+l.Evaluations.score = counted
 """
 )
 DURING_THE_EXPORT = (
     KILL
     + """
-import evomerge.merge.export as e
+import evomerge.merge.output.export as e
 calls, real = [0], e.materialise_tensor
 def counted(*a):
     calls[0] += 1

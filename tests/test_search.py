@@ -16,18 +16,18 @@ from optuna.trial import TrialState
 from pyarrow import parquet
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 
-from evomerge.config.file import load_config
+from evomerge.config.config_file import load_config
 from evomerge.errors import EvomergeError
-from evomerge.search.baselines import Baseline, baselines, distinct, plain_recipe
-from evomerge.search.cma import CmaEsSampler, trial_seed
+from evomerge.search.evaluation.evaluator import open_config_models
 from evomerge.search.run import open_run
-from evomerge.search.scorer import open_config_models
-from evomerge.search.scores import unpack
-from evomerge.search.space import Space, build_space, spread
-from evomerge.search.storage import open_study, sqlite_url
-from evomerge.search.study import SearchStudy, in_full, record_of
+from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
+from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe
+from evomerge.search.space.space import Space, build_space, spread
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.storage.item_scores import unpack
+from evomerge.search.storage.study import SearchStudy, in_full, record_of
 from evomerge.sources.anatomy import Place, place
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_trial_is_in_the_database_before_its_work_begins(family: Path, tmp_pat
 
 
 FAILING = """
-import evomerge.search.scorer as s
+import evomerge.search.evaluation.evaluator as s
 calls, real = [0], s.Engine.score_parts
 def sometimes(self, *arguments):
     calls[0] += 1
@@ -319,7 +319,7 @@ def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, 
 
 
 LOOKS_COST_NOTHING = """
-import evomerge.search.race as r
+import evomerge.search.evaluation.race_setup as r
 r.Cost.on = lambda device, batch_tokens: r.Cost(0.1, 0.0)
 """
 

@@ -15,15 +15,22 @@ from typer.testing import CliRunner
 
 from evomerge.cli import app
 from evomerge.errors import EvomergeError
-from evomerge.merge import nested
-from evomerge.merge.bank import Bank
-from evomerge.merge.card import model_card
-from evomerge.merge.export import export
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Recipe, check_fingerprints, dump_recipe, leaves, load_recipe, unsigned
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import export
+from evomerge.merge.recipe import nested
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import (
+    Recipe,
+    check_fingerprints,
+    dump_recipe,
+    leaves,
+    load_recipe,
+    without_fingerprints,
+)
 from evomerge.sources.checkpoint import open_checkpoint
 
 Folders = dict[str, Path]
@@ -243,7 +250,7 @@ def test_every_leaf_is_signed_and_checked(family: Folders, tmp_path: Path):
     assert {name: bool(model.sha256) for name, model in leaves(full)} == dict.fromkeys(
         ["base", "ab/base", "ab/one", "ab/two", "three"], True
     )
-    assert not any(model.sha256 for _, model in leaves(unsigned(full)))
+    assert not any(model.sha256 for _, model in leaves(without_fingerprints(full)))
     check_fingerprints(full)
     (family["two"] / "tokenizer_config.json").write_text("{}")
     with pytest.raises(EvomergeError) as caught:

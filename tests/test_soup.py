@@ -16,7 +16,7 @@ from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, writ
 
 from evomerge.report.status import read_status
 from evomerge.search.run import open_run
-from evomerge.search.soup import GREEDY, greedy
+from evomerge.search.space.greedy_soup import GREEDY, greedy
 
 # --- The rule ---
 
@@ -180,15 +180,15 @@ def test_a_budget_that_ends_among_the_baselines_does_not_spare_the_winner_the_so
 
 
 BREAKING_THE_FIRST_SOUP = """
-import evomerge.search.scorer as s
+import evomerge.search.evaluation.evaluator as s
 from evomerge.merge.materialise import NotFinite
-calls, real = [0], s.Scorer.materialise
+calls, real = [0], s.Evaluator.materialise
 def sometimes(self, *a, **k):
     calls[0] += 1
     if calls[0] == 9:
         raise NotFinite("a soup that is no model")
     return real(self, *a, **k)
-s.Scorer.materialise = sometimes
+s.Evaluator.materialise = sometimes
 """
 
 
@@ -202,14 +202,14 @@ def test_a_soup_that_is_not_finite_is_passed_over(family: Path, tmp_path: Path) 
 
 DYING_AT_EVALUATION = """
 import os, signal
-import evomerge.search.scorer as s
-calls, real = [0], s.Scorer.materialise
+import evomerge.search.evaluation.evaluator as s
+calls, real = [0], s.Evaluator.materialise
 def counted(self, *a, **k):
     calls[0] += 1
     if calls[0] == NUMBER:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *a, **k)
-s.Scorer.materialise = counted
+s.Evaluator.materialise = counted
 """
 
 

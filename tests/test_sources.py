@@ -16,9 +16,9 @@ from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
-from evomerge.sources.compatibility import check, declared_base
-from evomerge.sources.locate import fingerprint, locate
-from evomerge.sources.open import open_models
+from evomerge.sources.compatibility import check_compatibility, declared_base
+from evomerge.sources.locate import locate, model_fingerprint
+from evomerge.sources.models import open_models
 
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -447,7 +447,7 @@ def test_a_folder_with_only_an_adapter_config_opens_as_an_adapter(tmp_path: Path
     assert isinstance(models.sources["it"], Adapter)
     assert isinstance(models.sources["full"], Checkpoint)
     assert models.compatibility.notes == ["it: LoRA adapter, changes 6 of 21 tensors"]
-    assert check(models.base, models.sources) == models.compatibility
+    assert check_compatibility(models.base, models.sources) == models.compatibility
 
 
 # Anatomy
@@ -580,23 +580,23 @@ def test_a_hub_id_that_cannot_be_had_is_said_with_both_readings(
 
 
 def test_a_fingerprint_covers_what_decides_the_model_and_nothing_else(llama: Path) -> None:
-    before = fingerprint(llama)
+    before = model_fingerprint(llama)
     assert set(before) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     weights = (llama / "model.safetensors").read_bytes()
     assert before["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     (llama / "README.md").write_text("words")
     (llama / "checkpoint.json").mkdir()
-    assert fingerprint(llama) == before
+    assert model_fingerprint(llama) == before
     (llama / "merges.txt").write_text("a b")
     (llama / "chat_template.jinja").write_text("{{ messages }}")
-    assert set(fingerprint(llama)) - set(before) == {"merges.txt", "chat_template.jinja"}
+    assert set(model_fingerprint(llama)) - set(before) == {"merges.txt", "chat_template.jinja"}
 
 
 def test_a_fingerprint_changes_with_one_weight_and_is_the_same_for_a_copy(llama: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
-    assert fingerprint(copy) == fingerprint(llama)
+    assert model_fingerprint(copy) == model_fingerprint(llama)
     weights = llama_weights()
     weights[Q_PROJ][0, 0] += 1e-6
     write_weights(copy, weights)
-    changed = {name for name, digest in fingerprint(copy).items() if digest != fingerprint(llama)[name]}
+    changed = {name for name, digest in model_fingerprint(copy).items() if digest != model_fingerprint(llama)[name]}
     assert changed == {"model.safetensors"}

@@ -21,10 +21,10 @@ from postgres import PASSWORD, QUOTED, Proxy, Server, running_server
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.search.lease import LEASE, lease, parse
-from evomerge.search.space import Group, Space
-from evomerge.search.storage import Patience, open_study, sqlite_url, storage_of
-from evomerge.search.study import Begun, SearchStudy, in_full, record_of, trial_seconds
+from evomerge.search.space.space import Group, Space
+from evomerge.search.storage.database import Patience, open_study, sqlite_url, storage_of
+from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of, trial_seconds
+from evomerge.search.storage.study_lease import LEASE, lease, parse
 
 
 def space_of(dimensions: int = 3, sampler: str = "cma-es", population: int | None = 4) -> Space:

@@ -11,12 +11,12 @@ from postgres import running_server
 from test_storage import space_of
 
 from evomerge.cli import main
-from evomerge.config.storage import has_password
+from evomerge.config.database_url import has_password
 from evomerge.errors import EvomergeError
 from evomerge.report.studies import read_studies, url_of
-from evomerge.search.lease import LEASE, lease
-from evomerge.search.storage import open_study, sqlite_url
-from evomerge.search.study import SearchStudy
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.study_lease import LEASE, lease
 
 
 def fill(url: str) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_kernels import KEYS, PLANS, operands
 
-from evomerge.merge.call import call_of, piecewise_call
-from evomerge.merge.kernels import SparseForm
-from evomerge.merge.launch import WARPS, Kind, Launcher, kernel_of
+from evomerge.merge.kernels.call import call_of, piecewise_call
+from evomerge.merge.kernels.elementwise import SparseForm
+from evomerge.merge.kernels.launch import WARPS, Kind, Launcher, kernel_of
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this platform", exc_type=ImportError)
 TESTS = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def compiled(kind: Kind) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from evomerge.merge import triton_kernels
+    from evomerge.merge.kernels import triton_kernels
 
     kernel, constants = kernel_of(triton_kernels, kind)
     names = kernel.arg_names

@@ -17,11 +17,11 @@ from evomerge.evaluate.tasks import items_of, open_tasks
 from evomerge.merge.live import open_live_model
 from evomerge.report.progress import seconds_text
 from evomerge.report.status import read_status
-from evomerge.report.usage import count_text, usage_text
-from evomerge.search.board import price_of
+from evomerge.report.usage_text import count_text, usage_text
+from evomerge.search.budget.usage import Elapsed, Meter, Stopwatch, Usage, nvml_counter, used_by
+from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import open_run
-from evomerge.search.study import record_of
-from evomerge.search.usage import Elapsed, Meter, Stopwatch, Usage, nvml_counter, used_by
+from evomerge.search.storage.study import record_of
 
 whole = st.integers(0, 10**9)
 amounts = whole.map(float)
@@ -66,7 +66,7 @@ def test_every_forward_is_counted_with_its_tokens(opened: tuple[Any, Any], steps
     (task,) = open_tasks([TaskConfig(task=str(ROOT / "evals" / "tiny" / "rev.yaml"))])
     engine = Engine(model, tokenizer, 128)
     if not steps:
-        object.__setattr__(engine.abilities, "steps", False)
+        object.__setattr__(engine.capabilities, "steps", False)
     work = engine.prepare(task, items_of(task, task.docs)[:12], everything=True)
     assert work.rows
     assert work.prompts

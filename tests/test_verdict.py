@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from evomerge.search import intervals as module
-from evomerge.search.intervals import (
+from evomerge.search.verdict import intervals as module
+from evomerge.search.verdict.intervals import (
     ENOUGH,
     Interval,
     ItemScores,
@@ -19,7 +19,7 @@ from evomerge.search.intervals import (
     mean_score,
     score_range,
 )
-from evomerge.search.verdict import Rival, Verdict, judge
+from evomerge.search.verdict.verdict import Rival, Verdict, judge
 
 WEIGHTS = {"a": 1.0}
 ACCURACY: Range = (0.0, 1.0)

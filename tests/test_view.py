@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from searches import finished_search, run_cli, start_cli, write_config
 
-from evomerge.report.live import HEIGHT, WORKERS, columns, render, watch
-from evomerge.search.snapshot import (
+from evomerge.report.live_view import HEIGHT, WORKERS, columns, render, watch
+from evomerge.search.monitor.snapshot import (
     POINTS,
     STATE,
-    Failure,
+    LastFailure,
     Snapshot,
     WorkerState,
     read_snapshot,
@@ -47,7 +47,10 @@ FULL = Snapshot(
     left=300.0,
     reserved=60.0,
     workers=(WorkerState("0", "cuda:0", "busy", 41, 3.0), WorkerState("1", "cuda:1", "restarting", None, 2.0, 1)),
-    failures=(Failure(17, "OutOfMemoryError: [cuda] out of memory"), Failure(20, "a logit is not finite", True)),
+    failures=(
+        LastFailure(17, "OutOfMemoryError: [cuda] out of memory"),
+        LastFailure(20, "a logit is not finite", True),
+    ),
     used={"seconds": 200.0, "worker_seconds": 300.0, "device_seconds": 400.0, "forwards": 10, "tokens": 5000},
     price=(0.5, "EUR"),
 )
@@ -201,7 +204,7 @@ def test_watching_ends_with_ctrl_c_and_no_word(tmp_path: Path, finished: Path) -
     (run / STATE).write_text(json.dumps(mine))
     prelude = (
         "import signal, os, time\n"
-        "import evomerge.report.live as live\n"
+        "import evomerge.report.live_view as live\n"
         "live.watch.__defaults__ = (lambda s: os.kill(os.getpid(), signal.SIGINT),)\n"
     )
     done = run_cli("status", run, "--watch", prelude=prelude)

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.card import model_card
-from evomerge.merge.export import differences, export
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
-from evomerge.merge.nested import open_bank
-from evomerge.merge.recipe import Recipe, load_recipe
+from evomerge.merge.output.card import model_card
+from evomerge.merge.output.export import differences, export
+from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import read_vocabulary, union
 from evomerge.sources.vocabulary import Translated
 

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 from searches import write_config
 
-from evomerge.config.file import load_config
+from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.search.exam import Exam, open_exam
-from evomerge.search.jobs import Examination, Failure, Outcome, Tryout
-from evomerge.search.race import build_course
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.jobs import Failure, FullEvaluation, Outcome, TrialJob
+from evomerge.search.evaluation.race_setup import build_race_setup
+from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.run import Run, create_run
-from evomerge.search.scorer import Scorer, open_config_models
-from evomerge.search.workers.crew import Crew, crew_of, make_workers, setup_of
+from evomerge.search.workers.options import WorkerOptions, make_workers, parse_worker_options, setup_of
 from evomerge.search.workers.pool import DEATHS, Pool
+from evomerge.search.workers.remote_evaluator import open_evaluator
 from evomerge.search.workers.worker import Setup
-from evomerge.search.workers.workshop import open_workshop
 
-KINDS = {"this process": Crew(1), "processes": Crew(2), "ray": Crew(2, "local")}
+KINDS = {"this process": WorkerOptions(1), "processes": WorkerOptions(2), "ray": WorkerOptions(2, "local")}
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Bench:
     kind: str
     pool: Pool
     loop: asyncio.Runner
-    exam: Exam
+    task_set: TaskSet
     config: SearchConfig
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -66,7 +66,7 @@ def run(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("workers")
     file = write_config(folder, tiny_family)
     config = load_config(file)
-    return create_run(config, open_exam(config), file, folder / "run")
+    return create_run(config, open_task_set(config), file, folder / "run")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -76,11 +76,11 @@ def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
         pytest.importorskip("ray", reason='Ray is not installed; `make test-ray` does it: pip install "evomerge[ray]"')
     with asyncio.Runner() as loop:
         config = run.config()
-        exam = open_exam(config)
+        task_set = open_task_set(config)
 
         async def opened() -> Pool:
             models = open_config_models(config)
-            workers = make_workers(KINDS[kind], run, config, models, exam, lambda: None, lambda text: None)
+            workers = make_workers(KINDS[kind], run, config, models, task_set, lambda: None, lambda text: None)
             pool = Pool(workers, run.log, stuck=20.0)
             await pool.open()
             while any(post.state != "idle" for post in pool.posts):
@@ -88,7 +88,7 @@ def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
             return pool
 
         pool = loop.run(opened())
-        yield Bench(kind, pool, loop, exam, config)
+        yield Bench(kind, pool, loop, task_set, config)
         loop.run(pool.close())
     if kind == "ray":
         import ray
@@ -97,14 +97,14 @@ def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="module")
-def truth(run: Run) -> Scorer:
-    """The workshop itself, without any worker around it."""
+def truth(run: Run) -> Evaluator:
+    """The evaluator itself, without any worker around it."""
     config = run.config()
-    return Scorer(config, open_config_models(config), open_exam(config))
+    return Evaluator(config, open_config_models(config), open_task_set(config))
 
 
-def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Scorer) -> None:
-    job = Tryout(bench.recipe(0.7, 0.6), None)
+def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Evaluator) -> None:
+    job = TrialJob(bench.recipe(0.7, 0.6), None)
     found, wanted = bench.run(bench.pool.run(job, "trial")), truth.run(job)
     assert isinstance(found, Outcome)
     assert isinstance(wanted, Outcome)
@@ -113,13 +113,16 @@ def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Scor
     assert set(found.seconds) == set(wanted.seconds)
 
 
-def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth: Scorer) -> None:
-    best = truth.run(Tryout(bench.recipe(0.8, 0.8), None))
+def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth: Evaluator) -> None:
+    best = truth.run(TrialJob(bench.recipe(0.8, 0.8), None))
     assert isinstance(best, Outcome)
-    scores = bench.exam.of(best.scores, "objective")
-    course = build_course(bench.exam, "items", [scores], 0, bench.config.racing)
+    scores = bench.task_set.of(best.scores, "objective")
+    race_setup = build_race_setup(bench.task_set, "items", [scores], 0, bench.config.racing)
     for weights, stopped in (((0.0, 0.1), True), ((0.8, 0.79), False)):
-        jobs = [Tryout(bench.recipe(*weights), None, course, course.race(course.joined(scores), [])) for _ in range(2)]
+        jobs = [
+            TrialJob(bench.recipe(*weights), None, race_setup, race_setup.race(race_setup.joined(scores), []))
+            for _ in range(2)
+        ]
         found, wanted = bench.run(bench.pool.run(jobs[0], "trial")), truth.run(jobs[1])
         assert isinstance(found, Outcome)
         assert isinstance(wanted, Outcome)
@@ -128,9 +131,9 @@ def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth
         assert (found.estimate is not None) == stopped
 
 
-def test_an_examination_scores_just_the_items_that_are_asked_for(bench: Bench, truth: Scorer) -> None:
-    ids = {"tiny_rev": [i.id for i in bench.exam.items["tiny_rev"]["holdout"][3:8]]}
-    job = Examination(bench.recipe(0.5, 0.5), "holdout", ids)
+def test_an_examination_scores_just_the_items_that_are_asked_for(bench: Bench, truth: Evaluator) -> None:
+    ids = {"tiny_rev": [i.id for i in bench.task_set.items["tiny_rev"]["holdout"][3:8]]}
+    job = FullEvaluation(bench.recipe(0.5, 0.5), "holdout", ids)
     seen: list[tuple[int, int]] = []
     found, wanted = bench.run(bench.pool.run(job, "holdout", lambda *step: seen.append(step))), truth.run(job)
     assert isinstance(found, Outcome)
@@ -142,17 +145,17 @@ def test_an_examination_scores_just_the_items_that_are_asked_for(bench: Bench, t
 
 
 def test_a_broken_candidate_is_a_result_and_the_worker_goes_on(bench: Bench) -> None:
-    broken = bench.run(bench.pool.run(Tryout(bench.recipe(1e60, 1e60), None), "trial"))
+    broken = bench.run(bench.pool.run(TrialJob(bench.recipe(1e60, 1e60), None), "trial"))
     assert isinstance(broken, Failure)
     assert broken.broken
     assert "finite" in broken.reason
-    assert isinstance(bench.run(bench.pool.run(Tryout(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
+    assert isinstance(bench.run(bench.pool.run(TrialJob(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
     assert [post.restarts for post in bench.pool.posts] == [0] * bench.pool.size
 
 
 def test_as_many_jobs_are_in_hand_as_there_are_workers(bench: Bench) -> None:
     async def all_at_once() -> tuple[list[Any], int]:
-        jobs = [Tryout(bench.recipe(0.1 * k, 0.5), None) for k in range(6)]
+        jobs = [TrialJob(bench.recipe(0.1 * k, 0.5), None) for k in range(6)]
         works = [asyncio.ensure_future(bench.pool.run(job, "trial", trial=k)) for k, job in enumerate(jobs)]
         busiest = 0
         while not all(w.done() for w in works):
@@ -170,7 +173,7 @@ def disturbed(bench: Bench, disturb: Callable[[int], None], jobs: int = 6) -> li
 
     async def work() -> list[Any]:
         works = [
-            asyncio.ensure_future(bench.pool.run(Tryout(bench.recipe(0.1 * k, 0.5), None), f"trial {k}", trial=k))
+            asyncio.ensure_future(bench.pool.run(TrialJob(bench.recipe(0.1 * k, 0.5), None), f"trial {k}", trial=k))
             for k in range(jobs)
         ]
         while bench.pool.posts[0].state != "busy":
@@ -186,13 +189,13 @@ def outside(bench: Bench) -> None:
         pytest.skip("nobody survives the death of this process")
 
 
-def test_the_job_of_a_killed_worker_is_done_by_another_with_the_same_scores(bench: Bench, truth: Scorer) -> None:
+def test_the_job_of_a_killed_worker_is_done_by_another_with_the_same_scores(bench: Bench, truth: Evaluator) -> None:
     outside(bench)
     before = bench.pool.posts[0].restarts
     results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGKILL))
     assert bench.pool.posts[0].restarts == before + 1
     for k, result in enumerate(results):
-        wanted = truth.run(Tryout(bench.recipe(0.1 * k, 0.5), None))
+        wanted = truth.run(TrialJob(bench.recipe(0.1 * k, 0.5), None))
         assert isinstance(result, Outcome)
         assert isinstance(wanted, Outcome)
         assert result.scores == wanted.scores
@@ -216,12 +219,12 @@ def test_a_trial_that_takes_too_long_has_failed_and_is_not_tried_again(bench: Be
         bench.run(asyncio.sleep(0.1))
     bench.pool.longest = 0.0
     try:
-        result = bench.run(bench.pool.run(Examination(bench.recipe(0.5, 0.5), "holdout"), "trial"))
+        result = bench.run(bench.pool.run(FullEvaluation(bench.recipe(0.5, 0.5), "holdout"), "trial"))
     finally:
         bench.pool.longest = None
     if isinstance(result, Failure):  # a fast machine may be done before the first look
         assert "longer than" in result.reason
-    assert isinstance(bench.run(bench.pool.run(Tryout(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
+    assert isinstance(bench.run(bench.pool.run(TrialJob(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
 
 
 def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
@@ -246,7 +249,7 @@ def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
         pool = Pool(workers, lambda text: None)
         await pool.open()
         source = RecipeSource(name="a", path="a", parameters={"weight": 1.0})
-        job = Tryout(Recipe(method="linear", base=Model(path="b"), sources=[source]), None)
+        job = TrialJob(Recipe(method="linear", base=Model(path="b"), sources=[source]), None)
         result = await pool.run(job, "trial")
         await asyncio.sleep(0)
         await pool.close()
@@ -287,7 +290,7 @@ def test_a_worker_whose_files_are_others_is_refused(run: Run) -> None:
     setup = setup_of(run, config)
 
     def opened(changed: Setup) -> None:
-        open_workshop(changed, lambda: None, print, lambda done, total: None)
+        open_evaluator(changed, lambda: None, print, lambda done, total: None)
 
     opened(replace(setup, host="elsewhere"))  # another machine compares hashes
     others = {**setup.inputs, "rev": {"model.safetensors": "0" * 64}}
@@ -301,23 +304,23 @@ def test_a_source_that_is_replaced_while_the_search_runs_ends_it(tiny_family: Pa
     for part in ("base", "rev", "add"):
         shutil.copytree(tiny_family / part, tmp_path / part)
     config = load_config(write_config(tmp_path, tmp_path))
-    scorer = Scorer(config, open_config_models(config), open_exam(config))
+    evaluator = Evaluator(config, open_config_models(config), open_task_set(config))
     sources = [RecipeSource(name=s.name, path=s.path, parameters={"weight": 0.5}) for s in config.sources]
     recipe = Recipe(method="linear", dtype="float32", base=Model(path=config.base), sources=sources)
-    assert isinstance(scorer.run(Tryout(recipe, None)), Outcome)
+    assert isinstance(evaluator.run(TrialJob(recipe, None)), Outcome)
     os.utime(tmp_path / "add" / "model.safetensors", ns=(0, 0))
     with pytest.raises(EvomergeError, match=r"add/model\.safetensors: changed while the search runs"):
-        scorer.run(Tryout(recipe, None))
+        evaluator.run(TrialJob(recipe, None))
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "٣", "9999", ""])
 def test_a_wrong_number_of_workers_is_one_error(workers: str) -> None:
     with pytest.raises(EvomergeError, match="--workers"):
-        crew_of(workers, None)
+        parse_worker_options(workers, None)
 
 
 def test_auto_is_one_worker_where_there_is_one_device() -> None:
-    assert crew_of(None, None) == Crew(1)
-    assert crew_of("auto", None) == Crew("auto")
-    assert crew_of(None, "local") == Crew("auto", "local")
-    assert crew_of("3", None) == Crew(3)
+    assert parse_worker_options(None, None) == WorkerOptions(1)
+    assert parse_worker_options("auto", None) == WorkerOptions("auto")
+    assert parse_worker_options(None, "local") == WorkerOptions("auto", "local")
+    assert parse_worker_options("3", None) == WorkerOptions(3)

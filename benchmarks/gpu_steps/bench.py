@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from evomerge.merge.compiled import Compiled, user_cache
+from evomerge.merge.kernels.compiled import Compiled, user_cache
 
 
 @dataclass(frozen=True)

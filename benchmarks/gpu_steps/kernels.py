@@ -10,11 +10,11 @@ import torch
 from merge import CASES, SOURCES, write_models
 from stopwatch import timed
 
-from evomerge.merge.bank import Bank
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
+from evomerge.merge.measure.scan import Scan
 from evomerge.merge.methods import METHODS
-from evomerge.merge.scan import Scan
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs, recipe
 

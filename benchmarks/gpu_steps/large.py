@@ -8,10 +8,10 @@ import torch
 from merge import write_models
 from stopwatch import timed
 
-from evomerge.merge.bank import Bank
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.open import open_models
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from evomerge.merge.memory import host_memory
+from evomerge.merge.bank.memory import host_memory
 from gpu_steps.bench import Bench
 
 PACKAGES = "torch triton transformers huggingface_hub lm_eval optuna safetensors peft numpy".split()

@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from evomerge.merge.bank import Bank
-from evomerge.merge.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 
 __all__ = ["outputs", "recipe", "shapes", "write_adapter", "write_family", "write_tokenizer", "zero_weight"]
 

@@ -37,11 +37,11 @@ def write_config(bench: Bench, name: str, sizes: dict[str, int]) -> Path:
 def searched(bench: Bench) -> None:
     """The tiny family's search, and two of its trials once more."""
     from evomerge.cli import main
+    from evomerge.search.evaluation.evaluator import open_config_models
     from evomerge.search.repeat import repeat
     from evomerge.search.run import open_run
-    from evomerge.search.scorer import open_config_models
-    from evomerge.search.space import build_space
-    from evomerge.search.study import SearchStudy
+    from evomerge.search.space.space import build_space
+    from evomerge.search.storage.study import SearchStudy
 
     count = 8 if bench.small else 200
     file = write_config(bench, "search", dict.fromkeys(("search", "selection", "holdout"), count))

@@ -38,8 +38,8 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.merge.export import differences
-    from evomerge.merge.recipe import check_fingerprints, load_recipe
+    from evomerge.merge.output.export import differences
+    from evomerge.merge.recipe.recipe import check_fingerprints, load_recipe
 
     loaded = load_recipe(recipe)
     if check is not None and not (check / "config.json").is_file():
@@ -67,7 +67,7 @@ def inspect(
     """Tell whether these models can be merged, and what to expect."""
     from evomerge.report.inspection import print_inspection
     from evomerge.sources.locate import locate
-    from evomerge.sources.open import open_models
+    from evomerge.sources.models import open_models
 
     names = {f"{Path(s).name}": locate(s) for s in sources}
     if len(names) < len(sources):
@@ -116,7 +116,7 @@ def evaluate(
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.files import write_text
     from evomerge.merge.live import open_live_model
-    from evomerge.merge.recipe import Dtype
+    from evomerge.merge.recipe.recipe import Dtype
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
     from evomerge.sources.locate import locate
@@ -169,14 +169,14 @@ def statistics(
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
     from typing import get_args
 
-    from evomerge.config.file import load_config
+    from evomerge.config.config_file import load_config
     from evomerge.device import resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
-    from evomerge.merge.plan import Statistics
+    from evomerge.merge.methods.plan import Statistics
     from evomerge.report.progress import Bar
-    from evomerge.search.gather import choose_items, gather
     from evomerge.sources.locate import locate
+    from evomerge.statistics.gather import choose_items, gather_statistics
 
     if (wanted := next((k for k in get_args(Statistics) if k == kind), None)) is None:
         raise EvomergeError(f"--kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
@@ -190,7 +190,7 @@ def statistics(
     live = open_live_model(folder, below, "float32", where)
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
-        gather(wanted, folder, below, live, opened, chosen, out, bar.update)
+        gather_statistics(wanted, folder, below, live, opened, chosen, out, bar.update)
     finally:
         bar.close()
     print(f"wrote {out}")

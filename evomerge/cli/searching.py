@@ -37,18 +37,18 @@ def search(
     out: ExportTo = None,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config.file import load_config, pin
+    from evomerge.config.config_file import load_config, pin
     from evomerge.files import refuse_full
-    from evomerge.merge.layout import build_layout
-    from evomerge.merge.loads import check_loads
-    from evomerge.search.exam import check_statistics, open_exam
-    from evomerge.search.limits import limits_of, with_budget
+    from evomerge.merge.output.load_check import check_loads
+    from evomerge.merge.recipe.layout import build_layout
+    from evomerge.search.budget.limits import limits_of, with_budget
+    from evomerge.search.evaluation.evaluator import open_config_models
+    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
     from evomerge.search.run import create_run, refuse_existing
-    from evomerge.search.scorer import open_config_models
-    from evomerge.search.workers.crew import crew_of
+    from evomerge.search.workers.options import parse_worker_options
 
     loaded = with_budget(load_config(config), trials, timeout, target, patience)
-    limits, crew = limits_of(loaded.budget, until), crew_of(workers, ray)
+    limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
     folder = run or Path("runs") / loaded.name
     refuse_existing(folder)
     if out is not None:
@@ -58,11 +58,11 @@ def search(
     models = open_config_models(loaded)
     for note in check_loads(build_layout(models), models.base):
         print(f"note: {note}", file=sys.stderr)
-    exam = open_exam(loaded)
-    check_statistics(loaded, models, exam)
-    created = create_run(loaded, exam, config, folder)
+    task_set = open_task_set(loaded)
+    check_statistics(loaded, models, task_set)
+    created = create_run(loaded, task_set, config, folder)
     print(f"run folder: {folder}", flush=True)
-    run_search(created, limits, crew, out)
+    run_search(created, limits, worker_options, out)
 
 
 @app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
@@ -81,13 +81,13 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
-    from evomerge.config.file import write_config
+    from evomerge.config.config_file import write_config
     from evomerge.files import refuse_full
-    from evomerge.search.limits import limits_of, with_budget
+    from evomerge.search.budget.limits import limits_of, with_budget
     from evomerge.search.run import check_unchanged, open_run
-    from evomerge.search.workers.crew import crew_of
+    from evomerge.search.workers.options import parse_worker_options
 
-    crew = crew_of(workers, ray)
+    worker_options = parse_worker_options(workers, ray)
     opened = open_run(run)
     if out is not None:
         refuse_full(out)
@@ -96,7 +96,7 @@ def resume(
     limits = limits_of(changed.budget, until)
     if changed is not config:
         write_config(opened.config_file, changed)
-    run_search(opened, limits, crew, out)
+    run_search(opened, limits, worker_options, out)
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -149,7 +149,7 @@ def items(
     out: Annotated[Path, typer.Option("--out", help="The table to write, .parquet or .csv; it must be new.")],
 ) -> None:
     """Write every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
-    from evomerge.report.items import write_items
+    from evomerge.report.item_table import write_items
     from evomerge.search.run import open_run
 
     print(f"wrote {write_items(open_run(run), out):,} scores to {out}")
@@ -163,8 +163,8 @@ def export(
     mergekit: Mergekit = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
-    from evomerge.search.export import recipe_of_trial
     from evomerge.search.run import open_run
+    from evomerge.search.verdict.recommended import recipe_of_trial
 
     opened = open_run(run)
     if trial is None:

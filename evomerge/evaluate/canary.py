@@ -83,7 +83,7 @@ def normal_signs(parents: Sequence[Signs]) -> Signs | None:
     return Signs(min(p.entropy for p in parents), max(p.sameness for p in parents))
 
 
-def check(found: Signs, normal: Signs | None) -> None:
+def check_signs(found: Signs, normal: Signs | None) -> None:
     """Broken if the signs are far outside what is normal."""
     if normal is None:
         return

@@ -7,11 +7,10 @@ import torch
 
 from evomerge.config.schema import GOLD_METRICS
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.abilities import probe
-from evomerge.evaluate.budget import LEAST, token_budget
-from evomerge.evaluate.cache import KeysValues
+from evomerge.evaluate.capabilities import probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.generation import Stops, generate, plan_generation
+from evomerge.evaluate.kv_cache import KeysValues
 from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
 from evomerge.evaluate.metrics import (
     ItemMetrics,
@@ -21,11 +20,12 @@ from evomerge.evaluate.metrics import (
     item_score,
     lm_eval_metrics,
 )
-from evomerge.evaluate.prefix import ALONE, Tokens, choose_trunks
+from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
-from evomerge.evaluate.workload import Workload, together
+from evomerge.evaluate.token_budget import LEAST, token_budget
+from evomerge.evaluate.workload import Workload, join_workloads
 
 Trunks = dict[Tokens, KeysValues]
 """What a candidate has computed of shared prefixes: to be thrown away with the candidate."""
@@ -56,7 +56,7 @@ class Engine:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
         self.batch_tokens = token_budget(batch_tokens, model)
-        self.abilities = probe(model, self.vocabulary, log)
+        self.capabilities = probe(model, self.vocabulary, log)
         self.unpacked: set[str] = set()  # tasks whose rows are too long to share one
 
     def prepare(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
@@ -76,10 +76,10 @@ class Engine:
         of them, so that a candidate which carries its `Trunks` from chunk to chunk computes it once.
         """
         works = [
-            together([work.pick(where) for work, where in zip(asked, chunk, strict=True) if len(where)])
+            join_workloads([work.pick(where) for work, where in zip(asked, chunk, strict=True) if len(where)])
             for chunk in chunks
         ]
-        if self.abilities.trunks:
+        if self.capabilities.trunks:
             rows = [row.leaf for work in asked for row in work.rows]
             prompts = [prompt.leaf for work in asked for prompt in work.prompts]
             shared = [*choose_trunks(rows), *choose_trunks(prompts, ALONE)]
@@ -142,16 +142,16 @@ class Engine:
     def plan(self, work: Workload) -> None:
         """Make the batches of a workload for the present budget."""
         work.budget = self.batch_tokens
-        too_long = [part for part in work.by_task if not self.abilities.reaches(part.longest)]
-        work.packs = self.abilities.packs and not too_long
-        for part in too_long if self.abilities.packs else []:
+        too_long = [part for part in work.by_task if not self.capabilities.reaches(part.longest)]
+        work.packs = self.capabilities.packs and not too_long
+        for part in too_long if self.capabilities.packs else []:
             if part.task.name not in self.unpacked:  # once, not for every chunk
                 self.unpacked.add(part.task.name)
                 self.log(
                     f"note: task {part.task.name} has rows of {part.longest} tokens, the model attends to "
-                    f"{self.abilities.window}; one row a sequence"
+                    f"{self.capabilities.window}; one row a sequence"
                 )
-        shared = work.shared if self.abilities.trunks else []
+        shared = work.shared if self.capabilities.trunks else []
         plan = Plan(work.budget, self.model.device, self.vocabulary, work.packs, shared)
         work.batches = plan_batches(work.rows, plan)
         work.generations = plan_generation(work.prompts, self.tokenizer.pad_token_id or 0, plan)
@@ -222,7 +222,7 @@ class Engine:
 
     def answers(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
         """The generated text of every prompt."""
-        if self.abilities.steps:
+        if self.capabilities.steps:
             count = len(work.prompts)
             tokens = generate(self.model, work.generations, count, self.stops, clock, work.packs, trunks)
             with clock.time("score"):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.evaluate.cache import KeysValues, empty_cache, roomy_cache
 from evomerge.evaluate.clock import Clock, Counts
+from evomerge.evaluate.kv_cache import KeysValues, empty_cache, roomy_cache
 from evomerge.evaluate.loglikelihood import Plan, head_only_at, run_trunk
-from evomerge.evaluate.prefix import ALONE, Leaf, Tokens, by_trunk, choose_trunks
+from evomerge.evaluate.prefix_plan import ALONE, Leaf, Tokens, by_trunk, choose_trunks
 
 LEAVE = 0.8  # rows go on without those that are done once they are this part of them: leaving copies the others
 NEAR, FILLED = 0.85, 512  # a forward over prompts takes those of near length, once it has this many tokens
@@ -155,14 +155,14 @@ def generate(
             with clock.time("forward"):
                 trunks[batch.trunk] = run_trunk(model, batch.trunk)
                 clock.counts.add(len(batch.trunk), len(batch.trunk))
-        run = Run(model, batch, packs, trunks.get(batch.trunk))
+        run = Decoding(model, batch, packs, trunks.get(batch.trunk))
         for number, tokens in zip(batch.owner, generate_batch(run, batch, stops, clock), strict=True):
             answers[number] = tokens
         clock.step()
     return answers
 
 
-class Run:
+class Decoding:
     """The model's side of one batch: keys and values, masks and positions of the rows that still run."""
 
     def __init__(self, model: Any, batch: GenerationBatch, packs: bool, trunk: KeysValues | None) -> None:
@@ -239,7 +239,7 @@ class Run:
             self.hidden = self.hidden[keep]
 
 
-def generate_batch(run: Run, batch: GenerationBatch, stops: Stops, clock: Clock) -> list[list[int]]:
+def generate_batch(run: Decoding, batch: GenerationBatch, stops: Stops, clock: Clock) -> list[list[int]]:
     table = stops.table(batch.until)
     answers: list[list[int]] = [[] for _ in batch.owner]
     running = list(range(len(batch.owner)))  # rows of this batch that are still in the model's batch

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.evaluate.cache import KeysValues, empty_cache, trunk_cache
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.prefix import Leaf, PackedRow, Tokens, by_trunk, choose_trunks, packed_rows
+from evomerge.evaluate.kv_cache import KeysValues, empty_cache, trunk_cache
+from evomerge.evaluate.prefix_plan import Leaf, PackedRow, Tokens, by_trunk, choose_trunks, packed_rows
 
 LOGITS = 2**27  # logits held at a time: 0.5 GB in float32
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from evomerge.evaluate.generation import GenerationBatch, Prompt
 from evomerge.evaluate.loglikelihood import Batch, Row
-from evomerge.evaluate.prefix import Tokens
+from evomerge.evaluate.prefix_plan import Tokens
 from evomerge.evaluate.tasks import Item, Task
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ def taken(every: list[T], own: range, kept: list[T]) -> range:
     return range(len(kept) - len(own), len(kept))
 
 
-def together(parts: Sequence[Workload]) -> Workload:
+def join_workloads(parts: Sequence[Workload]) -> Workload:
     """Workloads that run in the same batches, without batches yet.
 
     It holds their rows, prompts and requests one after another; what belongs to single items is in `parts`.

@@ -9,14 +9,14 @@ import torch
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError, first_line
 from evomerge.files import read_json
-from evomerge.merge.bank import Bank
-from evomerge.merge.compute import faster_type, measure
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
-from evomerge.merge.recipe import Dtype, Model, Recipe, RecipeSource
+from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import known_config
 from evomerge.sources.checkpoint import read_config, stored_tensors
-from evomerge.sources.open import open_models
+from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.merge.bank import Bank, mask_keys
-from evomerge.merge.call import Call, Keys, call_of, contributes
-from evomerge.merge.coefficients import named_parts
-from evomerge.merge.execute import execute
-from evomerge.merge.launch import Launcher
+from evomerge.merge.bank.bank import Bank, mask_keys
+from evomerge.merge.kernels.call import Call, Keys, call_of, contributes
+from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.launch import Launcher
 from evomerge.merge.methods import METHODS
-from evomerge.merge.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
-from evomerge.merge.recipe import Recipe, check_layers
+from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
+from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.recipe import Recipe, check_layers
 from evomerge.sources.anatomy import Place, place
 
 STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
@@ -47,8 +47,8 @@ def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planne
     if not base.is_floating_point():
         return None
     names = bank.taking_part(name, [s.name for s in recipe.sources])
-    gathered = bank.gathered(recipe, names)
-    measured = bank.measurements(name, names, recipe.seed, gathered)
+    statistics = bank.statistics(recipe, names)
+    measured = bank.measurements(name, names, recipe.seed, statistics)
     if names:
         plan = METHODS[recipe.method].plan(knobs(place(name), bank.layers, tuple(names)), measured)
     else:
@@ -62,12 +62,12 @@ def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planne
         silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
         sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
     elif isinstance(plan, Derived):
-        sources = bank.derived(plan, name, names, gathered)
+        sources = bank.derived(plan, name, names, statistics)
     else:
         sources = [measured.source(i) for i in range(len(names))]
     planes = measured.planes(plan)
     if isinstance(plan, FisherBlend):
-        planes = [g.read(name).to(bank.device) for g in gathered]
+        planes = [g.read(name).to(bank.device) for g in statistics]
     is_random = isinstance(plan, SparseBlend) and plan.chances is not None
     return Planned(plan, base, sources, planes, mask_keys(recipe.seed, name, names) if is_random else (0, ()))
 

@@ -10,14 +10,14 @@ import plotly.io
 from optuna.trial import TrialState
 
 from evomerge.files import write_text
-from evomerge.merge.coefficients import named_parts
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Recipe, load_recipe
-from evomerge.report.card import interval_text, remarks
+from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
-from evomerge.report.usage import usage_text
+from evomerge.report.usage_text import usage_text
+from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
-from evomerge.search.study import in_full
+from evomerge.search.storage.study import in_full
 from evomerge.sources.anatomy import Component, Place, layer_count
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate

@@ -3,10 +3,10 @@
 import numpy as np
 from rich.table import Table
 
-from evomerge.merge.statistics import gram_matrix
+from evomerge.merge.measure.reductions import gram_matrix
 from evomerge.report.progress import console
 from evomerge.sources.anatomy import layer_count, place
-from evomerge.sources.open import Models
+from evomerge.sources.models import Models
 
 
 def print_inspection(models: Models) -> bool:

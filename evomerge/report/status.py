@@ -7,12 +7,12 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.config.schema import SearchConfig
-from evomerge.search.board import price_of
-from evomerge.search.computing import recorded_type
-from evomerge.search.limits import limits_of, now
+from evomerge.search.budget.limits import limits_of, now
+from evomerge.search.budget.usage import Usage, used_by
+from evomerge.search.evaluation.settled_dtype import recorded_type
+from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
-from evomerge.search.study import FINISHED, in_full, rank, record_of, trial_seconds
-from evomerge.search.usage import Usage, used_by
+from evomerge.search.storage.study import FINISHED, in_full, rank, record_of, trial_seconds
 
 PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection, func, select
 
-from evomerge.config.storage import expanded
+from evomerge.config.database_url import expanded
 from evomerge.errors import EvomergeError
-from evomerge.search.lease import LEASE, Holder, machine, parse
-from evomerge.search.storage import open_storage, sqlite_url
-from evomerge.search.tables import NOTES, STUDIES, STUDY_NOTES, TRIALS, VALUES, local
+from evomerge.search.storage.database import open_storage, sqlite_url
+from evomerge.search.storage.study_lease import LEASE, Holder, machine_id, parse
+from evomerge.search.storage.tables import NOTES, STUDIES, STUDY_NOTES, TRIALS, VALUES, local
 
 SILENT = 60.0  # seconds after which a holder elsewhere is shown as silent; two machines' clocks differ by less
 
@@ -37,7 +37,7 @@ class StudyRow:
         if self.holder.is_dead:
             return f"idle (process {self.holder.pid} on {self.holder.host} died)"
         silent = time.time() - self.holder.clock
-        if self.holder.machine != machine() and silent > SILENT:
+        if self.holder.machine != machine_id() and silent > SILENT:
             return f"not heard of on {self.holder.host} for {silent / 60:,.0f} minutes"
         return f"running on {self.holder.host}"
 

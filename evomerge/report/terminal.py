@@ -13,13 +13,13 @@ from rich.table import Table
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import TaskResult
-from evomerge.report.card import interval_text, remarks
-from evomerge.report.live import UNKNOWN, render, watch
+from evomerge.report.live_view import UNKNOWN, render, watch
 from evomerge.report.progress import Steps, console, seconds_text
 from evomerge.report.status import Status
-from evomerge.report.usage import usage_text
+from evomerge.report.usage_text import usage_text
+from evomerge.report.verdict_text import interval_text, remarks
+from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
-from evomerge.search.snapshot import Snapshot
 
 
 class SearchView:

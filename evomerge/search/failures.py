@@ -2,7 +2,7 @@
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evomerge.search.study import SearchStudy, record_of
+from evomerge.search.storage.study import SearchStudy, record_of
 
 FAILURES_IN_A_ROW = 10
 

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.errors import EvomergeError
-from evomerge.search.baselines import baselines
-from evomerge.search.course import make_course
-from evomerge.search.exam import open_exam
-from evomerge.search.jobs import Failure, Tryout
-from evomerge.search.ledger import Book
+from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.full_evaluations import StoredEvaluations
+from evomerge.search.evaluation.jobs import Failure, TrialJob
+from evomerge.search.evaluation.race_policy import make_race_setup
+from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.loop import healthy, value_of
 from evomerge.search.run import Run
-from evomerge.search.scorer import Scorer, open_config_models
-from evomerge.search.scores import objective_scores
-from evomerge.search.space import build_space
-from evomerge.search.study import SearchStudy, record_of
+from evomerge.search.space.baselines import baselines
+from evomerge.search.space.space import build_space
+from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.study import SearchStudy, record_of
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,28 @@ def repeat(run: Run, number: int) -> Repeated:
     trial = next((t for t in study.finished if t.number == number), None)
     if trial is None or trial.value is None or "scores" not in record_of(trial):
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
-    exam = open_exam(config)
+    task_set = open_task_set(config)
     known, record = baselines(study.space), record_of(trial)
-    job = Tryout(study.space.recipe(trial.params), None)
+    job = TrialJob(study.space.recipe(trial.params), None)
     if "baseline" not in trial.user_attrs:
-        course = make_course(study, known, Book(study.stored, exam))
+        race_setup = make_race_setup(study, known, StoredEvaluations(study.stored, task_set))
         race = None
-        if course is not None and record.get("race"):
+        if race_setup is not None and record.get("race"):
             full = {t.number: t for t in study.complete}
             incumbent, others = record["race"]["incumbent"], record["race"]["others"]
-            race = course.race(course.vector(full[incumbent]), [course.vector(full[n]) for n in others])
-        job = Tryout(job.recipe, healthy(study, known), course, race)
+            race = race_setup.race(race_setup.vector(full[incumbent]), [race_setup.vector(full[n]) for n in others])
+        job = TrialJob(job.recipe, healthy(study, known), race_setup, race)
     computed = record.get("compute_dtype", config.dtype)  # runs of before it was recorded had no other type
     config = config.model_copy(update={"compute_dtype": computed})
-    scorer = Scorer(config, models, exam, log=run.log, cache=run.folder / "cache")
-    scorer.prepare(run.manifest()["inputs"])
-    result = scorer.run(job)
+    evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
+    evaluator.prepare(run.manifest()["inputs"])
+    result = evaluator.run(job)
     if isinstance(result, Failure):
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
-    before, after = objective_scores(trial), {t: np.array(s) for t, s in exam.of(result.scores, "objective").items()}
+    before, after = (
+        objective_scores(trial),
+        {t: np.array(s) for t, s in task_set.of(result.scores, "objective").items()},
+    )
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
     items = sum(int(np.isfinite(s).sum()) for s in before.values())
-    return Repeated(items, differing, (trial.value, value_of(result, exam)))
+    return Repeated(items, differing, (trial.value, value_of(result, task_set)))

@@ -15,16 +15,16 @@ from typing import Any
 import optuna
 
 from evomerge import __version__
-from evomerge.config.file import config_differences, load_config, pin, write_config
+from evomerge.config.config_file import config_differences, load_config, pin, write_config
+from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
-from evomerge.config.storage import expanded
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, read_json, sha256, write_text
-from evomerge.search.exam import Exam, open_exam
-from evomerge.search.scorer import model_folders
-from evomerge.search.storage import open_study, sqlite_url
-from evomerge.search.verdict import what_is_wrong
-from evomerge.sources.locate import fingerprint
+from evomerge.search.evaluation.evaluator import model_folders
+from evomerge.search.evaluation.task_set import TaskSet, open_task_set
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.verdict.verdict import what_is_wrong
+from evomerge.sources.locate import model_fingerprint
 
 KEY = "evomerge:key"  # study attribute: what its results depend on, see `study_key`
 PACKAGES = (
@@ -119,18 +119,18 @@ def open_run(folder: Path) -> Run:
 
 def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
     """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path."""
-    prints = {name: fingerprint(folder) for name, folder in model_folders(config).items()}
+    prints = {name: model_fingerprint(folder) for name, folder in model_folders(config).items()}
     for source in config.sources:
         if source.statistics is not None:
             prints[source.name][source.statistics] = sha256(Path(source.statistics))
     return prints
 
 
-def item_fingerprints(exam: Exam) -> dict[str, dict[str, str]]:
+def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
     """A hash of the items in each split of each task: their documents, whatever file they came from."""
     found: dict[str, dict[str, str]] = {}
-    for task in exam.tasks:
-        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in exam.items[task.name].items()}
+    for task in task_set.tasks:
+        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in task_set.items[task.name].items()}
         if task.lm.config.num_fewshot:
             ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
         found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
@@ -167,12 +167,12 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def create_run(config: SearchConfig, exam: Exam, origin: Path, folder: Path) -> Run:
+def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:
     """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
     refuse_existing(folder)
     run = Run(folder)
     run.storage_url(config)  # says which variable it lacks
-    inputs, items = input_fingerprints(config), item_fingerprints(exam)
+    inputs, items = input_fingerprints(config), item_fingerprints(task_set)
     manifest = {
         "evomerge": __version__,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -212,7 +212,7 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         lines += [
             f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
         ]
-    items = item_fingerprints(open_exam(current))
+    items = item_fingerprints(open_task_set(current))
     known: dict[str, dict[str, str]] = manifest.get("items", {})
     for task in sorted(items.keys() & known.keys()):
         lines += [

@@ -13,9 +13,9 @@ from evomerge.errors import EvomergeError
 from evomerge.files import read_json
 from evomerge.sources.anatomy import layer_count
 from evomerge.sources.architecture import known_config
-from evomerge.sources.header import open_safetensors
+from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem
-from evomerge.sources.settings import LAYER_COUNTS
+from evomerge.sources.safetensors_header import open_safetensors
 from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
 
 DTYPES = {

@@ -12,9 +12,9 @@ from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
 from evomerge.sources.checkpoint import Checkpoint, is_head
+from evomerge.sources.config_differences import LAYER_COUNTS, compare_settings, describe
 from evomerge.sources.locate import looks_like_hub_id
 from evomerge.sources.quantised import said_by
-from evomerge.sources.settings import LAYER_COUNTS, compare_settings, describe
 from evomerge.sources.tokenizer import is_there
 from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
@@ -29,7 +29,7 @@ class Compatibility:
     notes: list[str] = field(default_factory=list)
 
 
-def check(
+def check_compatibility(
     base: Checkpoint,
     sources: Mapping[str, Checkpoint | Adapter],
     any_depth: bool = False,

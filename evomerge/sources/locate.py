@@ -1,4 +1,4 @@
-"""From what a person writes (a folder or a hub id) to a folder on this machine, and to a fingerprint of it."""
+"""From what a person writes (a folder or a hub id) to a folder on this machine, and to a model_fingerprint of it."""
 
 import glob
 import os
@@ -119,7 +119,7 @@ def model_files(folder: Path) -> list[Path]:
     )
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
+def model_fingerprint(folder: Path) -> dict[str, str]:
     """SHA-256 of the model's files, by name."""
     return {p.name: sha256(p) for p in model_files(folder)}
 

@@ -140,7 +140,7 @@ def translate(
     target = rows_by_key(output, rows)
     found: dict[str, Source] = {}
     for name, model in models.items():
-        gathering = gather(name, target, rows, have)
+        gathering = gather_rows(name, target, rows, have)
         same = have[name] == target and row_count(model) == rows
         found[name] = model if same else translated(model, gathering, models, have[name] == have[BASE])
     out = found.pop(BASE)
@@ -163,7 +163,7 @@ def with_special_tokens(base: Checkpoint, leader: Source) -> Checkpoint:
     return replace(base, config=kept | {k: theirs[k] for k in TOKEN_IDS if k in theirs})
 
 
-def gather(name: str, target: Mapping[Key, int], rows: int, have: Mapping[str, Mapping[Key, int]]) -> Gathering:
+def gather_rows(name: str, target: Mapping[Key, int], rows: int, have: Mapping[str, Mapping[Key, int]]) -> Gathering:
     """Where one model's rows come from.  have: every model's rows by key, the base's first."""
     mine = have[name]
     own = [(row, mine[key]) for key, row in target.items() if key in mine]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.mergekit.file import Entry, Input, MergekitFile, Reference, Settings, Slice
-from evomerge.merge.mergekit.methods import KNOWN, MERGEKIT, Kind, Scalar, kind
+from evomerge.merge.mergekit.mergekit_file import Entry, Input, MergekitFile, Reference, Settings, Slice
+from evomerge.merge.mergekit.mergekit_methods import KNOWN, MERGEKIT, Kind, Scalar, kind
 from evomerge.sources.locate import absolute, absolute_model
 
 TOP = """models slices modules merge_method base_model dtype out_dtype tokenizer_source tokenizer chat_template

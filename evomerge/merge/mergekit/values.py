@@ -7,7 +7,7 @@ depth; they differ in what a list means outside the stack (`Depth`), so what dif
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from evomerge.merge.coefficients import Coefficient, Part, PerLayer
+from evomerge.merge.recipe.coefficients import Coefficient, Part, PerLayer
 from evomerge.sources.anatomy import Place, place, relative_depth
 
 Values = Mapping[str, float]

@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.coefficients import Coefficient, as_parts, named_parts, value_at
-from evomerge.merge.mergekit.methods import MERGEKIT, Theirs
+from evomerge.merge.mergekit.mergekit_methods import MERGEKIT, Theirs
 from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe import Recipe, RecipeSource
+from evomerge.merge.recipe.coefficients import Coefficient, as_parts, named_parts, value_at
+from evomerge.merge.recipe.recipe import Recipe, RecipeSource
 from evomerge.sources.anatomy import at_layer, layer_count, place
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
@@ -25,7 +25,7 @@ RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 
 @dataclass(frozen=True)
-class Run:
+class OutputRun:
     """Consecutive layers of the output, of every model that takes part there.
 
     tensors: their names in the output, those outside the stack that belong here included.  first: the output's layer
@@ -86,11 +86,11 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     return head + text, notes
 
 
-def output_runs(recipe: Recipe, names: list[str]) -> list[Run]:
+def output_runs(recipe: Recipe, names: list[str]) -> list[OutputRun]:
     """The slices of a recipe, or one of whole models.  names: the base's tensors."""
     models, layers = ["base", *(s.name for s in recipe.sources)], layer_count(names)
     slices = [part.layers for part in recipe.slices] or [dict.fromkeys(models, (0, layers))]
-    runs: list[Run] = []
+    runs: list[OutputRun] = []
     for number, ranges in enumerate(slices):
         start, end = next(iter(ranges.values()))
         done = runs[-1].first + runs[-1].length if runs else 0
@@ -99,12 +99,12 @@ def output_runs(recipe: Recipe, names: list[str]) -> list[Run]:
             if place(name).layer is None:
                 ends = 0 if place(name).component == "embedding" else len(slices) - 1
                 tensors += [name] * (number == ends)
-        runs.append(Run(tensors, done, end - start, dict(ranges)))
+        runs.append(OutputRun(tensors, done, end - start, dict(ranges)))
     return runs
 
 
 def run_content(
-    recipe: Recipe, theirs: Theirs, run: Run, layers: int, base: str | None, sources: list[RecipeSource]
+    recipe: Recipe, theirs: Theirs, run: OutputRun, layers: int, base: str | None, sources: list[RecipeSource]
 ) -> dict[str, Any]:
     """A slice: its models with their parameters, and the parameters that they share."""
     found: dict[str, Any] = {"sources": []}
@@ -129,7 +129,7 @@ def given(recipe: Recipe, knob: str, source: RecipeSource | None) -> Coefficient
     return found
 
 
-def setting(recipe: Recipe, knob: str, source: RecipeSource | None, run: Run, layers: int) -> Any:
+def setting(recipe: Recipe, knob: str, source: RecipeSource | None, run: OutputRun, layers: int) -> Any:
     """A knob as mergekit writes it: a number, a gradient, or a list of `{filter, value}`."""
     ours = given(recipe, knob, source)
     choices = METHODS[recipe.method].knobs[knob].choices

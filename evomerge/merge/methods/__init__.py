@@ -24,7 +24,7 @@ from evomerge.merge.methods import (
     tsv,
     uniform_soup,
 )
-from evomerge.merge.plan import Method
+from evomerge.merge.methods.plan import Method
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -13,7 +13,7 @@ some of them, by a sort that is not stable).
 
 from functools import partial
 
-from evomerge.merge.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, divided, trim
+from evomerge.merge.methods.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, divided, trim
 
 KNOBS = {
     "weight": Knob(None, each=True),

@@ -9,7 +9,7 @@
 `decay` counts checkpoints, not training steps.  `linear` is a rule of its own: beside a decay below 1 it is refused.
 """
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

@@ -12,8 +12,8 @@ density as the paper does, where mergekit restores the L1 norm of the task vecto
 
 from functools import partial
 
+from evomerge.merge.methods.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 from evomerge.merge.methods.rescale import RESCALE, gain
-from evomerge.merge.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 
 KNOBS = {
     "weight": Knob(None, each=True),

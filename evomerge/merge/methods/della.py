@@ -17,8 +17,8 @@ of three and more dimensions are ranked by the first, where mergekit ranks along
 import math
 from functools import partial
 
+from evomerge.merge.methods.plan import Chance, Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 from evomerge.merge.methods.rescale import RESCALE, gain
-from evomerge.merge.plan import Chance, Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 
 KNOBS = {
     "weight": Knob(None, each=True),

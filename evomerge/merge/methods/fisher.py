@@ -8,7 +8,7 @@ same up to a factor that all sources share); without it by the mean of these siz
 as FLOOR, so that where no source has information the weights alone decide.  Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.plan import Blend, FisherBlend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.plan import Blend, FisherBlend, Knob, Knobs, Measured, Method, share
 
 FLOOR = 1e-6  # the authors'; theirs holds for the first model alone, which then wins where no model has information
 

@@ -21,7 +21,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merge.plan import Blend, Gram, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Blend, Gram, Knob, Knobs, Measured, Method
 
 LEAST_TOL = 1e-7  # lengths of sums of unit vectors are not known more finely from a float64 Gram matrix
 

@@ -5,7 +5,7 @@
 The uniform soup is `linear` with equal weights.
 """
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, share
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

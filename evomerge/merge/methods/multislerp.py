@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, share
 
 VANISHING = 2.0**-22  # |m| over sum |w_i|: less of it is rounding in float32, and its direction is arbitrary
 

@@ -10,7 +10,7 @@ Different from mergekit: its |d| is at least 1e-6 in t / |d|, so that at t < 1e-
 t / 1e-6 and not taken over; the results differ by less than 1e-6.
 """
 
-from evomerge.merge.plan import Clip, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Clip, Knob, Knobs, Measured, Method
 
 
 def plan(knobs: Knobs, measured: Measured) -> Clip:

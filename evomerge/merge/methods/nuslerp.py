@@ -13,7 +13,7 @@ columns those along the last, where mergekit takes runs along the last axis and 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, SliceBlend
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, SliceBlend
 
 PARALLEL = 2.0**-24  # a sin^2 that 1 - cos^2 in float32, mergekit's working type, cannot tell from 0
 SHORTEST = 1e-7  # mergekit's floor for lengths: shorter vectors count as more and more orthogonal

@@ -5,7 +5,7 @@
 At scale 1 and in the source's own type the result has the source's bits.
 """
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

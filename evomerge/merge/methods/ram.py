@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend
+from evomerge.merge.methods.plan import Knob, Knobs, Measured, Method, SparseBlend
 
 EPSILON = Knob(1e-5, 0.0)
 

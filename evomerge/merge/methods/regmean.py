@@ -7,7 +7,7 @@ are multiplied by `alpha`, the paper's remedy against a solution that no source 
 All other tensors take the weighted mean.  G_i comes from `evomerge statistics --kind regmean`.  Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.plan import Blend, Derived, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.plan import Blend, Derived, Knob, Knobs, Measured, Method, share
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:

@@ -15,7 +15,7 @@ than a millionth of the energy changes nothing, where mergekit divides what it a
 part.
 """
 
-from evomerge.merge.plan import Blend, Knob, Knobs, Measured, Method, SparseBlend
+from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, SparseBlend
 
 TINY = 1e-6  # mean squares too small to weigh by, weights too small to divide by
 

@@ -9,7 +9,7 @@ Different from mergekit on purpose: elements as large as the k-th are all kept (
 an order that depends on the device), so that the same recipe gives the same bits everywhere.
 """
 
-from evomerge.merge.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count, trim
+from evomerge.merge.methods.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count, trim
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend:

@@ -11,7 +11,7 @@ too (the paper's models have none that were tuned): their rows are tokens, which
 Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.plan import Blend, Derived, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Blend, Derived, Knob, Knobs, Measured, Method
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:

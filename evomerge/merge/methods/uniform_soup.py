@@ -5,7 +5,7 @@
 The same as `linear` with equal weights, without a knob to get wrong.
 """
 
-from evomerge.merge.plan import Blend, Knobs, Measured, Method
+from evomerge.merge.methods.plan import Blend, Knobs, Measured, Method
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from evomerge.errors import EvomergeError
-from evomerge.search.jobs import Failure, Job, Result
-from evomerge.search.snapshot import State, WorkerState
+from evomerge.search.evaluation.jobs import Failure, Job, Result
+from evomerge.search.monitor.snapshot import State, WorkerState
 from evomerge.search.workers.worker import Died, Progress, Worker
 
 DEATHS = 3  # of workers over one job, or of one worker while it starts
@@ -181,7 +181,7 @@ class Pool:
                     await asyncio.wait([task], timeout=0)
 
 
-async def together(*works: Awaitable[T]) -> list[T]:
+async def run_all(*works: Awaitable[T]) -> list[T]:
     """The results of all; if one raises, the others are stopped first."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from evomerge.errors import EvomergeError
-from evomerge.search.jobs import Job, Result
+from evomerge.search.evaluation.jobs import Job, Result
 from evomerge.search.workers.worker import Died, Progress, Setup
 
 BEAT = 1.0  # seconds between two beats at least
@@ -175,15 +175,15 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print goes to the log file
     channel = Channel(source, sink)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from evomerge.search.workers.workshop import open_workshop
+    from evomerge.search.workers.remote_evaluator import open_evaluator
 
     try:
-        scorer = open_workshop(
+        evaluator = open_evaluator(
             channel.inbox.get(), channel.beat, lambda text: channel.send("log", text), channel.progress
         )
         channel.send("answer")
         while True:
-            channel.send("answer", scorer.run(channel.inbox.get()))
+            channel.send("answer", evaluator.run(channel.inbox.get()))
     except EvomergeError as error:
         channel.send("refused", str(error))
 

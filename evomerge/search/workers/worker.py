@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 from evomerge.config.schema import SearchConfig
-from evomerge.merge.memory import Share
-from evomerge.search.jobs import Job, Result
+from evomerge.merge.bank.memory import Share
+from evomerge.search.evaluation.jobs import Job, Result
 
 Progress = Callable[[int, int], None]
-"""Called with the batches of an examination that are done, and their total."""
+"""Called with the batches of an full evaluation that are done, and their total."""
 
 
 class Died(Exception):

@@ -3,6 +3,6 @@
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; rank-stabilised scaling: Kalajdzievski 2023.
 """
 
-from evomerge.sources.adapter.open import Adapter, open_adapter
+from evomerge.sources.adapter.adapter import Adapter, open_adapter
 
 __all__ = ["Adapter", "open_adapter"]

@@ -1,0 +1,261 @@
+"""Read and write the configuration file; whatever is wrong with it is said at once, before anything is loaded."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from evomerge.config.database_url import has_password, masked
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml, write_text
+from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.methods import METHODS
+from evomerge.merge.methods.plan import choices_of, is_named, values_of
+from evomerge.sources.locate import looks_like_hub_id, pinned
+
+
+def method_problems(config: SearchConfig) -> list[str]:
+    """What does not fit the merge method: its name, the number of sources, knobs and bounds."""
+    names = [s.name for s in config.sources]
+    problems = [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    method = METHODS.get(config.method)
+    if method is None:
+        return [f"method: {config.method!r} is not one of {', '.join(METHODS)}", *problems]
+    least, most = method.sources
+    if not least <= len(config.sources) <= (most or len(config.sources)):
+        allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
+        problems.append(f"sources: {config.method} takes {allowed}, here are {len(config.sources)}")
+    if method.statistics:
+        problems += [
+            f"sources.{i}.statistics: {config.method} needs a file there; make it with "
+            f"`evomerge statistics --kind {method.statistics}`"
+            for i, s in enumerate(config.sources)
+            if s.statistics is None
+        ]
+    given = {("space", knob): a for knob, a in config.space.axes(method).items()}
+    for source, knobs in config.space.sources.items():
+        if source not in names:
+            problems.append(f"space.sources.{source}: there is no source of that name; there are {', '.join(names)}")
+        given |= {(f"space.sources.{source}", knob): a for knob, a in knobs.items()}
+    for (where, name), bounds in given.items():
+        knob = method.knobs.get(name)
+        if knob is None or (where != "space" and not knob.each):
+            allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
+            hint = f"allowed: {allowed}" if allowed else "it has none"
+            problems.append(f"{where}.{name}: not a coefficient of {config.method}; {hint}")
+        elif bounds.choice is not None:
+            problems.append(f"{where}.{name}: {bounds.choice!r} is not {choices_of(knob)}")
+        elif is_named(knob) and (bounds.low != bounds.high or bounds.low not in values_of(knob)):
+            problems.append(f"{where}.{name}: is never searched; give {choices_of(knob)}")
+        elif bounds.low < knob.low or bounds.high > knob.high:
+            problems.append(
+                f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} leave {knob.low:g} to {knob.high:g}"
+            )
+        elif name == "density" and bounds.low <= 0:
+            problems.append(f"{where}.{name}: a density of 0 keeps nothing; the lower bound must be above 0")
+    for name, knob in method.knobs.items():
+        if knob.default is None and ("space", name) not in given:
+            lacking = [n for n in names if (f"space.sources.{n}", name) not in given] if knob.each else ["all"]
+            if lacking:
+                problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
+    for switch, name in method.excludes.items():
+        on, moved = given.get(("space", switch)), given.get(("space", name))
+        if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
+            problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
+    if not any(a.low < a.high for a in given.values()) and not problems:
+        problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
+    return problems
+
+
+def type_problems(config: SearchConfig) -> list[str]:
+    """A type to compute in that would round the candidate's values once more."""
+    if config.compute_dtype in ("auto", "float32", config.dtype):
+        return []
+    allowed = " or ".join(dict.fromkeys(("auto", "float32", config.dtype)))
+    return [f"compute_dtype: {config.compute_dtype} cannot hold the values of dtype {config.dtype}; give {allowed}"]
+
+
+def path_problems(config: SearchConfig) -> list[str]:
+    """Models and task files that are not there, and tasks that the search could not tell apart."""
+    problems = []
+    models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for where, path in models:
+        if not os.path.isdir(path) and not looks_like_hub_id(path):
+            problems.append(f"{where}: no such folder: {path}")
+    for i, source in enumerate(config.sources):
+        if source.statistics is not None and not os.path.isfile(source.statistics):
+            problems.append(f"sources.{i}.statistics: no such file: {source.statistics}")
+    for i, task in enumerate(config.tasks):
+        if task.is_file and not os.path.isfile(task.task):
+            problems.append(f"tasks.{i}.task: no such file: {task.task}")
+    for i, recipe in enumerate(config.baselines):
+        if not os.path.isfile(recipe):
+            problems.append(f"baselines.{i}: no such file: {recipe}")
+    names = [task.task for task in config.tasks]
+    problems += [f"tasks: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return problems
+
+
+def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Turn the file's relative paths into absolute ones; hub ids and lm-eval's task names stay."""
+
+    def absolute(text: str) -> str:
+        try:
+            return str((folder / os.path.expanduser(text)).resolve())
+        except ValueError:  # a zero byte: no file can have that name, which `path_problems` reports
+            return text
+
+    def model(text: object) -> object:
+        if not isinstance(text, str) or (looks_like_hub_id(text) and not os.path.exists(folder / text)):
+            return text
+        return absolute(text)
+
+    content = dict(content)
+    if "base" in content:
+        content["base"] = model(content["base"])
+    if isinstance(content.get("sources"), list):
+        content["sources"] = [
+            {**s, "path": model(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
+        ]
+        content["sources"] = [
+            {**s, "statistics": absolute(s["statistics"])}
+            if isinstance(s, dict) and isinstance(s.get("statistics"), str)
+            else s
+            for s in content["sources"]
+        ]
+    if isinstance(content.get("baselines"), list):
+        content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
+    if isinstance(content.get("start_from"), str):
+        content["start_from"] = absolute(content["start_from"])
+    if isinstance(content.get("tasks"), list):
+        content["tasks"] = [
+            {**t, "task": absolute(t["task"])}
+            if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
+            else t
+            for t in content["tasks"]
+        ]
+    return content
+
+
+def with_start(content: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the base, the sources and the method of `start_from` where it does not say them.
+
+    EvomergeError if that file is no merge, or one that a search cannot vary.
+    """
+    file = content.get("start_from")
+    if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
+        return content
+    recipe, _ = load_merge(Path(file))
+    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+        raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
+    sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
+    given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
+    if recipe.allow_differences:
+        given["allow_differences"] = recipe.allow_differences
+    return given | content
+
+
+def readable(error: dict[str, Any]) -> str:
+    """One pydantic error as a line: YAML path, what is wrong, the value."""
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    if error["loc"][0] == "storage":  # whatever stands there may hold a password
+        return f"{where}: {message}"
+    shown = repr(error.get("input"))
+    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
+
+
+def parse_config(content: Any, origin: Path) -> SearchConfig:
+    """Check parsed YAML as a search configuration; all problems are reported together.
+
+    origin: the file, named in the error; relative paths count from its folder.
+    """
+    if not isinstance(content, dict):
+        raise EvomergeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
+    content = with_start(absolute_paths(content, origin.parent.resolve()))
+    problems: list[str] = []
+    try:
+        config = SearchConfig.model_validate(content)
+        problems = method_problems(config) + type_problems(config) + path_problems(config)
+    except ValidationError as error:
+        problems = [readable(dict(e)) for e in error.errors()]
+        # What is well-formed is checked all the same, so that one run of the command tells everything.
+        bad = {e["loc"][0] for e in error.errors() if e["loc"]}
+        rest = {k: v for k, v in content.items() if k not in bad}
+        stand_ins = {"name": "x", "base": str(origin.parent), "method": "", "tasks": [{"task": "x"}]}
+        stand_ins["sources"] = [{"name": "x", "path": str(origin.parent)}]
+        try:
+            partial = SearchConfig.model_validate({**stand_ins, **rest})
+            if not bad & {"method", "sources", "space"}:
+                problems += method_problems(partial)
+            problems += path_problems(partial)
+        except ValidationError:
+            pass
+    if problems:
+        raise EvomergeError(f"{origin}: {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+    return config
+
+
+def load_config(path: Path) -> SearchConfig:
+    """Read a search configuration.  EvomergeError lists every problem with its YAML path."""
+    return parse_config(read_yaml(path), path)
+
+
+def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
+    """The configuration with every hub id as the commit that it stands for, and the table of them.
+
+    known: the commits of a search that began already.  EvomergeError if the hub does not give a model.
+    """
+    paths = [config.base, *(source.path for source in config.sources)]
+    hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
+    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})
+
+
+def dump_config(config: SearchConfig) -> str:
+    """The configuration as YAML that `load_config` reads back, with absolute paths."""
+    text: str = yaml.safe_dump(config.model_dump(by_alias=True, exclude_none=True), sort_keys=False, width=110)
+    return text
+
+
+def write_config(path: Path, config: SearchConfig) -> None:
+    """Put the configuration into a file, which only its owner may read if there is a password in it."""
+    write_text(path, dump_config(config), private=has_password(config.storage))
+
+
+def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
+    """Where two configurations differ in what decides a study's results, as `key: old -> new` lines.
+
+    The budget, the price and the workers' patience may change, and so may where the work is done (`device`,
+    `batch_tokens` stay part of the results).  Passwords are not shown.
+    """
+    free = {"budget", "price", "workers", "hub"}
+    before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
+
+    def shown(key: str, values: dict[str, Any]) -> str:
+        value = str(values.get(key, "(absent)"))
+        return masked(value) if key == "storage" else value
+
+    return [
+        f"{key}: {shown(key, before)} -> "
+        + (shown(key, after) if shown(key, before) != shown(key, after) else "the same with another password")
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "(absent)") != after.get(key, "(absent)")
+    ]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+    if isinstance(value, list):
+        return {k: v for i, item in enumerate(value) for k, v in flatten(item, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): value}

@@ -1,0 +1,228 @@
+"""The kernels: elementwise arithmetic in float32, every multiply and add rounded by itself, in one fixed order.
+
+A mask is a tensor of 0.0 and 1.0: torch works on those ten times faster than on booleans when nothing is fused, and
+what is dropped by multiplication stays NaN if it was, so that a broken source is always found out.
+They are plain PyTorch on whole operands.  `engine.py` runs them piece by piece or fused by a compiler; since no sum
+runs over elements, the bits depend neither on that nor on threads or device.
+Each returns the largest |out| as float32, NaN if there is one: whether the result is finite costs no second pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomerge.merge.methods.plan import Elect, Keep
+
+WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
+KEY, FACTOR, CHANCE, STEP, TENSOR_KEY = range(5)  # rows of `words`
+LANES = 64  # a multiple of the numbers in a vector of any CPU
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """What of a `SparseBlend` changes the code and not only its numbers."""
+
+    keep: Keep
+    elect: Elect
+    normalize: bool
+    alone: bool
+
+
+def store(out: Tensor, total: Tensor) -> Tensor:
+    out.copy_(total)
+    return total.abs().amax().to(out.dtype).float()  # rounding keeps the order
+
+
+def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """out = sum_i c_i x_i, or with an origin: origin + sum_i c_i (x_i - origin).
+
+    out, origin, terms: one shape, any floating types.  coefficients: (N,), or (N, slices, 1) for tensors of shape
+    (slices, n).
+    """
+    if origin is not None:
+        origin = origin.float()
+    total = None
+    for i, x in enumerate(terms):
+        term = (x.float() if origin is None else x.float() - origin) * coefficients[i]
+        total = term if total is None else total.add_(term)
+    assert total is not None, "nothing to blend"
+    return store(out, total if origin is None else total.add_(origin))
+
+
+def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
+    """out = base + clamp(source - base, -limit, limit).  limit: (1,).
+
+    A kernel of its own: clamping is not linear in the task vector, so no blend or mask expresses it.  An infinite
+    source gives NaN: clamping alone would hide it.
+    """
+    b = base.float()
+    d = source.float() - b
+    return store(out, torch.minimum(torch.maximum(d, -limit), limit) + d * 0.0 + b)
+
+
+def fisher_blend(
+    out: Tensor, base: Tensor, sources: Sequence[Tensor], fishers: Sequence[Tensor], numbers: Tensor
+) -> Tensor:
+    """A mean with weights per element; see `FisherBlend`.
+
+    out, base, sources, fishers: one shape, any floating types.  numbers: (3, N) float32, rows weight, scale, floor.
+    A kernel of its own: the coefficients are tensors, and their sum divides.
+    """
+    b = base.float()
+    weights = [torch.maximum(f.float() * numbers[1, i], numbers[2, i]) * numbers[0, i] for i, f in enumerate(fishers)]
+    total = added([(x.float() - b) * w for x, w in zip(sources, weights, strict=True)])
+    divisor = added(weights)
+    return store(out, total / (divisor + divisor.eq(0.0).float()) + b)
+
+
+def sparse_blend(
+    out: Tensor,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    numbers: Tensor,
+    words: Tensor,
+    start: Tensor,
+    form: SparseForm,
+) -> Tensor:
+    """Mask, elect, blend; see `SparseBlend`.
+
+    out, base, sources: one shape, any floating types.  planes: per source the uint8 levels for `rank`, or one
+    float32 factor per element (or row) for `importance`.  numbers: (6, N) float32; words: (5, N) int32; their rows
+    are named above.  start: (1,) int32, the index of the first element in the whole tensor, modulo 2^32.
+    """
+    b = base.float()
+    deltas = [x.float() - b for x in sources]
+    if form.keep == "random" or form.keep == "rank":
+        spread = index_hash(indices(out) + start, words[TENSOR_KEY, 0])
+    if form.keep == "variance":
+        common = at_least(variance(deltas), numbers[FLOOR, 0])
+    kept = []
+    for i, d in enumerate(deltas):
+        if form.keep == "all":
+            kept.append(d)
+            continue
+        if form.keep == "variance":
+            mask = common
+        elif form.keep == "magnitude":
+            mask = at_least(d.abs(), numbers[FLOOR, i])
+        elif form.keep == "band":
+            mask = at_least(d.abs(), numbers[FLOOR, i]) * at_most(d.abs(), numbers[CEILING, i])
+        elif form.keep == "importance":
+            mask = at_least(d.abs() * planes[i], numbers[FLOOR, i])
+        elif form.keep == "random":
+            mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), words[CHANCE, i])
+        else:
+            chance = torch.addcmul(words[CHANCE, i], planes[i].int(), words[STEP, i])
+            mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), chance)
+        kept.append(d.mul_(mask))
+    plain = added(kept) if form.elect == "plain" else None
+    values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
+    if form.elect:
+        sign = unit(added(values) if plain is None else plain)
+        agree = [above(v * sign, 0.0) for v in values]  # zeros are of no sign
+        values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
+    elif form.normalize:
+        agree = [equal(v, 0.0).mul_(-1.0).add_(1.0) for v in values]
+    total = added(values)
+    if form.normalize:
+        divisor = added([a.mul_(numbers[DIVISOR, i]) for i, a in enumerate(agree)])
+        if form.alone:
+            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])  # alone - 1
+            total = total.add_(extra.mul_(equal(divisor, 1.0)))
+        total = total.div_(equal(divisor, 0.0).add_(divisor))
+    return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
+
+
+# Nothing is fused where a kernel runs piece by piece: there a tensor of its own is better overwritten than made anew.
+# Comparisons give 1.0 and 0.0.
+
+
+def at_least(x: Tensor, bound: Tensor | float) -> Tensor:
+    """Where x >= bound.  It may overwrite x."""
+    return (x >= bound).float() if torch.compiler.is_compiling() else x.ge_(bound).float()
+
+
+def at_most(x: Tensor, bound: Tensor) -> Tensor:
+    """Where x <= bound.  It may overwrite x."""
+    return (x <= bound).float() if torch.compiler.is_compiling() else x.le_(bound).float()
+
+
+def above(x: Tensor, bound: Tensor | float) -> Tensor:
+    """Where x > bound.  It may overwrite x."""
+    return (x > bound).float() if torch.compiler.is_compiling() else x.gt_(bound).float()
+
+
+def equal(x: Tensor, value: float) -> Tensor:
+    """Where x == value."""
+    return (x == value).float() if torch.compiler.is_compiling() else x.clone().eq_(value)
+
+
+def unit(x: Tensor) -> Tensor:
+    """1.0 with the sign of x, where x is 0 or no number either sign.  It may overwrite x."""
+    if torch.compiler.is_compiling():  # where copysign is a call for every vector
+        return torch.where(x < 0.0, -1.0, 1.0)
+    return torch.copysign(torch.ones((), device=x.device), x, out=x)
+
+
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum from the first term to the last, a tensor of its own."""
+    if len(terms) == 1:
+        return terms[0].clone()
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total.add_(term)
+    return total
+
+
+def variance(deltas: Sequence[Tensor]) -> Tensor:
+    """The variance of the task vectors across the sources, element by element (divided by N)."""
+    count = float(len(deltas))
+    mean = added(deltas) / count
+    return added([(d - mean) * (d - mean) for d in deltas]) / count
+
+
+# Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and each source
+# turns the well-mixed word into its own; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared
+# as a signed integer, so the mask of a lower chance lies inside that of a higher one.
+
+
+def indices(like: Tensor) -> Tensor:
+    """0, 1, 2 ... as int32, of a tensor's shape."""
+    n = like.numel()
+    if not (torch.compiler.is_compiling() and like.device.type == "cpu"):
+        return torch.arange(n, dtype=torch.int32, device=like.device).view(like.shape)
+    # Torch's compiler makes a vector of indices number by number, in a quarter of the kernel's instructions; so it
+    # gets them as a number for every LANES elements and a vector that is loaded.
+    lanes = torch.tensor(range(LANES), dtype=torch.int32)
+    index = torch.arange(n)
+    return (index // LANES * LANES).int() + lanes[index % LANES]
+
+
+def index_hash(index: Tensor, key: Tensor) -> Tensor:
+    """The lowbias32 hash of 32-bit indices under a tensor's key.  int32 stands for uint32."""
+    h = folded(index ^ key, 16).mul_(signed_word(0x7FEB352D))
+    h = folded(h, 15).mul_(signed_word(0x846CA68B))
+    return folded(h, 16)
+
+
+def source_hash(spread: Tensor, key: Tensor, factor: Tensor) -> Tensor:
+    """A well-mixed word under a source's key and its odd factor.
+
+    The upper bits of a product depend on all bits of the word, and comparisons look at them first; two sources'
+    words are independent as two numbers of a multiplicative generator are.
+    """
+    return (spread ^ key).mul_(factor)
+
+
+def folded(h: Tensor, by: int) -> Tensor:
+    """h ^ (h >> by) with a logical shift; torch's is arithmetic."""
+    return (h >> by).bitwise_and_((1 << (32 - by)) - 1).bitwise_xor_(h)
+
+
+def signed_word(word: int) -> int:
+    """A 32-bit word as the int32 of the same bits."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word

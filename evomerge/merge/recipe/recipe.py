@@ -1,0 +1,306 @@
+"""The recipe: a complete description of one merge, and the only input of materialisation."""
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml, sha256
+from evomerge.merge.methods import METHODS
+from evomerge.merge.methods.plan import Knobs, Method
+from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
+from evomerge.merge.recipe.layout import BASE, Slice
+from evomerge.sources.anatomy import Place
+from evomerge.sources.config_differences import Allowed
+from evomerge.sources.locate import absolute, absolute_model, locate, matching_models, model_fingerprint, pinned
+from evomerge.sources.vocabulary import WHOLE
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Model(BaseModel):
+    """A model that goes into a merge: a folder or a hub id, and the SHA-256 of its files once they are known.
+
+    asked: the hub id that a person wrote, where `path` is what it stood for, `owner/name@commit`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    asked: str | None = Field(default=None, exclude_if=lambda asked: asked is None)
+    sha256: dict[str, str] = {}
+
+
+class RecipeSource(Model):
+    """A source by its `path`, or the result of a `recipe` of its own, rounded to that recipe's dtype.
+
+    statistics: the file of `evomerge statistics` for the methods that need one, and its SHA-256 once known.
+    """
+
+    name: str
+    path: str = ""
+    recipe: "Recipe | None" = None
+    statistics: str | None = None
+    statistics_sha256: str | None = None
+    parameters: dict[str, Coefficient] = {}
+
+    @model_validator(mode="after")
+    def check_origin(self) -> "RecipeSource":
+        if bool(self.path) == (self.recipe is not None):
+            raise ValueError("needs a `path` or a `recipe`, one of them")
+        if self.recipe and self.statistics:
+            raise ValueError("statistics: are of a model on disk, not of a recipe")
+        if self.recipe and self.sha256:
+            raise ValueError("sha256: belongs to the models of the `recipe`, not to the recipe")
+        return self
+
+
+class Recipe(BaseModel):
+    """One merge.
+
+    vocabulary: `base`, `union` or a source's name: whose tokenizer the output has when the models' differ; rows of
+    embedding and head are then merged by token.  None: the tokenizers must be equal.  chat_template: the output's, as
+    Jinja; None: its tokenizer's own.
+
+    allow_differences: what the models' configurations may differ in (`rope_theta`, `rope_scaling`); the output's is
+    the base's.
+
+    Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
+    layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: Literal[1] = 1
+    method: str
+    dtype: Dtype = "bfloat16"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    base: Model
+    sources: list[RecipeSource] = Field(min_length=1)
+    parameters: dict[str, Coefficient] = {}
+    slices: list[Slice] = []
+    vocabulary: str | None = None
+    allow_differences: list[Allowed] = []
+    chat_template: str | None = None
+    outputs: dict[str, str] = {}
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def expand_checkpoints(cls, entries: Any, info: ValidationInfo) -> Any:
+        """Plain sources for the checkpoints of a run that a file (in the folder `context`) names by a pattern."""
+        if info.context is None or not isinstance(entries, list):
+            return entries
+        return [source for entry in entries for source in plain_sources(entry, info.context)]
+
+    @model_validator(mode="after")
+    def check_against_method(self) -> "Recipe":
+        if problems := recipe_problems(self):
+            raise ValueError("; ".join(problems))
+        return self
+
+    def knobs(self, where: Place, layers: int, among: Collection[str] | None = None) -> Knobs:
+        """The values of all knobs for a tensor at `where` in a model of `layers` layers.
+
+        among: the sources that take part there; all of them if None.
+        """
+        each: dict[str, tuple[float, ...]] = {}
+        shared: dict[str, float] = {}
+        for name, knob in METHODS[self.method].knobs.items():
+            if knob.each:
+                each[name] = tuple(
+                    value_at(s.parameters.get(name, self.parameters.get(name, knob.default)), where, layers)
+                    for s in self.sources
+                    if among is None or s.name in among
+                )
+            else:
+                given = self.parameters.get(name, knob.default)
+                shared[name] = knob.choices[given] if isinstance(given, str) else value_at(given, where, layers)
+        return Knobs(each, shared, len(self.sources) if among is None else len(among))
+
+
+def plain_sources(entry: Any, folder: Path) -> list[Any]:
+    """The sources that one entry of a recipe file stands for.
+
+    `checkpoints: PATTERN, last: K` are the K newest model folders that match, oldest first, named by their folders;
+    a relative pattern counts from `folder`.  Any other entry is itself.  ValueError if it is malformed or there are
+    fewer than K.
+    """
+    if not isinstance(entry, dict) or "checkpoints" not in entry:
+        return [entry]
+    pattern, last = entry["checkpoints"], entry.get("last")
+    if entry.keys() != {"checkpoints", "last"} or not isinstance(pattern, str) or type(last) is not int or last < 1:
+        raise ValueError(f"{entry}: give `checkpoints`, a pattern, and `last`, a number of 1 or more, and no other key")
+    found = matching_models(pattern, folder)
+    if len(found) < last:
+        raise ValueError(
+            f"{pattern} matches {len(found)} model folders, but `last` is {last} "
+            "(a model folder has config.json or adapter_config.json)"
+        )
+    return [{"name": checkpoint.name, "path": str(checkpoint.resolve())} for checkpoint in found[-last:]]
+
+
+def recipe_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe beyond its types: unknown method or knob, values out of range, counts."""
+    method = METHODS.get(recipe.method)
+    if method is None:
+        return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
+    problems = []
+    if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
+        problems.append(
+            f"sources.{lacking[0]}.statistics: {recipe.method} needs a file there; make it with "
+            f"`evomerge statistics --kind {method.statistics}`"
+        )
+    names = [s.name for s in recipe.sources]
+    if recipe.slices:
+        problems += slice_problems(recipe, method)
+    else:
+        problems += count_problems("sources", method, len(names))
+    if len(set(names)) < len(names):
+        problems.append("sources: two have the same name")
+    if recipe.vocabulary is not None and names.count(recipe.vocabulary) + (recipe.vocabulary in WHOLE) != 1:
+        problems.append(f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*WHOLE, *names])}")
+    places: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
+    places += [(f"sources.{s.name}.parameters", s.parameters, s.name) for s in recipe.sources]
+    for where, parameters, source in places:
+        for name, coefficient in parameters.items():
+            knob = method.knobs.get(name)
+            if knob is None or (source and not knob.each):
+                allowed = ", ".join(k for k, v in method.knobs.items() if v.each or not source)
+                hint = f"allowed: {allowed}" if allowed else "it has none"
+                problems.append(f"{where}.{name}: not a coefficient of {recipe.method} here; {hint}")
+            else:
+                problems += coefficient_problems(f"{where}.{name}", coefficient, knob)
+    for name, knob in method.knobs.items():
+        silent = [s.name for s in recipe.sources if name not in s.parameters] if knob.each else [""]
+        if knob.default is None and name not in recipe.parameters and silent:
+            problems.append(f"{name}: must be given" + (f" for {', '.join(silent)}" if knob.each else ""))
+    for switch, name in method.excludes.items():
+        moved = any(x != method.knobs[name].default for x in numbers(recipe.parameters.get(name, [])))
+        if moved and any(numbers(recipe.parameters.get(switch, []))):
+            problems.append(f"parameters.{name}: has no meaning beside {switch}; leave out one of them")
+    return problems
+
+
+def count_problems(where: str, method: Method, count: int) -> list[str]:
+    least, most = method.sources
+    if least <= count and (most is None or count <= most):
+        return []
+    allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
+    return [f"{where}: {method.name} takes {allowed}, here are {count}"]
+
+
+def slice_problems(recipe: Recipe, method: Method) -> list[str]:
+    """What is wrong with the slices.  A slice of the base alone is the base's layers, whatever the method."""
+    names = [s.name for s in recipe.sources]
+    problems = [f"sources: {BASE!r} is the base's name in slices; call the source otherwise"] * (BASE in names)
+    problems += [f"slices: {method.name} needs statistics, which speak of whole models"] * bool(method.statistics)
+    for number, part in enumerate(recipe.slices):
+        where = f"slices.{number}.layers"
+        used = [n for n in part.layers if n != BASE]
+        if unknown := [n for n in used if n not in names]:
+            problems.append(f"{where}: {unknown[0]!r} is not one of {', '.join([BASE, *names])}")
+        problems += count_problems(where, method, len(used)) if used else []
+        if BASE not in part.layers and (method.without_base is None or len(used) < method.without_base):
+            problems.append(f"{where}: {recipe.method} needs the base's layers too: `{BASE}: [start, end]`")
+    idle = [n for n in names if not any(n in part.layers for part in recipe.slices)]
+    return problems + [f"slices: {n} has no layer in any of them; leave the source out" for n in idle]
+
+
+def check_layers(recipe: Recipe, layers: int) -> None:
+    """Lists in a recipe must have one number per layer.  EvomergeError names the one that does not."""
+    owners = [("parameters", recipe.parameters)]
+    owners += [(f"sources.{s.name}.parameters", s.parameters) for s in recipe.sources]
+    for where, parameters in owners:
+        for name, coefficient in parameters.items():
+            for part in as_parts(coefficient):
+                if isinstance(part, list) and len(part) != layers:
+                    whose = "the slices have" if recipe.slices else "the base model has"
+                    raise EvomergeError(f"{where}.{name}: has {len(part)} values, but {whose} {layers} layers")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.  EvomergeError lists everything that is wrong with it.
+
+    Relative model paths are taken from the recipe's folder.  Checkpoints that the file names by a pattern are plain
+    sources from here on, so the recipe says what was merged, whatever the run writes later.
+    """
+    content = read_yaml(path)
+    try:
+        recipe = Recipe.model_validate(content, context=path.parent)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error
+    for _, model in leaves(recipe):
+        model.path = absolute_model(model.path, path.parent)
+        if isinstance(model, RecipeSource) and model.statistics is not None:
+            model.statistics = absolute(model.statistics, path.parent)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back."""
+    content = recipe.model_dump(exclude_defaults=True)
+    head = {"recipe": recipe.recipe, "method": recipe.method, "dtype": recipe.dtype, "seed": recipe.seed}
+    text: str = yaml.safe_dump({**head, **content}, sort_keys=False, default_flow_style=None, width=110)
+    return text
+
+
+def leaves(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
+    """Every model on disk that a recipe is made of, by name; those of a source's own recipe as `source/name`."""
+    yield f"{above}{BASE}", recipe.base
+    for source in recipe.sources:
+        if source.recipe:
+            yield from leaves(source.recipe, f"{above}{source.name}/")
+        else:
+            yield f"{above}{source.name}", source
+
+
+def pin(recipe: Recipe, known: Mapping[str, str]) -> Recipe:
+    """The recipe with every hub id as the commit that it stands for (see `pinned`)."""
+    copy = recipe.model_copy(deep=True)
+    for _, model in leaves(copy):
+        if model.path and (path := pinned(model.path, known)) != model.path:
+            model.path, model.asked = path, model.path
+    return copy
+
+
+def with_fingerprints(recipe: Recipe) -> Recipe:
+    """The recipe with the SHA-256 sums of its inputs."""
+    copy = recipe.model_copy(deep=True)
+    known: dict[Path, dict[str, str]] = {}
+    for _, model in leaves(copy):
+        folder = locate(model.path)
+        known[folder] = model.sha256 = known.get(folder) or model_fingerprint(folder)
+        if isinstance(model, RecipeSource) and model.statistics is not None:
+            model.statistics_sha256 = sha256(Path(model.statistics))
+    return copy
+
+
+def without_fingerprints(recipe: Recipe) -> Recipe:
+    """The recipe without any SHA-256 sums."""
+    copy = recipe.model_copy(deep=True)
+    copy.outputs = {}
+    for _, model in leaves(copy):
+        model.sha256 = {}
+        if isinstance(model, RecipeSource):
+            model.statistics_sha256 = None
+    return copy
+
+
+def check_fingerprints(recipe: Recipe) -> None:
+    """Compare the inputs with the SHA-256 sums that the recipe records.  EvomergeError names what differs."""
+    differing: dict[str, None] = {}
+    for _, model in leaves(recipe):
+        if model.sha256:
+            folder = locate(model.path)
+            now = model_fingerprint(folder)
+            differing |= {f"{folder / f}": None for f, digest in model.sha256.items() if now.get(f) != digest}
+        if isinstance(model, RecipeSource) and model.statistics is not None and model.statistics_sha256 is not None:
+            file = Path(model.statistics)
+            if not file.is_file() or sha256(file) != model.statistics_sha256:
+                differing[str(file)] = None
+    if differing:
+        raise EvomergeError(
+            "these inputs are not the files that the recipe was made with:\n  " + "\n  ".join(differing)
+        )

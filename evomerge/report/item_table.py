@@ -1,0 +1,40 @@
+"""A run's item scores as one table."""
+
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from evomerge.errors import EvomergeError
+from evomerge.files import written_aside
+from evomerge.search.run import Run
+from evomerge.search.storage.item_scores import rows
+
+COLUMNS = pa.schema(
+    [
+        ("trial", pa.int32()),
+        ("recipe", pa.string()),
+        ("split", pa.string()),
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("item", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+def write_items(run: Run, out: Path) -> int:
+    """Write all item scores of a run; how many there are.
+
+    trial: its number, for what was scored as one; recipe: the digest of any other model's (baselines, finalists).
+    EvomergeError if the file exists or its suffix is not .parquet or .csv.
+    """
+    write = {".parquet": parquet.write_table, ".csv": csv.write_csv}.get(out.suffix)
+    if write is None:
+        raise EvomergeError(f"{out}: give a name that ends in .parquet or .csv")
+    if out.exists():
+        raise EvomergeError(f"{out}: exists already; choose another name")
+    table = pa.Table.from_pylist(list(rows(run.study())), COLUMNS)
+    with written_aside(out) as aside:
+        write(table, aside)
+    return int(table.num_rows)

@@ -1,0 +1,1 @@
+"""When a search ends, the time that it keeps for its end, and what it used."""

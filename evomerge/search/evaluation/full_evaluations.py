@@ -1,0 +1,110 @@
+"""Evaluations outside the trials: their item scores are kept in the study, so that nothing is scored twice."""
+
+import hashlib
+from typing import Any
+
+import optuna
+
+from evomerge.evaluate.tasks import Item, Split
+from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.budget.usage import USED, Usage, stored_usage
+from evomerge.search.evaluation.jobs import Failure, FullEvaluation
+from evomerge.search.evaluation.task_set import Scores, TaskSet
+from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.storage.item_scores import evaluation_key, of_record, pack, store_items
+from evomerge.search.workers.pool import Pool
+
+Known = dict[str, dict[str, dict[str, float]]]
+"""Task -> metric -> item id -> its score."""
+
+
+def digest(recipe: Recipe) -> str:
+    """Sixteen hexadecimal digits that name a recipe."""
+    return hashlib.sha256(recipe.model_dump_json(exclude={"outputs"}).encode()).hexdigest()[:16]
+
+
+class StoredEvaluations:
+    """What the study knows of recipes."""
+
+    def __init__(self, study: optuna.Study, task_set: TaskSet) -> None:
+        self.study = study
+        self.task_set = task_set
+        self.names: dict[Split, str] = {}
+
+    def known(self, split: Split, recipe: Recipe) -> Known:
+        """What is in the study already."""
+        attributes = self.study.user_attrs
+        found: Known = {}
+        for row in of_record(attributes, attributes.get(evaluation_key(split, digest(recipe)), {}), {}):
+            found.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["item"]] = row["score"]
+        return found
+
+    def items(self, split: Split) -> str:
+        """The name under which the study keeps the ids of a split's items."""
+        if split not in self.names:
+            self.names[split] = store_items(self.study, self.task_set.split(split))
+        return self.names[split]
+
+    def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
+        """Per task, the items that lack a score that the split is for."""
+        found = {}
+        for task in self.task_set.tasks:
+            tables = [known.get(task.name, {}).get(metric, {}) for metric in self.task_set.wanted(task, split)]
+            found[task.name] = [i for i in self.task_set.items[task.name][split] if not all(i.id in t for t in tables)]
+        return {task: items for task, items in found.items() if items}
+
+    def stored(self, split: Split, recipe: Recipe) -> Scores | None:
+        """The metrics of a recipe that a split is for, None if the study does not have all of them."""
+        known = self.known(split, recipe)
+        return None if self.missing(split, known) else self.arranged(split, known)
+
+    def arranged(self, split: Split, known: Known) -> Scores:
+        """The scores of the split's items, in the split's order; only metrics that every item has."""
+        found: Scores = {}
+        for task in self.task_set.tasks:
+            ids = [i.id for i in self.task_set.items[task.name][split]]
+            tables = known[task.name].items()
+            found[task.name] = {m: [t[i] for i in ids] for m, t in tables if all(i in t for i in ids)}
+        return found
+
+
+class Evaluations(StoredEvaluations):
+    """What the study knows of recipes; what it does not know, the pool's workers find out."""
+
+    def __init__(self, study: optuna.Study, task_set: TaskSet, pool: Pool, monitor: Monitor) -> None:
+        super().__init__(study, task_set)
+        self.pool = pool
+        self.monitor = monitor
+
+    async def score(self, split: Split, recipe: Recipe, title: str) -> Scores:
+        """The metrics of a recipe that a split is for; what the study has is taken from there, the rest is evaluated.
+
+        title: for whoever watches.  ArithmeticError if the model is broken.
+        """
+        known = self.known(split, recipe)
+        if missing := self.missing(split, known):
+            ids = {task: [i.id for i in items] for task, items in missing.items()}
+            count = sum(map(len, ids.values()))
+            self.pool.log(f"scoring {recipe.method} {digest(recipe)} on {count} items of {split}")
+            result = await self.pool.run(FullEvaluation(recipe, split, ids), title, self.monitor.step)
+            if isinstance(result, Failure):
+                raise result.error()
+            for task, metrics in result.scores.items():
+                for metric, scores in metrics.items():
+                    new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
+                    known.setdefault(task, {}).setdefault(metric, {}).update(new)
+            took = {"scored": count, "seconds": result.seconds}
+            self.store(split, recipe, self.arranged(split, known), took, result.used)
+        return self.arranged(split, known)
+
+    def store(self, split: Split, recipe: Recipe, scores: Scores, took: dict[str, Any], used: Usage) -> None:
+        """Keep scores in the study, in one write.
+
+        took: how many items were `scored` now, and the `seconds` of that by part.  used: everything it took.
+        """
+        packed = {task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()}
+        key = evaluation_key(split, digest(recipe))
+        before = Usage.from_dict(self.study.user_attrs.get(key, {}).get(USED, {}))
+        stored = stored_usage(before + used, self.monitor.stopwatch)
+        self.study.set_user_attr(key, {"items": self.items(split), "scores": packed, **took, **stored})
+        self.monitor.spend(used)

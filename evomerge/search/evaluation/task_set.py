@@ -1,0 +1,69 @@
+"""What candidates are judged by: the tasks and the items of each split.  No model is needed for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
+from evomerge.merge.measure.statistics_file import open_statistics_file
+from evomerge.merge.methods import METHODS
+from evomerge.search.verdict.intervals import mean_score
+from evomerge.sources.models import Models
+
+Scores = dict[str, dict[str, list[float]]]
+"""Task -> metric -> one score per item, the higher the better."""
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """items: task -> split -> its items."""
+
+    tasks: list[Task]
+    items: dict[str, dict[Split, list[Item]]]
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        return {t.name: t.weight for t in self.tasks}
+
+    def split(self, split: Split) -> dict[str, list[Item]]:
+        """The items of a split by task."""
+        return {t.name: self.items[t.name][split] for t in self.tasks}
+
+    def of(self, scores: Scores, which: str) -> dict[str, list[float]]:
+        """Item scores of every task's `objective` or `metric`."""
+        return {t.name: scores[t.name][getattr(t, which)] for t in self.tasks}
+
+    def wanted(self, task: Task, split: Split) -> tuple[str, ...]:
+        """The metrics of a task that a split is for: trials and soups are compared by the objective alone."""
+        return (task.objective,) if split == "search" else (task.objective, task.metric)
+
+    def mean(self, scores: Scores, which: str) -> float:
+        """The weighted mean over tasks of the mean `objective` or `metric`."""
+        return mean_score(self.of(scores, which), self.weights)
+
+
+def open_task_set(config: SearchConfig) -> TaskSet:
+    """The tasks of a configuration with their items dealt.  EvomergeError if a task cannot be opened or dealt."""
+    tasks = open_tasks(config.tasks)
+    return TaskSet(tasks, {t.name: deal(t, config.splits, config.seed) for t in tasks})
+
+
+def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) -> None:
+    """EvomergeError if a statistics file does not fit its source, or saw items that the search judges by."""
+    kind = METHODS[config.method].statistics
+    judging: Sequence[Split] = ("holdout", "selection")
+    for number, source in enumerate(config.sources if kind else []):
+        assert kind is not None
+        origin = open_statistics_file(Path(str(source.statistics)), kind, source.name, models).origin
+        for task, splits in task_set.items.items():
+            seen = set(origin.items.get(task, ()))
+            for split in judging:
+                if count := sum(i.id in seen for i in splits[split]):
+                    raise EvomergeError(
+                        f"sources.{number}.statistics: was gathered on {count} items of {task} that belong to this "
+                        f"search's {split} split; gather it with `evomerge statistics --search CONFIG`, which takes "
+                        "items of the search split alone"
+                    )

@@ -1,0 +1,1 @@
+"""Who proposes the coefficients of a trial."""

@@ -1,0 +1,189 @@
+"""CMA-ES (Hansen 2016) as an Optuna sampler: a thin driver of the `cmaes` library without a state of its own.
+
+The state is the study: every finished trial is told to the optimizer again, in the order in which the results came,
+when a process first asks.  A resumed study therefore goes on exactly as the uninterrupted one would have, and nothing
+is pickled.  What order alone does not say is stored with the trials: the generation a trial was drawn from, and with
+the first one the start.
+
+With several workers nobody waits for a generation to be complete, so results come late: drawn from a distribution that
+has moved on.  They are all told, in groups of the population size as they come.  In place, a late result would pull the
+mean back to where it was; with its whole displacement from its own mean, steps that answer the same question add up.
+So a late result is moved by half of what the mean has moved since.  Near an optimum, where a generation takes the share
+k of the way, the mean then follows m' = m/2 + (1/2 - k) m_then: contracting for every k < 1, however late.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+if TYPE_CHECKING:
+    from evomerge.search.samplers.distribution import Distribution
+
+GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
+START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
+
+
+def trial_seed(seed: int, number: int) -> int:
+    """A 32-bit seed for one trial of one study; neighbours share nothing."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest(), "little")
+
+
+def is_enqueued(trial: FrozenTrial) -> bool:
+    """Whether a person or a baseline chose the parameters, not the sampler."""
+    return "fixed_params" in trial.system_attrs
+
+
+def place_in_order(trial: FrozenTrial) -> int:
+    """How many results came before this one; where nobody counted, trials end in the order of their numbers."""
+    return int(trial.user_attrs.get("record", {}).get("order", trial.number))
+
+
+class CmaEsSampler(BaseSampler):
+    """Maximises over float axes, scaled to the unit cube.
+
+    axes: the axes in order.  sigma0: the first step size in the unit cube.  population: samples per generation (None:
+    4 + floor(3 ln D), or a third of the workers if that is more, so that few results are over three
+    generations late).
+    workers: how many trials may be in hand at once; it matters to a study's first proposal only.  The start mean is
+    the best enqueued trial known then, or the middle of the cube.  When the distribution has collapsed the search
+    starts again at a random point with twice the population (IPOP, Auger and Hansen 2005); results of trials drawn
+    before that, at most one per worker, belong to a distribution that has ended and move nothing.
+    """
+
+    def __init__(
+        self, axes: dict[str, FloatDistribution], seed: int, sigma0: float, population: int | None, workers: int = 1
+    ) -> None:
+        self.axes = axes
+        self.seed = seed
+        self.sigma0 = sigma0
+        self.population = population or max(4 + math.floor(3 * math.log(len(axes))), workers // 3)
+        self.low = np.array([d.low for d in axes.values()])
+        self.width = np.array([d.high - d.low for d in axes.values()])
+        self.optimizer: Distribution | None = None
+        self.means: list[NDArray[np.float64]] = []  # per generation, restarts counted on; each (D,) in the unit cube
+        self.began = 0  # the generation at which the present distribution began
+        self.group: list[FrozenTrial] = []  # results that came since the last generation
+        self.seen = 0  # trials looked at
+        self.open: list[int] = []  # those of them that were not finished then
+        self.told = 0  # results inside `means` and `optimizer`
+        self.settled: NDArray[np.float64] | None = None  # the mean of the latest distribution that was told something
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self.axes)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if is_enqueued(trial):
+            return {}  # its parameters are given
+        optimizer = self.replay(study, first=trial)
+        assert optimizer is not None, "the first sampled trial starts it"
+        study._storage.set_trial_system_attr(trial._trial_id, GENERATION, len(self.means) - 1)
+        optimizer.reseed_rng(trial_seed(self.seed, trial.number))
+        return self.point(optimizer.ask())
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
+
+    def mean(self, study: Study) -> dict[str, float] | None:
+        """The mean after the latest generation, None before the first one is complete.
+
+        A distribution that has just begun anew somewhere has not been told anything yet; the mean is that of the one
+        before it.
+        """
+        self.replay(study, first=None)
+        return None if self.settled is None else self.point(self.settled)
+
+    def replay(self, study: Study, first: FrozenTrial | None) -> "Distribution | None":
+        """The optimizer after all results so far; only those that came since the last call are looked at.
+
+        first: the trial to start with if no trial was sampled before; None if there is none.
+        """
+        trials = study.get_trials(deepcopy=False)
+        if self.optimizer is None:
+            start = next((t.system_attrs[START] for t in trials if START in t.system_attrs), None)
+            if start is None:
+                if first is None:
+                    return None
+                start = self.choose_start(trials)
+                study._storage.set_trial_system_attr(first._trial_id, START, start)
+            at = np.full(len(self.axes), 0.5) if start["trial"] is None else self.unit(trials[start["trial"]])
+            self.begin(at, start["population"])
+        self.open += range(self.seen, len(trials))
+        self.seen = len(trials)
+        came = [trials[n] for n in self.open if trials[n].state.is_finished()]
+        self.open = [n for n in self.open if not trials[n].state.is_finished()]
+        for trial in sorted(came, key=place_in_order):
+            self.take(trial)
+        return self.optimizer
+
+    def choose_start(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """The best enqueued trial that has a result now (None: the middle of the cube), and the population size."""
+        given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.is_whole(t)]
+        best = max(given, key=lambda t: (t.value, -t.number), default=None)
+        return {"trial": best.number if best else None, "population": self.population}
+
+    def is_whole(self, trial: FrozenTrial) -> bool:
+        return self.axes.keys() <= trial.params.keys()
+
+    def take(self, trial: FrozenTrial) -> None:
+        """One more result; a failed trial has none.  A full group is a generation."""
+        if trial.state != TrialState.COMPLETE or is_enqueued(trial) or not self.is_whole(trial):
+            return
+        if self.generation(trial) < self.began:
+            return
+        assert self.optimizer is not None
+        self.group.append(trial)
+        if len(self.group) == self.optimizer.population_size:
+            self.tell(self.optimizer, self.group)
+            self.told += len(self.group)
+            self.group = []
+
+    def generation(self, trial: FrozenTrial) -> int:
+        return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
+
+    def tell(self, optimizer: "Distribution", group: Sequence[FrozenTrial]) -> None:
+        """One generation; a fresh optimizer if the distribution has collapsed."""
+        optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
+        self.settled = optimizer.mean.copy()
+        if optimizer.should_stop():
+            rng = np.random.RandomState(trial_seed(self.seed, group[-1].number))
+            self.begin(rng.uniform(size=len(self.axes)), 2 * optimizer.population_size)
+        else:
+            self.means.append(optimizer.mean.copy())
+
+    def caught_up(self, trial: FrozenTrial) -> NDArray[np.float64]:
+        """A trial's point in the unit cube; a late one has followed the mean half of its way."""
+        drawn = self.generation(trial)
+        if drawn == len(self.means) - 1:
+            return self.unit(trial)
+        moved: NDArray[np.float64] = np.clip(self.unit(trial) + (self.means[-1] - self.means[drawn]) / 2, 0.0, 1.0)
+        return moved
+
+    def begin(self, mean: NDArray[np.float64], population: int) -> None:
+        """A fresh distribution; it is the next generation."""
+        from evomerge.search.samplers.distribution import Distribution  # seconds, which a look at a study need not take
+
+        bounds = np.tile([0.0, 1.0], (len(self.axes), 1))
+        self.optimizer = Distribution(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
+        self.began = len(self.means)
+        self.means.append(mean)
+
+    def unit(self, trial: FrozenTrial) -> NDArray[np.float64]:
+        """A trial's parameters in the unit cube."""
+        values = np.array([trial.params[name] for name in self.axes])
+        unit: NDArray[np.float64] = np.clip((values - self.low) / self.width, 0.0, 1.0)
+        return unit
+
+    def point(self, unit: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(self.axes, (self.low + self.width * np.clip(unit, 0.0, 1.0)).tolist(), strict=True))

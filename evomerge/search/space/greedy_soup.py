@@ -1,0 +1,62 @@
+"""The greedy soup (Wortsman et al. 2022, Recipe 1): the best source, and each next one that does the mean no harm."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from evomerge.search.space.baselines import Baseline, in_space
+from evomerge.search.space.space import Space
+from evomerge.search.workers.pool import run_all
+
+GREEDY = "greedy soup"
+
+
+@dataclass(frozen=True)
+class GreedySoup:
+    """ingredients: the sources in the order they went in.
+
+    baseline: the soup as a baseline; the parent or the uniform soup itself where it is no more than that.
+    """
+
+    ingredients: list[str]
+    baseline: Baseline
+
+    @property
+    def sentence(self) -> str:
+        same = "" if self.baseline.kind == "greedy" else f": the same model as the baseline {self.baseline.name}"
+        return f"The greedy soup took in {', '.join(self.ingredients)}{same}."
+
+
+async def greedy(names: Sequence[str], score: Callable[[list[str]], Awaitable[float]]) -> list[str]:
+    """The ingredients of the greedy soup, in the order they went in.
+
+    score: of the uniform soup of some sources, the higher the better.  The sources are tried from the best alone to
+    the worst (equal ones in the order given), and one stays if the score does not fall; so the soup scores no less
+    than the best source.
+    """
+    alone = dict(zip(names, await run_all(*(score([name]) for name in names)), strict=True))
+    ranked = sorted(names, key=alone.__getitem__, reverse=True)
+    soup, best = ranked[:1], alone[ranked[0]]
+    for name in ranked[1:]:
+        value = await score([*soup, name])
+        if value >= best:
+            soup, best = [*soup, name], value
+    return soup
+
+
+async def greedy_soup(space: Space, known: list[Baseline], score: Callable[[Baseline], Awaitable[float]]) -> GreedySoup:
+    """The greedy soup of a search's sources.
+
+    known: the other baselines; soups of one source or of all are among them.  score: on the search split.
+    """
+    names = [s.name for s in space.config.sources]
+    standing = {frozenset([b.name]): b for b in known if b.kind == "parent"}
+    standing |= {frozenset(names): b for b in known if b.kind == "uniform"}
+
+    def soup(chosen: list[str]) -> Baseline:
+        weights = {n: 1.0 / len(chosen) if n in chosen else 0.0 for n in names}
+        found = standing.get(frozenset(chosen))
+        return found or in_space(space, f"soup of {', '.join(chosen)}", "greedy", weights, "linear")
+
+    ingredients = await greedy(names, lambda chosen: score(soup(chosen)))
+    best = soup(ingredients)
+    return GreedySoup(ingredients, replace(best, name=GREEDY) if best.kind == "greedy" else best)

@@ -1,0 +1,225 @@
+"""The search space: named axes between bounds, and the way from a point on them to a recipe and back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.distributions import BaseDistribution, FloatDistribution
+
+from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
+from evomerge.merge.methods import METHODS
+from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.sources.anatomy import Component, Place, layer_count, place, relative_depth
+from evomerge.sources.models import Models
+
+Point = dict[str, float]
+"""Axis name -> value: the parameters of one Optuna trial."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The axes of one coefficient: one knob, of one source (or shared), for one component.
+
+    axes: the names of its values along the depth (knots, groups or layers), one for the granularity `model`.
+    idle: it moves no tensor, because an adapter leaves this component alone.
+    """
+
+    knob: str
+    source: str | None
+    component: str
+    granularity: Granularity
+    low: float
+    high: float
+    axes: tuple[str, ...]
+    idle: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        return self.low == self.high
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may move in one search.  layers: of the base model.  tensors: their names, where coefficients are looked
+    up."""
+
+    config: SearchConfig
+    layers: int
+    groups: tuple[Group, ...]
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> dict[str, FloatDistribution]:
+        """Optuna's distribution of every axis that moves, in a fixed order."""
+        return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return dict(self.axes)
+
+    def recipe(self, point: Mapping[str, float]) -> Recipe:
+        """The recipe at a point; every knob of the method is written out."""
+        shared: dict[str, Coefficient] = {}
+        per_source: dict[str, dict[str, Coefficient]] = {s.name: {} for s in self.config.sources}
+        parts: dict[tuple[str, str | None], dict[str, PerLayer]] = {}
+        for group in self.groups:
+            values = [group.low if group.fixed else point[a] for a in group.axes]
+            along = spread(values, group.granularity, self.layers)
+            parts.setdefault((group.knob, group.source), {})[group.component] = along
+        knobs = METHODS[self.config.method].knobs
+        for (knob, source), components in parts.items():
+            value: Coefficient = components["default"] if len(components) == 1 else components
+            if knobs[knob].switch:
+                value = bool(value)
+            elif knobs[knob].choices:
+                value = next(name for name, number in knobs[knob].choices.items() if number == value)
+            (per_source[source] if source else shared)[knob] = value
+        return Recipe(
+            method=self.config.method,
+            dtype=self.config.dtype,
+            seed=self.config.seed,
+            base=Model(path=self.config.base),
+            sources=[
+                RecipeSource(name=s.name, path=s.path, parameters=per_source[s.name], statistics=s.statistics)
+                for s in self.config.sources
+            ],
+            parameters=shared,
+            allow_differences=self.config.allow_differences,
+        )
+
+    def point(self, each: Mapping[str, Mapping[str, float]], shared: Mapping[str, float]) -> Point | None:
+        """The point where knobs have the given values everywhere in the model, None if the bounds exclude it.
+
+        each: source -> knob -> value.  Knobs that are not named take the method's default.
+        """
+        point: Point = {}
+        for group in self.groups:
+            given = each.get(group.source, {}) if group.source else shared
+            default = METHODS[self.config.method].knobs[group.knob].default
+            value = given.get(group.knob, default)
+            if group.idle:
+                continue
+            if value is None or not group.low <= value <= group.high:
+                return None
+            if not group.fixed:
+                point |= dict.fromkeys(group.axes, float(value))
+        return point
+
+    def point_of(self, recipe: Recipe) -> Point | None:
+        """The point with a recipe's coefficients at every tensor, None if there is none.  Seeds are not compared."""
+        sources = {s.name: i for i, s in enumerate(recipe.sources)}
+        if recipe.method != self.config.method or sources.keys() != {s.name for s in self.config.sources}:
+            return None
+        point: Point = {}
+        for group in self.groups:
+            if group.idle:
+                continue
+            known: dict[int, float] = {}
+            for where in self.places(group):
+                knobs = recipe.knobs(where, self.layers)
+                value = knobs.each[group.knob][sources[group.source]] if group.source else knobs.shared[group.knob]
+                if known.setdefault(relative_depth(where, self.layers), value) != value:
+                    return None
+            values = axis_values(known, group.granularity, len(group.axes), self.layers)
+            again = spread(values, group.granularity, self.layers)
+            found = {layer: again[layer] if isinstance(again, list) else again for layer in known}
+            if any(abs(found[layer] - known[layer]) > 1e-9 for layer in known):
+                return None
+            if not all(group.low <= value <= group.high for value in values):
+                return None
+            if not group.fixed:
+                point |= dict(zip(group.axes, values, strict=True))
+        return point
+
+    def places(self, group: Group) -> list[Place]:
+        """The tensors whose coefficients a group gives."""
+        own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
+        found = [place(name) for name in self.tensors]
+        return [p for p in found if (p.component if p.component in own else "default") == group.component]
+
+
+def changed_components(models: Models) -> dict[str, set[Component]]:
+    """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
+    found = {}
+    for name, source in models.sources.items():
+        touched = [t for t in models.base.tensors if source.touches(t)]
+        found[name] = {place(t).component for t in touched}
+    return found
+
+
+def build_space(config: SearchConfig, models: Models) -> Space:
+    """Lay out the axes of a configuration.  An axis that would move nothing (a component that an adapter leaves
+    alone) is fixed at its lower bound."""
+    layers = layer_count(list(models.base.tensors))
+    changed = changed_components(models)
+    method = METHODS[config.method]
+    given = config.space.axes(method)
+    groups: list[Group] = []
+    for knob_name, knob in method.knobs.items():
+        for source in [s.name for s in config.sources] if knob.each else [None]:
+            axis = given.get(knob_name)
+            if source:
+                axis = config.space.sources.get(source, {}).get(knob_name, axis)
+            if axis is None:
+                assert knob.default is not None, f"the configuration was not checked: {knob_name} is missing"
+                axis = Axis(low=knob.default, high=knob.default)
+            reach = changed[source] if source else set().union(*changed.values())
+            groups += component_groups(knob_name, source, axis, config.space, layers, reach)
+    return Space(config, layers, tuple(groups), tuple(models.base.tensors))
+
+
+def component_groups(
+    knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Component]
+) -> list[Group]:
+    """One group per component that has coefficients of its own, and one for the rest.  reach: what it can move."""
+    fixed = axis.low == axis.high
+    granularity: Granularity = "model" if fixed else axis.granularity or space.granularity
+    components = [] if fixed else [*(axis.components if axis.components is not None else space.components)]
+    counts = {
+        "model": 1,
+        "depth": space.knots,
+        "group": min(space.groups, max(1, layers)),
+        "layer": max(1, layers),
+    }
+    groups = []
+    for component in [*components, "default"]:
+        moves = reach & {component} if component != "default" else reach - set(components)
+        fine: Granularity = granularity if moves else "model"
+        stem = ".".join(p for p in (knob, source, None if component == "default" else component) if p)
+        axes = (stem,) if fine == "model" else tuple(f"{stem}.{fine}{k}" for k in range(counts[fine]))
+        groups.append(Group(knob, source, component, fine, axis.low, axis.high if moves else axis.low, axes, not moves))
+    return groups
+
+
+def spread(values: list[float], granularity: Granularity, layers: int) -> PerLayer:
+    """Values along the depth, one per layer; a single number for the granularity `model`.
+
+    depth: the values are knots, evenly spaced from the first layer to the last, with straight lines between (as
+    mergekit's gradients).  group: runs of layers as equal as they can be.
+    """
+    if granularity == "model":
+        return values[0]
+    if granularity == "layer":
+        return list(values)
+    if granularity == "group":
+        return [values[min(layer * len(values) // layers, len(values) - 1)] for layer in range(layers)]
+    along = []
+    for layer in range(layers):
+        at = layer / max(1, layers - 1) * (len(values) - 1)
+        left = min(int(at), len(values) - 2)
+        along.append(values[left] + (values[left + 1] - values[left]) * (at - left))
+    return along
+
+
+def axis_values(known: Mapping[int, float], granularity: Granularity, count: int, layers: int) -> list[float]:
+    """The values that `spread` would have to be given for these values of layers, if there are such."""
+    depths = sorted(known)
+    if granularity == "model":
+        return [known[depths[0]]] if depths else [0.0]
+    along = np.interp(range(layers), depths, [known[d] for d in depths])
+    if granularity == "depth":
+        along = np.interp(np.linspace(0, layers - 1, count), range(layers), along)
+    if granularity == "group":
+        along = along[[-(-k * layers // count) for k in range(count)]]
+    return [float(value) for value in along]

@@ -1,0 +1,268 @@
+"""Where a study is stored: a database at a URL, opened, waited for while its server is gone, its password kept."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import unquote
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import OptunaError, StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+
+from evomerge.config.database_url import masked, passwords
+from evomerge.errors import EvomergeError, first_line
+from evomerge.search.storage import tables
+from evomerge.search.storage.sqlite import create_file, file_of, is_damage, write_ahead
+from evomerge.search.storage.tables import TRIALS
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Work = Callable[[sqlalchemy.Connection, bool], T]
+"""What a transaction does.  The second argument: whether an earlier attempt may have been committed."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How to wait for a server.  check: raises to end the waiting.  log: takes a line for the person."""
+
+    check: Callable[[], None]
+    log: Callable[[str], None]
+
+
+def patient(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate[Storage, P], T]":
+    """A method of Optuna's storage that waits for its server."""
+
+    def call(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.patiently(lambda again: method(self, *args, **kwargs))
+
+    return call
+
+
+class Storage(RDBStorage):
+    """Optuna's storage, with reads and writes of a search in few statements.
+
+    With `patience`, an operation on a server that is gone is repeated until it succeeds, whether or not an earlier
+    attempt was committed before its answer was lost.  SQLite has no server: its errors surface at once.
+    """
+
+    def __init__(self, url: str, patience: Patience | None = None, create: bool = True) -> None:
+        self.patience = patience
+        self.gone = False
+        self.fence: Callable[[sqlalchemy.Connection], None] | None = None  # raises if this process may not write
+        self.in_file = url.startswith("sqlite")
+        arguments, prepare = connecting(url)
+        options = {"connect_args": arguments, "pool_pre_ping": not self.in_file}
+        super().__init__(url, options, skip_table_creation=not create)
+        if prepare is not None:
+            sqlalchemy.event.listen(self.engine, "connect", prepare)
+            self.engine.dispose()  # connections made before the listener
+
+    create_new_study = patient(RDBStorage.create_new_study)
+    get_all_studies = patient(RDBStorage.get_all_studies)
+    get_study_directions = patient(RDBStorage.get_study_directions)
+    get_study_id_from_name = patient(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = patient(RDBStorage.get_study_name_from_id)
+    get_study_system_attrs = patient(RDBStorage.get_study_system_attrs)
+    get_study_user_attrs = patient(RDBStorage.get_study_user_attrs)
+    get_trial = patient(RDBStorage.get_trial)
+
+    def patiently(self, work: Callable[[bool], T]) -> T:
+        """`work(again)`, repeated while the server is gone; again: whether it was tried before."""
+        tries = 0
+        while True:
+            try:
+                found = work(tries > 0)
+            except json.JSONDecodeError as error:
+                raise damaged(self.url, error) from error
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if self.in_file and is_damage(error):
+                    raise damaged(self.url, error) from error
+                if self.in_file:
+                    raise
+                if self.patience is None or not is_lost(error):
+                    text = scrubbed(database_said(error), self.url)
+                    raise EvomergeError(f"storage {masked(self.url)}: does not answer as it should ({text})") from error
+                tries += 1
+                self.wait(self.patience, error, tries)
+                continue
+            if self.gone and self.patience is not None:
+                self.gone = False
+                self.patience.log("the database answers again")
+            return found
+
+    def wait(self, patience: Patience, error: Exception, tries: int) -> None:
+        """Let a moment pass: a tenth of a second at first, a second later."""
+        if not self.gone:
+            self.gone = True
+            patience.log(f"the database does not answer; waiting ({scrubbed(database_said(error), self.url)})")
+        for _ in range(min(10, tries)):
+            patience.check()
+            time.sleep(0.1)
+
+    def writing(self, study_id: int, work: Work[T]) -> T:
+        """`work` in one transaction that no other writer of the study is in; on the disk when this returns."""
+
+        def attempt(again: bool) -> T:
+            with self.engine.begin() as connection:
+                tables.lock(connection, study_id)
+                if self.fence is not None:
+                    self.fence(connection)
+                return work(connection, again)
+
+        found = self.patiently(attempt)
+        if self.in_file:  # a commit in WAL mode survives the process; after a checkpoint also a power cut
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+        return found
+
+    def begin_trial(self, study_id: int, trial: FrozenTrial) -> int:
+        """Store a running trial whole, at its number; the database's key of it."""
+        return self.writing(study_id, lambda c, again: tables.begin_trial(c, study_id, trial, again))
+
+    def describe_trial(self, study_id: int, trial_id: int, trial: FrozenTrial) -> None:
+        """Give a stored trial its parameters and attributes."""
+        self.writing(study_id, lambda c, again: tables.describe_trial(c, trial_id, trial))
+
+    def finish_trial(self, study_id: int, trial_id: int, value: float | None, notes: dict[str, Any]) -> None:
+        """Store a trial's end; without a value it has failed."""
+        self.writing(study_id, lambda c, again: tables.finish_trial(c, trial_id, value, notes, again))
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        self.writing(study_id, lambda c, again: tables.set_study_note(c, study_id, key, value))
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
+        """What Optuna's method of this name returns (intermediate values apart, which a search has none of)."""
+        chosen = TRIALS.c.study_id == study_id
+        if trial_id_greater_than > -1:
+            known = [i for i in included_trial_ids if i <= trial_id_greater_than]
+            chosen &= (TRIALS.c.trial_id > trial_id_greater_than) | TRIALS.c.trial_id.in_(known)
+        if states is not None:
+            assert isinstance(states, Iterable)
+            chosen &= TRIALS.c.state.in_(list(states))
+
+        def read(again: bool) -> list[FrozenTrial]:
+            try:
+                with self.engine.connect() as connection:
+                    return tables.read_trials(connection, chosen)
+            except (ValueError, LookupError, TypeError) as error:  # of what is in the rows
+                raise damaged(self.url, error) from error
+
+        return self.patiently(read)
+
+
+def open_storage(url: str, patience: Patience | None = None, create: bool = True) -> Storage:
+    """Any database that Optuna takes; SQLite in WAL mode.
+
+    create: make what is missing of it.  EvomergeError if it cannot be opened, or is missing and should not be.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if (file := file_of(url)) is not None:
+            if not file.exists():
+                if not create:
+                    raise EvomergeError(f"storage {masked(url)}: there is no such file")
+                create_file(file)
+            elif file.stat().st_size == 0:
+                raise damaged(url, EvomergeError("it is empty"))
+        return Storage(url, patience, create)
+    except (SQLAlchemyError, OptunaError, RuntimeError, ImportError, ValueError, OSError) as error:
+        if file_of(url) is not None and is_damage(error):
+            raise damaged(url, error) from error
+        reason = scrubbed(database_said(error), url)
+        if "version_info" in reason:
+            raise EvomergeError(f"storage {masked(url)}: holds no studies") from error
+        raise EvomergeError(f"storage {masked(url)}: cannot be opened ({reason})") from error
+
+
+def damaged(url: str, error: BaseException) -> EvomergeError:
+    said = scrubbed(database_said(error), url)
+    return EvomergeError(
+        f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({said}); "
+        "put back a copy of the file, or start anew with another run folder"
+    )
+
+
+def open_study(url: str, name: str, create: bool, patience: Patience | None = None) -> optuna.Study:
+    """The study `name` at `url`.  EvomergeError if it should be there and is not."""
+    storage = open_storage(url, patience, create)
+    if create:
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+    try:
+        return optuna.load_study(storage=storage, study_name=name)
+    except KeyError:
+        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}") from None
+
+
+def storage_of(study: optuna.Study) -> Storage:
+    """The database behind a study; Optuna puts a cache in front of it."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    assert isinstance(backend, Storage), "studies are opened by open_study only"
+    return backend
+
+
+def sqlite_url(path: Path) -> str:
+    return f"sqlite:///{path.resolve()}"
+
+
+def connecting(url: str) -> tuple[dict[str, Any], Callable[[Any, object], None] | None]:
+    """What to tell the driver of a database, and what to tell the database at each new connection."""
+    address = sqlalchemy.engine.make_url(url)
+    if address.get_backend_name() == "sqlite":
+        return {"timeout": 60}, write_ahead
+    for name in ("psycopg", "sqlalchemy.pool"):  # they print tracebacks of connections that break
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if address.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        # Without these a server that vanishes silently is waited for by the hour.
+        wanted = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+        return {k: v for k, v in wanted.items() if k not in address.query}, never_wait_long
+    return {}, None
+
+
+def never_wait_long(connection: Any, record: object) -> None:
+    """A process that was suspended in the midst of a transaction must not hold up those who come after it."""
+    cursor = connection.cursor()
+    cursor.execute("SET lock_timeout = '10s'")
+    cursor.execute("SET idle_in_transaction_session_timeout = '30s'")
+    cursor.close()
+    connection.commit()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a statement failed because its server is gone, going, or not yet back."""
+    if isinstance(error, StorageInternalError):
+        return error.__cause__ is not None and is_lost(error.__cause__)
+    broken = isinstance(error, DBAPIError) and error.connection_invalidated
+    return broken or isinstance(error, (OperationalError, InterfaceError))
+
+
+def database_said(error: BaseException) -> str:
+    """What went wrong, without SQLAlchemy's quotation of the statement."""
+    cause: BaseException = error
+    if isinstance(cause, StorageInternalError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, DBAPIError) and cause.orig is not None:
+        cause = cause.orig
+    return first_line(cause)
+
+
+def scrubbed(text: str, url: str) -> str:
+    """An error's text without any part of the URL's password that it quotes."""
+    found = passwords(url)
+    secrets = {*found, *(part for password in found for part in password.split("@"))}
+    for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):
+        if len(secret) > 2:
+            text = text.replace(secret, "***")
+    return masked(text)

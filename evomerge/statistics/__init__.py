@@ -1,0 +1,1 @@
+"""The command that gathers what `fisher` and `regmean` need to know of a source."""
