@@ -102,7 +102,7 @@ def test_a_process_number_that_was_given_out_again_is_not_the_holder(tmp_path: P
 
 
 def elsewhere(every: float) -> Holder:
-    """A holder on another machine whose clock is years off."""
+    """A holder on another machine_id whose clock is years off."""
     return Holder("far", "far", os.getpid(), 1, "0" * 16, every, 0, clock=1.0)
 
 

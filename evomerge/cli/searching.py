@@ -105,7 +105,7 @@ def status(
     timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the search as it goes on, until it ends.")] = False,
 ) -> None:
-    """Best so far, trials, rate, time left, and the verdict if there is one."""
+    """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
     from evomerge.search.run import open_run
@@ -120,10 +120,11 @@ def status(
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
 def studies(
     storage: Annotated[
-        str, typer.Option(help="A database URL (${NAME} is of the environment), a study.db, a run folder.")
+        str,
+        typer.Option(help="A database URL, in which ${NAME} is an environment variable; a study.db; or a run folder."),
     ],
 ) -> None:
-    """The studies in a database: trials, best score, who is working on them."""
+    """List the studies in a database: trials, best score, who is working on them."""
     from evomerge.report.studies import print_studies
 
     print_studies(storage)
@@ -147,7 +148,7 @@ def items(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="The table to write, .parquet or .csv; it must be new.")],
 ) -> None:
-    """Every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
+    """Write every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
     from evomerge.report.item_table import write_items
     from evomerge.search.run import open_run
 
@@ -177,7 +178,7 @@ def export(
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")
 def repeat(
     run: RunFolder,
-    trial: Annotated[int, typer.Option(min=0, help="Its number.")],
+    trial: Annotated[int, typer.Option(min=0, help="The number of the trial.")],
 ) -> None:
     """Run one finished trial again, alone, and compare every item's score with the recorded one."""
     from evomerge.search.repeat import repeat as repeat_trial
