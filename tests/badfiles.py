@@ -25,8 +25,8 @@ from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.merge.live import load_live_model
 from evomerge.merge.measure.prepare import load
-from evomerge.merge.mergekit.read import load_merge
-from evomerge.merge.output.card import model_card
+from evomerge.merge.mergekit.load_merge import load_merge
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
 from evomerge.report.html import explanation
 from evomerge.report.verdict_text import results_section

@@ -35,8 +35,8 @@ from evomerge.merge.live import destinations, load_live_model, open_live_model
 from evomerge.merge.materialise import materialise_tensor
 from evomerge.merge.measure.statistics_file import read_origin
 from evomerge.merge.methods.plan import FisherBlend
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
 from evomerge.sources.models import open_models
 from evomerge.statistics.gather import choose_items, fisher, gather_statistics, grams

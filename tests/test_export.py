@@ -41,12 +41,12 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import differences, export, output_tensors, total_bytes
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.output.shards import plan_shards
 from evomerge.merge.recipe.coefficients import Coefficient
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_fingerprints, load_recipe
-from evomerge.sources.adapter.change import low_rank_product
+from evomerge.sources.adapter.tensor_change import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.models import open_models
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 
 from evomerge.cli import main
 from evomerge.errors import EvomergeError
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import Recipe
 

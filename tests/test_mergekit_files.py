@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_adapter, write_family, write_llama
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.coefficient_from_values import coefficient, value_of
+from evomerge.merge.mergekit.from_recipe import dump_mergekit
+from evomerge.merge.mergekit.load_merge import load_merge, to_recipe
 from evomerge.merge.mergekit.mergekit_methods import MERGEKIT
-from evomerge.merge.mergekit.parse import parse
-from evomerge.merge.mergekit.read import load_merge, to_recipe
-from evomerge.merge.mergekit.values import coefficient, value_of
-from evomerge.merge.mergekit.write import dump_mergekit
+from evomerge.merge.mergekit.parse_mergekit import parse
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.coefficients import Part, named_parts
 from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import place, relative_depth
+from evomerge.sources.tensor_names import coefficient_layer, tensor_role
 
 TENSORS = list(llama_shapes())
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -58,7 +58,7 @@ def recipe_of(folder: Path, **content: Any) -> Recipe:
 
 
 def weights(recipe: Recipe, *names: str) -> list[tuple[float, ...]]:
-    return [recipe.knobs(place(name), LAYERS).each["weight"] for name in names]
+    return [recipe.knobs(tensor_role(name), LAYERS).each["weight"] for name in names]
 
 
 # --- Values ---
@@ -102,7 +102,7 @@ numbers = st.integers(0, 3).map(float)
 def test_a_coefficient_has_the_values_it_was_made_of(values: dict[str, float], filters: list[str]):
     found = coefficient(values, filters, LAYERS)
     parts = named_parts(found) or [Part(value=found)]  # type: ignore[arg-type]
-    assert {n: value_of(parts, n, LAYERS, relative_depth) for n in TENSORS} == values
+    assert {n: value_of(parts, n, LAYERS, coefficient_layer) for n in TENSORS} == values
 
 
 gradients = numbers | st.lists(numbers, min_size=1, max_size=4)
@@ -135,7 +135,7 @@ def test_every_tensor_has_the_value_that_mergekit_gives_it(own: dict[str, Any], 
     common = common | {"weight": [*as_list(common.get("weight", 0.5)), {"value": 2.0}]}
     recipe = recipe_of(folder, models=[{"model": "one", "parameters": own}], parameters=common)
     for name in TENSORS:
-        t = float(place(name).layer or 0)  # of two layers
+        t = float(tensor_role(name).layer or 0)  # of two layers
         expected = [mergekits_value(s["weight"], name, t) for s in (own, common) if "weight" in s]
         first = next(v for v in expected if v is not None)
         assert weights(recipe, name)[0][0] == pytest.approx(first, abs=1e-12), name
@@ -317,7 +317,7 @@ def test_slices_are_the_recipes_slices_and_gradients_run_along_each(folder: Path
     recipe = recipe_of(folder, models=None, slices=SLICES, parameters={"weight": [0.1, 0.2]})
     assert [part.layers for part in recipe.slices] == [{"one": (0, 2), "base": (0, 2)}, {"two": (1, 2), "base": (1, 2)}]
     one, two = (source.parameters["weight"] for source in recipe.sources)
-    knobs = {n: recipe.knobs(place(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
+    knobs = {n: recipe.knobs(tensor_role(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
     assert [knobs[n][0] for n in (EMBEDDING, Q0, Q1)] == [0.1, 0.1, 0.2], one
     assert [knobs[n][1] for n in (Q1.replace("1", "2"), HEAD)] == [0.6, 0.3], two  # a single layer is at the end
 
@@ -582,7 +582,7 @@ def test_there_and_back_every_tensor_keeps_its_coefficients(
     assert (back.base, back.dtype, notes) == (recipe.base, recipe.dtype, [])
     assert [(s.name, s.path) for s in back.sources] == [(s.name, s.path) for s in sources]
     for name in TENSORS:
-        theirs, ours = back.knobs(place(name), LAYERS), recipe.knobs(place(name), LAYERS)
+        theirs, ours = back.knobs(tensor_role(name), LAYERS), recipe.knobs(tensor_role(name), LAYERS)
         assert (theirs.each, theirs.shared) == (ours.each, ours.shared), name
 
 
@@ -596,7 +596,7 @@ def test_every_method_comes_back_with_its_knobs(method: str, folder: Path):
     }
     recipe = Recipe(method=method, base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
     back, _ = round_trip(recipe, folder)
-    assert back.knobs(place(Q1), LAYERS) == recipe.knobs(place(Q1), LAYERS)
+    assert back.knobs(tensor_role(Q1), LAYERS) == recipe.knobs(tensor_role(Q1), LAYERS)
 
 
 def test_slices_come_back(folder: Path):

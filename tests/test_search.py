@@ -26,8 +26,8 @@ from evomerge.search.space.space import Space, build_space, spread
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
 from evomerge.search.storage.study import SearchStudy, in_full, record_of
-from evomerge.sources.anatomy import Place, place
 from evomerge.sources.models import open_models
+from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,15 @@ def test_components_have_coefficients_of_their_own(family: Path, tmp_path: Path)
     space = space_of(family, tmp_path, space={"weight": [0, 1], "components": ["attention", "mlp"]})
     point = middle(space) | {"weight.rev.attention": 0.9}
     knobs = space.recipe(point).knobs
-    assert knobs(Place(0, "attention"), 2).each["weight"] == (0.9, 0.5)
-    assert knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
-    assert knobs(Place(None, "embedding"), 2).each["weight"] == (0.5, 0.5)
+    assert knobs(TensorRole(0, "attention"), 2).each["weight"] == (0.9, 0.5)
+    assert knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert knobs(TensorRole(None, "embedding"), 2).each["weight"] == (0.5, 0.5)
 
 
 def test_a_fixed_knob_is_no_axis_but_is_in_the_recipe(family: Path, tmp_path: Path) -> None:
     space = space_of(family, tmp_path, method="ties", space={"weight": [0, 1], "density": 0.3, "lambda": [0.5, 1.5]})
     assert sorted(space.axes) == ["lambda", "weight.add", "weight.rev"]
-    assert space.recipe(middle(space)).knobs(Place(0, "mlp"), 2).each["density"] == (0.3, 0.3)
+    assert space.recipe(middle(space)).knobs(TensorRole(0, "mlp"), 2).each["density"] == (0.3, 0.3)
 
 
 @pytest.mark.parametrize(("given", "written"), [(False, "none"), (True, "expected"), ("l1", "l1")])
@@ -75,7 +75,7 @@ def test_a_choice_is_written_into_the_recipe_by_name(given: object, written: str
     assert len(space.axes) == 6
     recipe = space.recipe(middle(space))
     assert recipe.parameters["rescale"] == written
-    assert recipe.knobs(Place(0, "mlp"), 2).each["epsilon"] == (0.125, 0.125)
+    assert recipe.knobs(TensorRole(0, "mlp"), 2).each["epsilon"] == (0.125, 0.125)
 
 
 def test_one_source_may_have_bounds_of_its_own(family: Path, tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> Non
 def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
     found = {b.name: b for b in baselines(space_of(family, tmp_path))}
     assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.8", "dare_ties 0.5"]
-    assert found["rev"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
-    assert found["uniform"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert found["rev"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
+    assert found["uniform"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
     assert found["dare_ties 0.5"].point is None
     assert found["dare_ties 0.5"].recipe.method == "dare_ties"
 
@@ -135,7 +135,7 @@ def test_roles_bring_the_blend_of_specialists_and_generalists(family: Path, tmp_
         {"name": n, "path": str(family / n), "role": r} for n, r in (("rev", "specialist"), ("add", "generalist"))
     ]
     found = {b.name: b for b in baselines(space_of(family, tmp_path, sources=sources))}
-    assert found["specialists 0.65"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
+    assert found["specialists 0.65"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
 
 
 MERGEKIT_FILE = """
@@ -185,7 +185,7 @@ def test_a_start_that_the_space_cannot_express_is_a_recipe_of_its_own(
 ) -> None:
     first = baselines(start(family, tmp_path, rev, space=space))[0]
     assert (first.name, first.point) == ("mine", None)
-    assert first.recipe.knobs(place("lm_head.weight"), 2).each["weight"][1] == 0.25
+    assert first.recipe.knobs(tensor_role("lm_head.weight"), 2).each["weight"][1] == 0.25
 
 
 @pytest.mark.parametrize("changes", [

@@ -19,8 +19,8 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe import nested
 from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import (

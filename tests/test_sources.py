@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
-from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import check_compatibility, declared_base
 from evomerge.sources.locate import locate, model_fingerprint
 from evomerge.sources.models import open_models
+from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, coefficient_layer, layer_count, tensor_role
 
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -501,33 +501,36 @@ def test_every_tensor_of_a_known_architecture_has_its_place(
 ) -> None:
     names = names_of(model_type, tmp_path / "m")
     assert samples.keys() <= set(names)
-    assert {name: (place(name).layer, place(name).component) for name in samples} == samples
+    assert {name: (tensor_role(name).layer, tensor_role(name).component) for name in samples} == samples
     assert layer_count(names) == 3
-    assert [name for name in names if place(name).component == "other"] == []
-    per_layer = [{place(n).component for n in names if place(n).layer == layer} for layer in range(3)]
+    assert [name for name in names if tensor_role(name).component == "other"] == []
+    per_layer = [{tensor_role(n).component for n in names if tensor_role(n).layer == layer} for layer in range(3)]
     assert per_layer == [{"attention", "mlp", "norm"}] * 3
 
 
 def test_names_of_old_gpt2_files_have_no_prefix() -> None:
-    assert (place("h.11.attn.c_proj.weight").layer, place("h.11.attn.c_proj.weight").component) == (11, "attention")
-    assert place("wte.weight").component == "embedding"
+    assert (tensor_role("h.11.attn.c_proj.weight").layer, tensor_role("h.11.attn.c_proj.weight").component) == (
+        11,
+        "attention",
+    )
+    assert tensor_role("wte.weight").component == "embedding"
 
 
 def test_an_unknown_architecture_gets_its_layers_from_the_numbers() -> None:
     names = ["tower.0.mixer.in.weight", "tower.1.mixer.in.weight", "inp.weight"]
     assert layer_count(names) == 2
-    assert [place(n).layer for n in names] == [0, 1, None]
-    assert [place(n).component for n in names] == ["mixer", "mixer", "other"]
+    assert [tensor_role(n).layer for n in names] == [0, 1, None]
+    assert [tensor_role(n).component for n in names] == ["mixer", "mixer", "other"]
 
 
 def test_names_without_numbers_are_no_layers() -> None:
     assert layer_count(["a.weight", "b.weight"]) == 0
-    assert relative_depth(place("a.weight"), 0) == 0
+    assert coefficient_layer(tensor_role("a.weight"), 0) == 0
 
 
 def test_embeddings_take_the_first_layers_coefficients_and_the_head_the_last() -> None:
     depths = {
-        n: relative_depth(place(n), 12)
+        n: coefficient_layer(tensor_role(n), 12)
         for n in (
             "model.embed_tokens.weight",
             "model.layers.4.mlp.up_proj.weight",

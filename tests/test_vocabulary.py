@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.embedding_rows import Translated
 from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import read_vocabulary, union
-from evomerge.sources.vocabulary import Translated
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SPECIAL = VOCABULARY[:3]

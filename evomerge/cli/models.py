@@ -23,7 +23,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
-    from evomerge.merge.mergekit.read import load_merge
+    from evomerge.merge.mergekit.load_merge import load_merge
 
     loaded, notes = load_merge(recipe)
     print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)

@@ -13,7 +13,7 @@ from evomerge.config.database_url import has_password, masked
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
-from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import choices_of, is_named, values_of
 from evomerge.sources.locate import looks_like_hub_id, pinned

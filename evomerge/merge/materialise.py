@@ -17,10 +17,10 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
 from evomerge.merge.recipe.coefficients import named_parts
 from evomerge.merge.recipe.recipe import Recipe, check_layers
-from evomerge.sources.anatomy import Place, place
+from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
-KnobsAt = Callable[[Place, int, tuple[str, ...]], Knobs]
+KnobsAt = Callable[[TensorRole, int, tuple[str, ...]], Knobs]
 
 
 class NotFinite(ArithmeticError):
@@ -50,7 +50,7 @@ def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planne
     statistics = bank.statistics(recipe, names)
     measured = bank.measurements(name, names, recipe.seed, statistics)
     if names:
-        plan = METHODS[recipe.method].plan(knobs(place(name), bank.layers, tuple(names)), measured)
+        plan = METHODS[recipe.method].plan(knobs(tensor_role(name), bank.layers, tuple(names)), measured)
     else:
         plan = Blend((), base=1.0)  # a slice of the base alone
     # An operand that does not count is not read: the base stands in for it.
@@ -224,5 +224,5 @@ def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
     names = bank.taking_part(name, [s.name for s in recipe.sources])
     if not names:
         return []
-    weights = recipe.knobs(place(name), bank.layers, names).each.get("weight", [1.0] * len(names))
+    weights = recipe.knobs(tensor_role(name), bank.layers, names).each.get("weight", [1.0] * len(names))
     return [s for s, weight in zip(names, weights, strict=True) if weight]

@@ -18,9 +18,9 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
-from evomerge.sources.anatomy import Component, Place, layer_count
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
+from evomerge.sources.tensor_names import Component, TensorRole, layer_count
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
@@ -167,7 +167,7 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.
         for i, source in enumerate(recipe.sources if knob.each else [None]):
             per_component = {}
             for component in SHOWN:
-                known = [recipe.knobs(Place(layer, component), layers) for layer in range(layers)]
+                known = [recipe.knobs(TensorRole(layer, component), layers) for layer in range(layers)]
                 per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
             alike = len({tuple(row) for row in per_component.values()}) == 1
             title = source.name if source else name

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.tensor_names import is_computed_buffer
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -19,11 +19,11 @@ def drop_lone_tables(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapte
     Layers are not told apart: a table counts as stored if any layer has it.
     """
     models = {"base": base} | {n: m for n, m in sources.items() if isinstance(m, Checkpoint)}
-    kinds = {n: {kind(t) for t in m.tensors if is_computed(t)} for n, m in models.items()}
+    kinds = {n: {kind(t) for t in m.tensors if is_computed_buffer(t)} for n, m in models.items()}
     common = set.intersection(*kinds.values())
     notes = []
     for name, model in models.items():
-        lone = [t for t in model.tensors if is_computed(t) and kind(t) not in common]
+        lone = [t for t in model.tensors if is_computed_buffer(t) and kind(t) not in common]
         for tensor in lone:
             del model.tensors[tensor]
         if lone:
@@ -45,7 +45,7 @@ def integer_problems(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapte
     for name, source in sources.items():
         theirs = source.tensors if isinstance(source, Checkpoint) else base.tensors
         for tensor, info in base.tensors.items():
-            if tensor not in theirs or is_computed(tensor) or not source.touches(tensor):
+            if tensor not in theirs or is_computed_buffer(tensor) or not source.touches(tensor):
                 continue
             ours_float, theirs_float = info.dtype.is_floating_point, theirs[tensor].dtype.is_floating_point
             if ours_float and theirs_float:

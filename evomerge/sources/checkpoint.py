@@ -11,11 +11,11 @@ import torch
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
-from evomerge.sources.anatomy import layer_count
 from evomerge.sources.architecture import known_config
 from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem
-from evomerge.sources.safetensors_header import open_safetensors
+from evomerge.sources.safetensors_files import open_safetensors
+from evomerge.sources.tensor_names import layer_count
 from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
 
 DTYPES = {

@@ -10,13 +10,13 @@ from evomerge.errors import EvomergeError, some
 from evomerge.files import read_json, read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place
 from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.config_differences import LAYER_COUNTS, compare_settings, describe
+from evomerge.sources.embedding_rows import row_count, vocabulary_tensors
 from evomerge.sources.locate import looks_like_hub_id
 from evomerge.sources.quantised import said_by
+from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, layer_count, tensor_role
 from evomerge.sources.tokenizer import is_there
-from evomerge.sources.vocabulary import row_count, vocabulary_tensors
 
 QUANTISED_NAME = re.compile(r"(?i)[-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[48]|[48]-?bit)(?![a-z0-9])")
 
@@ -100,7 +100,8 @@ def compare_config(
 
 def compare_tensors(name: str, base: Checkpoint, source: Checkpoint, found: Compatibility, relaxed: Relaxed) -> None:
     ours, theirs = (
-        [t for t in model.tensors if not (relaxed.any_depth and place(t).layer is not None)] for model in (base, source)
+        [t for t in model.tensors if not (relaxed.any_depth and tensor_role(t).layer is not None)]
+        for model in (base, source)
     )
     missing = [t for t in ours if t not in source.tensors]
     extra = [t for t in theirs if t not in base.tensors]

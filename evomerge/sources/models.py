@@ -9,8 +9,8 @@ from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.buffers import drop_lone_tables, integer_problems
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, untied
 from evomerge.sources.compatibility import Compatibility, check_compatibility
+from evomerge.sources.embedding_rows import rowless, translate
 from evomerge.sources.tokenizer import Vocabulary, is_there
-from evomerge.sources.vocabulary import rowless, translate
 
 
 @dataclass

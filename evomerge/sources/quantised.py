@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.sources.anatomy import is_computed
+from evomerge.sources.tensor_names import is_computed_buffer
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 DEPTH = 8  # of configurations inside configurations
@@ -100,7 +100,7 @@ def packed_tensor(tensors: Mapping[str, str]) -> tuple[str, str] | None:
         if dtype.startswith(("F8", "F4", "F6")):
             return dtype, name
         module, _, last = name.rpartition(".")
-        if dtype in INTEGERS and not is_computed(name) and (last.startswith("weight") or module in scaled):
+        if dtype in INTEGERS and not is_computed_buffer(name) and (last.startswith("weight") or module in scaled):
             return "packed integers", name
     return None
 

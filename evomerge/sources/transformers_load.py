@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError, first_line, some
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import empty_model
+from evomerge.sources.tensor_names import is_computed_buffer
 
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> type and shape."""
@@ -73,7 +73,7 @@ def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
         raise EvomergeError(f"transformers cannot load such a model ({reason})") from error
     return Loading(
         missing=frozenset(found["missing_keys"]),
-        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed(name)),
+        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed_buffer(name)),
         misshapen={n: f"{tuple(here)} for {tuple(there)}" for n, here, there in found["mismatched_keys"]},
     )
 

@@ -25,9 +25,9 @@ from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.measure.statistics_file import Origin
 from evomerge.merge.methods.plan import Statistics
-from evomerge.sources.anatomy import place
 from evomerge.sources.locate import model_fingerprint
 from evomerge.sources.models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 Rows = Sequence[Sequence[Row]]
 """Per item, the rows of its gold answer."""
@@ -152,7 +152,7 @@ def grams(
         if not isinstance(module, torch.nn.Linear) and not is_conv1d:
             continue
         name = by_place.get((module.weight.data_ptr(), tuple(module.weight.shape)))
-        if name is not None and place(name).component != "embedding":
+        if name is not None and tensor_role(name).component != "embedding":
             layers.append((module, name))
             transposed += [name] if is_conv1d else []
     groups = fitting_groups(layers, gram_room(model.device) if room is None else room)

@@ -24,7 +24,7 @@ from evomerge.merge.methods.plan import Chance, Derived
 from evomerge.merge.recipe.layout import BASE, Slice, build_layout
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.adapter.change import Change
+from evomerge.sources.adapter.tensor_change import Change
 from evomerge.sources.checkpoint import is_head
 from evomerge.sources.models import Models
 

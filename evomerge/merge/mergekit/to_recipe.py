@@ -10,17 +10,17 @@ import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.chat_template import template_text
+from evomerge.merge.mergekit.coefficient_from_values import coefficient
+from evomerge.merge.mergekit.filters_and_gradients import Tensor, setting_at
 from evomerge.merge.mergekit.mergekit_file import Input, MergekitFile, Reference, Settings, Slice
 from evomerge.merge.mergekit.mergekit_methods import BOUNDS, MERGEKIT, Scalar, is_required, kind
-from evomerge.merge.mergekit.parameters import Tensor, setting_at
-from evomerge.merge.mergekit.template import template_text
-from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import layer_count
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
+from evomerge.sources.tensor_names import layer_count
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 

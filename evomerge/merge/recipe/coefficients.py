@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.merge.methods.plan import Knob, choices_of
-from evomerge.sources.anatomy import COMPONENTS, Place, relative_depth
+from evomerge.sources.tensor_names import COMPONENTS, TensorRole, coefficient_layer
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
@@ -29,16 +29,16 @@ BASIC = ("attention", "mlp", "norm", "embedding", "head", "other")
 """The components that every language model may have; who names all of them has named `other` for the rest."""
 
 
-def value_at(coefficient: Coefficient | None, where: Place, layers: int) -> float:
+def value_at(coefficient: Coefficient | None, where: TensorRole, layers: int) -> float:
     """The number that a coefficient has at a place."""
     if type(coefficient) is float:
         return coefficient  # most are, and a candidate asks thousands of times
     assert coefficient is not None, "a required knob was not checked"
     along = part_at(coefficient, where)
-    return float(along[relative_depth(where, layers)] if isinstance(along, list) else along)
+    return float(along[coefficient_layer(where, layers)] if isinstance(along, list) else along)
 
 
-def part_at(coefficient: Coefficient, where: Place) -> PerLayer:
+def part_at(coefficient: Coefficient, where: TensorRole) -> PerLayer:
     """The part of a coefficient that a tensor uses."""
     assert not isinstance(coefficient, str), "a name was not checked"
     if isinstance(coefficient, dict):

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.recipe.assembly import assembled_config, find_stack
+from evomerge.merge.recipe.sliced_config import assembled_config, find_stack
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import at_layer, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
 from evomerge.sources.models import Models
+from evomerge.sources.tensor_names import coefficient_layer, layer_count, name_in_layer, tensor_role
 
 BASE = "base"
 
@@ -89,10 +89,10 @@ def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
     left_out = []
     stack_written = False
     for name in base.tensors:
-        where = place(name)
+        where = tensor_role(name)
         if where.layer is None:
             within = where.encoder_layer is not None
-            among = rows[relative_depth(where, len(rows))] if within else outside[relative_depth(where, 2)]
+            among = rows[coefficient_layer(where, len(rows))] if within else outside[coefficient_layer(where, 2)]
             origins[name] = dict.fromkeys(among, name)
         elif where.layer >= stacks[BASE].depth:
             left_out.append(name)
@@ -116,17 +116,17 @@ def layer_of(
     layer: int, row: Mapping[str, int], opened: Mapping[str, Checkpoint]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """The tensors of one output layer, each with its origins.  EvomergeError if two models have different ones."""
-    inside = {n: [t for t in opened[n].tensors if place(t).layer == at] for n, at in row.items()}
+    inside = {n: [t for t in opened[n].tensors if tensor_role(t).layer == at] for n, at in row.items()}
     model, *others = row
-    known = {at_layer(t, layer) for t in inside[model]}
+    known = {name_in_layer(t, layer) for t in inside[model]}
     for other in others:
-        if differing := known ^ {at_layer(t, layer) for t in inside[other]}:
+        if differing := known ^ {name_in_layer(t, layer) for t in inside[other]}:
             raise EvomergeError(
                 f"layer {layer} of the slices: layer {row[model]} of {model} and layer {row[other]} of {other} have "
                 f"different tensors, such as {min(differing)}"
             )
     for tensor in inside[model]:
-        yield at_layer(tensor, layer), {n: at_layer(tensor, at) for n, at in row.items()}
+        yield name_in_layer(tensor, layer), {n: name_in_layer(tensor, at) for n, at in row.items()}
 
 
 def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Checkpoint]) -> TensorInfo:

@@ -13,10 +13,10 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Knobs, Method
 from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
 from evomerge.merge.recipe.layout import BASE, Slice
-from evomerge.sources.anatomy import Place
 from evomerge.sources.config_differences import Allowed
+from evomerge.sources.embedding_rows import WHOLE
 from evomerge.sources.locate import absolute, absolute_model, locate, matching_models, model_fingerprint, pinned
-from evomerge.sources.vocabulary import WHOLE
+from evomerge.sources.tensor_names import TensorRole
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -99,7 +99,7 @@ class Recipe(BaseModel):
             raise ValueError("; ".join(problems))
         return self
 
-    def knobs(self, where: Place, layers: int, among: Collection[str] | None = None) -> Knobs:
+    def knobs(self, where: TensorRole, layers: int, among: Collection[str] | None = None) -> Knobs:
         """The values of all knobs for a tensor at `where` in a model of `layers` layers.
 
         among: the sources that take part there; all of them if None.

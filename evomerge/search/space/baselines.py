@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import share
 from evomerge.merge.recipe.coefficients import Coefficient, named_parts
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, pin
 from evomerge.search.space.space import Point, Space
-from evomerge.sources.anatomy import COMPONENTS, Place
+from evomerge.sources.tensor_names import COMPONENTS, TensorRole
 
 Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given"]
 
@@ -89,7 +89,7 @@ def model_key(recipe: Recipe, layers: int) -> object:
     if any(named_parts(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
     counts = []
-    for where in (Place(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
+    for where in (TensorRole(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
         knobs = recipe.knobs(where, layers)
         weights = knobs.each["weight"]
         divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0

@@ -10,8 +10,8 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import Component, Place, layer_count, place, relative_depth
 from evomerge.sources.models import Models
+from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
 
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
@@ -119,7 +119,7 @@ class Space:
             for where in self.places(group):
                 knobs = recipe.knobs(where, self.layers)
                 value = knobs.each[group.knob][sources[group.source]] if group.source else knobs.shared[group.knob]
-                if known.setdefault(relative_depth(where, self.layers), value) != value:
+                if known.setdefault(coefficient_layer(where, self.layers), value) != value:
                     return None
             values = axis_values(known, group.granularity, len(group.axes), self.layers)
             again = spread(values, group.granularity, self.layers)
@@ -132,10 +132,10 @@ class Space:
                 point |= dict(zip(group.axes, values, strict=True))
         return point
 
-    def places(self, group: Group) -> list[Place]:
+    def places(self, group: Group) -> list[TensorRole]:
         """The tensors whose coefficients a group gives."""
         own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
-        found = [place(name) for name in self.tensors]
+        found = [tensor_role(name) for name in self.tensors]
         return [p for p in found if (p.component if p.component in own else "default") == group.component]
 
 
@@ -144,7 +144,7 @@ def changed_components(models: Models) -> dict[str, set[Component]]:
     found = {}
     for name, source in models.sources.items():
         touched = [t for t in models.base.tensors if source.touches(t)]
-        found[name] = {place(t).component for t in touched}
+        found[name] = {tensor_role(t).component for t in touched}
     return found
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
-from evomerge.sources.adapter.change import Change, LowRank
-from evomerge.sources.adapter.contents import Contents, read_contents
-from evomerge.sources.adapter.layer import AdapterError, factors, parameter_of
+from evomerge.sources.adapter.adapter_file import Contents, read_contents
+from evomerge.sources.adapter.lora_factors import AdapterError, factors, parameter_of
 from evomerge.sources.adapter.peft_config import config_problem, saves, scale, tokens_of
+from evomerge.sources.adapter.tensor_change import Change, LowRank
 from evomerge.sources.architecture import Names, Part, empty_model, head_of
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo, is_embedding, is_head
 from evomerge.sources.tokenizer import Vocabulary, read_vocabulary

@@ -58,7 +58,7 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorRole:
     """Where a tensor sits.  layer: of the decoder, or the only stack, from 0; None outside it (embeddings, final norm,
     head, towers, an encoder).
 
@@ -73,26 +73,26 @@ class Place:
 
 
 @lru_cache(maxsize=65536)
-def place(name: str) -> Place:
+def tensor_role(name: str) -> TensorRole:
     """The place of the tensor called `name` in a checkpoint."""
     if tower := TOWER.search(name):
-        return Place(None, tower.lastgroup, name)  # type: ignore[arg-type]
+        return TensorRole(None, tower.lastgroup, name)  # type: ignore[arg-type]
     component: Component = next((c for c, pattern in COMPONENT_PATTERNS if pattern.search(name)), "other")
     if encoder := ENCODER.search(name):
-        return Place(None, component, name, int(encoder.group(1)))
+        return TensorRole(None, component, name, int(encoder.group(1)))
     layer = None if BESIDE.search(name) else LAYER.search(name) or ANY_NUMBER.search(name)
-    return Place(int(layer.group(1)) if layer else None, component, name)
+    return TensorRole(int(layer.group(1)) if layer else None, component, name)
 
 
 def layer_count(names: list[str]) -> int:
     """How many layers the decoder of a checkpoint with these tensor names has, or its encoder if it has no decoder; 0
     if no name carries a layer index."""
-    places = [place(name) for name in names]
+    places = [tensor_role(name) for name in names]
     decoder = [p.layer for p in places if p.layer is not None]
     return 1 + max(decoder or [p.encoder_layer for p in places if p.encoder_layer is not None], default=-1)
 
 
-def at_layer(name: str, layer: int) -> str:
+def name_in_layer(name: str, layer: int) -> str:
     """The name that a tensor of the stack has in another layer."""
     found = LAYER.search(name) or ANY_NUMBER.search(name)
     assert found is not None, f"{name} is in no layer"
@@ -100,7 +100,7 @@ def at_layer(name: str, layer: int) -> str:
     return f"{name[:start]}{layer}{name[end:]}"
 
 
-def relative_depth(where: Place, layers: int) -> int:
+def coefficient_layer(where: TensorRole, layers: int) -> int:
     """The layer whose coefficients a tensor uses: its own, the first for what comes before the stack (embeddings,
     towers), the last for what follows it (final norm, head); in an encoder that of the same number.
 
@@ -121,7 +121,7 @@ COMPUTED = re.compile(
 )
 
 
-def is_computed(name: str) -> bool:
+def is_computed_buffer(name: str) -> bool:
     """Tables that old checkpoints store and transformers now computes: causal masks, positions, rotary frequencies;
     and counters that only training reads."""
     return COMPUTED.search(name) is not None

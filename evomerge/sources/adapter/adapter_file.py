@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.checkpoint import mergeable
-from evomerge.sources.safetensors_header import open_safetensors
+from evomerge.sources.safetensors_files import open_safetensors
 
 PREFIX = "base_model.model."
 PAIR = re.compile(

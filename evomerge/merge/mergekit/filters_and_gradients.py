@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from evomerge.merge.mergekit.mergekit_file import Input, Settings, Slice
 from evomerge.merge.mergekit.mergekit_methods import Kind, Scalar, kind
-from evomerge.sources.anatomy import at_layer, layer_count, place
+from evomerge.sources.tensor_names import layer_count, name_in_layer, tensor_role
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Tensor:
         """What the tensor is called in an input, whose layers have numbers of their own."""
         if self.step is None or model.layers is None:
             return self.name
-        return at_layer(self.name, model.layers[0] + self.step)
+        return name_in_layer(self.name, model.layers[0] + self.step)
 
 
 def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
@@ -30,15 +30,15 @@ def output_tensors(slices: list[Slice], names: list[str]) -> Iterator[Tensor]:
     first slice (embeddings) or to the last."""
     layers = layer_count(names)
     for name in names:
-        if place(name).layer is None:
-            yield Tensor(name, slices[0 if place(name).component == "embedding" else -1], 0.0, None)
+        if tensor_role(name).layer is None:
+            yield Tensor(name, slices[0 if tensor_role(name).component == "embedding" else -1], 0.0, None)
     done = 0
     for part in slices:
         first, end = part.inputs[0].layers or (0, layers)
         for step in range(end - first):
             t = step / (end - first - 1) if end - first > 1 else 1.0
             like = min(first + step, layers - 1)
-            yield from (Tensor(at_layer(n, done), part, t, step) for n in names if place(n).layer == like)
+            yield from (Tensor(name_in_layer(n, done), part, t, step) for n in names if tensor_role(n).layer == like)
             done += 1
 
 

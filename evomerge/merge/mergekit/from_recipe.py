@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.coefficient_from_values import coefficient
 from evomerge.merge.mergekit.mergekit_methods import MERGEKIT, Theirs
-from evomerge.merge.mergekit.values import coefficient
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, as_parts, named_parts, value_at
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource
-from evomerge.sources.anatomy import at_layer, layer_count, place
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
+from evomerge.sources.tensor_names import layer_count, name_in_layer, tensor_role
 
 # Parts of names that tell the components apart; norms before attention, of which some names speak too.
 COMPONENT_FILTERS = """
@@ -39,8 +39,8 @@ class OutputRun:
 
     def name_in(self, model: str, tensor: str) -> str:
         """What an output tensor is called in a model."""
-        layer = place(tensor).layer
-        return tensor if layer is None else at_layer(tensor, layer - self.first + self.ranges[model][0])
+        layer = tensor_role(tensor).layer
+        return tensor if layer is None else name_in_layer(tensor, layer - self.first + self.ranges[model][0])
 
 
 def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
@@ -94,10 +94,10 @@ def output_runs(recipe: Recipe, names: list[str]) -> list[OutputRun]:
     for number, ranges in enumerate(slices):
         start, end = next(iter(ranges.values()))
         done = runs[-1].first + runs[-1].length if runs else 0
-        tensors = [at_layer(n, done + i) for i in range(end - start) for n in names if place(n).layer == 0]
+        tensors = [name_in_layer(n, done + i) for i in range(end - start) for n in names if tensor_role(n).layer == 0]
         for name in names:
-            if place(name).layer is None:
-                ends = 0 if place(name).component == "embedding" else len(slices) - 1
+            if tensor_role(name).layer is None:
+                ends = 0 if tensor_role(name).component == "embedding" else len(slices) - 1
                 tensors += [name] * (number == ends)
         runs.append(OutputRun(tensors, done, end - start, dict(ranges)))
     return runs
@@ -138,7 +138,7 @@ def setting(recipe: Recipe, knob: str, source: RecipeSource | None, run: OutputR
     # A parameter of one model is looked up by that model's own tensor names, one of all models by the output's.
     first = run.first if source is None else run.ranges[source.name][0]
     called = (lambda n: n) if source is None else (lambda n: run.name_in(source.name, n))
-    values = {called(name): value_at(ours, place(name), layers) for name in run.tensors}
+    values = {called(name): value_at(ours, tensor_role(name), layers) for name in run.tensors}
     filters = [part.filter for part in named_parts(ours) if part.filter]
     if isinstance(ours, dict):
         filters = [f for f in COMPONENT_FILTERS if any(f in name for name in values)]

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml_documents
+from evomerge.merge.mergekit.filters_and_gradients import output_tensors
 from evomerge.merge.mergekit.mergekit_file import MergekitFile, Reference
-from evomerge.merge.mergekit.parameters import output_tensors
-from evomerge.merge.mergekit.parse import parse
+from evomerge.merge.mergekit.parse_mergekit import parse
 from evomerge.merge.mergekit.to_recipe import Reading
 from evomerge.merge.recipe.recipe import Model, Recipe, load_recipe
-from evomerge.sources.anatomy import layer_count
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
+from evomerge.sources.tensor_names import layer_count
 
 
 def load_merge(path: Path) -> tuple[Recipe, list[str]]:

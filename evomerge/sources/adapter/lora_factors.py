@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.sources.adapter.contents import Layer
+from evomerge.sources.adapter.adapter_file import Layer
 from evomerge.sources.architecture import Names, Part, bare
 
 

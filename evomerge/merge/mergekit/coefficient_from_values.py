@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.merge.recipe.coefficients import Coefficient, Part, PerLayer
-from evomerge.sources.anatomy import Place, place, relative_depth
+from evomerge.sources.tensor_names import TensorRole, coefficient_layer, tensor_role
 
 Values = Mapping[str, float]
 """Tensor name -> the number a coefficient has there."""
-Depth = Callable[[Place, int], int]
+Depth = Callable[[TensorRole, int], int]
 """(place, layers) -> which number of a per-layer list a tensor takes."""
 
 
-def coefficient(values: Values, filters: Sequence[str], layers: int, depth: Depth = relative_depth) -> Coefficient:
+def coefficient(values: Values, filters: Sequence[str], layers: int, depth: Depth = coefficient_layer) -> Coefficient:
     """A coefficient that has these values, by the filters in their order as far as that goes.
 
     Tensors for which that gives another value are named in full, before everything else.  A longer name stands before
@@ -44,7 +44,7 @@ def along(values: Values, layers: int, depth: Depth) -> PerLayer:
     """What most of the tensors have: one number, or one per layer.  A layer without any takes its neighbour's."""
     seen: dict[int, Counter[float]] = {}
     for name, value in values.items():
-        where = place(name)
+        where = tensor_role(name)
         if where.layer is not None:
             seen.setdefault(depth(where, layers), Counter())[value] += 1
     if not seen:
@@ -57,4 +57,4 @@ def along(values: Values, layers: int, depth: Depth) -> PerLayer:
 
 def value_of(parts: Sequence[Part], name: str, layers: int, depth: Depth) -> float:
     value = next(p.value for p in parts if p.filter is None or p.filter in name)
-    return value[depth(place(name), layers)] if isinstance(value, list) else value
+    return value[depth(tensor_role(name), layers)] if isinstance(value, list) else value

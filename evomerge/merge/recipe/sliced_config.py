@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.sources.anatomy import ANY_NUMBER, LAYER, layer_count, place
 from evomerge.sources.architecture import known_config
 from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.tensor_names import ANY_NUMBER, LAYER, layer_count, tensor_role
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers")
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
@@ -49,7 +49,7 @@ class Stack:
 def find_stack(name: str, model: Checkpoint) -> Stack:
     """The decoder of a model.  EvomergeError if it has several stacks of layers that slices could mean."""
     stored, known = layer_count(list(model.tensors)), known_config(model.config)
-    prefixes = {prefix(tensor) for tensor in model.tensors if place(tensor).layer is not None}
+    prefixes = {prefix(tensor) for tensor in model.tensors if tensor_role(tensor).layer is not None}
     if getattr(known, "is_encoder_decoder", model.config.get("is_encoder_decoder")):
         prefixes = {"an encoder", "a decoder"}
     if len(prefixes) > 1:
@@ -100,7 +100,7 @@ def assembled_config(
     lists = per_layer_lists(rows, stacks)
     for key, value in lists.items():
         put(key, value)
-    sparse = {place(name).layer for name in origins if ".experts." in name}
+    sparse = {tensor_role(name).layer for name in origins if ".experts." in name}
     leading = next((layer for layer in range(len(rows)) if layer in sparse), len(rows))
     for key in DENSE_FIRST:
         if base.settings.get(key) is not None:
