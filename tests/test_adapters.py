@@ -21,7 +21,7 @@ from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, dump_recipe
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.adapter import peft_config as decisions
-from evomerge.sources.architecture import Names
+from evomerge.sources.adapter.parameter_names import ParameterNames
 from evomerge.sources.checkpoint import open_checkpoint
 
 peft = pytest.importorskip("peft", reason="compares with peft, which is not installed")
@@ -180,15 +180,15 @@ def test_an_adapter_on_single_experts_is_merged_into_them(tmp_path: Path) -> Non
 @pytest.mark.parametrize("stored", ["model.language_model.", "language_model.model.", "model.", ""])
 def test_a_layer_is_found_under_the_name_of_another_version(stored: str, prefix: str) -> None:
     name = "layers.1.self_attn.q_proj.weight"
-    names = Names(None, {f"{stored}{name}": (16, 16), f"vision_tower.{name}": (16, 16)})
-    found = names.find(f"{prefix}{name}")
+    names = ParameterNames(None, {f"{stored}{name}": (16, 16), f"vision_tower.{name}": (16, 16)})
+    found = names.parts_of(f"{prefix}{name}")
     assert found is not None
     assert [part.tensor for part in found] == [f"{stored}{name}"]
 
 
 def test_a_name_that_two_layers_could_have_is_none_of_them() -> None:
-    names = Names(None, {"model.layers.0.weight": (1,), "language_model.layers.0.weight": (1,)})
-    assert names.find("transformer.layers.0.weight") is None
+    names = ParameterNames(None, {"model.layers.0.weight": (1,), "language_model.layers.0.weight": (1,)})
+    assert names.parts_of("transformer.layers.0.weight") is None
 
 
 @pytest.mark.parametrize("turned", [None, True, False])

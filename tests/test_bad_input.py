@@ -308,7 +308,7 @@ def test_target_modules_and_the_base_models_name_are_never_matched_or_opened(tmp
     base = write_llama(tmp_path / "base")
     odd = {"target_modules": "(((a+)+)+)+$", "base_model_name_or_path": "../../../../dev/zero"}
     adapter = open_adapter(write_adapter(tmp_path / "it", base, **odd), open_checkpoint(base))
-    assert adapter.touches(Q_PROJ)
+    assert adapter.may_differ(Q_PROJ)
 
 
 def test_a_tensor_under_two_names_of_pefts_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.config_differences import compare_settings
+from evomerge.sources.config_differences import compare_configs
 from evomerge.sources.models import open_models
 from evomerge.sources.quantised import packed_tensor
 from evomerge.sources.tensor_names import is_computed_buffer
@@ -236,7 +236,7 @@ def llama(**settings: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_equal_meaning_is_no_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert compare_settings(ours, theirs) == []
+    assert compare_configs(ours, theirs) == []
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_equal_meaning_is_no_difference(ours: dict[str, Any], theirs: dict[str, 
 def test_what_gives_weights_another_meaning_is_found(
     ours: dict[str, Any], theirs: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
-    found = {(d.key, d.kind) for d in compare_settings(ours, theirs)}
+    found = {(d.key, d.kind) for d in compare_configs(ours, theirs)}
     assert set(expected) <= found
     if ours["model_type"] != "qwen3":  # whose sliding window changes the layers' types, too
         assert found == set(expected)

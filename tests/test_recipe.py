@@ -30,7 +30,7 @@ from evomerge.merge.recipe.recipe import (
     load_recipe,
     with_fingerprints,
 )
-from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.models import open_models
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole, tensor_role
 

@@ -16,7 +16,8 @@ from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import check_compatibility, declared_base
-from evomerge.sources.locate import locate, model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.locate import locate
 from evomerge.sources.models import open_models
 from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, coefficient_layer, layer_count, tensor_role
 
@@ -333,8 +334,8 @@ def test_an_adapter_is_its_base_plus_the_scaled_product(tmp_path: Path, options:
 
 def test_an_adapter_leaves_other_tensors_alone(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path, targets=["q_proj"])
-    assert adapter.touches(Q_PROJ)
-    assert not adapter.touches("model.norm.weight")
+    assert adapter.may_differ(Q_PROJ)
+    assert not adapter.may_differ("model.norm.weight")
     assert torch.equal(adapter.read("model.norm.weight"), adapter.base.read("model.norm.weight"))
 
 
@@ -344,7 +345,7 @@ def test_modules_to_save_replace_the_base_tensor(tmp_path: Path) -> None:
     new = torch.full((40, 16), 0.5)
     change_weights(folder, "adapter_model.safetensors", **{"base_model.model.lm_head.weight": new})
     adapter = open_adapter(folder, open_checkpoint(base))
-    assert adapter.touches("lm_head.weight")
+    assert adapter.may_differ("lm_head.weight")
     assert torch.equal(adapter.read("lm_head.weight"), new)
 
 
@@ -373,7 +374,7 @@ def test_an_adapter_saved_by_peft_merges_as_peft_merges_it(tmp_path: Path, optio
     model.save_pretrained(tmp_path / "it")
     merged = model.merge_and_unload().state_dict()
     adapter = open_adapter(tmp_path / "it", open_checkpoint(base))
-    assert any(adapter.touches(name) for name in merged)
+    assert any(adapter.may_differ(name) for name in merged)
     for name, expected in merged.items():
         torch.testing.assert_close(
             adapter.read(name), expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"

@@ -14,7 +14,7 @@ from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.architecture import known_config
-from evomerge.sources.checkpoint import read_config, stored_tensors
+from evomerge.sources.checkpoint import open_weight_files, read_config
 from evomerge.sources.models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
@@ -138,7 +138,7 @@ def open_live_model(
     whole = folder if not is_adapter else base
     if whole is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
-    config, (_, tensors) = read_config(whole), stored_tensors(whole)  # say what is wrong before transformers tries
+    config, (_, tensors) = read_config(whole), open_weight_files(whole)  # say what is wrong before transformers tries
     if wanted == "auto" and "quantization_config" in config:
         wanted = dtype  # its products are its own
     elif wanted == "auto":

@@ -24,7 +24,7 @@ from evomerge.search.evaluation.evaluator import model_folders
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.verdict.verdict import what_is_wrong
-from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
 
 KEY = "evomerge:key"  # study attribute: what its results depend on, see `study_key`
 PACKAGES = (

@@ -1,23 +1,26 @@
-"""Open a base and its sources together, checked against each other before anything is read."""
+"""Open the base model and the sources of a merge together, and check that they fit before any weight is read."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
-from evomerge.sources.buffers import drop_lone_tables, integer_problems
-from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, untied
+from evomerge.sources.buffers import drop_unshared_buffers, integer_problems
+from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, with_untied_head
 from evomerge.sources.compatibility import Compatibility, check_compatibility
-from evomerge.sources.embedding_rows import rowless, translate
-from evomerge.sources.tokenizer import Vocabulary, is_there
+from evomerge.sources.embedding_rows import align_vocabularies, tokens_without_row
+from evomerge.sources.tokenizer import Vocabulary
 
 
 @dataclass
 class Models:
-    """The base model and the sources by name, in the order in which recipes list them.
+    """The base model and the sources by name, in the order of the recipe.
 
-    wanted: whose vocabulary was asked for.  vocabulary: what came of it, None if the base has no tokenizer.
+    compatibility: what was noticed when they were compared.
+    wanted: the vocabulary that the recipe asks for: `base`, `union`, a source's name, or None.
+    vocabulary: the vocabulary of the output; None if the base has no tokenizer.
     """
 
     base: Checkpoint
@@ -28,7 +31,7 @@ class Models:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Whose tokenizer, special tokens and generation settings the output has."""
+        """The folder whose tokenizer, special tokens and generation settings the output has."""
         return self.vocabulary.folder if self.vocabulary else self.base.path
 
 
@@ -40,23 +43,27 @@ def open_models(
     vocabulary: str | None = None,
     allowed: Collection[str] = (),
 ) -> Models:
-    """Open folders as base and sources; a source may be open already.
+    """Open the base and the sources of a merge.
 
-    With `strict`, EvomergeError lists every incompatibility.  any_depth: the number of layers is none of them.
-    vocabulary: `base`, `union` or a source's name; then the tokenizers are none either (see `translate`).
-    allowed: the differences between configurations that a recipe allows by name.
+    sources: name -> folder of a checkpoint or an adapter, or a model that is open already.
+    strict: raise EvomergeError if the models do not fit, with a line for each reason; else the reasons are in
+        `problems` of the result's `compatibility`.
+    any_depth: models may have different numbers of layers.
+    vocabulary: `base`, `union` or a source's name; then tokenizers may differ (see `align_vocabularies`).
+    allowed: the differences between configurations that the recipe allows by name (`allow_differences`).
     """
     base_model = open_checkpoint(base)
     opened: dict[str, Checkpoint | Adapter] = {}
     for name, source in sources.items():
         opened[name] = source if isinstance(source, Checkpoint) else open_source(source, base_model)
-    dropped = drop_lone_tables(base_model, opened)
+    dropped = drop_unshared_buffers(base_model, opened)
     found = check_compatibility(base_model, opened, any_depth, by_token=vocabulary is not None, allowed=allowed)
     found.notes += dropped
     found.problems += integer_problems(base_model, opened)
     if not found.problems:
-        aligned_base, aligned, output = translate(with_own_head(base_model, opened), opened, vocabulary)
-        if output is not None and (tokens := rowless(aligned_base, output)):
+        untied = with_head_if_needed(base_model, opened)
+        aligned_base, aligned, output = align_vocabularies(untied, opened, vocabulary)
+        if output is not None and (tokens := tokens_without_row(aligned_base, output)):
             found.notes.append(
                 f"the tokenizer of {output.folder} names {len(tokens)} token(s) that no model has a row for, such as "
                 f"{tokens[0]!r}; the output has none either"
@@ -69,12 +76,15 @@ def open_models(
     return Models(base_model, opened, found, vocabulary, base_model.vocabulary)
 
 
-def with_own_head(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:
-    """The base as it is, or with its head as a matrix of its own if that of a source is one."""
+def with_head_if_needed(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:
+    """The base as it is, or with a head of its own if it ties head and embedding and a source does not."""
     heads = [source.head_name for source in sources.values() if not source.ties_head and source.head_name]
-    return untied(base, base.head_name or heads[0]) if heads and base.ties_head and base.embedding_name else base
+    return (
+        with_untied_head(base, base.head_name or heads[0]) if heads and base.ties_head and base.embedding_name else base
+    )
 
 
 def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:
-    is_adapter = is_there(folder / "adapter_config.json") and not is_there(folder / "config.json")
+    """Open a folder as an adapter on the base if it has only adapter_config.json, else as a checkpoint."""
+    is_adapter = os.path.isfile(folder / "adapter_config.json") and not os.path.isfile(folder / "config.json")
     return open_adapter(folder, base) if is_adapter else open_checkpoint(folder)

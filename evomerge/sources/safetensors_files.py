@@ -1,7 +1,8 @@
-"""What a safetensors file says it holds, checked before the library maps it.
+"""The safetensors files of a checkpoint folder, and a check of each file's header before the library maps the file.
 
-The library itself checks offsets, types and sizes (https://huggingface.co/docs/safetensors, "Format"); here is what it
-leaves open: files that are none, headers of absurd length, a tensor named twice, shapes beyond what torch can count.
+The library checks offsets, types and sizes (https://huggingface.co/docs/safetensors, "Format").  The check here adds
+what it does not cover: files of another format, headers of absurd length, a tensor that is named twice, shapes beyond
+what torch can count.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
-from evomerge.files import opened
+from evomerge.files import opened, read_json
 from evomerge.parse import parse_json
 
 HEADER_BYTES = 32 << 20  # 150 bytes a tensor; the largest models have 100,000
@@ -21,8 +22,45 @@ DIMENSIONS = 8
 ELEMENTS = 1 << 48
 
 
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors files of a checkpoint folder, and the names of the tensors that its index lists.
+
+    The second list is empty if the folder has no index.  EvomergeError if there are no such files (the message says
+    so if there is a GGUF file or a pickle), or the index names a file that is missing or outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index, unique=True).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EvomergeError(f"{index}: has no `weight_map`")
+        names = sorted({str(name) for name in weight_map.values()})
+        if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
+            raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
+        if missing := [name for name in names if not os.path.isfile(folder / name)]:
+            raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
+        return [folder / name for name in names], list(weight_map)
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"], []
+    if packed := sorted(p.name for p in folder.glob("*.gguf")):
+        raise EvomergeError(
+            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
+            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
+        )
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise EvomergeError(
+            f"{folder}: holds a pickle checkpoint ({pickles[0]}), which can run code when it is opened; "
+            "save the model again with safe_serialization (model.safetensors)"
+        )
+    raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
 def open_safetensors(path: Path) -> Any:
-    """A memory-mapped safetensors file.  EvomergeError if it is missing, truncated, not safetensors, or absurd."""
+    """Open a safetensors file by memory map.
+
+    EvomergeError if it is missing, truncated, not safetensors, or has an absurd header.
+    """
     check_header(path)
     try:
         return safe_open(str(path), framework="pt")
@@ -31,11 +69,12 @@ def open_safetensors(path: Path) -> Any:
 
 
 def incomplete(path: Path, reason: str) -> EvomergeError:
+    """The error for a file that is not a complete safetensors file."""
     return EvomergeError(f"{path}: not a complete safetensors file ({reason}); copy or download it again")
 
 
 def check_header(path: Path) -> None:
-    """EvomergeError if a file's header cannot be what it should be."""
+    """EvomergeError if the header of a file is malformed, or holds a name or a shape that no tensor has."""
     text = read_header(path)
     try:
         header = parse_json(text, "its header", unique=True)
@@ -51,13 +90,13 @@ def check_header(path: Path) -> None:
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in shape):
             raise incomplete(path, f"the shape of {name} is no list of sizes")
-        # Zeros aside: torch multiplies the others to find the strides of an empty tensor.
+        # Without zeros: torch multiplies the other sizes to find the strides of an empty tensor.
         if len(shape) > DIMENSIONS or math.prod(x for x in shape if x) > ELEMENTS:
             raise EvomergeError(f"{path}: {name} has a shape that no tensor has")
 
 
 def read_header(path: Path) -> str:
-    """The header's text.  The first eight bytes are its length, a little-endian integer."""
+    """The text of a file's header.  The first eight bytes of the file are its length, a little-endian integer."""
     with opened(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:

@@ -25,7 +25,7 @@ from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.measure.statistics_file import Origin
 from evomerge.merge.methods.plan import Statistics
-from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.models import open_models
 from evomerge.sources.tensor_names import tensor_role
 

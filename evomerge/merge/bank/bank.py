@@ -24,7 +24,7 @@ from evomerge.merge.methods.plan import Chance, Derived
 from evomerge.merge.recipe.layout import BASE, Slice, build_layout
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.adapter.tensor_change import Change
+from evomerge.sources.adapter.tensor_change import TensorChange
 from evomerge.sources.checkpoint import is_head
 from evomerge.sources.models import Models
 
@@ -83,7 +83,7 @@ class Bank:
         self.transfers = None if self.mapped else Transfers(self.device, window, pinned)
         self.ahead: dict[str, list[Key]] = {}
         self.holds_all = self.mapped or sum(sum(self.sizes(n)) for n in self.names) <= capacity
-        self.changes: dict[Key, Change] = {}  # of adapters, on the device
+        self.changes: dict[Key, TensorChange] = {}  # of adapters, on the device
         self.held: dict[Key, Tensor] = {}
         self.lock = threading.Lock()
         self.local = threading.local()
@@ -110,14 +110,14 @@ class Bank:
         """Bytes of each tensor that `name` is made of, as it lies on the device."""
         for source in ("", *self.models.sources):
             origin = self.layout.origin(source or BASE, name)
-            if origin is None or (source and not self.models.sources[source].touches(origin)):
+            if origin is None or (source and not self.models.sources[source].may_differ(origin)):
                 continue
             yield self.size_of(source, origin, name)
 
     def size_of(self, source: str, origin: str, name: str) -> int:
         """Bytes of a model's tensor `origin`, which goes into `name`; an adapter's is float32."""
         model, info = self.models.sources[source] if source else self.models.base, self.layout.tensors[name]
-        is_computed = isinstance(model, Adapter) and not model.stores(origin)
+        is_computed = isinstance(model, Adapter) and not model.is_stored(origin)
         return math.prod(info.shape) * 4 if is_computed else model.tensors.get(origin, info).bytes
 
     def base(self, name: str) -> Tensor:
@@ -132,14 +132,14 @@ class Bank:
         origin = self.layout.origin(source, name)
         assert origin is not None, f"{source} has no part in {name}"
         model = self.models.sources[source]
-        if not model.touches(origin):
+        if not model.may_differ(origin):
             return self.fetch("", origin)
         return self.fetch(source, origin)
 
     def is_stored(self, source: str, name: str) -> bool:
         """Whether reading a source's tensor computes nothing."""
         origin = self.layout.origin(source, name)
-        return origin is None or self.models.sources[source].stores(origin)
+        return origin is None or self.models.sources[source].is_stored(origin)
 
     def taking_part(self, name: str, sources: Sequence[str]) -> list[str]:
         """Those of the sources that the tensor `name` is made of."""
@@ -148,8 +148,8 @@ class Bank:
     def fetch(self, source: str, name: str) -> Tensor:
         """A model's own tensor `name`, the base's if `source` is empty."""
         model = self.models.sources[source] if source else self.models.base
-        in_place = self.mapped and model.stores(name)
-        may_stay = self.holds_all or model.stores(name) or not isinstance(model, Adapter)
+        in_place = self.mapped and model.is_stored(name)
+        may_stay = self.holds_all or model.is_stored(name) or not isinstance(model, Adapter)
         return self.get((source, name), lambda: self.read(source, name), in_place, may_stay)
 
     def plane(self, key: Key, make: Callable[[], Tensor]) -> Tensor:
@@ -182,7 +182,7 @@ class Bank:
     def read(self, source: str, name: str) -> Tensor:
         """A model's tensor on the device.  What an adapter adds is computed there."""
         model = self.models.sources[source] if source else self.models.base
-        if self.mapped or not isinstance(model, Adapter) or model.stores(name) or model.base is not self.models.base:
+        if self.mapped or not isinstance(model, Adapter) or model.is_stored(name) or model.base is not self.models.base:
             return self.on_device(model.read(name))
         if (source, name) not in self.changes:
             change = model.change_of(name)
@@ -206,7 +206,7 @@ class Bank:
         for source in ("", *sources):
             origin = self.layout.origin(source or BASE, name)
             model = self.models.sources[source] if source else self.models.base
-            if origin is not None and model.touches(origin) and model.stores(origin):
+            if origin is not None and model.may_differ(origin) and model.is_stored(origin):
                 wanted[source, origin] = lambda m=model, n=origin: m.read(n)  # type: ignore[misc]
                 size += self.size_of(source, origin, name)
             plane: Key = ("levels", name, source)

@@ -1,12 +1,12 @@
 """`chat_template` of a mergekit file, as the template's text."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json, read_text
-from evomerge.sources.tokenizer import is_there
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,9 +31,9 @@ def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
 
 def template_of(folder: Path) -> str | None:
     """The chat template of the model in a folder."""
-    if is_there(file := folder / "chat_template.jinja"):
+    if os.path.isfile(file := folder / "chat_template.jinja"):
         return read_text(file).strip()
-    if not is_there(file := folder / "tokenizer_config.json"):
+    if not os.path.isfile(file := folder / "tokenizer_config.json"):
         return None
     found = read_json(file).get("chat_template")
     if isinstance(found, list):  # one for each use, of which `default` is the chat's

@@ -10,7 +10,7 @@ from typing import Any
 from evomerge.errors import EvomergeError
 from evomerge.merge.mergekit.mergekit_file import Entry, Input, MergekitFile, Reference, Settings, Slice
 from evomerge.merge.mergekit.mergekit_methods import KNOWN, MERGEKIT, Kind, Scalar, kind
-from evomerge.sources.locate import absolute, absolute_model
+from evomerge.sources.locate import absolute_model, absolute_path
 
 TOP = """models slices modules merge_method base_model dtype out_dtype tokenizer_source tokenizer chat_template
     parameters""".split()
@@ -66,7 +66,7 @@ class Reader:
             revision = self.text(f"{where}.revision", parts["revision"]) if parts.get("revision") is not None else None
         else:
             path, _, revision = (self.text(where, value) or "").partition("@")
-        if path and revision and not os.path.isdir(absolute(path, self.folder)):
+        if path and revision and not os.path.isdir(absolute_path(path, self.folder)):
             return absolute_model(f"{path}@{revision}", self.folder)
         return path and absolute_model(path, self.folder)  # a folder has no revisions
 

@@ -1,6 +1,7 @@
 """Write a merged model: a folder that `from_pretrained` opens, with the recipe that makes it again."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from evomerge.merge.output.load_check import check_loads
 from evomerge.merge.output.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, with_fingerprints
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary, is_there
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary
 
 COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
@@ -90,7 +91,7 @@ def copy_tokenizer(bank: Bank, folder: Path) -> None:
     """The files of the output's tokenizer, and the generation settings of the model it is from."""
     vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
     vocabulary.write(folder)
-    if is_there(settings := vocabulary.folder / "generation_config.json"):
+    if os.path.isfile(settings := vocabulary.folder / "generation_config.json"):
         shutil.copyfile(settings, folder / settings.name)
 
 

@@ -7,7 +7,7 @@ from evomerge.errors import EvomergeError, some
 from evomerge.merge.recipe.layout import Layout
 from evomerge.sources.architecture import empty_model
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
-from evomerge.sources.transformers_load import Loading, loading
+from evomerge.sources.transformers_load import LoadReport, load_report
 
 
 def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
@@ -32,11 +32,11 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
         before = loads(base.config, base.tensors)
         if of_base := found.unread & (before.unread if before else frozenset()):
             notes.append(f"transformers does not read {len(of_base)} tensor(s) of the base: {some(sorted(of_base))}")
-            found = Loading(found.missing, found.unread - of_base, found.misshapen)
+            found = LoadReport(found.missing, found.unread - of_base, found.misshapen)
     if problems := found.problems():
         raise EvomergeError("transformers would not load this model as it is meant:\n  " + "\n  ".join(problems))
     return notes
 
 
-def loads(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Loading | None:
-    return loading(config, {name: (info.dtype, info.shape) for name, info in tensors.items()})
+def loads(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> LoadReport | None:
+    return load_report(config, {name: (info.dtype, info.shape) for name, info in tensors.items()})

@@ -35,7 +35,7 @@ class Nested(Checkpoint):
     def vocabulary(self) -> Vocabulary | None:
         return self.bank.models.vocabulary
 
-    def stores(self, name: str) -> bool:
+    def is_stored(self, name: str) -> bool:
         return False
 
     @torch.no_grad()

@@ -14,9 +14,10 @@ from evomerge.merge.methods.plan import Knobs, Method
 from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
 from evomerge.merge.recipe.layout import BASE, Slice
 from evomerge.sources.config_differences import Allowed
-from evomerge.sources.embedding_rows import WHOLE
-from evomerge.sources.locate import absolute, absolute_model, locate, matching_models, model_fingerprint, pinned
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.locate import absolute_model, absolute_path, locate, matching_models, pinned
 from evomerge.sources.tensor_names import TensorRole
+from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -158,8 +159,13 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems += count_problems("sources", method, len(names))
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
-    if recipe.vocabulary is not None and names.count(recipe.vocabulary) + (recipe.vocabulary in WHOLE) != 1:
-        problems.append(f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*WHOLE, *names])}")
+    if (
+        recipe.vocabulary is not None
+        and names.count(recipe.vocabulary) + (recipe.vocabulary in VOCABULARY_CHOICES) != 1
+    ):
+        problems.append(
+            f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*VOCABULARY_CHOICES, *names])}"
+        )
     places: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
     places += [(f"sources.{s.name}.parameters", s.parameters, s.name) for s in recipe.sources]
     for where, parameters, source in places:
@@ -234,7 +240,7 @@ def load_recipe(path: Path) -> Recipe:
     for _, model in leaves(recipe):
         model.path = absolute_model(model.path, path.parent)
         if isinstance(model, RecipeSource) and model.statistics is not None:
-            model.statistics = absolute(model.statistics, path.parent)
+            model.statistics = absolute_path(model.statistics, path.parent)
     return recipe
 
 

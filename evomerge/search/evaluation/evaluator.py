@@ -35,7 +35,8 @@ from evomerge.search.evaluation.jobs import Failure, Job, Outcome, RaceLooksJob,
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.storage.item_scores import rounded
-from evomerge.sources.locate import locate, stamp
+from evomerge.sources.fingerprint import file_stamps
+from evomerge.sources.locate import locate
 from evomerge.sources.models import Models, open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
@@ -58,7 +59,7 @@ def shapes_of(models: Models) -> list[tuple[int, ...]]:
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Who the files of models are, by the model's name; in microseconds."""
-    return {name: stamp(folder) for name, folder in folders.items()}
+    return {name: file_stamps(folder) for name, folder in folders.items()}
 
 
 def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:

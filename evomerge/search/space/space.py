@@ -143,7 +143,7 @@ def changed_components(models: Models) -> dict[str, set[Component]]:
     """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
-        touched = [t for t in models.base.tensors if source.touches(t)]
+        touched = [t for t in models.base.tensors if source.may_differ(t)]
         found[name] = {tensor_role(t).component for t in touched}
     return found
 

@@ -1,53 +1,59 @@
-"""One adapted layer: which parameter it is, and how its product lies in it."""
+"""The factors of one adapted parameter: which parameter they belong to, and A and B in the layout of that parameter."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from evomerge.sources.adapter.adapter_file import Layer
-from evomerge.sources.architecture import Names, Part, bare
+from evomerge.sources.adapter.adapter_file import AdaptedLayer
+from evomerge.sources.adapter.parameter_names import ParameterNames, ParameterPart, without_wrappers
 
 
 class AdapterError(ValueError):
-    """Why an adapter does not fit its base; BASE stands for the base's name."""
+    """The adapter does not fit its base.  `BASE` in the message stands for the base's name."""
 
 
-def parameter_of(layer: Layer, config: Mapping[str, Any], names: Names) -> tuple[str, str]:
-    """The parameter that a layer adapts, and the name that alpha patterns are compared with.
+def adapted_parameter(layer: AdaptedLayer, config: Mapping[str, Any], names: ParameterNames) -> tuple[str, str]:
+    """The name of the parameter that a pair of factors adapts, and the name that alpha patterns are compared with.
 
-    A module is adapted as a whole, in its `weight`, or in those of its parameters that `target_parameters` names;
-    PEFT wraps the first of them first, so that the last is the outermost.
+    That is the `weight` of the module, or one of its parameters that `target_parameters` names.  PEFT wraps the first
+    of those first, so the last one is the outermost.  AdapterError if it cannot be told which parameter is meant.
     """
     targets = tuple(config.get("target_parameters") or ())
-    module = names.modules.get(bare(layer.module)) if targets else None
+    module = names.modules.get(without_wrappers(layer.module)) if targets else None
     own = [] if module is None else [f"{layer.module}.{name}" for name, _ in module.named_parameters(recurse=False)]
     named = [name for name in own if name in targets or name.endswith(tuple(f".{target}" for target in targets))]
-    if layer.depth < len(named):
-        found = named[len(named) - 1 - layer.depth]
+    if layer.nesting < len(named):
+        found = named[len(named) - 1 - layer.nesting]
         return found, found
-    if layer.depth:
+    if layer.nesting:
         raise AdapterError(
-            f"{layer.module} has {layer.depth + 1} adapted parameters, of which target_parameters names {len(named)} "
+            f"{layer.module} has {layer.nesting + 1} adapted parameters, of which target_parameters names {len(named)} "
             "in BASE; with an architecture that transformers does not know they cannot be told apart"
         )
     return f"{layer.module}.weight", layer.module
 
 
-def factors(
-    layer: Layer,
+def factors_in_memory(
+    layer: AdaptedLayer,
     parameter: str,
     pair: Mapping[str, Tensor],
-    parts: Sequence[Part],
+    parts: Sequence[ParameterPart],
     shapes: Mapping[str, tuple[int, ...]],
     config: Mapping[str, Any],
-    names: Names,
+    names: ParameterNames,
 ) -> tuple[Tensor, Tensor, int]:
-    """left (rows, rank) and right (rank, columns) of a product as its parameter lies in memory, and the rank.
+    """The factors whose product has the layout of the parameter in memory.
 
-    shapes: of the parameter's parts.  With stacked experts both have an axis for them in front.
+    parameter: the name of the adapted parameter, for messages and to find its module.
+    pair: A (R, in) and B (out, R) as PEFT stores them.
+    parts: the tensors of the checkpoint that hold the parameter.  shapes: of these tensors, by name.
+    config: PEFT's.
+
+    Returns left (rows, R), right (R, columns) and the rank R; with stacked experts both have an axis of experts in
+    front.  AdapterError if the shapes do not fit.
     """
-    a, b = pair["A"], pair["B"]  # (rank, in), (out, rank)
+    a, b = pair["A"], pair["B"]  # (R, in), (out, R)
     if a.ndim == 2 and not a.shape[0]:
         raise AdapterError(f"{parameter} has rank 0")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
@@ -57,13 +63,13 @@ def factors(
         return a.T.contiguous(), b.T.contiguous(), a.shape[0]
     if len(shape) == 3:
         return expert_factors(parameter, a, b, shape, names)
-    if is_turned(parameter, (b.shape[0], a.shape[1]), shape, config, names):
+    if is_stored_transposed(parameter, (b.shape[0], a.shape[1]), shape, config, names):
         return a.T.contiguous(), b.T.contiguous(), a.shape[0]
     return b, a, a.shape[0]
 
 
-def shape_in_memory(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the parameter that these tensors make."""
+def shape_in_memory(parts: Sequence[ParameterPart], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the parameter that these tensors hold together."""
     shape = shapes[parts[0].tensor]
     rows = max(part.rows.stop for part in parts if part.rows) if parts[0].rows else shape[0]
     experts = [part.expert for part in parts if part.expert is not None]
@@ -71,29 +77,36 @@ def shape_in_memory(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]]
 
 
 def expert_factors(
-    parameter: str, a: Tensor, b: Tensor, shape: Sequence[int], names: Names
+    parameter: str, a: Tensor, b: Tensor, shape: Sequence[int], names: ParameterNames
 ) -> tuple[Tensor, Tensor, int]:
-    """The factors of stacked experts: A is (experts * rank, in), B is (out, rank * experts), as PEFT keeps them."""
+    """The factors of stacked experts.
+
+    a: (experts * R, in), b: (out, R * experts), as PEFT stores them.  shape: (experts, ...) of the parameter in memory.
+
+    Returns left (experts, rows, R), right (experts, R, columns) and R.
+    """
     experts = shape[0]
     if a.shape[0] % experts:
         raise AdapterError(f"{parameter} has rank {a.shape[0]} for {experts} experts")
-    each_a = a.reshape(experts, -1, a.shape[1])  # (experts, rank, in)
-    each_b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # (experts, out, rank)
-    turned = (a.shape[1], b.shape[0]) == tuple(shape[1:])
-    if turned and shape[1] == shape[2]:
-        turned = bool(getattr(names.module_of(parameter), "is_transposed", False))
-    if turned:
+    each_a = a.reshape(experts, -1, a.shape[1])  # (experts, R, in)
+    each_b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # (experts, out, R)
+    transposed = (a.shape[1], b.shape[0]) == tuple(shape[1:])
+    if transposed and shape[1] == shape[2]:
+        transposed = bool(getattr(names.module_of(parameter), "is_transposed", False))
+    if transposed:
         return each_a.transpose(1, 2), each_b.transpose(1, 2), each_a.shape[1]
     return each_b, each_a, each_a.shape[1]
 
 
-def is_turned(
-    parameter: str, product: tuple[int, int], shape: Sequence[int], config: Mapping[str, Any], names: Names
+def is_stored_transposed(
+    parameter: str, product: tuple[int, int], shape: Sequence[int], config: Mapping[str, Any], names: ParameterNames
 ) -> bool:
-    """Whether a layer stores its weight (in, out), as transformers' Conv1D does.
+    """Whether a layer stores its weight as (in, out), as the Conv1D of transformers does.
 
-    The layer's class decides, as in PEFT, which corrects `fan_in_fan_out` by it layer by layer; of an architecture
-    that transformers does not know, the shape.
+    product: the shape of B A.  shape: that of the parameter.
+
+    The layer's class decides, as in PEFT, which corrects `fan_in_fan_out` by it layer by layer.  If transformers does
+    not know the architecture, the shape decides.
     """
     from transformers.pytorch_utils import Conv1D
 
