@@ -17,7 +17,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import write_text
 from evomerge.merge.live import candidate_model, destinations, open_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, dump_recipe
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.adapter import peft_config as decisions

@@ -29,7 +29,8 @@ from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import read_json, read_text, read_yaml, write_text
 from evomerge.merge.live import load_live_model
-from evomerge.merge.recipe.recipe import load_recipe, with_fingerprints
+from evomerge.merge.recipe.inputs import with_fingerprints
+from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.parse import DEPTH, YAML_NODES, parse_json, parse_yaml
 from evomerge.report.verdict_text import results_section
 from evomerge.search.evaluation.task_set import open_task_set

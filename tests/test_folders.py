@@ -17,7 +17,7 @@ from evomerge.cli import main
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe
 
 TEXT = {
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[dict[str, list[int]]], str]] 
     ),
     "layers scaled by their number": (
         "gpt2", STACKS["gpt2"][0] | {"scale_attn_by_inverse_layer_idx": True}, [{"base": [0, 2]}, {"one": [0, 2]}],
-        "base has layers whose place decides what they compute (scale_attn_by_inverse_layer_idx)",
+        "base has layers whose position decides what they compute (scale_attn_by_inverse_layer_idx)",
     ),
 }  # fmt: skip
 

@@ -21,9 +21,10 @@ from evomerge.merge.materialise import materialise, materialise_tensor
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.export import differences, export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.layout import Slice
-from evomerge.merge.recipe.nested import open_bank
-from evomerge.merge.recipe.recipe import Recipe, check_fingerprints, load_recipe
+from evomerge.merge.recipe.inputs import check_fingerprints
+from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
+from evomerge.merge.recipe.slices import Slice
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.tensor_names import name_in_layer, tensor_role
 

@@ -22,7 +22,7 @@ from evomerge.merge.mergekit.from_recipe import dump_mergekit
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import vocabulary_tensors

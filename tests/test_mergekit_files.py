@@ -22,8 +22,8 @@ from evomerge.merge.mergekit.parse_mergekit import parse
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.coefficients import Part, named_parts
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.coefficients import FilteredValue, filtered_values
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.tensor_names import coefficient_layer, tensor_role
 
@@ -101,7 +101,7 @@ numbers = st.integers(0, 3).map(float)
 )
 def test_a_coefficient_has_the_values_it_was_made_of(values: dict[str, float], filters: list[str]):
     found = coefficient(values, filters, LAYERS)
-    parts = named_parts(found) or [Part(value=found)]  # type: ignore[arg-type]
+    parts = filtered_values(found) or [FilteredValue(value=found)]  # type: ignore[arg-type]
     assert {n: value_of(parts, n, LAYERS, coefficient_layer) for n in TENSORS} == values
 
 
@@ -556,8 +556,10 @@ coefficients = (
         {"default": per_layer}, optional=dict.fromkeys(("attention", "mlp", "norm", "head"), per_layer)
     )
     | st.builds(
-        lambda parts, rest: [*parts, Part(value=rest)],
-        st.lists(st.builds(Part, filter=st.sampled_from(["mlp", "1.self", "norm"]), value=per_layer), max_size=2),
+        lambda parts, rest: [*parts, FilteredValue(value=rest)],
+        st.lists(
+            st.builds(FilteredValue, filter=st.sampled_from(["mlp", "1.self", "norm"]), value=per_layer), max_size=2
+        ),
         per_layer,
     )
 )

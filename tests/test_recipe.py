@@ -19,17 +19,9 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Knob
-from evomerge.merge.recipe.coefficients import Coefficient, Part
-from evomerge.merge.recipe.recipe import (
-    Model,
-    Recipe,
-    RecipeSource,
-    check_fingerprints,
-    check_layers,
-    dump_recipe,
-    load_recipe,
-    with_fingerprints,
-)
+from evomerge.merge.recipe.coefficients import Coefficient, FilteredValue
+from evomerge.merge.recipe.inputs import check_fingerprints, with_fingerprints
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.models import open_models
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole, tensor_role
@@ -52,11 +44,11 @@ def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     number = st.floats(low, high) | st.integers(math.ceil(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
     per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
-    named = st.builds(Part, filter=st.text(min_size=1, max_size=6), value=per_layer)
+    named = st.builds(FilteredValue, filter=st.text(min_size=1, max_size=6), value=per_layer)
     return (
         per_layer
         | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
-        | st.builds(lambda parts, rest: [*parts, Part(value=rest)], st.lists(named, max_size=3), per_layer)
+        | st.builds(lambda parts, rest: [*parts, FilteredValue(value=rest)], st.lists(named, max_size=3), per_layer)
     )
 
 
@@ -408,7 +400,7 @@ def recipe_with(method: str = "ties", sources: int = 2, **parameters: Coefficien
     [
         ([0.1, 0.2, 0.3], "parameters.weight: has 3 values, but the base model has 2 layers"),
         ({"mlp": [0.1], "default": 1.0}, "parameters.weight: has 1 values, but the base model has 2 layers"),
-        ([Part(filter="mlp", value=[0.1]), Part(value=1.0)], "parameters.weight: has 1 values"),
+        ([FilteredValue(filter="mlp", value=[0.1]), FilteredValue(value=1.0)], "parameters.weight: has 1 values"),
     ],
 )
 def test_a_list_must_have_a_number_for_each_layer(weight: Coefficient, line: str):
@@ -461,11 +453,11 @@ def test_a_linear_average_may_say_the_decay_that_means_nothing():
 
 def test_the_first_part_whose_name_fits_decides():
     weight = [
-        Part(filter="layers.0.mlp", value=0.1),
-        Part(filter="mlp", value=[0.2, 0.3]),
-        Part(filter=HEAD, value=0.4),
+        FilteredValue(filter="layers.0.mlp", value=0.1),
+        FilteredValue(filter="mlp", value=[0.2, 0.3]),
+        FilteredValue(filter=HEAD, value=0.4),
     ]
-    recipe = recipe_with(weight=[*weight, Part(value=[0.5, 0.6])])
+    recipe = recipe_with(weight=[*weight, FilteredValue(value=[0.5, 0.6])])
     expected = {
         EMBEDDING: 0.5,
         "model.layers.0.self_attn.q_proj.weight": 0.5,

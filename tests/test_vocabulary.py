@@ -22,7 +22,7 @@ from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.output.export import differences, export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import RowsByToken

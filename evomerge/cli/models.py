@@ -39,7 +39,8 @@ def reproduce(
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
     from evomerge.merge.output.export import differences
-    from evomerge.merge.recipe.recipe import check_fingerprints, load_recipe
+    from evomerge.merge.recipe.inputs import check_fingerprints
+    from evomerge.merge.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if check is not None and not (check / "config.json").is_file():

@@ -15,7 +15,7 @@ from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.launch import Launcher
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe, check_layers
 from evomerge.sources.tensor_names import TensorRole, tensor_role
 
@@ -147,7 +147,7 @@ class Batch:
 def remembered(recipe: Recipe) -> KnobsAt:
     """`recipe.knobs` that computes equal places once; coefficients by tensor name differ among equal places."""
     given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
-    return recipe.knobs if any(map(named_parts, given)) else cache(recipe.knobs)
+    return recipe.knobs if any(map(filtered_values, given)) else cache(recipe.knobs)
 
 
 def check_finite(largest: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from evomerge.files import write_text
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.report.usage_text import usage_text
@@ -161,7 +161,7 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():
         given = [p.get(name, 0.0) for p in (recipe.parameters, *(s.parameters for s in recipe.sources))]
-        if any(map(named_parts, given)):
+        if any(map(filtered_values, given)):
             continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):

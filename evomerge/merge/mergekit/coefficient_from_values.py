@@ -7,7 +7,7 @@ depth; they differ in what a list means outside the stack (`Depth`), so what dif
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from evomerge.merge.recipe.coefficients import Coefficient, Part, PerLayer
+from evomerge.merge.recipe.coefficients import Coefficient, FilteredValue, PerLayer
 from evomerge.sources.tensor_names import TensorRole, coefficient_layer, tensor_role
 
 Values = Mapping[str, float]
@@ -24,13 +24,13 @@ def coefficient(values: Values, filters: Sequence[str], layers: int, depth: Dept
     """
     exact: dict[str, float] = {}
     while True:
-        parts = [Part(filter=n, value=exact[n]) for n in sorted(exact, key=lambda n: (-len(n), n))]
+        parts = [FilteredValue(filter=n, value=exact[n]) for n in sorted(exact, key=lambda n: (-len(n), n))]
         rest = {n: v for n, v in values.items() if not any(p.filter in n for p in parts if p.filter)}
         for name in dict.fromkeys(filters):
             if claimed := {n: v for n, v in rest.items() if name in n}:
-                parts.append(Part(filter=name, value=along(claimed, layers, depth)))
+                parts.append(FilteredValue(filter=name, value=along(claimed, layers, depth)))
                 rest = {n: v for n, v in rest.items() if n not in claimed}
-        parts.append(Part(value=along(rest, layers, depth)))
+        parts.append(FilteredValue(value=along(rest, layers, depth)))
         wrong = {n: v for n, v in values.items() if value_of(parts, n, layers, depth) != v}
         if not wrong:
             break
@@ -55,6 +55,6 @@ def along(values: Values, layers: int, depth: Depth) -> PerLayer:
     return [known[min(known, key=lambda at: (abs(at - layer), at))] for layer in range(layers)]
 
 
-def value_of(parts: Sequence[Part], name: str, layers: int, depth: Depth) -> float:
+def value_of(parts: Sequence[FilteredValue], name: str, layers: int, depth: Depth) -> float:
     value = next(p.value for p in parts if p.filter is None or p.filter in name)
     return value[depth(tensor_role(name), layers)] if isinstance(value, list) else value

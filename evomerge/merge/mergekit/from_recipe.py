@@ -10,7 +10,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.mergekit.coefficient_from_values import coefficient
 from evomerge.merge.mergekit.mergekit_methods import MERGEKIT, Theirs
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe.coefficients import Coefficient, as_parts, named_parts, value_at
+from evomerge.merge.recipe.coefficients import Coefficient, filtered_values, numbers_and_lists, value_at
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
@@ -139,14 +139,14 @@ def setting(recipe: Recipe, knob: str, source: RecipeSource | None, run: OutputR
     first = run.first if source is None else run.ranges[source.name][0]
     called = (lambda n: n) if source is None else (lambda n: run.name_in(source.name, n))
     values = {called(name): value_at(ours, tensor_role(name), layers) for name in run.tensors}
-    filters = [part.filter for part in named_parts(ours) if part.filter]
+    filters = [part.filter for part in filtered_values(ours) if part.filter]
     if isinstance(ours, dict):
         filters = [f for f in COMPONENT_FILTERS if any(f in name for name in values)]
     # mergekit gives what is outside the stack a gradient's first value.
     found = coefficient(values, filters, run.length, lambda where, _: (where.layer or first) - first)
     if (METHODS[recipe.method].knobs[knob].switch or choices) and not isinstance(found, (list, dict, str)):
         return bool(found)
-    if parts := named_parts(found):
+    if parts := filtered_values(found):
         return [part.model_dump(exclude_none=True) for part in parts]
     return found
 
@@ -174,7 +174,7 @@ def unsaid(recipe: Recipe, theirs: Theirs) -> list[str]:
             continue
         for source in recipe.sources if knob.each else [None]:
             value = given(recipe, name, source)
-            if any(part != knob.default for part in as_parts(value)):
+            if any(part != knob.default for part in numbers_and_lists(value)):
                 problems.append(f"{name}: mergekit's {recipe.method} has no such parameter")
                 break
     return problems

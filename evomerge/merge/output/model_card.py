@@ -1,14 +1,15 @@
 """The model card: what was merged, how, and how to make it again."""
 
 from evomerge import __version__
-from evomerge.merge.recipe.recipe import Recipe, dump_recipe, leaves, without_fingerprints
+from evomerge.merge.recipe.inputs import without_fingerprints
+from evomerge.merge.recipe.recipe import Recipe, dump_recipe, models_on_disk
 from evomerge.sources.compatibility import front_matter
 from evomerge.sources.locate import locate
 
 
 def model_card(recipe: Recipe, results: str = "") -> str:
     """Markdown with front matter for an exported model.  results: a section with scores, if there are any."""
-    models = list(leaves(recipe))
+    models = list(models_on_disk(recipe))
     licences = [licence(front_matter(locate(model.path))) for _, model in models]
     known = set(licences)
     head = ["---", "library_name: transformers", "tags: [merge, evomerge]"]

@@ -9,8 +9,9 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import share
-from evomerge.merge.recipe.coefficients import Coefficient, named_parts
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, pin
+from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
+from evomerge.merge.recipe.inputs import pin
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.space import Point, Space
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole
 
@@ -86,7 +87,7 @@ def model_key(recipe: Recipe, layers: int) -> object:
     plain = not (recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources))
     if recipe.method not in ("linear", "task_arithmetic") or not plain:
         return recipe.model_dump_json(exclude={"outputs"})
-    if any(named_parts(value) for given in parameters for value in given.values()):
+    if any(filtered_values(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
     counts = []
     for where in (TensorRole(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
