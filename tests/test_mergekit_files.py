@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_adapter, write_family, write_llama
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.mergekit.coefficient_from_values import coefficient, value_of
+from evomerge.merge.mergekit.coefficient_from_values import shortest_coefficient, value_from_entries
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
-from evomerge.merge.mergekit.load_merge import load_merge, to_recipe
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.mergekit.mergekit_methods import MERGEKIT
-from evomerge.merge.mergekit.parse_mergekit import parse
+from evomerge.merge.mergekit.parse_mergekit import parse_mergekit
+from evomerge.merge.mergekit.to_recipe import to_recipe
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
@@ -100,9 +101,9 @@ numbers = st.integers(0, 3).map(float)
     values=st.fixed_dictionaries(dict.fromkeys(TENSORS, numbers)), filters=st.lists(st.text("lmn.01_ay", min_size=1))
 )
 def test_a_coefficient_has_the_values_it_was_made_of(values: dict[str, float], filters: list[str]):
-    found = coefficient(values, filters, LAYERS)
+    found = shortest_coefficient(values, filters, LAYERS)
     parts = filtered_values(found) or [FilteredValue(value=found)]  # type: ignore[arg-type]
-    assert {n: value_of(parts, n, LAYERS, coefficient_layer) for n in TENSORS} == values
+    assert {n: value_from_entries(parts, n, LAYERS, coefficient_layer) for n in TENSORS} == values
 
 
 gradients = numbers | st.lists(numbers, min_size=1, max_size=4)
@@ -538,7 +539,7 @@ def test_whatever_a_file_holds_nothing_but_a_readable_error_comes_out(
 ):
     with suppress(EvomergeError):
         file = folder / "file.yml"
-        to_recipe(parse(merge(**changes) if whole is None else whole, file), file)
+        to_recipe(parse_mergekit(merge(**changes) if whole is None else whole, file), file)
 
 
 # --- The way back ---

@@ -1,45 +1,43 @@
-"""From a mergekit file, of one document or several, to the recipe that means the same."""
+"""Open a recipe file of evomerge, or a mergekit file with one merge or several, as a recipe: `load_merge`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml_documents
-from evomerge.merge.mergekit.filters_and_gradients import output_tensors
-from evomerge.merge.mergekit.mergekit_file import MergekitFile, Reference
-from evomerge.merge.mergekit.parse_mergekit import parse
-from evomerge.merge.mergekit.to_recipe import Reading
-from evomerge.merge.recipe.recipe import Model, Recipe, load_recipe
-from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.locate import locate
-from evomerge.sources.tensor_names import layer_count
+from evomerge.merge.mergekit.mergekit_file import MergekitFile, ModelReference
+from evomerge.merge.mergekit.parse_mergekit import parse_mergekit
+from evomerge.merge.mergekit.to_recipe import to_recipe
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
 
 
 def load_merge(path: Path) -> tuple[Recipe, list[str]]:
-    """The recipe of a file, evomerge's own or mergekit's, and notes on what was passed over in it.
+    """The recipe that a file describes, and notes on what was ignored in it.
 
-    EvomergeError lists everything that is wrong with it.
+    path: of a recipe file of evomerge, or of a mergekit file.
+
+    EvomergeError lists everything that is wrong with the file.
     """
     documents = read_yaml_documents(path)
     if len(documents) > 1:
         return several_merges(documents, path)
     if not is_mergekit(documents[0]):
         return load_recipe(path), []
-    return to_recipe(parse(documents[0], path), path)
+    return to_recipe(parse_mergekit(documents[0], path), path)
 
 
 def is_mergekit(content: Any) -> bool:
+    """Whether parsed YAML is a merge of mergekit."""
     return isinstance(content, dict) and "merge_method" in content and not content.keys() & {"recipe", "method"}
 
 
 def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]:
-    """The recipe of a file for `mergekit-multi`: documents with a `name`, which stands for a model in the others.
+    """The recipe of a file for `mergekit-multi`, and notes.
 
-    What it makes is the merge without a name, else the only one that no other needs; the merges that it is made of
-    become recipes in it.  EvomergeError if there is no such one, or a merge needs itself.
+    Each document is a merge.  Its `name` may be given as a model in the other documents, and that merge then becomes a
+    nested recipe.  The result of the file is the merge without a name, or else the only one that no other needs.
+
+    EvomergeError if there is no such merge, or a merge needs itself.
     """
     named: dict[str | None, Any] = {}
     for number, document in enumerate(documents, 1):
@@ -52,62 +50,32 @@ def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]
             raise EvomergeError(f"{path}: two documents have {f'the name {name!r}' if name else 'no name'}")
         named[name] = {k: v for k, v in document.items() if k != "name"}
     names = {name for name in named if name is not None}
-    files = {name: parse(document, path, names) for name, document in named.items()}
+    files = {name: parse_mergekit(document, path, names) for name, document in named.items()}
     needed = {name: {m.model for m in references(file) if m.merged} for name, file in files.items()}
-    ends = [None] if None in files else [n for n in files if not any(n in needed[other] for other in files)]
-    if len(ends) != 1:
+    results = [None] if None in files else [n for n in files if not any(n in needed[other] for other in files)]
+    if len(results) != 1:
         raise EvomergeError(
             f"{path}: which merge is the last? One document must have no `name`, or be the only one that no other needs"
         )
     made: dict[str, Recipe] = {}
     notes: list[str] = []
 
-    def make(name: str | None, above: tuple[str | None, ...]) -> Recipe:
-        if name in above:
+    def make(name: str | None, outer: tuple[str | None, ...]) -> Recipe:
+        if name in outer:
             raise EvomergeError(f"{path}: the merge {name!r} needs itself")
         for inner in sorted(needed[name] - made.keys()):
-            made[inner] = make(inner, (*above, name))
+            made[inner] = make(inner, (*outer, name))
         recipe, new = to_recipe(files[name], path, made)
         notes.extend(f"{name}: {note}" if name else note for note in new)
         return recipe
 
-    recipe = make(ends[0], ())
-    if idle := sorted(names - made.keys() - {ends[0]}):
-        notes.append(f"{', '.join(idle)}: not needed for the last merge, so not made")
+    recipe = make(results[0], ())
+    if unused := sorted(names - made.keys() - {results[0]}):
+        notes.append(f"{', '.join(unused)}: not needed for the last merge, so not made")
     return recipe, notes
 
 
-def references(file: MergekitFile) -> list[Reference]:
-    """Every model that a file names."""
+def references(file: MergekitFile) -> list[ModelReference]:
+    """Every model that a merge names."""
     found = [i.model for part in file.slices for i in part.inputs]
-    return found + [m for m in (file.base, file.tokenizer) if isinstance(m, Reference)]
-
-
-def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None = None) -> tuple[Recipe, list[str]]:
-    """The recipe that makes what mergekit makes of a file, and notes on what was passed over.
-
-    Gradients are written out layer by layer, so the base model must be at hand.  EvomergeError lists what a recipe
-    cannot say.  path: the file, named in errors.  made: what the names of its other documents stand for.
-    """
-    reading = Reading(file, made or {})
-    base = open_checkpoint(locate(reading.base))
-    tensors = list(output_tensors(reading.slices, list(base.tensors)))
-    shared, each = reading.parameters(tensors)
-    vocabulary, template = reading.vocabulary(), reading.template()
-    if reading.problems:
-        raise EvomergeError(f"{path}: {len(reading.problems)} problem(s):\n  " + "\n  ".join(reading.problems))
-    try:
-        content: dict[str, Any] = {
-            "method": file.method,
-            "dtype": reading.dtype(),
-            "base": Model(path=reading.base),
-            "sources": list(map(reading.source, reading.names, reading.sources, each)),
-            "parameters": shared,
-            "vocabulary": vocabulary,
-            "chat_template": template,
-            "slices": reading.layout(layer_count(list(base.tensors))),
-        }
-        return Recipe(**content), reading.unused()
-    except ValidationError as error:
-        lines = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
-        raise EvomergeError(f"{path}: evomerge cannot make this merge:\n  " + "\n  ".join(lines)) from error
+    return found + [m for m in (file.base, file.tokenizer) if isinstance(m, ModelReference)]

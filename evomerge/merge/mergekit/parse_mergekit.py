@@ -1,4 +1,4 @@
-"""From parsed YAML to a mergekit file, checked.  Whatever is wrong with it is said at once."""
+"""From parsed YAML to a `MergekitFile`, checked.  One error lists everything that is wrong."""
 
 import difflib
 import math
@@ -8,54 +8,70 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.mergekit.mergekit_file import Entry, Input, MergekitFile, Reference, Settings, Slice
-from evomerge.merge.mergekit.mergekit_methods import KNOWN, MERGEKIT, Kind, Scalar, kind
+from evomerge.merge.mergekit.mergekit_file import (
+    ConditionalParameter,
+    InputModel,
+    MergekitFile,
+    ModelReference,
+    OutputSlice,
+    Parameters,
+)
+from evomerge.merge.mergekit.mergekit_methods import KNOWN_PARAMETERS, MERGEKIT, ParameterKind, Scalar, parameter_kind
 from evomerge.sources.locate import absolute_model, absolute_path
 
-TOP = """models slices modules merge_method base_model dtype out_dtype tokenizer_source tokenizer chat_template
+TOP_KEYS = """models slices modules merge_method base_model dtype out_dtype tokenizer_source tokenizer chat_template
     parameters""".split()
 
 
-class Reader:
-    """Reads parts of the parsed YAML and collects what is wrong.  merges: names of the file's other documents."""
+class YamlReader:
+    """Reads parts of the parsed YAML and collects what is wrong with them.
+
+    folder: of the file; relative paths start from it.
+    merges: the names of the file's other documents.
+    problems, notes: what was found, a line each.
+
+    The methods take `where`, the key of the value, for the message, and `value`.  They return None, or something
+    empty, after a problem.
+    """
 
     def __init__(self, folder: Path, merges: Collection[str] = ()) -> None:
         self.folder, self.merges = folder, merges
         self.problems: list[str] = []
         self.notes: list[str] = []
 
-    def problem(self, where: str, what: str) -> None:
+    def add_problem(self, where: str, what: str) -> None:
         self.problems.append(f"{where}: {what}".removeprefix(": "))
 
     def mapping(self, where: str, value: Any, allowed: list[str]) -> dict[str, Any]:
-        """The allowed keys of a mapping; empty if it is none."""
+        """The entries of a mapping with allowed keys."""
         if not isinstance(value, dict):
-            self.problem(where, f"expected a mapping, found {shown(value)}")
+            self.add_problem(where, f"expected a mapping, found {short_repr(value)}")
             return {}
         for key in value:
             if key not in allowed:
-                self.unknown(f"{where}.{key}".removeprefix("."), str(key), allowed)
+                self.handle_unknown_key(f"{where}.{key}".removeprefix("."), str(key), allowed)
         return {k: v for k, v in value.items() if k in allowed}
 
-    def unknown(self, where: str, key: str, known: Collection[str]) -> None:
-        """Pass over a key that mergekit passes over, unless it seems to be a known one, misspelt."""
+    def handle_unknown_key(self, where: str, key: str, known: Collection[str]) -> None:
+        """Add a note that a key is ignored, as in mergekit; or a problem if it looks like a known key, misspelt."""
         if near := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8):
-            self.problem(where, f"unknown key; is it meant to be {near[0]}?")
+            self.add_problem(where, f"unknown key; is it meant to be {near[0]}?")
         else:
             self.notes.append(f"{where}: mergekit has no key of that name; passed over, as mergekit does")
 
-    def items(self, where: str, value: Any, read: Callable[[str, Any], Any]) -> list[Any]:
-        """A list of at least one item, each read; what cannot be read is left out."""
+    def read_list(self, where: str, value: Any, read: Callable[[str, Any], Any]) -> list[Any]:
+        """A list of at least one item, each read by `read`, without the items that cannot be read."""
         if not isinstance(value, list) or not value:
-            self.problem(where, f"expected a list, found {shown(value)}")
+            self.add_problem(where, f"expected a list, found {short_repr(value)}")
             return []
         found = [read(f"{where}.{i}", item) for i, item in enumerate(value)]
         return [item for item in found if item is not None]
 
     def text(self, where: str, value: Any) -> str | None:
+        """A text that is not empty."""
         if isinstance(value, str) and value.strip() and "\0" not in value:
             return value
-        self.problem(where, f"expected text, found {shown(value)}")
+        self.add_problem(where, f"expected text, found {short_repr(value)}")
         return None
 
     def path(self, where: str, value: Any) -> str | None:
@@ -70,155 +86,169 @@ class Reader:
             return absolute_model(f"{path}@{revision}", self.folder)
         return path and absolute_model(path, self.folder)  # a folder has no revisions
 
-    def reference(self, where: str, value: Any) -> Reference | None:
+    def reference(self, where: str, value: Any) -> ModelReference | None:
+        """A model, with or without an adapter: `MODEL`, `MODEL+LORA`, or a mapping."""
         if isinstance(value, dict):
             parts = self.mapping(where, value, ["model", "lora", "override_architecture"])
             if parts.get("override_architecture") is not None:
-                self.problem(f"{where}.override_architecture", "a model is read as what its config.json says")
+                self.add_problem(f"{where}.override_architecture", "a model is read as what its config.json says")
             model, lora = parts.get("model"), parts.get("lora")
         else:
             if (text := self.text(where, value)) is None:
                 return None
             model, *adapters = text.split("+")
             if len(adapters) > 1 or not all([model, *adapters]):
-                self.problem(where, f"{text!r} is not MODEL or MODEL+LORA")
+                self.add_problem(where, f"{text!r} is not MODEL or MODEL+LORA")
                 return None
             lora = adapters[0] if adapters else None
         name = model.get("path") if isinstance(model, dict) else model
         merged = isinstance(name, str) and name in self.merges
         path = name if merged else self.path(f"{where}.model" if isinstance(value, dict) else where, model)
         adapter = self.path(f"{where}.lora" if isinstance(value, dict) else where, lora) if lora is not None else None
-        return Reference(path, adapter, merged) if path else None
+        return ModelReference(path, adapter, merged) if path else None
 
-    def settings(self, where: str, value: Any) -> Settings:
+    def parameters(self, where: str, value: Any) -> Parameters:
+        """The parameters of one scope."""
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self.problem(where, f"expected a mapping, found {shown(value)}")
+            self.add_problem(where, f"expected a mapping, found {short_repr(value)}")
             return {}
-        found: Settings = {}
-        for name, setting in value.items():
-            if name not in KNOWN:
-                self.unknown(f"{where}.{name}", str(name), KNOWN)
+        found: Parameters = {}
+        for name, given in value.items():
+            if name not in KNOWN_PARAMETERS:
+                self.handle_unknown_key(f"{where}.{name}", str(name), KNOWN_PARAMETERS)
             else:
-                found[name] = self.entries(f"{where}.{name}", setting, kind(name))
+                found[name] = self.entries(f"{where}.{name}", given, parameter_kind(name))
         return found
 
-    def entries(self, where: str, setting: Any, kind: Kind) -> list[Entry]:
-        """A setting: a scalar, a gradient, or one or more of them with filters."""
-        if isinstance(setting, dict):
-            setting = [setting]
-        if isinstance(setting, list) and any(isinstance(item, dict) for item in setting):
-            return self.items(where, setting, lambda at, item: self.conditional(at, item, kind))
-        values = self.values(where, setting, kind)
-        return [Entry(None, values)] if values is not None else []
+    def entries(self, where: str, value: Any, kind: ParameterKind) -> list[ConditionalParameter]:
+        """The entries of a parameter: a scalar, a gradient, or one or several of them with filters."""
+        if isinstance(value, dict):
+            value = [value]
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            return self.read_list(where, value, lambda at, item: self.conditional(at, item, kind))
+        values = self.values(where, value, kind)
+        return [ConditionalParameter(None, values)] if values is not None else []
 
-    def conditional(self, where: str, item: Any, kind: Kind) -> Entry | None:
+    def conditional(self, where: str, item: Any, kind: ParameterKind) -> ConditionalParameter | None:
+        """A value with a filter: `{filter, value}`."""
         parts = self.mapping(where, item, ["filter", "value"])
         values = self.values(f"{where}.value", parts.get("value"), kind)
         name = self.text(f"{where}.filter", parts["filter"]) if parts.get("filter") not in (None, "", "*") else None
-        return Entry(name, values) if values is not None else None
+        return ConditionalParameter(name, values) if values is not None else None
 
-    def values(self, where: str, value: Any, kind: Kind) -> tuple[Scalar, ...] | None:
-        knots = value if isinstance(value, list) else [value]
-        found = [scalar(knot, kind) for knot in knots]
-        for knot, one in zip(knots, found, strict=True):
-            if one is None:
-                self.problem(
-                    where, f"expected {'true or false' if kind == 'boolean' else f'a {kind}'}, found {shown(knot)}"
+    def values(self, where: str, value: Any, kind: ParameterKind) -> tuple[Scalar, ...] | None:
+        """A scalar, or the values of a gradient."""
+        given = value if isinstance(value, list) else [value]
+        found = [read_scalar(one, kind) for one in given]
+        for one, number in zip(given, found, strict=True):
+            if number is None:
+                self.add_problem(
+                    where, f"expected {'true or false' if kind == 'boolean' else f'a {kind}'}, found {short_repr(one)}"
                 )
                 return None
         return tuple(one for one in found if one is not None)
 
     def layers(self, where: str, value: Any) -> tuple[int, int] | None:
+        """A range of layers, [start, end)."""
         if isinstance(value, list) and len(value) == 2:
-            ends = [scalar(end, "integer") for end in value]
+            ends = [read_scalar(end, "integer") for end in value]
             if None not in ends and 0 <= ends[0] <= ends[1]:  # type: ignore[operator]
                 return int(ends[0]), int(ends[1])  # type: ignore[arg-type]
-        self.problem(where, f"expected [FIRST, END] with FIRST not above END, found {shown(value)}")
+        self.add_problem(where, f"expected [FIRST, END] with FIRST not above END, found {short_repr(value)}")
         return None
 
-    def model(self, where: str, value: Any) -> Input | None:
+    def model(self, where: str, value: Any) -> InputModel | None:
         """An item of `models`."""
         parts = self.mapping(where, value, ["model", "parameters"])
         reference = self.reference(f"{where}.model", parts.get("model"))
-        settings = self.settings(f"{where}.parameters", parts.get("parameters"))
-        return Input(reference, None, settings) if reference else None
+        parameters = self.parameters(f"{where}.parameters", parts.get("parameters"))
+        return InputModel(reference, None, parameters) if reference else None
 
-    def source(self, where: str, value: Any) -> Input | None:
+    def source(self, where: str, value: Any) -> InputModel | None:
         """An item of a slice's `sources`."""
         parts = self.mapping(where, value, ["model", "layer_range", "parameters"])
         reference = self.reference(f"{where}.model", parts.get("model"))
         layers = self.layers(f"{where}.layer_range", parts.get("layer_range"))
-        settings = self.settings(f"{where}.parameters", parts.get("parameters"))
-        return Input(reference, layers, settings) if reference and layers else None
+        parameters = self.parameters(f"{where}.parameters", parts.get("parameters"))
+        return InputModel(reference, layers, parameters) if reference and layers else None
 
-    def slice(self, where: str, value: Any) -> Slice | None:
+    def slice(self, where: str, value: Any) -> OutputSlice | None:
+        """An item of `slices`."""
         parts = self.mapping(where, value, ["sources", "base_model", "residual_weight", "parameters"])
         base = self.reference(f"{where}.base_model", parts["base_model"]) if parts.get("base_model") else None
         if parts.get("residual_weight") is not None:
             self.notes.append(f"{where}.residual_weight: passed over, as mergekit does")
-        inputs = self.items(f"{where}.sources", parts.get("sources"), self.source)
+        inputs = self.read_list(f"{where}.sources", parts.get("sources"), self.source)
         ranges = [i.layers for i in inputs if i.layers]
         if len({end - first for first, end in ranges}) > 1:
-            self.problem(where, "its sources have layer ranges of different lengths")
-        return Slice(inputs, self.settings(f"{where}.parameters", parts.get("parameters")), base) if inputs else None
+            self.add_problem(where, "its sources have layer ranges of different lengths")
+        return (
+            OutputSlice(inputs, self.parameters(f"{where}.parameters", parts.get("parameters")), base)
+            if inputs
+            else None
+        )
 
-    def output(self, where: str, value: dict[str, Any]) -> list[Slice]:
-        """`models` or `slices` of a file or of its module."""
+    def output(self, where: str, value: dict[str, Any]) -> list[OutputSlice]:
+        """The slices of a file or of its module: its `slices`, or one slice with its `models`."""
         prefix = f"{where}." if where else ""
         if value.get("models"):
             if value.get("slices"):
-                self.problem(f"{prefix}slices", "give it or models, not both")
-            inputs = self.items(f"{prefix}models", value["models"], self.model)
-            return [Slice(inputs, {})] if inputs else []
-        return self.items(f"{prefix}slices", value.get("slices"), self.slice)
+                self.add_problem(f"{prefix}slices", "give it or models, not both")
+            inputs = self.read_list(f"{prefix}models", value["models"], self.model)
+            return [OutputSlice(inputs, {})] if inputs else []
+        return self.read_list(f"{prefix}slices", value.get("slices"), self.slice)
 
-    def tokenizer(self, content: dict[str, Any]) -> str | Reference | None:
+    def tokenizer(self, content: dict[str, Any]) -> str | ModelReference | None:
+        """`union`, `base` or a model, by `tokenizer_source` or `tokenizer`; None if the file does not say."""
         where, value = "tokenizer_source", content.get("tokenizer_source")
         if content.get("tokenizer") is not None:
             if value is not None:
-                self.problem("tokenizer", "give it or tokenizer_source, not both")
+                self.add_problem("tokenizer", "give it or tokenizer_source, not both")
             parts = self.mapping("tokenizer", content["tokenizer"], ["source", "tokens", "pad_to_multiple_of"])
             where, value = "tokenizer.source", parts.get("source", "union")
             if value is None:
-                self.problem(where, "expected union, base or a model, found None")
+                self.add_problem(where, "expected union, base or a model, found None")
             if parts.get("tokens"):
-                self.problem("tokenizer.tokens", "rules for single tokens cannot be read; a vocabulary is taken whole")
+                self.add_problem(
+                    "tokenizer.tokens", "rules for single tokens cannot be read; a vocabulary is taken whole"
+                )
             if parts.get("pad_to_multiple_of") not in (None, 0, 1):
-                self.problem("tokenizer.pad_to_multiple_of", "padded vocabularies cannot be made")
+                self.add_problem("tokenizer.pad_to_multiple_of", "padded vocabularies cannot be made")
         return value if value in (None, "base", "union") else self.reference(where, value)
 
     def dtype(self, content: dict[str, Any]) -> str | None:
-        """The type of the output: `out_dtype`, else `dtype`, which else is that of the arithmetic only."""
+        """The type of the output: `out_dtype`, else `dtype` (which otherwise is only the type of the arithmetic)."""
         key = "out_dtype" if content.get("out_dtype") else "dtype"
         if not content.get(key):
             return None
         found = str(content[key]).removeprefix("torch.")
         if found not in ("float32", "bfloat16", "float16"):
-            self.problem(key, f"{shown(content[key])} is not one of float32, bfloat16, float16")
+            self.add_problem(key, f"{short_repr(content[key])} is not one of float32, bfloat16, float16")
         return found
 
-    def base(self, content: dict[str, Any], slices: list[Slice]) -> Reference | None:
-        """The base model of the merge: the file's, else the one that every slice names."""
+    def base(self, content: dict[str, Any], slices: list[OutputSlice]) -> ModelReference | None:
+        """The base model of the merge: that of the file, else the one that every slice names."""
         found = self.reference("base_model", content["base_model"]) if content.get("base_model") else None
         if found is None and slices and all(part.base == slices[0].base for part in slices):
             found = slices[0].base
         for number, part in enumerate(slices):
             if part.base not in (None, found):
-                self.problem(
+                self.add_problem(
                     f"slices.{number}.base_model", "one base model for the whole merge is all that can be read"
                 )
         return found
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """A value as text of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def scalar(value: Any, kind: Kind) -> Scalar | None:
-    """A value as mergekit's types read it (text counts for what it says), None if it is none of that kind."""
+def read_scalar(value: Any, kind: ParameterKind) -> Scalar | None:
+    """A value as mergekit's types read it (text is converted too); None if it is not of that kind."""
     if kind == "boolean":
         if isinstance(value, str):
             value = value.strip().lower()
@@ -236,34 +266,38 @@ def scalar(value: Any, kind: Kind) -> Scalar | None:
     return number
 
 
-def parse(content: Any, origin: Path, merges: Collection[str] = ()) -> MergekitFile:
-    """Check parsed YAML as a mergekit file.  EvomergeError lists everything that is wrong with it.
+def parse_mergekit(content: Any, origin: Path, merges: Collection[str] = ()) -> MergekitFile:
+    """Check parsed YAML as one merge of a mergekit file.
 
-    origin: the file, named in the error; relative paths count from its folder.  merges: what may stand where a model
-    does besides, the names of the file's other documents.
+    origin: the file, for the message; relative paths start from its folder.
+    merges: the names of the file's other documents, which may be given as models.
+
+    EvomergeError lists everything that is wrong with it.
     """
-    read = Reader(origin.parent, merges)
-    top = read.mapping("", content, TOP)
+    reader = YamlReader(origin.parent, merges)
+    top = reader.mapping("", content, TOP_KEYS)
     method = top.get("merge_method")
     if not isinstance(method, str) or method not in MERGEKIT:
-        read.problem("merge_method", f"{shown(method)} is not one of {', '.join(MERGEKIT)}")
+        reader.add_problem("merge_method", f"{short_repr(method)} is not one of {', '.join(MERGEKIT)}")
     outputs = [key for key in ("models", "slices", "modules") if top.get(key)]
-    slices: list[Slice] = []
-    settings = [read.settings("parameters", top.get("parameters"))]
+    slices: list[OutputSlice] = []
+    parameters = [reader.parameters("parameters", top.get("parameters"))]
     if len(outputs) != 1:
-        read.problem("models", f"exactly one of models, slices and modules must be given, here are {len(outputs)}")
+        reader.add_problem(
+            "models", f"exactly one of models, slices and modules must be given, here are {len(outputs)}"
+        )
     elif outputs == ["modules"]:
         modules = top["modules"]
         if not isinstance(modules, dict) or list(modules) != ["default"]:
-            read.problem("modules", "only the one module `default` can be read; this model would have several")
+            reader.add_problem("modules", "only the one module `default` can be read; this model would have several")
         else:
-            module = read.mapping("modules.default", modules["default"], ["models", "slices", "parameters"])
-            slices = read.output("modules.default", module)
-            settings.insert(0, read.settings("modules.default.parameters", module.get("parameters")))
+            module = reader.mapping("modules.default", modules["default"], ["models", "slices", "parameters"])
+            slices = reader.output("modules.default", module)
+            parameters.insert(0, reader.parameters("modules.default.parameters", module.get("parameters")))
     else:
-        slices = read.output("", top)
-    base, tokenizer, dtype = read.base(top, slices), read.tokenizer(top), read.dtype(top)
-    template = read.text("chat_template", top["chat_template"]) if top.get("chat_template") else None
-    if read.problems:
-        raise EvomergeError(f"{origin}: {len(read.problems)} problem(s):\n  " + "\n  ".join(read.problems))
-    return MergekitFile(str(method), base, slices, settings, dtype, tokenizer, template, read.notes)
+        slices = reader.output("", top)
+    base, tokenizer, dtype = reader.base(top, slices), reader.tokenizer(top), reader.dtype(top)
+    template = reader.text("chat_template", top["chat_template"]) if top.get("chat_template") else None
+    if reader.problems:
+        raise EvomergeError(f"{origin}: {len(reader.problems)} problem(s):\n  " + "\n  ".join(reader.problems))
+    return MergekitFile(str(method), base, slices, parameters, dtype, tokenizer, template, reader.notes)
