@@ -41,7 +41,8 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.export import differences, export, output_tensors, total_bytes
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export, output_tensors, total_bytes
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.output.shards import plan_shards
 from evomerge.merge.recipe.coefficients import Coefficient
@@ -201,7 +202,7 @@ def test_a_sharded_export_holds_the_same_tensors(family: dict[str, Path], tmp_pa
     files = sorted(shards.glob("*.safetensors"))
     assert len(files) > 3
     assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    assert [d for d in differences(whole, shards) if not d.name.endswith(".json")] == []
+    assert [d for d in model_differences(whole, shards) if not d.name.endswith(".json")] == []
     index = json.loads((shards / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_in(whole).values())
     assert AutoModelForCausalLM.from_pretrained(shards).dtype == torch.bfloat16
@@ -227,14 +228,14 @@ def test_the_same_recipe_twice_gives_the_same_bytes(method: str, family: dict[st
     second = exported(family, load_recipe(first / "recipe.yaml"), tmp_path / "second")
     assert {f.name for f in first.iterdir()} == {f.name for f in second.iterdir()}
     assert all(f.read_bytes() == (second / f.name).read_bytes() for f in first.iterdir() if f.name != "recipe.yaml")
-    assert differences(first, second) == []
+    assert model_differences(first, second) == []
 
 
 def test_another_seed_gives_another_dare(family: dict[str, Path], tmp_path: Path):
     recipe = recipe_for(family, "dare_linear", density=0.5)
     first = exported(family, recipe, tmp_path / "first")
     second = exported(family, recipe.model_copy(update={"seed": 8}), tmp_path / "second")
-    assert {d.name for d in differences(first, second)} == set(tensors_in(first))
+    assert {d.name for d in model_differences(first, second)} == set(tensors_in(first))
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
@@ -247,7 +248,7 @@ def test_a_flipped_byte_is_found_in_its_tensor(tensor: str, family: dict[str, Pa
     begin, end = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
     content[8 + header + end - 1] ^= 1
     file.write_bytes(content)
-    (found,) = differences(first, second)
+    (found,) = model_differences(first, second)
     assert (found.name, found.what) == (tensor, f"1 of {end - begin} bytes differ".replace("1024", "1,024"))
 
 
@@ -259,7 +260,7 @@ def test_differences_tell_of_types_of_missing_tensors_and_of_other_files(family:
     del weights["lm_head.weight"]
     write_weights(second, weights)
     (second / "tokenizer.json").unlink()
-    found = {d.name: d.what for d in differences(first, second)}
+    found = {d.name: d.what for d in model_differences(first, second)}
     assert found == {
         "lm_head.weight": f"only in {first}",
         "model.norm.weight": f"torch.bfloat16 ({HIDDEN},) and torch.float32 ({HIDDEN},)",

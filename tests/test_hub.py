@@ -12,7 +12,7 @@ from models import write_llama
 from evomerge.cli import main
 from evomerge.config.config_file import load_config, pin
 from evomerge.errors import EvomergeError
-from evomerge.merge.output.export import differences
+from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search.evaluation.evaluator import open_config_models
 from evomerge.search.evaluation.task_set import TaskSet
@@ -75,9 +75,9 @@ def test_an_exported_model_is_reproduced_from_the_commit_that_it_was_made_of(hub
     for name in ("base", "one"):
         hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
     assert command("reproduce", "merged/recipe.yaml", "--out", "again", "--check", "merged") == 0
-    assert differences(tmp_path / "merged", tmp_path / "again") == []
+    assert model_differences(tmp_path / "merged", tmp_path / "again") == []
     assert command("merge", "r.yaml", "--out", "newer") == 0
-    assert differences(tmp_path / "merged", tmp_path / "newer") != []
+    assert model_differences(tmp_path / "merged", tmp_path / "newer") != []
 
 
 def write_search(folder: Path) -> Path:

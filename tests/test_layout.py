@@ -19,7 +19,8 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise, materialise_tensor
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.inputs import check_fingerprints
 from evomerge.merge.recipe.open_bank import open_bank
@@ -225,7 +226,7 @@ def test_what_is_scored_is_what_is_written_and_can_be_made_again(
     assert opened.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape[1] > 3
     again = load_recipe(tmp_path / "out" / "recipe.yaml")
     export(again, open_bank(again), tmp_path / "again", model_card, shard_bytes=5000)
-    assert differences(tmp_path / "out", tmp_path / "again") == []
+    assert model_differences(tmp_path / "out", tmp_path / "again") == []
 
 
 def test_a_candidate_overwrites_every_weight_of_the_live_model(models: Folders):

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
-from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
@@ -178,7 +179,7 @@ def test_what_is_scored_is_what_is_written_and_loads(wanted: str, tied: tuple[bo
     if wanted != "base":
         assert torch.equal(row(out, EMBEDDING, "v"), row(folders["one"], EMBEDDING, "v"))
     again = written(load_recipe(out / "recipe.yaml"), tmp_path / "again")
-    assert differences(out, again) == []
+    assert model_differences(out, again) == []
 
 
 @pytest.mark.parametrize("tokens", [VOCABULARY, MOVED], ids=["equal", "moved"])
@@ -320,7 +321,7 @@ def test_nested_recipes_have_vocabularies_of_their_own(tmp_path: Path):
     nested = Recipe.model_validate(outer)
     outer["sources"][1] = {"name": "inner", "path": str(written(inner, tmp_path / "inner"))}
     out, stepwise = written(nested, tmp_path / "out"), written(Recipe.model_validate(outer), tmp_path / "stepwise")
-    assert differences(out, stepwise) == []
+    assert model_differences(out, stepwise) == []
     outer["vocabulary"] = "inner"
     by_name = written(Recipe.model_validate(outer), tmp_path / "named")
     assert read_vocabulary(by_name).tokens == read_vocabulary(tmp_path / "inner").tokens  # type: ignore[union-attr]

@@ -38,7 +38,7 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.merge.output.export import differences
+    from evomerge.merge.output.compare import model_differences
     from evomerge.merge.recipe.inputs import check_fingerprints
     from evomerge.merge.recipe.recipe import load_recipe
 
@@ -52,7 +52,7 @@ def reproduce(
     ]:
         print("\n".join(found))
     if check is not None:
-        found += (lines := [f"{d.name}: {d.what}" for d in differences(check, out)])
+        found += (lines := [f"{d.name}: {d.what}" for d in model_differences(check, out)])
         print("\n".join(lines) if lines else f"the bytes agree: {check} and {out}")
     elif loaded.outputs and not found:
         print("the bytes agree with the recipe's SHA-256 sums")
