@@ -362,7 +362,7 @@ def test_pefts_defaults_are_merged(tmp_path: Path) -> None:
         ("use_bdlora", {"a": 1}, "block-diagonal"),
         ("arrow_config", {"a": 1}, "routes between several adapters"),
         ("monteclora_config", {"a": 1}, "its weights are sampled"),
-        ("megatron_config", {"a": 1}, "Megatron's parallel ones"),
+        ("megatron_config", {"a": 1}, "Megatron's parallel layers"),
         ("layer_replication", [[0, 2]], "layers are not the base model's"),
         ("init_lora_weights", "novel", "which may change the base model too"),
         ("some_new_setting", 3, "a setting of a newer PEFT"),

@@ -297,8 +297,8 @@ def test_slices_that_the_models_do_not_have_are_refused(
 
 BAD: dict[str, tuple[list[dict[str, list[int]]], dict[str, Any], str]] = {
     "unequal ranges": ([{"one": [0, 2], "two": [0, 3]}], {}, "equally long, here are one 2, two 3"),
-    "backwards": ([{"one": [2, 1]}], {}, "layers.one: [2, 1] is no range"),
-    "negative": ([{"one": [-1, 1]}], {}, "layers.one: [-1, 1] is no range"),
+    "backwards": ([{"one": [2, 1]}], {}, "layers.one: [2, 1] is not a range"),
+    "negative": ([{"one": [-1, 1]}], {}, "layers.one: [-1, 1] is not a range"),
     "nobody": ([{"one": [0, 1]}, {}], {}, "layers: names no model"),
     "a stranger": ([{"one": [0, 1]}, {"six": [0, 1]}], {}, "slices.1.layers: 'six' is not one of base, one"),
     "no base for ties": (

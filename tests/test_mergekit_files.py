@@ -205,7 +205,7 @@ PASSED_OVER: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "key"), PASSED_OVER.values(), ids=PASSED_OVER)
 def test_a_key_that_mergekit_does_not_know_is_passed_over_and_said(changes: dict[str, Any], key: str, folder: Path):
     recipe, notes = load_merge(written(folder, merge(**changes)))
-    assert notes == [f"{key}: mergekit has no key of that name; passed over, as mergekit does"]
+    assert notes == [f"{key}: mergekit has no key of that name; ignored, as in mergekit"]
     assert recipe.sources[0].parameters == {"weight": 1.0}
 
 
@@ -275,17 +275,17 @@ def test_later_documents_use_the_merges_of_earlier_ones(folder: Path):
 
 
 BAD_DOCUMENTS = {
-    "two ends": (f"{FIRST}---\nname: other\n{LAST.replace('first', 'base')}", "which merge is the last?"),
+    "two ends": (f"{FIRST}---\nname: other\n{LAST.replace('first', 'base')}", "which merge is the result?"),
     "a name twice": (f"{FIRST}---\n{FIRST}", "two documents have the name 'first'"),
     "two without a name": (f"{LAST}---\n{LAST}", "two documents have no name"),
     "a circle": (f"{FIRST.replace('one', 'first')}---\n{LAST}", "the merge 'first' needs itself"),
-    "no merge": (f"{FIRST}---\nweight: 1\n", "document 2 is no configuration of mergekit"),
+    "no merge": (f"{FIRST}---\nweight: 1\n", "document 2 is not a configuration of mergekit"),
     "a merge as the base of task vectors": (
         f"{FIRST}---\n{LAST.replace('slerp', 'ties').replace('t: ', 'weight: ')}",
         "base_model: the merge 'first' cannot be the base of ties; merge it into a checkpoint first",
     ),
     "an adapter on a merge": (
-        f"{FIRST}---\n{LAST.replace('three', 'first+lora')}", "an adapter on a merge of this file cannot be read"
+        f"{FIRST}---\n{LAST.replace('three', 'first+lora')}", "an adapter on a merge of this file is not supported"
     ),
 }  # fmt: skip
 
@@ -417,7 +417,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty gradient": ({"parameters": {"weight": []}}, "weight: must be given for one; lm_head.weight has no"),
     "another architecture": (
         {"models": [{"model": {"model": "one", "override_architecture": "X"}}]},
-        "models.0.model.override_architecture: a model is read as what its config.json says",
+        "models.0.model.override_architecture: not supported; a model has the architecture that its config.json names",
     ),
     "a wrong key beside a filter": (
         {"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}},
@@ -427,10 +427,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown dtype": ({"dtype": "int8"}, "dtype: 'int8' is not one of float32"),
     "token rules": (
         {"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "one"}}}},
-        "tokenizer.tokens: rules for single tokens cannot be read",
+        "tokenizer.tokens: rules for single tokens are not supported",
     ),
     "a tokenizer of another model": ({"tokenizer_source": "./three"}, "three is not one of the models"),
-    "a template by an unknown name": ({"chat_template": "alpaca"}, "chat_template: 'alpaca' is no template"),
+    "a template by an unknown name": ({"chat_template": "alpaca"}, "chat_template: 'alpaca' is not a template"),
     "slices of other lengths": (
         {
             "models": None,

@@ -191,7 +191,7 @@ def test_a_source_has_a_path_or_a_recipe(source: dict[str, Any]):
     if "recipe" in source:
         source = source | {"recipe": inner}
     recipe = content("linear", Path("/base"), {}) | {"sources": [{"name": "ab", **source}]}
-    with pytest.raises(ValueError, match="needs a `path` or a `recipe`, one of them"):
+    with pytest.raises(ValueError, match="needs a `path` or a `recipe`, and not both"):
         Recipe.model_validate(recipe)
 
 

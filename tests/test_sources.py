@@ -212,7 +212,7 @@ def test_heads_tied_in_one_model_alone_are_noted_and_do_not_stop_a_merge(tmp_pat
     )
     problems, notes = found(untied, tied)
     assert problems == []
-    assert "it: its embedding is its head, too; it stands for lm_head.weight" in notes
+    assert "it: its head is tied to its embedding, which is used for lm_head.weight" in notes
 
 
 def test_a_tokenizer_is_compared_by_its_vocabulary_not_by_its_files(llama: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_added_tokens_belong_to_the_vocabulary(llama: Path, tmp_path: Path) -> N
 def test_the_base_needs_a_tokenizer_that_can_be_read_and_a_source_does_not(llama: Path, tmp_path: Path) -> None:
     source = write_llama(tmp_path / "it", 1)
     (source / "tokenizer.json").unlink()
-    assert found(llama, source) == ([], ["it: has no tokenizer of its own; the base model's is taken to be its"])
+    assert found(llama, source) == ([], ["it: has no tokenizer; the base model's is used for it"])
     (llama / "tokenizer.json").write_text("{broken")
     (problem,) = found(llama, source)[0]
     assert problem.startswith(f"base: no tokenizer in {llama}")
@@ -267,7 +267,7 @@ def test_the_declared_base_model_is_read_wherever_it_is_written(llama: Path, tmp
     else:
         value = "[owner/other]" if "list" in where else "owner/other"
         (source / "README.md").write_text(f"---\nlicense: mit\nbase_model: {value}\n---\n# Card\n")
-    note = "it: says it was trained from the hub model 'owner/other'; the base here is 'llama'"
+    note = "it: says that it was trained from the hub model 'owner/other'; the base here is 'llama'"
     assert note in found(llama, source)[1]
 
 

@@ -74,7 +74,7 @@ def check_compatibility(
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
         compare_heads(name, base, source, found, relaxed, by_token)
         if theirs is None and isinstance(source, Checkpoint):
-            found.notes.append(f"{name}: has no tokenizer of its own; the base model's is taken to be its")
+            found.notes.append(f"{name}: has no tokenizer; the base model's is used for it")
         elif theirs is not None and vocabulary is not None and not equal:
             line = f"{name}: another tokenizer: {vocabulary_difference(vocabulary.tokens, theirs.tokens)}"
             (found.notes if by_token else found.problems).append(line)
@@ -144,7 +144,7 @@ def compare_heads(
         if ours[1:] != theirs[1:] or not (relaxed.any_rows or ours == theirs):
             found.problems.append(f"{name}: {source.head_name} is {theirs}, in the base model's embedding {ours}")
     if source.ties_head and not base.ties_head and base.head_name:
-        found.notes.append(f"{name}: its embedding is its head, too; it stands for {base.head_name}")
+        found.notes.append(f"{name}: its head is tied to its embedding, which is used for {base.head_name}")
     rows, ours_rows = row_count(source), row_count(base)
     if rows > ours_rows and relaxed.any_rows and not by_token:
         found.notes.append(
@@ -206,8 +206,8 @@ def compare_declared_base(name: str, base: Checkpoint, source: Checkpoint | Adap
         return
     if isinstance(source, Adapter) and (method := quantised_base(declared)):
         found.notes.append(
-            f"{name}: was trained on a quantised model, {declared} ({method}); on these weights, which are not rounded "
-            "as that one's, it may do a little better or worse"
+            f"{name}: was trained on a quantised model, {declared} ({method}); the base model here is not "
+            "quantised, so its results may be a little better or worse"
         )
     here = {base.path.name.lower(), str(base.config.get("_name_or_path", "")).split("/")[-1].lower()}
     # A hub snapshot lies under models--owner--name/snapshots/<commit>.
@@ -215,5 +215,5 @@ def compare_declared_base(name: str, base: Checkpoint, source: Checkpoint | Adap
     if declared.rstrip("/").split("/")[-1].lower() not in here:
         kind = "hub model" if looks_like_hub_id(declared) else "model"
         found.notes.append(
-            f"{name}: says it was trained from the {kind} {declared!r}; the base here is {base.path.name!r}"
+            f"{name}: says that it was trained from the {kind} {declared!r}; the base here is {base.path.name!r}"
         )

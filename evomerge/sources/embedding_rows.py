@@ -139,7 +139,9 @@ def align_vocabularies(
     base_vocabulary = base.vocabulary
     if base_vocabulary is None or not vocabulary_tensors(base):
         if wanted is not None:
-            raise EvomergeError(f"vocabulary: {base.path} has no tokenizer or no embedding that could be translated")
+            raise EvomergeError(
+                f"vocabulary: {base.path} has no tokenizer or no embedding, which another vocabulary needs"
+            )
         return base, dict(sources), base_vocabulary
     own = {n: m.vocabulary or base_vocabulary for n, m in models.items()}
     owner = BASE if wanted is None or wanted in VOCABULARY_CHOICES else f"source {wanted}"

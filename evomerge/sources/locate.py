@@ -69,7 +69,7 @@ def matching_models(pattern: str, relative_to: Path) -> list[Path]:
         raise EvomergeError(f"{pattern}: no more than {WILDCARD_PARTS} parts of a path may hold wildcards")
     found = list(islice(glob.iglob(pattern, root_dir=relative_to), MATCHES + 1))
     if len(found) > MATCHES:
-        raise EvomergeError(f"{pattern}: matches more than {MATCHES:,} files; say more of their names")
+        raise EvomergeError(f"{pattern}: matches more than {MATCHES:,} files; make it more specific")
     matches = [relative_to / match for match in found]
     unique: dict[Path, Path] = {}
     for folder in sorted(matches, key=lambda f: (natural_sort_key(f.name), f)):

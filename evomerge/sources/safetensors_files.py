@@ -86,10 +86,10 @@ def check_header(path: Path) -> None:
         if name == "__metadata__":
             continue
         if not 0 < len(name) <= NAME_LENGTH or not name.isprintable():
-            raise EvomergeError(f"{path}: {name[:60]!r} is no name of a tensor")
+            raise EvomergeError(f"{path}: {name[:60]!r} is not a valid name of a tensor")
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(type(x) is int and x >= 0 for x in shape):
-            raise incomplete(path, f"the shape of {name} is no list of sizes")
+            raise incomplete(path, f"the shape of {name} is not a list of sizes")
         # Without zeros: torch multiplies the other sizes to find the strides of an empty tensor.
         if len(shape) > DIMENSIONS or math.prod(x for x in shape if x) > ELEMENTS:
             raise EvomergeError(f"{path}: {name} has a shape that no tensor has")
@@ -102,8 +102,10 @@ def read_header(path: Path) -> str:
         if size < 8 or length > size - 8:
             raise incomplete(path, f"it has {size:,} bytes, fewer than its header needs")
         if length > HEADER_BYTES:
-            raise EvomergeError(f"{path}: its header is larger than {HEADER_BYTES >> 20} MB, which no model's is")
+            raise EvomergeError(
+                f"{path}: its header is larger than {HEADER_BYTES >> 20} MB, more than that of any model"
+            )
         try:
             return file.read(length).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise incomplete(path, "its header is no text") from error
+            raise incomplete(path, "its header is not UTF-8 text") from error

@@ -39,8 +39,10 @@ class LoadReport:
         """What is wrong with the folder, one line for each kind of problem."""
         lines = []
         if self.missing:
-            lines.append(f"{len(self.missing)} tensor(s) are missing, random numbers would stand there: "
-                         + some(sorted(self.missing)))  # fmt: skip
+            missing = some(sorted(self.missing))
+            lines.append(
+                f"{len(self.missing)} tensor(s) are missing, transformers would fill them with random numbers: {missing}"
+            )
         if self.unread:
             lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(sorted(self.unread))}")
         if self.misshapen:

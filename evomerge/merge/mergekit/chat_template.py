@@ -28,7 +28,7 @@ def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
     if wanted == "chatml":
         return CHATML
     if "{" not in wanted:
-        raise EvomergeError(f"chat_template: {wanted!r} is no template; give its text, auto or chatml")
+        raise EvomergeError(f"chat_template: {wanted!r} is not a template; give its text, auto or chatml")
     return wanted
 
 

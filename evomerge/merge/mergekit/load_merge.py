@@ -42,7 +42,9 @@ def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]
     named: dict[str | None, Any] = {}
     for number, document in enumerate(documents, 1):
         if not is_mergekit(document):
-            raise EvomergeError(f"{path}: document {number} is no configuration of mergekit (it has no merge_method)")
+            raise EvomergeError(
+                f"{path}: document {number} is not a configuration of mergekit (it has no merge_method)"
+            )
         name = document.get("name")
         if name is not None and not (isinstance(name, str) and name):
             raise EvomergeError(f"{path}: document {number}: name: expected text, found {name!r:.60}")
@@ -55,7 +57,8 @@ def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]
     results = [None] if None in files else [n for n in files if not any(n in needed[other] for other in files)]
     if len(results) != 1:
         raise EvomergeError(
-            f"{path}: which merge is the last? One document must have no `name`, or be the only one that no other needs"
+            f"{path}: which merge is the result? One document must have no `name`, or be the only one that no other "
+            "needs"
         )
     made: dict[str, Recipe] = {}
     notes: list[str] = []
@@ -71,7 +74,7 @@ def several_merges(documents: list[Any], path: Path) -> tuple[Recipe, list[str]]
 
     recipe = make(results[0], ())
     if unused := sorted(names - made.keys() - {results[0]}):
-        notes.append(f"{', '.join(unused)}: not needed for the last merge, so not made")
+        notes.append(f"{', '.join(unused)}: not needed for the result, so not merged")
     return recipe, notes
 
 

@@ -57,7 +57,7 @@ class YamlReader:
         if near := difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8):
             self.add_problem(where, f"unknown key; is it meant to be {near[0]}?")
         else:
-            self.notes.append(f"{where}: mergekit has no key of that name; passed over, as mergekit does")
+            self.notes.append(f"{where}: mergekit has no key of that name; ignored, as in mergekit")
 
     def read_list(self, where: str, value: Any, read: Callable[[str, Any], Any]) -> list[Any]:
         """A list of at least one item, each read by `read`, without the items that cannot be read."""
@@ -91,7 +91,10 @@ class YamlReader:
         if isinstance(value, dict):
             parts = self.mapping(where, value, ["model", "lora", "override_architecture"])
             if parts.get("override_architecture") is not None:
-                self.add_problem(f"{where}.override_architecture", "a model is read as what its config.json says")
+                self.add_problem(
+                    f"{where}.override_architecture",
+                    "not supported; a model has the architecture that its config.json names",
+                )
             model, lora = parts.get("model"), parts.get("lora")
         else:
             if (text := self.text(where, value)) is None:
@@ -179,7 +182,7 @@ class YamlReader:
         parts = self.mapping(where, value, ["sources", "base_model", "residual_weight", "parameters"])
         base = self.reference(f"{where}.base_model", parts["base_model"]) if parts.get("base_model") else None
         if parts.get("residual_weight") is not None:
-            self.notes.append(f"{where}.residual_weight: passed over, as mergekit does")
+            self.notes.append(f"{where}.residual_weight: ignored, as in mergekit")
         inputs = self.read_list(f"{where}.sources", parts.get("sources"), self.source)
         ranges = [i.layers for i in inputs if i.layers]
         if len({end - first for first, end in ranges}) > 1:
@@ -211,11 +214,9 @@ class YamlReader:
             if value is None:
                 self.add_problem(where, "expected union, base or a model, found None")
             if parts.get("tokens"):
-                self.add_problem(
-                    "tokenizer.tokens", "rules for single tokens cannot be read; a vocabulary is taken whole"
-                )
+                self.add_problem("tokenizer.tokens", "rules for single tokens are not supported")
             if parts.get("pad_to_multiple_of") not in (None, 0, 1):
-                self.add_problem("tokenizer.pad_to_multiple_of", "padded vocabularies cannot be made")
+                self.add_problem("tokenizer.pad_to_multiple_of", "a padded vocabulary is not supported")
         return value if value in (None, "base", "union") else self.reference(where, value)
 
     def dtype(self, content: dict[str, Any]) -> str | None:
@@ -235,9 +236,7 @@ class YamlReader:
             found = slices[0].base
         for number, part in enumerate(slices):
             if part.base not in (None, found):
-                self.add_problem(
-                    f"slices.{number}.base_model", "one base model for the whole merge is all that can be read"
-                )
+                self.add_problem(f"slices.{number}.base_model", "only one base model for the whole merge is supported")
         return found
 
 
@@ -289,7 +288,7 @@ def parse_mergekit(content: Any, origin: Path, merges: Collection[str] = ()) -> 
     elif outputs == ["modules"]:
         modules = top["modules"]
         if not isinstance(modules, dict) or list(modules) != ["default"]:
-            reader.add_problem("modules", "only the one module `default` can be read; this model would have several")
+            reader.add_problem("modules", "only the one module `default` is supported")
         else:
             module = reader.mapping("modules.default", modules["default"], ["models", "slices", "parameters"])
             slices = reader.output("modules.default", module)

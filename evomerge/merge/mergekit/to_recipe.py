@@ -118,7 +118,7 @@ class Conversion:
                 beside = " besides the base" if self.has_base else ""
                 self.problems.append(f"{where}: {file.method} takes {wanted} model(s){beside}, here are {count}")
         if any(i.model.merged and i.model.lora for s in self.slices for i in s.inputs):
-            self.problems.append("models: an adapter on a merge of this file cannot be read; merge in two steps")
+            self.problems.append("models: an adapter on a merge of this file is not supported; merge in two steps")
 
     def is_made(self, model: ModelReference) -> bool:
         """Whether a model is not on disk but made first: another document's merge, or an adapter on a checkpoint."""
@@ -190,7 +190,7 @@ class Conversion:
             low, high = BOUNDS.get(parameter, (-math.inf, math.inf))
             found[tensor.name] = min(high, max(low, float(value)))
         if parameter_kind(parameter) == "integer" and any(v != int(v) for v in found.values()):
-            self.problems.append(f"{parameter}: a gradient of whole numbers has other ones between them")
+            self.problems.append(f"{parameter}: a gradient of whole numbers has fractions between them")
         return found
 
     def filters(self, parameter: str, source: ModelReference | None = None) -> list[str]:
@@ -275,11 +275,13 @@ class Conversion:
         base = [i.parameters for s in self.slices for i in s.inputs if self.has_base and i.model == self.file.base]
         for parameter in sorted({p for parameters in scopes + own + base for p in parameters}):
             if parameter not in method.parameters:
-                notes.append(f"{parameter}: means nothing to {self.file.method}; passed over, as mergekit does")
+                notes.append(f"{parameter}: has no effect in {self.file.method}; ignored, as in mergekit")
             elif parameter not in method.each and any(parameter in parameters for parameters in own + base):
-                notes.append(f"{parameter}: is one for the whole merge; passed over at single models, as mergekit does")
+                notes.append(
+                    f"{parameter}: has one value for the whole merge; ignored at single models, as in mergekit"
+                )
         if any(parameter in method.each for parameters in base for parameter in parameters):
-            notes.append("parameters of the base model: passed over, as mergekit does")
+            notes.append("parameters of the base model: ignored, as in mergekit")
         return notes
 
 

@@ -29,14 +29,17 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
         kind = f"architecture {layout.config.get('model_type')!r}"
         if layout.config != base.config and empty_model(base.config) is not None:
             raise EvomergeError(f"transformers cannot build the {kind} with the layers of the slices")
-        return [*notes, f"transformers does not know the {kind}, so nothing says whether the folder is complete"]
+        return [
+            *notes,
+            f"transformers does not know the {kind}, so it cannot be checked whether the folder is complete",
+        ]
     if found.unread:
         before = layout_load_report(base.config, base.tensors)
         if of_base := found.unread & (before.unread if before else frozenset()):
             notes.append(f"transformers does not read {len(of_base)} tensor(s) of the base: {some(sorted(of_base))}")
             found = LoadReport(found.missing, found.unread - of_base, found.misshapen)
     if problems := found.problems():
-        raise EvomergeError("transformers would not load this model as it is meant:\n  " + "\n  ".join(problems))
+        raise EvomergeError("transformers would not load this model correctly:\n  " + "\n  ".join(problems))
     return notes
 
 

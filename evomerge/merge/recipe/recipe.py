@@ -58,9 +58,9 @@ class RecipeSource(Model):
     @model_validator(mode="after")
     def check_origin(self) -> "RecipeSource":
         if bool(self.path) == (self.recipe is not None):
-            raise ValueError("needs a `path` or a `recipe`, one of them")
+            raise ValueError("needs a `path` or a `recipe`, and not both")
         if self.recipe and self.statistics:
-            raise ValueError("statistics: are of a model on disk, not of a recipe")
+            raise ValueError("statistics: can be given for a model on disk, not for a recipe")
         if self.recipe and self.sha256:
             raise ValueError("sha256: belongs to the models of the `recipe`, not to the recipe")
         return self
@@ -213,8 +213,8 @@ def count_problems(where: str, method: Method, count: int) -> list[str]:
 def slice_problems(recipe: Recipe, method: Method) -> list[str]:
     """What is wrong with the slices.  A slice of the base alone is a copy of the base's layers, whatever the method."""
     names = [s.name for s in recipe.sources]
-    problems = [f"sources: {BASE!r} is the base's name in slices; call the source otherwise"] * (BASE in names)
-    problems += [f"slices: {method.name} needs statistics, which speak of whole models"] * bool(method.statistics)
+    problems = [f"sources: {BASE!r} is the base's name in slices; give the source another name"] * (BASE in names)
+    problems += [f"slices: {method.name} needs statistics, which describe whole models"] * bool(method.statistics)
     for number, part in enumerate(recipe.slices):
         where = f"slices.{number}.layers"
         used = [n for n in part.layers if n != BASE]

@@ -22,7 +22,7 @@ class Slice(BaseModel):
             raise ValueError("layers: names no model")
         for name, (start, end) in self.layers.items():
             if not 0 <= start <= end:
-                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start <= end")
+                raise ValueError(f"layers.{name}: [{start}, {end}] is not a range; it must be 0 <= start <= end")
         if len({end - start for start, end in self.layers.values()}) > 1:
             lengths = ", ".join(f"{name} {end - start}" for name, (start, end) in self.layers.items())
             raise ValueError(f"layers: all ranges of a slice must be equally long, here are {lengths}")

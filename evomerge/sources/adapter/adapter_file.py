@@ -87,7 +87,7 @@ def read_adapter_file(file: Path) -> AdapterFile:
     for key in handle.keys():  # noqa: SIM118 (not a dict)
         mergeable_dtype(file, key, handle.get_slice(key))
         if not found.add(key.removeprefix(PREFIX), handle.get_tensor(key)):
-            raise EvomergeError(f"{file}: {key} is there twice, under two names of PEFT's")
+            raise EvomergeError(f"{file}: {key} is there twice, under two of PEFT's names")
     for layer, pair in found.pairs.items():
         if pair.keys() != {"A", "B"}:
             raise EvomergeError(f"{file}: {layer.module}.weight has lora_{next(iter(pair))} but not its other half")

@@ -43,7 +43,7 @@ REFUSED = {
     "train a plain LoRA",
     "arrow_config": "it routes between several adapters; merge those one by one",
     "layer_replication": "the adapter's layers are not the base model's; save the base with its repeated layers first",
-    "megatron_config": "its layers are Megatron's parallel ones; convert it to PEFT's plain ones first",
+    "megatron_config": "its layers are Megatron's parallel layers; convert them to PEFT's plain layers first",
     "enable_lora": "it adapts parts of a layer in an old form of PEFT's; save it with a newer PEFT first",
 }
 PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
