@@ -42,7 +42,7 @@ from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.compare import model_differences
-from evomerge.merge.output.export import export, output_tensors, total_bytes
+from evomerge.merge.output.export import export, output_specs, total_bytes
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.output.shards import plan_shards
 from evomerge.merge.recipe.coefficients import Coefficient
@@ -213,7 +213,7 @@ def test_a_sharded_export_holds_the_same_tensors(family: dict[str, Path], tmp_pa
 def test_a_shard_is_within_its_limit_or_a_single_tensor(limit: int, tmp_path_factory: pytest.TempPathFactory):
     folders = write_family(tmp_path_factory.mktemp("shards"), ["one"])
     recipe, bank = recipe_for(folders), bank_of(folders)
-    shards = list(plan_shards(output_tensors(recipe, bank), limit).values())
+    shards = list(plan_shards(output_specs(recipe, bank), limit).values())
     size = {name: info.bytes // 2 for name, info in bank.models.base.tensors.items()}  # float32 in, bfloat16 out
     assert [name for shard in shards for name in shard] == bank.names
     assert all(len(shard) == 1 or sum(size[n] for n in shard) <= limit for shard in shards)

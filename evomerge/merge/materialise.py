@@ -164,7 +164,7 @@ def check_fits(recipe: Recipe, bank: Bank) -> None:
     """EvomergeError if a bank was opened for another layout than the recipe's, or its lists count other layers."""
     if recipe.slices != bank.slices:
         raise EvomergeError("this recipe has other `slices` than the models were opened for")
-    if recipe.vocabulary != bank.models.wanted:
+    if recipe.vocabulary != bank.models.requested_vocabulary:
         raise EvomergeError("this recipe has another `vocabulary` than the models were opened for")
     check_layers(recipe, bank.layers)
 

@@ -49,7 +49,7 @@ LENGTH_SCALED = ("dynamic", "longrope", "yarn")  # rope types that use `max_posi
 
 
 @dataclass(frozen=True)
-class Difference:
+class ConfigDifference:
     """A key in which two configurations differ.
 
     key: its path (`text_config.rope_parameters.rope_theta`).
@@ -68,7 +68,7 @@ class Difference:
         return self.key.rpartition(".")[2]
 
 
-def compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
+def compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[ConfigDifference]:
     """The keys in which two configurations make the same weights compute something else.
 
     ours: of the base.  theirs: of a source.  Returns problems first, notes last.
@@ -88,14 +88,14 @@ def compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[
         if a == b or (last == "architectures" and None in (a, b)):
             continue
         if last == "vocab_size" or not is_ignored(last):
-            found.append(Difference(key, a, b, difference_kind(key, x, y)))
+            found.append(ConfigDifference(key, a, b, difference_kind(key, x, y)))
     return sorted(found, key=lambda d: (d.kind == "note", d.last_key not in STRUCTURE))
 
 
 def difference_kind(
     key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> Literal["note", "structure"] | Allowed:
-    """What a difference means for a merge (see `Difference`).
+    """What a difference means for a merge (see `ConfigDifference`).
 
     key: its path.  ours, theirs: the flattened configurations.
     """
@@ -169,7 +169,7 @@ def paths_and_values(config: Mapping[str, Any], prefix: str, depth: int) -> Iter
             yield f"{prefix}{key}", value
 
 
-def difference_line(difference: Difference, name: str, allowed: Collection[str]) -> str:
+def difference_line(difference: ConfigDifference, name: str, allowed: Collection[str]) -> str:
     """One line about a difference: both values, and what the output has.
 
     name: of the source.  allowed: the kinds that are allowed.

@@ -19,14 +19,14 @@ class Models:
     """The base model and the sources by name, in the order of the recipe.
 
     compatibility: what was noticed when they were compared.
-    wanted: the vocabulary that the recipe asks for: `base`, `union`, a source's name, or None.
+    requested_vocabulary: the vocabulary that the recipe asks for: `base`, `union`, a source's name, or None.
     vocabulary: the vocabulary of the output; None if the base has no tokenizer.
     """
 
     base: Checkpoint
     sources: dict[str, Checkpoint | Adapter]
     compatibility: Compatibility
-    wanted: str | None = None
+    requested_vocabulary: str | None = None
     vocabulary: Vocabulary | None = None
 
     @property
@@ -79,9 +79,9 @@ def open_models(
 def with_head_if_needed(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:
     """The base as it is, or with a head of its own if it ties head and embedding and a source does not."""
     heads = [source.head_name for source in sources.values() if not source.ties_head and source.head_name]
-    return (
-        with_untied_head(base, base.head_name or heads[0]) if heads and base.ties_head and base.embedding_name else base
-    )
+    if heads and base.ties_head and base.embedding_name:
+        return with_untied_head(base, base.head_name or heads[0])
+    return base
 
 
 def open_source(folder: Path, base: Checkpoint) -> Checkpoint | Adapter:

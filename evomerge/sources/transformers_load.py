@@ -41,7 +41,8 @@ class LoadReport:
         if self.missing:
             missing = some(sorted(self.missing))
             lines.append(
-                f"{len(self.missing)} tensor(s) are missing, transformers would fill them with random numbers: {missing}"
+                f"{len(self.missing)} tensor(s) are missing, transformers would fill them with random numbers: "
+                + missing
             )
         if self.unread:
             lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(sorted(self.unread))}")

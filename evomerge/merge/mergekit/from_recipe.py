@@ -68,7 +68,7 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     if base is not None:
         content["base_model"] = base
     per_run = [run_content(recipe, method, run, layers, base, sources) for run in runs]
-    if method.base == "input" or recipe.slices:  # only with slices may mergekit's base model be no input
+    if method.base == "input" or recipe.slices:  # in `models`, mergekit's base model is always an input
         content["slices"] = per_run
     else:
         content["models"] = [{k: v for k, v in s.items() if k != "layer_range"} for s in per_run[0]["sources"]]

@@ -193,7 +193,7 @@ class YamlReader:
             else None
         )
 
-    def output(self, where: str, value: dict[str, Any]) -> list[OutputSlice]:
+    def slices(self, where: str, value: dict[str, Any]) -> list[OutputSlice]:
         """The slices of a file or of its module: its `slices`, or one slice with its `models`."""
         prefix = f"{where}." if where else ""
         if value.get("models"):
@@ -229,7 +229,7 @@ class YamlReader:
             self.add_problem(key, f"{short_repr(content[key])} is not one of float32, bfloat16, float16")
         return found
 
-    def base(self, content: dict[str, Any], slices: list[OutputSlice]) -> ModelReference | None:
+    def base_model(self, content: dict[str, Any], slices: list[OutputSlice]) -> ModelReference | None:
         """The base model of the merge: that of the file, else the one that every slice names."""
         found = self.reference("base_model", content["base_model"]) if content.get("base_model") else None
         if found is None and slices and all(part.base == slices[0].base for part in slices):
@@ -291,11 +291,11 @@ def parse_mergekit(content: Any, origin: Path, merges: Collection[str] = ()) -> 
             reader.add_problem("modules", "only the one module `default` is supported")
         else:
             module = reader.mapping("modules.default", modules["default"], ["models", "slices", "parameters"])
-            slices = reader.output("modules.default", module)
+            slices = reader.slices("modules.default", module)
             parameters.insert(0, reader.parameters("modules.default.parameters", module.get("parameters")))
     else:
-        slices = reader.output("", top)
-    base, tokenizer, dtype = reader.base(top, slices), reader.tokenizer(top), reader.dtype(top)
+        slices = reader.slices("", top)
+    base, tokenizer, dtype = reader.base_model(top, slices), reader.tokenizer(top), reader.dtype(top)
     template = reader.text("chat_template", top["chat_template"]) if top.get("chat_template") else None
     if reader.problems:
         raise EvomergeError(f"{origin}: {len(reader.problems)} problem(s):\n  " + "\n  ".join(reader.problems))

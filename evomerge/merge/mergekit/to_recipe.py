@@ -39,20 +39,20 @@ def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None 
     conversion = Conversion(file, made or {})
     base = open_checkpoint(locate(conversion.base))
     tensors = list(output_tensors(conversion.slices, list(base.tensors)))
-    shared, each = conversion.parameters(tensors)
-    vocabulary, template = conversion.vocabulary(), conversion.chat_template()
+    shared, each = conversion.recipe_parameters(tensors)
+    vocabulary, template = conversion.recipe_vocabulary(), conversion.chat_template()
     if conversion.problems:
         raise EvomergeError(f"{path}: {len(conversion.problems)} problem(s):\n  " + "\n  ".join(conversion.problems))
     try:
         content: dict[str, Any] = {
             "method": file.method,
-            "dtype": conversion.dtype(),
+            "dtype": conversion.output_dtype(),
             "base": Model(path=conversion.base),
-            "sources": list(map(conversion.source, conversion.names, conversion.sources, each)),
+            "sources": list(map(conversion.recipe_source, conversion.names, conversion.sources, each)),
             "parameters": shared,
             "vocabulary": vocabulary,
             "chat_template": template,
-            "slices": conversion.slices_of_recipe(layer_count(list(base.tensors))),
+            "slices": conversion.recipe_slices(layer_count(list(base.tensors))),
         }
         return Recipe(**content), conversion.notes()
     except ValidationError as error:
@@ -91,9 +91,9 @@ class Conversion:
         self.base_is_source = self.has_base and file.method == "slerp" and self.is_made(self.config_model)
         self.sources = [self.config_model, *others] if self.base_is_source else others
         self.names = source_names(self.sources)
-        self.check()
+        self.check_models()
 
-    def check(self) -> None:
+    def check_models(self) -> None:
         """Collect what is wrong with base models and numbers of models, slice by slice."""
         file, (least, most) = self.file, self.method.models
         if not self.sources:
@@ -124,7 +124,7 @@ class Conversion:
         """Whether a model is not on disk but made first: another document's merge, or an adapter on a checkpoint."""
         return model.merged or model.lora is not None
 
-    def source(self, name: str, model: ModelReference, parameters: dict[str, Coefficient]) -> RecipeSource:
+    def recipe_source(self, name: str, model: ModelReference, parameters: dict[str, Coefficient]) -> RecipeSource:
         """A model as a source of the recipe.
 
         As in mergekit, an adapter on another model than the base is merged into that model first.
@@ -141,7 +141,7 @@ class Conversion:
         )
         return RecipeSource(name=name, recipe=adapted, parameters=parameters)
 
-    def dtype(self) -> str:
+    def output_dtype(self) -> str:
         """The output's type: that of the file, else the one to which the types of all models are promoted."""
         if self.file.dtype:
             return self.file.dtype
@@ -155,11 +155,13 @@ class Conversion:
         """The scopes that hold parameters for all models of a slice, in order of precedence."""
         return [part.parameters, *self.file.parameters]
 
-    def shared(self, parameter: str, default: Scalar, tensors: list[OutputTensor]) -> dict[str, float]:
+    def values_for_all(self, parameter: str, default: Scalar, tensors: list[OutputTensor]) -> dict[str, float]:
         """The values of a parameter that all models share, by tensor."""
-        return self.values(parameter, default, ((t, t.name, self.scopes(t.slice)) for t in tensors), "the merge")
+        return self.values_by_tensor(
+            parameter, default, ((t, t.name, self.scopes(t.slice)) for t in tensors), "the merge"
+        )
 
-    def each(
+    def values_for_model(
         self, parameter: str, default: Scalar, tensors: list[OutputTensor], source: ModelReference
     ) -> dict[str, float]:
         """The values of a parameter for one model, by tensor, for the tensors that the model is part of."""
@@ -169,9 +171,9 @@ class Conversion:
             for i in t.slice.inputs
             if i.model == source
         )
-        return self.values(parameter, default, lookups, self.names[self.sources.index(source)])
+        return self.values_by_tensor(parameter, default, lookups, self.names[self.sources.index(source)])
 
-    def values(
+    def values_by_tensor(
         self, parameter: str, default: Scalar, lookups: Iterable[tuple[OutputTensor, str, list[Parameters]]], owner: str
     ) -> dict[str, float]:
         """The values of a parameter by tensor.
@@ -199,7 +201,9 @@ class Conversion:
         scopes += [s.parameters for s in self.slices] + self.file.parameters
         return [e.filter for parameters in scopes for e in parameters.get(parameter, []) if e.filter is not None]
 
-    def parameters(self, tensors: list[OutputTensor]) -> tuple[dict[str, Coefficient], list[dict[str, Coefficient]]]:
+    def recipe_parameters(
+        self, tensors: list[OutputTensor]
+    ) -> tuple[dict[str, Coefficient], list[dict[str, Coefficient]]]:
         """The knobs of the recipe, and those of each source."""
         knobs, layers = METHODS[self.file.method].knobs, layer_count([t.name for t in tensors])
         shared: dict[str, Coefficient] = {}
@@ -209,12 +213,12 @@ class Conversion:
                 zip(self.sources, each, strict=True) if parameter in self.method.each else [(None, shared)]
             ):
                 if source is None:
-                    values = self.shared(parameter, default, tensors)
+                    values = self.values_for_all(parameter, default, tensors)
                 else:
-                    values = self.each(parameter, default, tensors, source)
+                    values = self.values_for_model(parameter, default, tensors, source)
                     if parameter == "weight" and self.file.method == "ties":
                         # At density 0 mergekit keeps no element, evomerge's ties one.
-                        density = self.each("density", 1.0, tensors, source)
+                        density = self.values_for_model("density", 1.0, tensors, source)
                         values = {n: v if density[n] > 0 else 0.0 for n, v in values.items()}
                 if not values or parameter not in knobs:
                     if set(values.values()) - {float(default)}:
@@ -229,7 +233,7 @@ class Conversion:
             shared["task_vectors"] = self.has_base
         return shared, each
 
-    def slices_of_recipe(self, layers: int) -> list[dict[str, dict[str, tuple[int, int]]]]:
+    def recipe_slices(self, layers: int) -> list[dict[str, dict[str, tuple[int, int]]]]:
         """The recipe's `slices`; none if the file merges whole models of `layers` layers."""
         found = []
         for part in self.slices:
@@ -244,7 +248,7 @@ class Conversion:
         whole = len(found) == 1 and set(found[0]["layers"].values()) == {(0, layers)}
         return [] if whole else found
 
-    def vocabulary(self) -> str | None:
+    def recipe_vocabulary(self) -> str | None:
         """The recipe's `vocabulary`: `base`, `union`, a source's name or None."""
         wanted = self.file.tokenizer
         if not isinstance(wanted, ModelReference):

@@ -26,7 +26,7 @@ def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
     return TORCH_DTYPES[recipe.dtype] if stored.is_floating_point else stored
 
 
-def output_tensors(recipe: Recipe, bank: Bank) -> dict[str, TensorSpec]:
+def output_specs(recipe: Recipe, bank: Bank) -> dict[str, TensorSpec]:
     """Type and shape of every tensor of the output, in the base's order."""
     tensors = bank.layout.tensors
     return {name: (output_dtype(recipe, tensors[name].dtype), tensors[name].shape) for name in bank.names}
@@ -34,7 +34,7 @@ def output_tensors(recipe: Recipe, bank: Bank) -> dict[str, TensorSpec]:
 
 def total_bytes(recipe: Recipe, bank: Bank) -> int:
     """The bytes of all tensors of the output."""
-    return sum(map(size_of, output_tensors(recipe, bank).values()))
+    return sum(map(size_of, output_specs(recipe, bank).values()))
 
 
 def export(
@@ -63,7 +63,7 @@ def export(
     for line in check_loads(bank.layout, bank.models.base):
         note(line)
     bank.statistics(recipe)  # raises if a statistics file is wrong, before anything is written
-    tensors = output_tensors(recipe, bank)
+    tensors = output_specs(recipe, bank)
     shards = plan_shards(tensors, shard_bytes)
     with new_folder(folder) as aside:
         total = 0
