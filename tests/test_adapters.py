@@ -192,7 +192,7 @@ def test_a_name_that_two_layers_could_have_is_none_of_them() -> None:
 
 
 @pytest.mark.parametrize("turned", [None, True, False])
-def test_of_an_unknown_architecture_a_square_layer_needs_a_word(turned: bool | None, tmp_path: Path) -> None:
+def test_a_square_layer_of_an_unknown_architecture_needs_fan_in_fan_out(turned: bool | None, tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "novel", "architectures": ["Novel"]}))
@@ -288,7 +288,7 @@ UNTIED: dict[str, tuple[bool, dict[str, bool]]] = {  # whether base and sources 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 @pytest.mark.parametrize(("base_tied", "tied"), UNTIED.values(), ids=UNTIED)
-def test_a_trained_head_is_merged_whoever_is_tied(
+def test_a_trained_head_is_merged_whichever_model_is_tied(
     base_tied: bool, tied: dict[str, bool], method: str, tmp_path: Path
 ) -> None:
     base = write_llama(tmp_path / "base", tied=base_tied)

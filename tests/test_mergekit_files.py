@@ -611,7 +611,7 @@ def test_slices_come_back(folder: Path):
     assert back == recipe
 
 
-def test_what_mergekit_has_no_words_for_is_refused(folder: Path):
+def test_what_mergekit_cannot_express_is_refused(folder: Path):
     base, inner = Model(path=str(folder / "base")), RecipeSource(name="one", path=str(folder / "one"))
     nested = Recipe(method="linear", base=base, sources=[inner])
     with pytest.raises(EvomergeError, match="mergekit cannot merge merges: twice has a recipe of its own"):

@@ -160,7 +160,7 @@ def found(base: Path, source: Path) -> tuple[list[str], list[str]]:
     return result.problems, result.notes
 
 
-def test_siblings_fit_without_a_word(tmp_path: Path) -> None:
+def test_models_that_fit_give_no_notes(tmp_path: Path) -> None:
     base, source = write_llama(tmp_path / "base"), write_llama(tmp_path / "it", 1, shards=2)
     assert found(base, source) == ([], [])
 
@@ -451,7 +451,7 @@ def test_a_folder_with_only_an_adapter_config_opens_as_an_adapter(tmp_path: Path
     assert check_compatibility(models.base, models.sources) == models.compatibility
 
 
-# Anatomy
+# Tensor names
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -497,7 +497,7 @@ def names_of(model_type: str, folder: Path) -> list[str]:
         ("qwen3_moe", {"model.layers.2.mlp.experts.0.up_proj.weight": (2, "mlp")}),
     ],
 )  # fmt: skip
-def test_every_tensor_of_a_known_architecture_has_its_place(
+def test_every_tensor_of_a_known_architecture_has_its_layer_and_component(
     tmp_path: Path, model_type: str, samples: dict[str, tuple[int | None, str]]
 ) -> None:
     names = names_of(model_type, tmp_path / "m")
@@ -572,7 +572,7 @@ def test_locate_refuses_a_file(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["owner/model", "owner/model@v1.0", "owner/mo--del"])
-def test_a_hub_id_that_cannot_be_had_is_said_with_both_readings(
+def test_the_error_for_a_hub_id_names_the_folder_and_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

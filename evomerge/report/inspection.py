@@ -1,4 +1,4 @@
-"""What `evomerge inspect` shows: anatomy, compatibility, and how far the sources are from the base."""
+"""What `evomerge inspect` shows: layers and components, compatibility, and how far the sources are from the base."""
 
 import numpy as np
 from rich.table import Table
