@@ -1,4 +1,4 @@
-"""Every tensor of transformers' architectures has a layer and a component; names come from classes on the meta device."""
+"""Every tensor of transformers' architectures has a component; the names come from its classes on the meta device."""
 
 import re
 import warnings
