@@ -30,18 +30,6 @@ FOLDERS = ("benchmarks", "configs", "docs", "evals", "evomerge", "examples", "te
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-TO_WRAP = {
-    "CHANGELOG.md",
-    "README.md",
-    "docs/benchmarks.md",
-    "docs/dependencies.md",
-    "docs/mergekit.md",
-    "docs/reliability.md",
-    "docs/smollm2.md",
-    "examples/smollm2/README.md",
-}
-"""Pages that were written before lines were limited to 100 characters; one that is clean must leave this list."""
-
 
 def tokens(page: Path) -> list[Token]:
     return MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8"))
@@ -366,8 +354,4 @@ def test_lines_are_at_most_100_characters(page: Path) -> None:
     """Tables are exempt, and what a link or an address adds to a line."""
     lines = page.read_text(encoding="utf-8").splitlines()
     rest = [re.sub(r"\]\([^)]*\)|https?://\S+", "", line) for line in lines if not line.startswith("|")]
-    long = [line for line in rest if len(line) > 100]
-    if str(page.relative_to(ROOT)) in TO_WRAP:
-        assert long, "has no long lines any more: take it off TO_WRAP"
-    else:
-        assert long == []
+    assert [line for line in rest if len(line) > 100] == []
