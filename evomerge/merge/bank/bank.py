@@ -21,8 +21,9 @@ from evomerge.merge.measure.measurements import Kept, Measurements
 from evomerge.merge.measure.statistics_file import StatisticsFile, open_statistics_file
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Chance, Derived
-from evomerge.merge.recipe.layout import BASE, Slice, build_layout
+from evomerge.merge.recipe.layout import build_layout
 from evomerge.merge.recipe.recipe import Recipe
+from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.adapter.change import Change
 from evomerge.sources.checkpoint import is_head
