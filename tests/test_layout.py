@@ -21,9 +21,9 @@ from evomerge.merge.materialise import materialise, materialise_tensor
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import differences, export
-from evomerge.merge.recipe.layout import Slice
 from evomerge.merge.recipe.nested import open_bank
 from evomerge.merge.recipe.recipe import Recipe, check_fingerprints, load_recipe
+from evomerge.merge.recipe.slices import Slice
 from evomerge.sources.anatomy import at_layer, place
 from evomerge.sources.checkpoint import open_checkpoint
 

@@ -13,8 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 WRAPPERS = frozenset({"base_model", "language_model", "model", "transformer"})  # modules that only hold others
 NUMBER = re.compile(r"\d+")
 Place = tuple[str, str | None, tuple[int, ...]]
@@ -43,6 +41,7 @@ def empty_model(config: Mapping[str, Any]) -> Any | None:
 
 @lru_cache(maxsize=4)
 def build(text: str) -> Any | None:
+    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -15,8 +15,8 @@ from evomerge.sources.anatomy import layer_count
 from evomerge.sources.architecture import known_config
 from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem
-from evomerge.sources.safetensors_header import open_safetensors
-from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
+from evomerge.sources.safetensors_header import open_safetensors, weight_files
+from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
 
 DTYPES = {
     "F64": torch.float64,
@@ -145,40 +145,6 @@ def says_tied(config: Mapping[str, Any]) -> bool:
     if (tied := config.get("tie_word_embeddings")) is not None:
         return bool(tied)
     return bool(getattr(known_config(config), "tie_word_embeddings", False))
-
-
-def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files of a checkpoint folder and the tensors that its index, if it has one, promises.
-
-    EvomergeError if there are none (a pickle checkpoint is refused by name), or the index names a file that
-    is missing or lies outside the folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index, unique=True).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise EvomergeError(f"{index}: has no `weight_map`")
-        names = sorted({str(name) for name in weight_map.values()})
-        if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
-            raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
-        if missing := [name for name in names if not is_there(folder / name)]:
-            raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
-        return [folder / name for name in names], list(weight_map)
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"], []
-    if packed := sorted(p.name for p in folder.glob("*.gguf")):
-        raise EvomergeError(
-            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
-            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
-            f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
-        )
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise EvomergeError(
-            f"{folder}: holds a pickle checkpoint ({pickles[0]}), which can run code when it is opened; "
-            "save the model again with safe_serialization (model.safetensors)"
-        )
-    raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

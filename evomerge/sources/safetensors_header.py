@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, checked before the library maps it.
+"""Which safetensors files a model has, and what each says it holds, checked before the library maps it.
 
 The library itself checks offsets, types and sizes (https://huggingface.co/docs/safetensors, "Format"); here is what it
 leaves open: files that are none, headers of absurd length, a tensor named twice, shapes beyond what torch can count.
@@ -12,8 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
-from evomerge.files import opened
+from evomerge.files import opened, read_json
 from evomerge.parse import parse_json
+from evomerge.sources.tokenizer import is_there
 
 HEADER_BYTES = 32 << 20  # 150 bytes a tensor; the largest models have 100,000
 NAME_LENGTH = 500
@@ -21,9 +22,43 @@ DIMENSIONS = 8
 ELEMENTS = 1 << 48
 
 
+def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors files of a checkpoint folder and the tensors that its index, if it has one, promises.
+
+    EvomergeError if there are none (a pickle checkpoint is refused by name), or the index names a file that
+    is missing or lies outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index, unique=True).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EvomergeError(f"{index}: has no `weight_map`")
+        names = sorted({str(name) for name in weight_map.values()})
+        if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
+            raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
+        if missing := [name for name in names if not is_there(folder / name)]:
+            raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
+        return [folder / name for name in names], list(weight_map)
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"], []
+    if packed := sorted(p.name for p in folder.glob("*.gguf")):
+        raise EvomergeError(
+            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
+            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
+        )
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise EvomergeError(
+            f"{folder}: holds a pickle checkpoint ({pickles[0]}), which can run code when it is opened; "
+            "save the model again with safe_serialization (model.safetensors)"
+        )
+    raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
 def open_safetensors(path: Path) -> Any:
     """A memory-mapped safetensors file.  EvomergeError if it is missing, truncated, not safetensors, or absurd."""
-    check_header(path)
+    checked_header(path)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -34,8 +69,13 @@ def incomplete(path: Path, reason: str) -> EvomergeError:
     return EvomergeError(f"{path}: not a complete safetensors file ({reason}); copy or download it again")
 
 
-def check_header(path: Path) -> None:
-    """EvomergeError if a file's header cannot be what it should be."""
+def tensor_names(folder: Path) -> list[str]:
+    """The tensors of a checkpoint folder, in file order, by its files' headers alone."""
+    return [name for file in weight_files(folder)[0] for name in checked_header(file)]
+
+
+def checked_header(path: Path) -> dict[str, Any]:
+    """A file's header: tensor -> its entry.  EvomergeError if it cannot be what it should be."""
     text = read_header(path)
     try:
         header = parse_json(text, "its header", unique=True)
@@ -43,9 +83,8 @@ def check_header(path: Path) -> None:
         raise incomplete(path, str(error)) from error
     if not isinstance(header, dict):
         raise incomplete(path, f"its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if not 0 < len(name) <= NAME_LENGTH or not name.isprintable():
             raise EvomergeError(f"{path}: {name[:60]!r} is no name of a tensor")
         shape = entry.get("shape") if isinstance(entry, dict) else None
@@ -54,6 +93,7 @@ def check_header(path: Path) -> None:
         # Zeros aside: torch multiplies the others to find the strides of an empty tensor.
         if len(shape) > DIMENSIONS or math.prod(x for x in shape if x) > ELEMENTS:
             raise EvomergeError(f"{path}: {name} has a shape that no tensor has")
+    return header
 
 
 def read_header(path: Path) -> str:

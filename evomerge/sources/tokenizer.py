@@ -11,6 +11,7 @@ from typing import Any
 from evomerge.errors import EvomergeError, first_line
 from evomerge.files import TOKENIZER_BYTES, read_json, read_text
 
+WHOLE = BASE, UNION = "base", "union"  # whose vocabulary an output may have, besides a source's
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

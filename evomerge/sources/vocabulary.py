@@ -11,9 +11,8 @@ from torch import Tensor
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo, is_head
-from evomerge.sources.tokenizer import Vocabulary, union
+from evomerge.sources.tokenizer import BASE, UNION, WHOLE, Vocabulary, union
 
-WHOLE = BASE, UNION = "base", "union"
 HEAD_BIASES = ("lm_head.bias", "embed_out.bias")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Source = Checkpoint | Adapter

@@ -1,10 +1,19 @@
 """Before anything is written: whether transformers will load the folder as it is meant."""
 
+import hashlib
+import importlib.metadata
+import inspect
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, some
+from evomerge.files import read_json, sha256
+from evomerge.merge.kernels.compiler import Kept, user_cache
 from evomerge.merge.recipe.layout import Layout
+from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import empty_model
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
 from evomerge.sources.transformers_load import Loading, loading
@@ -39,4 +48,35 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
 
 
 def loads(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Loading | None:
-    return loading(config, {name: (info.dtype, info.shape) for name, info in tensors.items()})
+    """`loading`, whose answer is kept: what a search has checked, its export need not import transformers' models for.
+
+    The answer belongs to everything that it depends on: configuration, tensors, the packages' versions, this code.
+    """
+    shapes = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    asked = {
+        "config": config,
+        "tensors": {name: [str(dtype), list(shape)] for name, (dtype, shape) in shapes.items()},
+        "versions": [importlib.metadata.version(package) for package in ("transformers", "torch")],
+        "code": [sha256(Path(inspect.getfile(part))) for part in (loading, empty_model, is_computed)],
+    }
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    kept = Kept(user_cache("loads"), log=lambda line: None)
+    file = kept.folder / f"{digest}.json"
+    with suppress(EvomergeError, KeyError):
+        if kept.is_sound(file):
+            content = read_json(file)
+            return Loading(frozenset(content["missing"]), frozenset(content["unread"]), content["misshapen"])
+    found = loading(config, shapes)
+    if found is not None:  # an unknown architecture may be known when another package is installed
+        content = {
+            "missing": sorted(found.missing),
+            "unread": sorted(found.unread),
+            "misshapen": dict(found.misshapen),
+        }
+        with suppress(EvomergeError, OSError):  # a full disk is for those to report who must write
+            kept.file(file.name, lambda aside: write_json(aside, content))
+    return found
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from evomerge.sources.checkpoint import DTYPES
 
 SHARD_BYTES = 4 << 30
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PLAIN = {"format": "pt"}  # the metadata of a model's file
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -41,15 +42,15 @@ def plan_shards(tensors: Mapping[str, Shape], limit: int = SHARD_BYTES) -> dict[
 class Writer:
     """An open safetensors file (https://huggingface.co/docs/safetensors): its header is written, the data follows."""
 
-    def __init__(self, file: IO[bytes], tensors: Mapping[str, Shape]) -> None:
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, Shape], metadata: Mapping[str, str]) -> None:
         self.file = file
         self.expected = iter(tensors.items())
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": metadata}
         end = 0
         for name, (dtype, shape) in tensors.items():
             start, end = end, end + size_of((dtype, shape))
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
         file.write(len(text).to_bytes(8, "little") + text)
 
@@ -62,7 +63,7 @@ class Writer:
 
 
 @contextmanager
-def open_writer(path: Path, tensors: Mapping[str, Shape]) -> Iterator[Writer]:
+def open_writer(path: Path, tensors: Mapping[str, Shape], metadata: Mapping[str, str] = PLAIN) -> Iterator[Writer]:
     """A new safetensors file to be filled in the order of `tensors`.  EvomergeError if the disk is too full for it."""
     needed, free = sum(map(size_of, tensors.values())), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -71,4 +72,4 @@ def open_writer(path: Path, tensors: Mapping[str, Shape]) -> Iterator[Writer]:
             "nothing that was finished is lost. Free some space and try again"
         )
     with path.open("wb") as file:
-        yield Writer(file, tensors)
+        yield Writer(file, tensors, metadata)

@@ -12,11 +12,11 @@ from evomerge.files import read_yaml, sha256
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Knobs, Method
 from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
-from evomerge.merge.recipe.layout import BASE, Slice
+from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.anatomy import Place
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.locate import absolute, absolute_model, locate, matching_models, model_fingerprint, pinned
-from evomerge.sources.vocabulary import WHOLE
+from evomerge.sources.tokenizer import WHOLE
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
