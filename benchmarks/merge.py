@@ -28,7 +28,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from evomerge.merge.bank.bank import Bank
-from evomerge.merge.kernels.compiled import Compiled, user_cache
+from evomerge.merge.kernels.compiled import Compiled
+from evomerge.merge.kernels.compiler import user_cache
 from evomerge.merge.materialise import materialise
 from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.methods import METHODS
@@ -294,7 +295,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, {args.device}, {args.model}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folders = write_models(Path(folder), args.model, device=args.device)
-        compiled = Compiled(user_cache(), lambda line: print(line, file=sys.stderr))
+        compiled = Compiled(user_cache("kernels"), lambda line: print(line, file=sys.stderr))
         print("method            kernels   x floor     median    beyond sources and live model")
         for method in [] if args.no_compiled else args.methods:
             print(measure(method, folders, compiled, args), flush=True)

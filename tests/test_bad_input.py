@@ -34,7 +34,8 @@ from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.parse import DEPTH, YAML_NODES, parse_json, parse_yaml
 from evomerge.report.verdict_text import results_section
 from evomerge.search.evaluation.task_set import open_task_set
-from evomerge.search.run import Run, check_unchanged, create_run
+from evomerge.search.inputs import check_unchanged, create_run
+from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import looks_like_hub_id

@@ -28,9 +28,9 @@ from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.run import Run
 from evomerge.search.workers import options
-from evomerge.search.workers.options import WorkerOptions
 from evomerge.search.workers.process import one_device
 from evomerge.search.workers.worker import Setup
+from evomerge.search.workers.worker_options import WorkerOptions
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.models import open_models
 from evomerge.statistics.gather import fitting_groups

@@ -14,9 +14,9 @@ from evomerge.config.config_file import load_config, pin
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
-from evomerge.search.evaluation.evaluator import open_config_models
 from evomerge.search.evaluation.task_set import TaskSet
-from evomerge.search.run import check_unchanged, create_run
+from evomerge.search.inputs import check_unchanged, create_run
+from evomerge.search.models import open_config_models
 from evomerge.search.space.baselines import given
 from evomerge.search.space.space import build_space
 from evomerge.sources.locate import locate, pinned, snapshot

@@ -18,7 +18,8 @@ from evomerge.merge.live import open_live_model
 from evomerge.report.progress import seconds_text
 from evomerge.report.status import read_status
 from evomerge.report.usage_text import count_text, usage_text
-from evomerge.search.budget.usage import Elapsed, Meter, Stopwatch, Usage, nvml_counter, used_by
+from evomerge.search.budget.meter import Meter, nvml_counter
+from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import open_run
 from evomerge.search.storage.study import record_of

@@ -39,13 +39,9 @@ def search(
     """Start a search: propose, merge, score, and judge the winner at the end."""
     from evomerge.config.config_file import load_config, pin
     from evomerge.files import refuse_full
-    from evomerge.merge.output.load_check import check_loads
-    from evomerge.merge.recipe.layout import build_layout
     from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.evaluation.evaluator import open_config_models
-    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
-    from evomerge.search.run import create_run, refuse_existing
-    from evomerge.search.workers.options import parse_worker_options
+    from evomerge.search.run import refuse_existing
+    from evomerge.search.workers.worker_options import parse_worker_options
 
     loaded = with_budget(load_config(config), trials, timeout, target, patience)
     limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
@@ -53,7 +49,13 @@ def search(
     refuse_existing(folder)
     if out is not None:
         refuse_full(out)
-    # All that can be wrong with the inputs is said before there is a run folder.
+    # What the file alone shows is said before seconds go into imports, the rest before there is a run folder.
+    from evomerge.merge.output.load_check import check_loads
+    from evomerge.merge.recipe.layout import build_layout
+    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.inputs import create_run
+    from evomerge.search.models import open_config_models
+
     loaded = pin(loaded, {})
     models = open_config_models(loaded)
     for note in check_loads(build_layout(models), models.base):
@@ -84,8 +86,9 @@ def resume(
     from evomerge.config.config_file import write_config
     from evomerge.files import refuse_full
     from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.run import check_unchanged, open_run
-    from evomerge.search.workers.options import parse_worker_options
+    from evomerge.search.inputs import check_unchanged
+    from evomerge.search.run import open_run
+    from evomerge.search.workers.worker_options import parse_worker_options
 
     worker_options = parse_worker_options(workers, ray)
     opened = open_run(run)
@@ -181,8 +184,9 @@ def repeat(
     trial: Annotated[int, typer.Option(min=0, help="The number of the trial.")],
 ) -> None:
     """Run one finished trial again, alone, and compare every item's score with the recorded one."""
+    from evomerge.search.inputs import check_unchanged
     from evomerge.search.repeat import repeat as repeat_trial
-    from evomerge.search.run import check_unchanged, open_run
+    from evomerge.search.run import open_run
 
     opened = open_run(run)
     check_unchanged(opened, accept=False)

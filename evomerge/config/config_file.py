@@ -13,7 +13,6 @@ from evomerge.config.database_url import has_password, masked
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
-from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import choices_of, is_named, values_of
 from evomerge.sources.locate import looks_like_hub_id, pinned
@@ -150,6 +149,8 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     file = content.get("start_from")
     if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
         return content
+    from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
+
     recipe, _ = load_merge(Path(file))
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,7 +9,8 @@ from torch import Tensor
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank.bank import Bank, mask_keys
-from evomerge.merge.kernels.call import Call, Keys, call_of, contributes
+from evomerge.merge.bank.operands import Operands
+from evomerge.merge.kernels.call import Call, Keys, Memo, call_of, contributes
 from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.launch import Launcher
 from evomerge.merge.methods import METHODS
@@ -20,6 +20,7 @@ from evomerge.merge.recipe.recipe import Recipe, check_layers
 from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
+KEPT = 16  # sets of sources and seeds of which operands are kept
 KnobsAt = Callable[[TensorRole, int, tuple[str, ...]], Knobs]
 
 
@@ -27,49 +28,86 @@ class NotFinite(ArithmeticError):
     """A merged tensor holds NaN or infinity: this candidate is broken, the next may be fine."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Planned:
-    """What one tensor is made of: the arguments of `execute`."""
+    """What one tensor is made of: the arguments of `execute`.  memo: see `Call`."""
 
     plan: Plan
     base: Tensor
     sources: Sequence[Tensor]
     planes: Sequence[Tensor]
     keys: Keys
+    memo: Memo | None = None
 
 
-def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planned | None:
-    """What a recipe makes the tensor `name` of; None for integers, which are the base's.
+def operands_of(recipe: Recipe, bank: Bank, name: str) -> Operands:
+    """What the tensor `name` of a recipe is merged of."""
+    names = tuple(bank.taking_part(name, [s.name for s in recipe.sources]))
+    statistics = bank.statistics(recipe, names)
+    measured = bank.measurements(name, names, recipe.seed, statistics)
+    stored = [bank.is_stored(s, name) for s in names]
+    return Operands(
+        name,
+        names,
+        tensor_role(name),
+        bank.base(name),
+        measured,
+        statistics,
+        stored,
+        mask_keys(recipe.seed, name, names),
+    )
+
+
+def kept_operands(recipe: Recipe, bank: Bank) -> dict[str, Operands]:
+    """Where the operands of a recipe's tensors are kept that stay where they are; nowhere if it uses statistics."""
+    if METHODS[recipe.method].statistics is not None:
+        return {}
+    key = tuple(s.name for s in recipe.sources), recipe.seed
+    if key not in bank.operands and len(bank.operands) >= KEPT:
+        bank.operands.clear()
+    return bank.operands.setdefault(key, {})
+
+
+def keep(kept: dict[str, Operands], name: str, operands: Operands, bank: Bank) -> None:
+    """Keep the operands of what is written to `name`, if they stay where they are."""
+    if not bank.stay(operands.name, operands.names):
+        return
+    measured = operands.measured
+    operands.sources = [measured.source(i) for i in range(len(operands.names))]
+    kept[name] = operands
+
+
+def plan_tensor(recipe: Recipe, bank: Bank, operands: Operands, knobs: KnobsAt) -> Planned | None:
+    """What a recipe makes a tensor of; None for integers, which are the base's.
 
     knobs: `recipe.knobs`, or what remembers its answers.
     """
-    base = bank.base(name)
+    o, base, measured = operands, operands.base, operands.measured
     if not base.is_floating_point():
         return None
-    names = bank.taking_part(name, [s.name for s in recipe.sources])
-    statistics = bank.statistics(recipe, names)
-    measured = bank.measurements(name, names, recipe.seed, statistics)
-    if names:
-        plan = METHODS[recipe.method].plan(knobs(tensor_role(name), bank.layers, tuple(names)), measured)
+    if o.names:
+        plan = METHODS[recipe.method].plan(knobs(o.where, bank.layers, o.names), measured)
     else:
         plan = Blend((), base=1.0)  # a slice of the base alone
     # An operand that does not count is not read: the base stands in for it.
     sources: Sequence[Tensor]
-    if isinstance(plan, Blend):
+    if isinstance(plan, Derived):
+        sources = bank.derived(plan, o.name, o.names, o.statistics)
+    elif o.sources is not None:
+        sources = o.sources
+    elif isinstance(plan, Blend):
         sources = [measured.source(i) if c else base for i, c in enumerate(plan.sources)]
     elif isinstance(plan, SparseBlend):
         # A silent one that must be computed is read all the same: that may find it broken.
-        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
+        silent = [stored and not contributes(plan, i, False) for i, stored in enumerate(o.stored)]
         sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
-    elif isinstance(plan, Derived):
-        sources = bank.derived(plan, name, names, statistics)
     else:
-        sources = [measured.source(i) for i in range(len(names))]
-    planes = measured.planes(plan)
+        sources = [measured.source(i) for i in range(len(o.names))]
+    planes = o.planes(plan, bank.held)
     if isinstance(plan, FisherBlend):
-        planes = [g.read(name).to(bank.device) for g in statistics]
-    is_random = isinstance(plan, SparseBlend) and plan.chances is not None
-    return Planned(plan, base, sources, planes, mask_keys(recipe.seed, name, names) if is_random else (0, ()))
+        planes = [g.read(o.name).to(bank.device) for g in o.statistics]
+    memo = o.memo if o.sources is not None and (not planes or planes is o.levels) else None
+    return Planned(plan, base, sources, planes, o.keys, memo)
 
 
 @torch.no_grad()
@@ -80,14 +118,19 @@ def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: Tensor) -> Te
     on the bank's device, NaN if there is one: `check_finite` looks at it.
     """
     bank.begin(name)
-    name = bank.merged_as(name)
-    planned = plan_tensor(recipe, bank, name, recipe.knobs)
-    return run_alone(planned, bank, name, out)
+    kept = kept_operands(recipe, bank)
+    if (operands := kept.get(name)) is None:
+        operands = operands_of(recipe, bank, bank.merged_as(name))
+    planned = plan_tensor(recipe, bank, operands, recipe.knobs)
+    largest = run_alone(planned, bank, operands.base, out)
+    if operands.sources is None:
+        keep(kept, name, operands, bank)
+    return largest
 
 
-def run_alone(planned: Planned | None, bank: Bank, name: str, out: Tensor) -> Tensor:
+def run_alone(planned: Planned | None, bank: Bank, base: Tensor, out: Tensor) -> Tensor:
     if planned is None:
-        out.copy_(bank.base(name))
+        out.copy_(base)
         return torch.zeros((), device=bank.device)
     target = in_one_piece(out)
     p = planned
@@ -112,32 +155,34 @@ class Batch:
         self.recipe, self.bank, self.launcher = recipe, bank, launcher
         self.knobs = remembered(recipe)
         self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []  # name, out, what is written, call
-        self.largest: list[tuple[str, Tensor]] = []
+        self.largest: list[tuple[list[str], Tensor]] = []
+        self.kept = kept_operands(recipe, bank)
 
-    @torch.no_grad()
     def add(self, name: str, out: Tensor) -> None:
         """Plan a tensor; it is merged by the next `launch`, which comes by itself where much was streamed."""
         if not self.waiting:
             self.bank.begin(name)
-        merged = self.bank.merged_as(name)
-        planned = plan_tensor(self.recipe, self.bank, merged, self.knobs)
+        if (operands := self.kept.get(name)) is None:
+            operands = operands_of(self.recipe, self.bank, self.bank.merged_as(name))
+        planned = plan_tensor(self.recipe, self.bank, operands, self.knobs)
         call = None
         if planned is not None and not isinstance(planned.plan, Derived):  # whose matrices would all wait in memory
-            call = call_of(planned.plan, planned.base, planned.sources, planned.planes, planned.keys)
+            call = call_of(planned.plan, planned.base, planned.sources, planned.planes, planned.keys, planned.memo)
         if call is None:
-            self.largest.append((name, run_alone(planned, self.bank, merged, out)))
+            self.largest.append(([name], run_alone(planned, self.bank, operands.base, out)[None]))
         else:
             self.waiting.append((name, out, in_one_piece(out), call))
-        if sum(x.nbytes for x in self.bank.recent.values()) > STREAMED:
+        if operands.sources is None:
+            keep(self.kept, name, operands, self.bank)
+        if (recent := self.bank.recent) and sum(x.nbytes for x in recent.values()) > STREAMED:
             self.launch()
 
-    @torch.no_grad()
     def launch(self) -> None:
         """Merge what waits."""
         if not self.waiting:
             return
         found = self.launcher.run([(target, call) for _, _, target, call in self.waiting])
-        self.largest += zip((name for name, *_ in self.waiting), found.unbind(), strict=True)
+        self.largest.append(([name for name, *_ in self.waiting], found))
         for _, out, target, _ in self.waiting:
             if target is not out:
                 out.copy_(target)
@@ -147,17 +192,33 @@ class Batch:
 def remembered(recipe: Recipe) -> KnobsAt:
     """`recipe.knobs` that computes equal places once; coefficients by tensor name differ among equal places."""
     given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
-    return recipe.knobs if any(map(filtered_values, given)) else cache(recipe.knobs)
+    if any(map(filtered_values, given)):
+        return recipe.knobs
+    found: dict[tuple[object, ...], Knobs] = {}
+    vary = any(isinstance(c, list | dict) for c in given)
+
+    def knobs(where: TensorRole, layers: int, names: tuple[str, ...]) -> Knobs:
+        key = (where.layer, where.component, where.encoder_layer, names) if vary else names
+        if key not in found:
+            found[key] = recipe.knobs(where, layers, names)
+        return found[key]
+
+    return knobs
 
 
 def check_finite(largest: Mapping[str, Tensor]) -> None:
     """NotFinite names the first tensor whose largest magnitude is not a number."""
+    check_all_finite([([name], x[None]) for name, x in largest.items()])
+
+
+def check_all_finite(largest: Sequence[tuple[Sequence[str], Tensor]]) -> None:
+    """`check_finite` of several tensors' magnitudes at a time, (names,) float32 for each."""
     if not largest:
         return
-    finite = torch.stack(list(largest.values())).isfinite().tolist()
+    finite = torch.cat([found for _, found in largest]).isfinite().tolist()
     if not all(finite):
-        name = next(n for n, ok in zip(largest, finite, strict=True) if not ok)
-        raise NotFinite(f"{name} is not finite after merging")
+        names = [name for several, _ in largest for name in several]
+        raise NotFinite(f"{names[finite.index(False)]} is not finite after merging")
 
 
 def check_fits(recipe: Recipe, bank: Bank) -> None:
@@ -176,6 +237,7 @@ def widen(pairs: list[tuple[Tensor, Tensor]]) -> None:
     pairs.clear()
 
 
+@torch.no_grad()
 def materialise(
     recipe: Recipe,
     bank: Bank,
@@ -212,11 +274,13 @@ def materialise(
                 widen(widened)
         if batch is not None:
             batch.launch()
-            largest = dict(batch.largest)
             widen(widened)
     finally:
         bank.end()
-    check_finite(largest)
+    if batch is not None:
+        check_all_finite(batch.largest)
+    else:
+        check_finite(largest)
 
 
 def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:

@@ -4,15 +4,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.standalone import TaskResult
 from evomerge.report.live_view import UNKNOWN, render, watch
 from evomerge.report.progress import Steps, console, seconds_text
 from evomerge.report.status import Status
@@ -20,6 +18,10 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
+
+if TYPE_CHECKING:
+    from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.standalone import TaskResult
 
 
 class SearchView:
@@ -152,7 +154,7 @@ def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:
     return [f"{row[t]['value']:.3f}" for t in tasks]
 
 
-def print_results(results: Sequence[TaskResult], clock: Clock) -> None:
+def print_results(results: Sequence["TaskResult"], clock: "Clock") -> None:
     """The table of `evomerge evaluate`."""
     table = Table("task", "items", "metric", "value")
     for result in results:

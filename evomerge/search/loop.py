@@ -15,7 +15,7 @@ from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import SPLITS, ReservedTime, export_seconds
 from evomerge.search.budget.usage import stored_usage
-from evomerge.search.evaluation.evaluator import open_config_models, reason
+from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.full_evaluations import Evaluations
 from evomerge.search.evaluation.jobs import Failure, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, may_race, must_choose_looks, rivals
@@ -24,6 +24,7 @@ from evomerge.search.evaluation.settled_dtype import settle
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failures_in_a_row
 from evomerge.search.interrupt import StopSignal, stoppable
+from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor, told
 from evomerge.search.run import Run, claim
 from evomerge.search.space.baselines import Baseline, baselines
@@ -35,8 +36,9 @@ from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of
 from evomerge.search.storage.study_lease import Lease, lease
 from evomerge.search.verdict.finals import finish, search_score
 from evomerge.search.verdict.verdict import Verdict
-from evomerge.search.workers.options import WorkerOptions, device_kind, make_workers
+from evomerge.search.workers.options import device_kind, make_workers
 from evomerge.search.workers.pool import Pool, run_all
+from evomerge.search.workers.worker_options import WorkerOptions
 
 BEAT = 5.0  # seconds between signs of life in the study
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.errors import EvomergeError
-from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.full_evaluations import StoredEvaluations
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.race_policy import make_race_setup
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.loop import healthy, value_of
+from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
 from evomerge.search.space.space import build_space

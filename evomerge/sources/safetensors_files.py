@@ -61,7 +61,7 @@ def open_safetensors(path: Path) -> Any:
 
     EvomergeError if it is missing, truncated, not safetensors, or has an absurd header.
     """
-    check_header(path)
+    checked_header(path)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -73,8 +73,16 @@ def incomplete(path: Path, reason: str) -> EvomergeError:
     return EvomergeError(f"{path}: not a complete safetensors file ({reason}); copy or download it again")
 
 
-def check_header(path: Path) -> None:
-    """EvomergeError if the header of a file is malformed, or holds a name or a shape that no tensor has."""
+def stored_tensor_names(folder: Path) -> list[str]:
+    """The names of the tensors in a checkpoint folder, in file order, from the headers of its files alone."""
+    return [name for file in weight_files(folder)[0] for name in checked_header(file)]
+
+
+def checked_header(path: Path) -> dict[str, Any]:
+    """The header of a file: tensor -> its entry.
+
+    EvomergeError if it is malformed, or holds a name or a shape that no tensor has.
+    """
     text = read_header(path)
     try:
         header = parse_json(text, "its header", unique=True)
@@ -82,9 +90,8 @@ def check_header(path: Path) -> None:
         raise incomplete(path, str(error)) from error
     if not isinstance(header, dict):
         raise incomplete(path, f"its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if not 0 < len(name) <= NAME_LENGTH or not name.isprintable():
             raise EvomergeError(f"{path}: {name[:60]!r} is not a valid name of a tensor")
         shape = entry.get("shape") if isinstance(entry, dict) else None
@@ -93,6 +100,7 @@ def check_header(path: Path) -> None:
         # Without zeros: torch multiplies the other sizes to find the strides of an empty tensor.
         if len(shape) > DIMENSIONS or math.prod(x for x in shape if x) > ELEMENTS:
             raise EvomergeError(f"{path}: {name} has a shape that no tensor has")
+    return header
 
 
 def read_header(path: Path) -> str:

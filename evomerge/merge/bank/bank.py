@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.bank.memory import Room, Share, default_capacity, host_memory, pinned_capacity
+from evomerge.merge.bank.operands import Operands
 from evomerge.merge.bank.transfer import Transfers
 from evomerge.merge.kernels.call import Keys
 from evomerge.merge.kernels.compiled import Compiled
@@ -93,6 +94,7 @@ class Bank:
         self.made: dict[tuple[str, ...], list[Tensor]] = {}
         self.digests: dict[tuple[str, ...], str] = {}
         self.files: dict[tuple[str, str], StatisticsFile] = {}
+        self.operands: dict[tuple[tuple[str, ...], int], dict[str, Operands]] = {}
 
     def merged_as(self, name: str) -> str:
         """The tensor that is merged for `name`: the embedding for a copy of it that the base stores as its head."""
@@ -141,6 +143,12 @@ class Bank:
         """Whether reading a source's tensor computes nothing."""
         origin = self.layout.origin(source, name)
         return origin is None or self.models.sources[source].is_stored(origin)
+
+    def stay(self, name: str, sources: Sequence[str]) -> bool:
+        """Whether base and sources of `name` are the same objects at every candidate."""
+        if self.slices or ("", name) not in self.held:
+            return False
+        return all((s if self.models.sources[s].may_differ(name) else "", name) in self.held for s in sources)
 
     def taking_part(self, name: str, sources: Sequence[str]) -> list[str]:
         """Those of the sources that the tensor `name` is made of."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,22 +11,34 @@ from torch import Tensor
 
 from evomerge.merge.kernels import elementwise
 from evomerge.merge.kernels.elementwise import SparseForm, signed_word
-from evomerge.merge.methods.plan import Blend, Chance, Plan, SparseBlend
+from evomerge.merge.methods.plan import Blend, Plan, SparseBlend
 
+INFINITE = float("inf")
 PIECE = 1 << 15  # elements for one thread: every operand stays in its cache, and below torch's threading grain
 PIECE_ON_ACCELERATOR = 1 << 24  # there a launch costs more than a pass over memory
-
 Keys = tuple[int, Sequence[int]]
 """The 64-bit words of a tensor's random masks: the tensor's own (32 bits are used), and one per source."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
+class Memo:
+    """What a launcher knows of the last call over the same tensors.
+
+    key: the rest of what it depends on.  found: the call's kind and row.
+    """
+
+    key: tuple[Any, ...] = ()
+    found: Any = None
+
+
+@dataclass(eq=False, slots=True)
 class Call:
     """A kernel's arguments but for the output.  N sources that count, all tensors of one shape.
 
     form: None for `blend`.  base: None for a blend of the tensors themselves.
     planes: per source what its mask needs, or none; they may be broadcast.
     numbers: N coefficients, or the 6 rows of `numbers`, one after the other.  words: the 5 rows of `words`, or none.
+    memo: that of the tensors, where they outlive the call.
     """
 
     form: SparseForm | None
@@ -33,6 +47,7 @@ class Call:
     numbers: list[float]
     words: list[int]
     planes: list[Tensor]
+    memo: Memo | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -50,17 +65,25 @@ class Call:
 
 
 def call_of(
-    plan: Plan, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor] = (), keys: Keys = (0, ())
+    plan: Plan,
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor] = (),
+    keys: Keys = (0, ()),
+    memo: Memo | None = None,
 ) -> Call | None:
     """The call that makes what `plan` wants; None if another kernel must.  Sources that cannot count are left out.
 
     A call without sources makes zeros.
     """
     if isinstance(plan, Blend):
-        return blend_call(plan, base, sources)
-    if isinstance(plan, SparseBlend):
-        return sparse_call(plan, base, sources, planes, keys)
-    return None
+        call = blend_call(plan, base, sources)
+    elif isinstance(plan, SparseBlend):
+        call = sparse_call(plan, base, sources, planes, keys)
+    else:
+        return None
+    call.memo = memo
+    return call
 
 
 def blend_call(plan: Blend, base: Tensor, sources: Sequence[Tensor]) -> Call:
@@ -79,22 +102,31 @@ def copy_of(tensor: Tensor) -> Call:
     return Call(None, None, [tensor], [1.0], [], [])
 
 
+form_of = cache(SparseForm)  # one object of each, which is found faster
+
+
 def sparse_call(
     plan: SparseBlend, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], keys: Keys
 ) -> Call:
     used = [i for i, x in enumerate(sources) if contributes(plan, i, x is base)]
     if not used:
         return copy_of(base)
-    weights, gains, alone, n = plan.weights, plan.gains, plan.alone, len(used)
-    numbers = [weights[i] * gains[i] for i in used] if gains else [weights[i] for i in used]
-    numbers += [weights[i] for i in used]
-    numbers += [plan.floors[i] for i in used] if plan.floors else [0.0] * n
-    numbers += [plan.ceilings[i] for i in used] if plan.ceilings else [float("inf")] * n
-    numbers += [alone[i] - 1.0 for i in used] if alone else [0.0] * n
+    n = len(used)
+    weights = chosen(plan.weights, used)
+    numbers = [w * g for w, g in zip(weights, chosen(plan.gains, used), strict=True)] if plan.gains else [*weights]
+    numbers += weights
+    numbers += chosen(plan.floors, used) if plan.floors else [0.0] * n
+    numbers += chosen(plan.ceilings, used) if plan.ceilings else [INFINITE] * n
+    numbers += [a - 1.0 for a in chosen(plan.alone, used)] if plan.alone else [0.0] * n
     numbers += [plan.scale] * n
-    form = SparseForm(plan.keep, plan.elect, plan.normalize, alone is not None)
+    form = form_of(plan.keep, plan.elect, plan.normalize, plan.alone is not None)
     found = [planes[i] for i in used] if planes else []
     return Call(form, base, [sources[i] for i in used], numbers, mask_words(plan, used, keys), found)
+
+
+def chosen(values: tuple[float, ...], used: Sequence[int]) -> Sequence[float]:
+    """The values of the sources that count."""
+    return values if len(used) == len(values) else [values[i] for i in used]
 
 
 def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
@@ -104,9 +136,10 @@ def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
     """
     if plan.keep == "variance":
         return True
-    never_kept = plan.chances is not None and plan.chances[source] == Chance(0)
-    silent = plan.weights[source] == 0.0 and plan.elect != "plain"
-    return not (is_base or never_kept or silent)
+    if is_base or (plan.weights[source] == 0.0 and plan.elect != "plain"):
+        return False
+    chance = None if plan.chances is None else plan.chances[source]
+    return chance is None or chance.low != 0 or chance.step != 0
 
 
 def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[int]:
@@ -114,14 +147,16 @@ def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[int]:
     if plan.chances is None:
         return []
     tensor_key, source_keys = keys
+    fixed, last = key_words(tensor_key, tuple([source_keys[i] for i in used]))
     chances = [plan.chances[i] for i in used]
-    return [
-        *(signed_word(source_keys[i]) for i in used),
-        *(signed_word(source_keys[i] >> 32 | 1) for i in used),
-        *(signed_word(c.low - 1 - 2**31) for c in chances),
-        *(signed_word(c.step) for c in chances),
-        *[signed_word(tensor_key)] * len(used),
-    ]
+    return [*fixed, *[signed_word(c.low - 1 - 2**31) for c in chances], *[signed_word(c.step) for c in chances], *last]
+
+
+@lru_cache(maxsize=65536)
+def key_words(tensor_key: int, source_keys: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The rows of `mask_words` that depend on the keys alone: keys and factors, tensor's key."""
+    words = [signed_word(k) for k in source_keys] + [signed_word(k >> 32 | 1) for k in source_keys]
+    return words, [signed_word(tensor_key)] * len(source_keys)
 
 
 def piece_size(device: torch.device) -> int:

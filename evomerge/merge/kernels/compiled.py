@@ -8,7 +8,6 @@ compiles one; it runs in a process of its own, because the compiler's memory is 
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.merge.kernels import elementwise
-from evomerge.merge.kernels.compiler import Kept, run_compiler
+from evomerge.merge.kernels.compiler import Kept, run_compiler, user_cache
 from evomerge.merge.kernels.elementwise import SparseForm
 from evomerge.merge.kernels.launch import Launcher, last_word
 from evomerge.merge.measure import scan
@@ -31,12 +30,6 @@ from evomerge.sources.checkpoint import TensorInfo
 
 Kernel = Callable[[list[Tensor]], Tensor]
 WORTHWHILE = 1 << 25  # elements of a model: below it a compilation takes longer than it saves
-
-
-def user_cache() -> Path:
-    """Where compiled kernels live: $XDG_CACHE_HOME or ~/.cache, under evomerge/kernels."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "evomerge" / "kernels"
 
 
 @dataclass(frozen=True)
@@ -181,7 +174,7 @@ def compiled_for(
     """
     elements = sum(math.prod(t.shape) for t in tensors.values())
     worthwhile = elements >= WORTHWHILE or torch.device(device).type == "cuda"
-    return Compiled(user_cache(), log) if worthwhile else None
+    return Compiled(user_cache("kernels"), log) if worthwhile else None
 
 
 def compile_apart(variant: Variant, file: Path) -> None:

@@ -17,6 +17,12 @@ from evomerge.files import sha256, write_text, written_aside
 GUARDED = 'exec 3<&0; { cat <&3; kill -KILL 0; } >/dev/null 2>&1 & exec 3<&- "$@" </dev/null'
 
 
+def user_cache(part: str) -> Path:
+    """Where this user's machine keeps what was made once: $XDG_CACHE_HOME or ~/.cache, under evomerge."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "evomerge" / part
+
+
 def run_compiler(command: Sequence[str]) -> None:
     """Run a command that ends with this process, all its children too.  RuntimeError with its last word if it fails."""
     process = subprocess.Popen(
@@ -43,7 +49,7 @@ def run_compiler(command: Sequence[str]) -> None:
 
 
 class Kept:
-    """Compiled files in a folder, each beside its SHA-256.
+    """Files that were made once, in a folder, each beside its SHA-256.
 
     A file is used only if it belongs to this user (or root), nobody else may write to it, and it is whole: loading runs
     what stands in it, and a torn library ends the process.  Any other is made again.

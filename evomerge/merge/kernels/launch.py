@@ -70,6 +70,7 @@ class Launcher:
     def __init__(self, log: Callable[[str], None]) -> None:
         self.log = log
         self.tables: dict[Kind, tuple[tuple[Row, ...], Table]] = {}
+        self.kinds: dict[Kind, Kind] = {}
         self.broken: set[Kind] = set()
 
     def run(self, jobs: Sequence[tuple[Tensor, Call]]) -> Tensor:
@@ -80,20 +81,34 @@ class Launcher:
         device = jobs[0][0].device
         largest = torch.zeros(len(jobs), dtype=torch.int32, device=device)
         values = largest.view(torch.float32)
-        groups: dict[Kind | None, list[tuple[int, Tensor, Call, Row]]] = {}
+        groups: dict[int, tuple[Kind | None, list[tuple[int, Tensor, Call, Row]]]] = {}  # by the kind's identity
         for number, (out, call) in enumerate(jobs):
-            call = in_one_piece(call)
-            kind, row = described(number, out, call)
-            if self.kernels is None or kind in self.broken:
-                kind = None
-            groups.setdefault(kind, []).append((number, out, call, row))
-        for kind, group in groups.items():
-            calls = [call for _, _, call, _ in group]
-            if kind is not None and self.launched(kind, tuple(row for *_, row in group), calls, largest):
-                continue
+            call, kind, row = self.described(number, out, call)
+            groups.setdefault(id(kind), (kind, []))[1].append((number, out, call, row))
+        for kind, group in groups.values():
+            if kind is not None and self.kernels is not None and kind not in self.broken:
+                calls = [call for _, _, call, _ in group]
+                if self.launched(kind, tuple(row for *_, row in group), calls, largest):
+                    continue
             for number, out, call, _ in group:
                 values[number] = piecewise_call(call, out, piece_size(device)) if out.numel() else 0.0
         return values
+
+    def described(self, number: int, out: Tensor, call: Call) -> tuple[Call, Kind | None, Row]:
+        """The call in one piece, its kind (one object for equal ones) and row; remembered with tensors that stay."""
+        key: tuple[Any, ...] = ()
+        if call.memo is not None:
+            where = number, out.data_ptr(), out.dtype, call.form, call.base is None
+            key = (*where, *map(id, call.sources), *map(id, call.planes))
+            if call.memo.key == key:
+                return (call, *call.memo.found)
+        whole = in_one_piece(call)
+        kind, row = described(number, out, whole)
+        if kind is not None:
+            kind = self.kinds.setdefault(kind, kind)
+        if call.memo is not None and whole is call:
+            call.memo.key, call.memo.found = key, (kind, row)
+        return whole, kind, row
 
     def launched(self, kind: Kind, rows: tuple[Row, ...], calls: Sequence[Call], largest: Tensor) -> bool:
         """Launch the calls of one kind; False where its kernel cannot be compiled."""

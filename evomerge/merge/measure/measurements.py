@@ -53,6 +53,10 @@ class Measurements:
         self.statistics = tuple(statistics)
         self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
         self.read: dict[int, Tensor] = {}
+        # By source: what is asked at every candidate, found without building a key.
+        self.ordered: dict[int, Magnitudes] = {}
+        self.norms: dict[int, float] = {}
+        self.ranked_norms: dict[int, float] = {}
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         if key not in self.kept:
@@ -69,7 +73,7 @@ class Measurements:
             self.read[number] = self.tensors.source(self.sources[number], self.name)
         return self.read[number]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.base.device
 
@@ -99,7 +103,7 @@ class Measurements:
     def count(self) -> int:
         return len(self.sources)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return self.base.numel()
 
@@ -140,9 +144,17 @@ class Measurements:
         return self.once(key, lambda: self.scan.magnitudes(self.base, self.source(source)))
 
     def magnitude(self, source: int, rank: int) -> float:
-        return 0.0 if self.untouched(source) else self.magnitudes(source).kth(rank, self.sizes(source), self.device)
+        ordered = self.ordered.get(source)
+        if ordered is None:
+            if self.untouched(source):
+                return 0.0
+            ordered = self.ordered[source] = self.magnitudes(source)
+        return ordered.kth(rank, lambda part: self.sizes(source)(part), self.device)
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
+        if chance is None and source in self.norms:
+            return self.norms[source]
+
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
@@ -152,7 +164,10 @@ class Measurements:
             assert mask is not None, "a random mask needs its keys"
             return self.sum(lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0]
 
-        return self.once(("l1", self.name, self.sources[source]), measure) if chance is None else measure()
+        if chance is not None:
+            return measure()
+        self.norms[source] = found = self.once(("l1", self.name, self.sources[source]), measure)
+        return found
 
     def levels(self, source: int) -> Tensor:
         """uint8, of the tensor's shape; see `Chance`."""
@@ -164,6 +179,9 @@ class Measurements:
         return self.plane(("levels", self.name, self.sources[source]), measure)
 
     def rank_weighted_l1(self, source: int) -> float:
+        if source in self.ranked_norms:
+            return self.ranked_norms[source]
+
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
@@ -171,7 +189,8 @@ class Measurements:
             self.kept.setdefault(("l1", self.name, self.sources[source]), plain)  # it is asked for, too
             return weighted
 
-        return self.once(("rank weighted l1", self.name, self.sources[source]), measure)
+        self.ranked_norms[source] = found = self.once(("rank weighted l1", self.name, self.sources[source]), measure)
+        return found
 
     def variance(self, share: float) -> float | None:
         deltas = self.deltas()

@@ -1,6 +1,7 @@
 """What planners ask of the sources: dot products, magnitudes, ranks, variances.  Every sum has one fixed order."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -176,6 +177,8 @@ def row_gram_matrices(tensors: Sequence[Tensor], axis: int, origin: Tensor | Non
     return grams
 
 
+EDGES = (np.arange(1 << 15, dtype=np.int32) << 16).view(np.float32)
+"""The lower edge of each bin of `Magnitudes`."""
 Sizes = Callable[[slice], Tensor]
 """A slice of a flattened tensor -> |values| in float32."""
 
@@ -226,22 +229,28 @@ class Magnitudes:
     def kth(self, k: int, sizes: Sizes, device: torch.device = CPU) -> float:
         """The k-th largest size, 1 <= k <= elements."""
         rank = int(self.from_top.searchsorted(k))
-        above = int(self.from_top[rank - 1]) if rank else 0
+        above = self.from_top.item(rank - 1) if rank else 0
         wanted = self.highest - rank
         if self.odd is not None:
-            least, greatest = self.edges(wanted)
-            first, last = int(self.odd.searchsorted(least)), int(self.odd.searchsorted(greatest, "right"))
-            if k - above > last - first:  # one of those that are the bin's own lower edge
-                return float(np.int32(wanted << 16).view(np.float32))
+            first, until = self.odd_bins
+            number = wanted - first
+            last = until.item(number + 1) if 0 <= number < len(until) - 1 else 0
+            if not last or k - above > last - until.item(number):  # one of those that are the bin's own lower edge
+                return EDGES.item(wanted)
             return float(self.odd[last - (k - above)].view(np.float32))
         parts = (bits_of(sizes(part)) for part in chunks(self.elements, chunk_on(device)))
         inside = torch.cat([bits[(bits >> 16) == wanted] for bits in parts])
         kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
         return float(kth.view(torch.float32))
 
-    def edges(self, wanted: int) -> tuple[np.int32, np.int32]:
-        """The least number of a bin and the last, as the type of what is kept aside (another would copy it)."""
-        return np.int32(wanted << 16), np.int32(((wanted + 1) << 16) - 1)
+    @cached_property
+    def odd_bins(self) -> tuple[int, NDArray[np.int32]]:
+        """The lowest bin of what is kept aside; and how many are below that bin and below the end of each from it on,
+        up to their highest."""
+        assert self.odd is not None, "they are too many"
+        lowest, highest = (int(self.odd[0]) >> 16, int(self.odd[-1]) >> 16) if len(self.odd) else (0, -1)
+        edges = (np.arange(lowest, highest + 2, dtype=np.int64) << 16) - 1
+        return lowest, self.odd.searchsorted(edges.astype(np.int32), "right").astype(np.int32)
 
     def zeros(self, sizes: Sizes, device: torch.device = CPU) -> int:
         """How many are exactly zero."""

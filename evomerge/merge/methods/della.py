@@ -15,7 +15,7 @@ of three and more dimensions are ranked by the first, where mergekit ranks along
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 from evomerge.merge.methods.plan import Chance, Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
 from evomerge.merge.methods.rescale import RESCALE, gain
@@ -30,6 +30,7 @@ KNOBS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def rank_chance(density: float, epsilon: float) -> Chance:
     """Chances around `density` that rise by 2 epsilon from the lowest rank to the highest, within (0, 1)."""
     epsilon = min(epsilon, density, 1.0 - density)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -113,7 +114,7 @@ class Measured(Protocol):
         """Per source, how many elements with |d_i| > epsilon it changed alone, and how many others did too."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen it takes three times as long to make, and a candidate makes one for each tensor
 class Blend:
     """A linear combination, rounded once.
 
@@ -144,7 +145,7 @@ Elect = Literal["weighted", "plain"] | None
 Keep = Literal["all", "magnitude", "band", "random", "rank", "variance", "importance"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SparseBlend:
     """Mask, elect, blend:  out = base + scale * [sum_i w_i g_i a_i m_i d_i] / [sum_i w_i m_i].
 
@@ -246,6 +247,7 @@ def divided(knobs: Knobs, elect: Elect) -> tuple[bool, float]:
     return (normalize, scale) if elect or not normalize else (False, scale / share(sum(knobs.each["weight"])))
 
 
+@lru_cache(maxsize=4096)
 def chance(probability: float) -> Chance:
     """The same probability for every element."""
     return Chance(min(2**32, max(0, round(probability * 2**32))))

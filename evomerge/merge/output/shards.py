@@ -15,6 +15,7 @@ from evomerge.sources.checkpoint import DTYPES
 
 SHARD_BYTES = 4 << 30
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MODEL_METADATA = {"format": "pt"}  # of a model's file, as transformers writes it
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """The type and the shape of a tensor."""
 
@@ -46,15 +47,15 @@ class Writer:
     The header is written at once; `write` then appends the tensors in the same order.
     """
 
-    def __init__(self, file: IO[bytes], tensors: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.file = file
         self.expected = iter(tensors.items())
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": metadata}
         end = 0
         for name, (dtype, shape) in tensors.items():
             start, end = end, end + size_of((dtype, shape))
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
         file.write(len(text).to_bytes(8, "little") + text)
 
@@ -67,8 +68,13 @@ class Writer:
 
 
 @contextmanager
-def open_writer(path: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Writer]:
-    """Create a safetensors file.  tensors: in the order in which they will be written.
+def open_writer(
+    path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] = MODEL_METADATA
+) -> Iterator[Writer]:
+    """Create a safetensors file.
+
+    tensors: in the order in which they will be written.
+    metadata: text by name, for the header.
 
     EvomergeError if the disk has not enough free space for it.
     """
@@ -79,4 +85,4 @@ def open_writer(path: Path, tensors: Mapping[str, TensorSpec]) -> Iterator[Write
             "nothing that was finished is lost. Free some space and try again"
         )
     with path.open("wb") as file:
-        yield Writer(file, tensors)
+        yield Writer(file, tensors, metadata)

@@ -17,8 +17,8 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.tasks import Split
 from evomerge.files import disk_errors
-from evomerge.search.evaluation.evaluator import model_folders
 from evomerge.search.evaluation.full_evaluations import digest
+from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import ITEMS, evaluation_key
 from evomerge.search.storage.study import SearchStudy, in_full, rank, record_of

@@ -30,51 +30,14 @@ from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.search.budget.usage import Meter
+from evomerge.search.budget.meter import Meter
 from evomerge.search.evaluation.jobs import Failure, Job, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
 from evomerge.search.evaluation.task_set import Scores, TaskSet
+from evomerge.search.models import model_folders, refuse_changed, shapes_of, stamps
 from evomerge.search.storage.item_scores import rounded
-from evomerge.sources.fingerprint import file_stamps
-from evomerge.sources.locate import locate
-from evomerge.sources.models import Models, open_models
+from evomerge.sources.models import Models
 from evomerge.sources.tokenizer import open_tokenizer
-
-
-def model_folders(config: SearchConfig) -> dict[str, Path]:
-    """Where the base (`base`) and each source lie on this machine, by name."""
-    return {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
-
-
-def open_config_models(config: SearchConfig) -> Models:
-    """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
-    folders = model_folders(config)
-    return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
-
-
-def shapes_of(models: Models) -> list[tuple[int, ...]]:
-    """The shapes of the base's tensors."""
-    return [t.shape for t in models.base.tensors.values()]
-
-
-def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Who the files of models are, by the model's name; in microseconds."""
-    return {name: file_stamps(folder) for name, folder in folders.items()}
-
-
-def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:
-    """EvomergeError if files of the models are not what they were."""
-    names = [
-        f"{m}/{f}"
-        for m in before
-        for f in sorted(before[m].keys() | now[m].keys())
-        if before[m].get(f) != now[m].get(f)
-    ]
-    if names:
-        raise EvomergeError(
-            f"{', '.join(names)}: changed while the search runs, so trials would not be comparable. Put the old files "
-            "back, or start a new run; `evomerge resume` says what differs"
-        )
 
 
 class Evaluator:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -10,8 +11,10 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.models import Models
 from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
+
+if TYPE_CHECKING:
+    from evomerge.sources.models import Models
 
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
@@ -139,7 +142,7 @@ class Space:
         return [p for p in found if (p.component if p.component in own else "default") == group.component]
 
 
-def changed_components(models: Models) -> dict[str, set[Component]]:
+def changed_components(models: "Models") -> dict[str, set[Component]]:
     """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
@@ -148,7 +151,7 @@ def changed_components(models: Models) -> dict[str, set[Component]]:
     return found
 
 
-def build_space(config: SearchConfig, models: Models) -> Space:
+def build_space(config: SearchConfig, models: "Models") -> Space:
     """Lay out the axes of a configuration.  An axis that would move nothing (a component that an adapter leaves
     alone) is fixed at its lower bound."""
     layers = layer_count(list(models.base.tensors))

@@ -16,10 +16,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.config.schema import SamplerConfig
 from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.recipe import Dtype
 from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 
+COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
 
@@ -61,6 +63,12 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int, wo
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
     """What `SearchStudy.finish` stored with a trial."""
     found: dict[str, Any] = trial.user_attrs.get("record", {})
+    return found
+
+
+def recorded_type(attributes: Mapping[str, Any]) -> Dtype | None:
+    """The type that a study recorded, None if it has none.  attributes: the study's."""
+    found: Dtype | None = attributes.get(COMPUTE, {}).get("dtype")
     return found
 
 

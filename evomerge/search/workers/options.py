@@ -3,41 +3,23 @@
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import resolve_device
-from evomerge.errors import EvomergeError
 from evomerge.merge.bank.memory import Share
-from evomerge.search.evaluation.evaluator import Evaluator, model_folders, stamps
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.models import model_folders, stamps
 from evomerge.search.run import Run
 from evomerge.search.workers.local import LocalWorker
 from evomerge.search.workers.process import ProcessWorker
 from evomerge.search.workers.worker import Progress, Setup, Worker
+from evomerge.search.workers.worker_options import WorkerOptions
 from evomerge.sources.models import Models
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """count: workers; `auto` is one for each accelerator.  ray: the address of a Ray cluster (`local`: a fresh one on
-    this machine), None to do without."""
-
-    count: int | Literal["auto"] = 1
-    ray: str | None = None
-
-
-def parse_worker_options(workers: str | None, ray: str | None) -> WorkerOptions:
-    """The worker options of the command line.  EvomergeError if `workers` is neither `auto` nor a count."""
-    if workers is None or workers == "auto":
-        return WorkerOptions("auto" if workers or ray else 1, ray)
-    if not workers.isascii() or not workers.isdecimal() or not 1 <= int(workers) <= 1024:
-        raise EvomergeError(f"--workers: {workers!r} is not a count from 1 to 1024 or `auto`")
-    return WorkerOptions(int(workers), ray)
 
 
 def device_kind(worker_options: WorkerOptions, config: SearchConfig) -> str:

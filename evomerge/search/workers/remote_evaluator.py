@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 
 from evomerge.errors import EvomergeError
 from evomerge.files import locked
-from evomerge.merge.kernels.compiled import user_cache
-from evomerge.search.evaluation.evaluator import Evaluator, model_folders, open_config_models, refuse_changed, stamps
+from evomerge.merge.kernels.compiler import user_cache
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.task_set import open_task_set
-from evomerge.search.run import input_fingerprints, item_fingerprints
+from evomerge.search.inputs import input_fingerprints, item_fingerprints
+from evomerge.search.models import model_folders, open_config_models, refuse_changed, stamps
 from evomerge.search.workers.worker import Progress, Setup
 
 
@@ -27,7 +28,7 @@ def open_evaluator(
     refuse_others("the items", setup.items, item_fingerprints(task_set))
     cache = setup.folder / "cache"
     if not setup.folder.is_dir():
-        cache = user_cache().parent / "sources"
+        cache = user_cache("sources")
         cache.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(
         setup.config, open_config_models(setup.config), task_set, check, log, cache, progress, setup.share

@@ -1,0 +1,104 @@
+"""Measures what a job takes on its device: time, forwards, memory, energy."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from evomerge.device import synchronise
+from evomerge.evaluate.clock import Counts
+from evomerge.search.budget.usage import Usage
+
+
+class Meter:
+    """Measures one job in the worker that does it: `with Meter(counts, device) as meter: ...`, then `meter.used`.
+
+    counts: that the job's forwards are added to.  What is used before an error counts too.
+    """
+
+    def __init__(self, counts: Counts, device: torch.device) -> None:
+        self.counts = counts
+        self.device = device
+        self.used = Usage()
+
+    def __enter__(self) -> "Meter":
+        self.before = replace(self.counts)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.energy = energy_counter(self.device)
+        self.started_at = self.energy()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        synchronise(self.device)
+        seconds = time.perf_counter() - self.started
+        first, last = self.started_at, self.energy()
+        self.used = Usage(
+            seconds,
+            seconds,
+            seconds,
+            self.counts.forwards - self.before.forwards,
+            self.counts.tokens - self.before.tokens,
+            self.counts.padded - self.before.padded,
+            peak_memory(self.device),
+            None if first is None or last is None else last - first,
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's since its peak was reset, else the process's since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # ru_maxrss would remember the process that this one was started from
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+Joules = Callable[[], float | None]
+COUNTERS: dict[str, Joules] = {}
+
+
+def energy_counter(device: torch.device) -> Joules:
+    """Reads how many joules a device has used since its driver was loaded; None where it does not tell.
+
+    NVML counts the whole device, so two workers on one device each see the energy of both.  Processors are left out:
+    their counters are the machine's and need root.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    if str(device) not in COUNTERS:
+        COUNTERS[str(device)] = nvml_counter(device)
+    return COUNTERS[str(device)]
+
+
+def nvml_counter(device: torch.device) -> Joules:
+    """The energy counter of a CUDA device, if nvidia-ml-py is installed and the device has one (Volta and later)."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # Not by number: CUDA_VISIBLE_DEVICES renumbers devices for torch, not for NVML.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # whatever a driver answers, a search goes on without its energy
+        return lambda: None
+
+    def joules() -> float | None:
+        try:
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+        except pynvml.NVMLError:
+            return None
+
+    return joules
