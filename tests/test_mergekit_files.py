@@ -450,7 +450,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a base of its own": (
         {"models": None, "slices": [{"base_model": "two", "sources": [{"model": "one", "layer_range": [0, 1]}]}]},
-        "slices.0.base_model: one base model for the whole merge",
+        "slices.0.base_model: only one base model for the whole merge",
     ),
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: give it or tokenizer_source"),
     "required parameter missing": (
