@@ -37,7 +37,7 @@ from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.storage.item_scores import rounded
 from evomerge.sources.fingerprint import file_stamps
 from evomerge.sources.locate import locate
-from evomerge.sources.models import Models, open_models
+from evomerge.sources.open_models import Models, open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 

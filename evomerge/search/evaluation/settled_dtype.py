@@ -11,7 +11,7 @@ from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.search.evaluation.evaluator import shapes_of
 from evomerge.search.storage.study import FINISHED
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 COMPUTE = "evomerge:compute"  # study attribute: the type, and what was measured to choose it
 

@@ -10,7 +10,7 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
 
 Point = dict[str, float]

@@ -19,7 +19,7 @@ from evomerge.search.run import Run
 from evomerge.search.workers.local import LocalWorker
 from evomerge.search.workers.process import ProcessWorker
 from evomerge.search.workers.worker import Progress, Setup, Worker
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 
 @dataclass(frozen=True)
