@@ -83,8 +83,8 @@ def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     from evomerge.merge.output.export import export as export_model
     from evomerge.merge.output.export import total_bytes
     from evomerge.merge.output.model_card import model_card
-    from evomerge.merge.recipe.inputs import pin
     from evomerge.merge.recipe.open_bank import open_bank
+    from evomerge.merge.recipe.pinned_inputs import pin
     from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})

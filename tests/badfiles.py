@@ -33,7 +33,7 @@ from evomerge.report.verdict_text import results_section
 from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 SECONDS = 5.0  # of the processor, so that a paused machine is no hang

@@ -29,7 +29,7 @@ from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import read_json, read_text, read_yaml, write_text
 from evomerge.merge.live import load_live_model
-from evomerge.merge.recipe.inputs import with_fingerprints
+from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.parse import DEPTH, YAML_NODES, parse_json, parse_yaml
 from evomerge.report.verdict_text import results_section
@@ -39,7 +39,7 @@ from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import looks_like_hub_id
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

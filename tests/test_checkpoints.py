@@ -18,7 +18,7 @@ from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.config_differences import compare_configs
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.quantised import packed_tensor
 from evomerge.sources.tensor_names import is_computed_buffer
 

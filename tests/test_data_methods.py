@@ -40,7 +40,7 @@ from evomerge.merge.output.compare import model_differences
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.statistics.gather import choose_items, fisher, gather_statistics, gram_shape, grams, linear_layers
 from evomerge.statistics.gather import write_statistics as write_statistics_file
 

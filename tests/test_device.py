@@ -32,7 +32,7 @@ from evomerge.search.workers.process import one_device
 from evomerge.search.workers.worker import Setup
 from evomerge.search.workers.worker_options import WorkerOptions
 from evomerge.sources.fingerprint import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.statistics.gather import fitting_groups
 
 CPU = torch.device("cpu")

@@ -46,11 +46,11 @@ from evomerge.merge.output.export import export, output_specs, total_bytes
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.output.shards import plan_shards
 from evomerge.merge.recipe.coefficients import Coefficient
-from evomerge.merge.recipe.inputs import check_fingerprints
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
 from evomerge.sources.adapter.tensor_change import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 
 logging.disable_progress_bar()
 

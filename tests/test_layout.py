@@ -22,8 +22,8 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
-from evomerge.merge.recipe.inputs import check_fingerprints
 from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.merge.recipe.slices import Slice
 from evomerge.sources.checkpoint import open_checkpoint

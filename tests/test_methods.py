@@ -31,7 +31,7 @@ from evomerge.merge.methods.della import rank_chance
 from evomerge.merge.methods.plan import Chance, Derived, Knob, Knobs, Plan, SparseBlend, chance
 from evomerge.merge.methods.rescale import RESCALE
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import tensor_role
 
 DTYPES = list(TORCH_DTYPES.values())

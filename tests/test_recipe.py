@@ -20,10 +20,10 @@ from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Knob
 from evomerge.merge.recipe.coefficients import Coefficient, FilteredValue
-from evomerge.merge.recipe.inputs import check_fingerprints, with_fingerprints
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints, with_fingerprints
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
 from evomerge.sources.fingerprint import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole, tensor_role
 
 # --- Round trip ---

@@ -26,7 +26,7 @@ from evomerge.search.space.space import Space, build_space, spread
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
 from evomerge.search.storage.study import SearchStudy, in_full, record_of
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 

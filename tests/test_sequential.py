@@ -22,8 +22,8 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe import nested
-from evomerge.merge.recipe.inputs import check_fingerprints, without_fingerprints
 from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints, without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, load_recipe, models_on_disk
 from evomerge.sources.checkpoint import open_checkpoint
 

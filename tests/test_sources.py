@@ -18,7 +18,7 @@ from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import check_compatibility, declared_base
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.locate import locate
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, coefficient_layer, layer_count, tensor_role
 
 INDEX = "model.safetensors.index.json"

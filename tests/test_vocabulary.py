@@ -27,7 +27,7 @@ from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import RowsByToken
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import read_vocabulary
 from evomerge.sources.tokenizer_union import union_vocabulary
 

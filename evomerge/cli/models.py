@@ -39,7 +39,7 @@ def reproduce(
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
     from evomerge.merge.output.compare import model_differences
-    from evomerge.merge.recipe.inputs import check_fingerprints
+    from evomerge.merge.recipe.pinned_inputs import check_fingerprints
     from evomerge.merge.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -68,7 +68,7 @@ def inspect(
     """Tell whether these models can be merged, and what to expect."""
     from evomerge.report.inspection import print_inspection
     from evomerge.sources.locate import locate
-    from evomerge.sources.models import open_models
+    from evomerge.sources.open_models import open_models
 
     names = {f"{Path(s).name}": locate(s) for s in sources}
     if len(names) < len(sources):

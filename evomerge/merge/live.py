@@ -15,7 +15,7 @@ from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.architecture import known_config
 from evomerge.sources.checkpoint import open_weight_files, read_config
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from evomerge.merge.measure.reductions import gram_matrix
 from evomerge.report.progress import console
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 from evomerge.sources.tensor_names import layer_count, tensor_role
 
 

@@ -7,7 +7,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.sources.fingerprint import file_stamps
 from evomerge.sources.locate import locate
-from evomerge.sources.models import Models, open_models
+from evomerge.sources.open_models import Models, open_models
 
 
 def model_folders(config: SearchConfig) -> dict[str, Path]:

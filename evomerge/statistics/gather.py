@@ -26,7 +26,7 @@ from evomerge.merge.measure.statistics_file import Origin
 from evomerge.merge.methods.plan import Statistics
 from evomerge.merge.output.shards import TensorSpec, open_writer, size_of
 from evomerge.sources.fingerprint import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import tensor_role
 
 Rows = Sequence[Sequence[Row]]

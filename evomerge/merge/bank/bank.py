@@ -28,7 +28,7 @@ from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.adapter.tensor_change import TensorChange
 from evomerge.sources.checkpoint import is_head
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 LEAST_WINDOW = 256 << 20  # bytes: below it a copy's beginning costs more than the copy
 

@@ -18,7 +18,7 @@ from evomerge.files import sha256
 from evomerge.merge.methods.plan import Statistics
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, is_head
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 from evomerge.sources.safetensors_files import open_safetensors
 from evomerge.sources.tensor_names import is_computed_buffer
 

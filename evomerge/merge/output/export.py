@@ -15,7 +15,7 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.output.load_check import check_loads
 from evomerge.merge.output.shards import SHARD_BYTES, TensorSpec, open_writer, plan_shards, size_of
-from evomerge.merge.recipe.inputs import with_fingerprints
+from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.tokenizer import Vocabulary

@@ -1,7 +1,7 @@
 """The model card of an exported model (README.md): what was merged, how, and how to reproduce it."""
 
 from evomerge import __version__
-from evomerge.merge.recipe.inputs import without_fingerprints
+from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, models_on_disk
 from evomerge.sources.compatibility import front_matter
 from evomerge.sources.locate import locate

@@ -9,7 +9,7 @@ from evomerge.merge.recipe.sliced_config import find_layer_stack, sliced_config
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 from evomerge.sources.tensor_names import coefficient_layer, layer_count, name_in_layer, tensor_role
 
 

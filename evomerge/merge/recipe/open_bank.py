@@ -11,7 +11,7 @@ from evomerge.merge.materialise import check_fits
 from evomerge.merge.recipe.nested import NestedMerge, nested_model
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.sources.locate import locate
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 
 Log = Callable[[str], None]
 

@@ -10,7 +10,7 @@ from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import share
 from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
-from evomerge.merge.recipe.inputs import pin
+from evomerge.merge.recipe.pinned_inputs import pin
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.space import Point, Space
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole

@@ -14,7 +14,7 @@ from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
 
 if TYPE_CHECKING:
-    from evomerge.sources.models import Models
+    from evomerge.sources.open_models import Models
 
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
