@@ -104,7 +104,7 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
     base = hub.push("me/base", write_llama(tmp_path / "base"))
     one = hub.push("me/one", write_llama(tmp_path / "one", 1))
     file, task_set = write_search(tmp_path), TaskSet([], {})
-    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)  # no task is asked here
+    monkeypatch.setattr("evomerge.search.inputs.open_task_set", lambda config: task_set)  # no task is asked here
     run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     kept = yaml.safe_load(run.config_file.read_text())
     assert kept["base"] == f"me/base@{base}"
@@ -126,7 +126,7 @@ def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, mon
     for name in ("base", "one", "two"):
         hub.push(f"me/{name}", write_llama(tmp_path / name))
     file, task_set = write_search(tmp_path), TaskSet([], {})
-    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)
+    monkeypatch.setattr("evomerge.search.inputs.open_task_set", lambda config: task_set)
     run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     file.write_text(file.read_text().replace("me/one", "me/two"))
     with pytest.raises(EvomergeError, match=r"sources.0.path: me/one@\w+ -> me/two@\w+"):
