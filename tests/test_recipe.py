@@ -18,7 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knob
+from evomerge.merge.methods.knobs import Knob
 from evomerge.merge.recipe.coefficients import Coefficient, Part
 from evomerge.merge.recipe.recipe import (
     Model,

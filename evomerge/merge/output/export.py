@@ -107,7 +107,7 @@ def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.
     """Merge a tensor on the bank's device.  EvomergeError if the result is not finite."""
     out = torch.empty(shape[1], dtype=shape[0], device=bank.device)
     try:
-        check_finite({name: materialise_tensor(recipe, bank, name, out)})
+        check_finite([name], materialise_tensor(recipe, bank, name, out)[None])
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
     bank.end()

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, sha256
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knobs, Method
+from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.anatomy import Place
@@ -142,9 +143,10 @@ def plain_sources(entry: Any, folder: Path) -> list[Any]:
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """What is wrong with a recipe beyond its types: unknown method or knob, values out of range, counts."""
-    method = METHODS.get(recipe.method)
-    if method is None:
-        return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
+    try:
+        method = METHODS[recipe.method]
+    except EvomergeError as error:
+        return [f"method: {error}"]
     problems = []
     if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
         problems.append(

@@ -8,7 +8,7 @@ from typing import Literal
 from evomerge.errors import EvomergeError
 from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import share
+from evomerge.merge.methods.normalization import nonzero_divisor
 from evomerge.merge.recipe.coefficients import Coefficient, named_parts
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, pin
 from evomerge.search.space.space import Point, Space
@@ -92,7 +92,7 @@ def model_key(recipe: Recipe, layers: int) -> object:
     for where in (Place(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
         knobs = recipe.knobs(where, layers)
         weights = knobs.each["weight"]
-        divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0
+        divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0
         scale = knobs.shared.get("lambda", 1.0) / divisor
         per_model = {s.path: round(scale * w, 9) for s, w in zip(recipe.sources, weights, strict=True)}
         rest = 1.0 - sum(per_model.values()) if recipe.method == "task_arithmetic" else 0.0
