@@ -10,12 +10,12 @@ from evomerge.search.evaluation.full_evaluations import StoredEvaluations
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.race_policy import make_race_setup
 from evomerge.search.evaluation.task_set import open_task_set
-from evomerge.search.loop import healthy, value_of
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import objective_scores
 from evomerge.search.storage.study import SearchStudy, record_of
+from evomerge.search.trial import parent_signs, value_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def repeat(run: Run, number: int) -> Repeated:
             full = {t.number: t for t in study.complete}
             incumbent, others = record["race"]["incumbent"], record["race"]["others"]
             race = race_setup.race(race_setup.vector(full[incumbent]), [race_setup.vector(full[n]) for n in others])
-        job = TrialJob(job.recipe, healthy(study, known), race_setup, race)
+        job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
     computed = record.get("compute_dtype", config.dtype)  # runs of before it was recorded had no other type
     config = config.model_copy(update={"compute_dtype": computed})
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")

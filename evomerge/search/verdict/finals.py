@@ -22,20 +22,6 @@ from evomerge.search.workers.pool import run_all
 FINALISTS = 5
 
 
-async def search_score(study: SearchStudy, evaluations: Evaluations, baseline: Baseline) -> float:
-    """A baseline's objective on the search split: its trial's, or the stored evaluations's if it has no trial (yet).
-
-    Minus infinity if the model is broken: a failed trial, a score that is not finite.
-    """
-    if baseline.point is not None and (trial := study.of_baseline(baseline.name)) is not None:
-        return -float("inf") if trial.value is None else trial.value
-    try:
-        scores = await evaluations.score("search", baseline.recipe, f"baseline {baseline.name}")
-    except ArithmeticError:
-        return -float("inf")
-    return evaluations.task_set.mean(scores, "objective")
-
-
 @dataclass(frozen=True)
 class Finalist:
     """A model that is scored on the selection split.
