@@ -1,4 +1,4 @@
-"""Run one finished trial again, alone, from what the study keeps of it."""
+"""Run one finished trial again, alone, from its record in the study (`evomerge repeat`)."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,12 @@ from evomerge.search.trial import parent_signs, value_of
 
 @dataclass(frozen=True)
 class Repeated:
-    """items: scores that were compared.  differing: of them.  values: recorded, and now."""
+    """The comparison of a repeated trial with its record.
+
+    items: how many item scores were compared.
+    differing: how many of them differ.
+    values: the trial's value in the study, and now.
+    """
 
     items: int
     differing: int
@@ -28,9 +33,12 @@ class Repeated:
 
 
 def repeat(run: Run, number: int) -> Repeated:
-    """Trial `number` once more in this process, against the incumbent that it ran against then.
+    """Run a trial again in this process, in the race that it ran in then.
 
-    EvomergeError if there is no such trial or it has no scores to compare with.
+    run: the run folder.
+    number: the trial's.
+
+    Raises EvomergeError if there is no such trial, if it has no scores to compare with, or if it fails now.
     """
     config = run.config()
     models = open_config_models(config)
@@ -49,17 +57,15 @@ def repeat(run: Run, number: int) -> Repeated:
             incumbent, others = record["race"]["incumbent"], record["race"]["others"]
             race = race_setup.race(race_setup.vector(full[incumbent]), [race_setup.vector(full[n]) for n in others])
         job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
-    computed = record.get("compute_dtype", config.dtype)  # runs of before it was recorded had no other type
+    computed = record.get("compute_dtype", config.dtype)  # what lacks it was computed in the candidate's own type
     config = config.model_copy(update={"compute_dtype": computed})
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
     evaluator.prepare(run.manifest()["inputs"])
     result = evaluator.run(job)
     if isinstance(result, Failure):
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
-    before, after = (
-        objective_scores(trial),
-        {t: np.array(s) for t, s in task_set.of(result.scores, "objective").items()},
-    )
+    before = objective_scores(trial)
+    after = {task: np.array(scores) for task, scores in task_set.of(result.scores, "objective").items()}
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
     items = sum(int(np.isfinite(s).sum()) for s in before.values())
     return Repeated(items, differing, (trial.value, value_of(result, task_set)))

@@ -1,4 +1,23 @@
-"""The run folder: the configuration, who the inputs are, the study, and what came out."""
+"""The run folder: where a search keeps everything.  File by file, in the order in which they are written:
+
+run.json            what the run was made of: versions, seed, SHA-256 of every input file and of the items
+config.yaml         the configuration with absolute paths; written last, so a folder that has it is a run
+lock                held by the process that works on the run
+log.txt             one line for everything that happens, with its time
+state.json          the progress of the running search, for `evomerge status --watch`
+study.db            the study: trials with their item scores, and all other evaluations (SQLite); it is not there
+                    if the configuration's `storage` names another database
+cache/              what a resume need not make again:
+  items/            token ids of every task and split, one JSON line an item
+  batch-tokens-*    the batch size that was found to fit on an accelerator
+  *.safetensors     measurements of the sources (histograms, Gram matrices), by a hash of the inputs
+  derived/          matrices that tsv, iso_c and regmean make of the sources
+workers/N.txt       what worker N prints, if workers are processes of their own
+winner.yaml         the recipe of the chosen candidate, whether or not it wins
+recommended.yaml    the recipe that the verdict recommends
+verdict.json        the verdict (verdict/verdict_file.py); written last of the results
+report.html         the report
+"""
 
 import fcntl
 import hashlib
@@ -23,10 +42,10 @@ from evomerge.files import disk_errors, read_json, sha256, write_text
 from evomerge.search.evaluation.evaluator import model_folders
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.storage.database import open_study, sqlite_url
-from evomerge.search.verdict.verdict import what_is_wrong
+from evomerge.search.verdict.verdict_file import what_is_wrong
 from evomerge.sources.locate import model_fingerprint
 
-KEY = "evomerge:key"  # study attribute: what its results depend on, see `study_key`
+KEY = "evomerge:key"  # study attribute: a hash of what its results depend on, see `study_key`
 PACKAGES = (
     "torch",
     "transformers",
@@ -42,7 +61,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.  config.yaml is written last, so a folder that has it is a run."""
+    """A run folder and the files in it."""
 
     folder: Path
 
@@ -63,6 +82,10 @@ class Run:
         return self.folder / "recommended.yaml"
 
     @property
+    def winner_file(self) -> Path:
+        return self.folder / "winner.yaml"
+
+    @property
     def report_file(self) -> Path:
         return self.folder / "report.html"
 
@@ -71,19 +94,20 @@ class Run:
         return self.folder / "log.txt"
 
     def storage_url(self, config: SearchConfig) -> str:
-        """The database with its password, for those who open it and nobody else (`masked` shows one)."""
+        """The URL of the study's database, with its password.  It is not to be shown or logged (`masked` is)."""
         return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
     def study(self) -> optuna.Study:
-        """The study, to be looked at.  EvomergeError if there is none or it cannot be read."""
+        """The study, for reading.  Raises EvomergeError if there is none or it cannot be read."""
         config = self.config()
         return open_study(self.storage_url(config), config.name, create=False)
 
     def config(self) -> SearchConfig:
+        """The run's configuration."""
         return load_config(self.config_file)
 
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of.  EvomergeError if that cannot be read."""
+        """The content of run.json.  Raises EvomergeError if it cannot be read."""
         try:
             content = read_json(self.manifest_file)
         except EvomergeError as error:
@@ -95,7 +119,7 @@ class Run:
         return content
 
     def verdict(self) -> dict[str, Any] | None:
-        """The verdict, None if there is none yet.  EvomergeError if it cannot be read."""
+        """The content of verdict.json; None if there is none yet.  Raises EvomergeError if it cannot be read."""
         if not self.verdict_file.exists():
             return None
         verdict = read_json(self.verdict_file)
@@ -104,13 +128,13 @@ class Run:
         return verdict
 
     def log(self, text: str) -> None:
-        """A line for whoever asks later what happened when."""
+        """Write a line with the time to log.txt."""
         with disk_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n")
 
 
 def open_run(folder: Path) -> Run:
-    """An existing run.  EvomergeError if the folder is not one."""
+    """An existing run.  Raises EvomergeError if the folder is not one."""
     run = Run(folder)
     if not run.config_file.is_file():
         raise EvomergeError(f"{folder}: not a run folder (it has no config.yaml); start one with `evomerge search`")
@@ -127,7 +151,10 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
 
 
 def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
-    """A hash of the items in each split of each task: their documents, whatever file they came from."""
+    """Task -> split -> a hash of its items: of their documents, whatever file they came from.
+
+    A task with few-shot examples has their hash as `few-shot`.
+    """
     found: dict[str, dict[str, str]] = {}
     for task in task_set.tasks:
         ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in task_set.items[task.name].items()}
@@ -138,7 +165,11 @@ def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
 
 
 def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[str, Any]) -> str:
-    """A hash of all that decides a study's results, wherever its files lie."""
+    """A hash of everything that a study's results depend on; the paths of files do not count.
+
+    inputs: of `input_fingerprints`.
+    items: of `item_fingerprints`.
+    """
     content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
@@ -149,7 +180,7 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
 
 
 def claim(study: optuna.Study, run: Run) -> None:
-    """Make the study this run's.  EvomergeError if a study of other models, items or settings has its name."""
+    """Mark the study as this run's.  Raises EvomergeError if it belongs to other models, items or settings."""
     keys, found = run.manifest().get("keys"), study.user_attrs.get(KEY)
     if found is not None and keys and found not in keys:
         raise EvomergeError(
@@ -160,7 +191,7 @@ def claim(study: optuna.Study, run: Run) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """EvomergeError if the folder is a run already."""
+    """Raise EvomergeError if the folder is a run already."""
     if Run(folder).config_file.exists():
         raise EvomergeError(
             f"{folder}: this run exists already; go on with `evomerge resume {folder}`, or choose another --run folder"
@@ -168,10 +199,18 @@ def refuse_existing(folder: Path) -> None:
 
 
 def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:
-    """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
+    """Make a new run folder with run.json and config.yaml.
+
+    config: with the versions of its models pinned.
+    task_set: its tasks and items.
+    origin: the file that the configuration was read from.
+    folder: the new run folder.
+
+    Raises EvomergeError if the folder is a run already or cannot be written.
+    """
     refuse_existing(folder)
     run = Run(folder)
-    run.storage_url(config)  # says which variable it lacks
+    run.storage_url(config)  # raises if an environment variable in it is not set
     inputs, items = input_fingerprints(config), item_fingerprints(task_set)
     manifest = {
         "evomerge": __version__,
@@ -193,10 +232,11 @@ def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Pa
 
 
 def check_unchanged(run: Run, accept: bool) -> SearchConfig:
-    """The run's configuration, compared with the file it came from and the inputs it was made with.
+    """The run's configuration, after a comparison with the file it came from and the inputs that the run began with.
 
-    EvomergeError with the differences if the file or a model changed, unless `accept`; then the file's present
-    content becomes the run's.
+    accept: take over the file's present content where something has changed.
+
+    Raises EvomergeError with the differences if the file, a model or an item has changed, unless `accept`.
     """
     config, manifest = run.config(), run.manifest()
     origin = Path(str(manifest.get("origin", "")))
@@ -237,7 +277,7 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
 
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Hold the run for this process; the lock dies with it.  EvomergeError if another process holds it."""
+    """Hold the run's lock, which ends with the process.  Raises EvomergeError if another process holds it."""
     with disk_errors(run.folder), (run.folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
