@@ -160,8 +160,9 @@ def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison
             f"{first.name} is recommended."
         )
     rival = next(c for c in comparisons if not c.beaten)
+    against = f"{rival.score:.3f} of {rival.name} ({difference_text(rival.difference)})"
     return (
-        f"No difference shown: {holdout} against {rival.score:.3f} of {rival.name} ({difference_text(rival.difference)}). "
+        f"No difference shown: {holdout} against {against}. "
         f"{first.name}, the best baseline on the selection items, is recommended."
     )
 
