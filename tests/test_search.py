@@ -230,7 +230,7 @@ def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -
     points = []
     while len(study.trials) < trials:
         if reopen_every and points and len(points) % reopen_every == 0:
-            study.begin(None)  # a trial in hand when the process dies
+            study.begin(None)  # a trial that runs when the process dies
             study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
         begun = study.begin(None)
         points.append(dict(begun.params))

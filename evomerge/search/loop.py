@@ -101,7 +101,7 @@ async def open_and_search(
 class SearchState:
     """What the phases of a search hand on to the later ones.
 
-    baselines: recipes that nobody searched for; phase 3 adds the greedy soup.
+    baselines: recipes that the search did not find; phase 3 adds the greedy soup.
     preparing: whether a slot has begun phase 3.
     races: how candidates race; None before phase 3, and where races do not pay.
     soup: None before the end of phase 3.
@@ -200,9 +200,9 @@ class Driver:
         """
         setup = make_race_setup(self.study, self.state.baselines, self.evaluations)
         if setup is not None and must_choose_looks(self.study, setup.items):
-            result = await self.pool.run(RaceLooksJob(setup), "where races look")
+            result = await self.pool.run(RaceLooksJob(setup), "choosing where races look")
             if isinstance(result, Failure):
-                self.run.log(f"candidates are not raced in this session: {result.reason}")
+                self.run.log(f"candidates do not race in this session: {result.reason}")
                 return None
             assert result.looks is not None, "a RaceLooksJob gives looks"
             self.study.stored.set_user_attr(LOOKS, {"items": setup.items, **asdict(result.looks)})
