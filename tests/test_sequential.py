@@ -1,4 +1,4 @@
-"""Sequential merges: a source that is a recipe is the model that recipe would have written, without writing it."""
+"""Sequential merges: a source that is a recipe equals the model that this recipe writes, and is not written to disk."""
 
 import re
 from pathlib import Path
@@ -49,7 +49,7 @@ def content(method: str, base: Path, sources: dict[str, Any], dtype: str = "bflo
 
 
 def three_in_a_row(family: Folders, inner: str = "ties", outer: str = "slerp", dtype: str = "bfloat16") -> Recipe:
-    """one with two, the result with three."""
+    """The sources one and two are merged, and the result with the source three."""
     knobs = {k: 0.5 for k, v in METHODS[inner].knobs.items() if v.default is None}
     first = content(inner, family["base"], {"one": family["one"], "two": family["two"]}, dtype, **knobs)
     knobs = {k: 0.5 for k, v in METHODS[outer].knobs.items() if v.default is None}
@@ -135,8 +135,8 @@ def test_the_live_model_gets_what_is_exported(family: Folders, tmp_path: Path):
     assert same(dict(places), tensors(written(recipe, tmp_path / "out")))
 
 
-def test_nothing_but_single_tensors_is_held_when_there_is_no_room(family: Folders, monkeypatch: pytest.MonkeyPatch):
-    """Without capacity every nested tensor is merged once per outer tensor, and let go before the next."""
+def test_without_capacity_only_single_tensors_are_held(family: Folders, monkeypatch: pytest.MonkeyPatch):
+    """Without capacity every nested tensor is merged once per outer tensor, and freed before the next."""
     recipe = three_in_a_row(family, "ties", "ties")
     reads: list[str] = []
     read = nested.Nested.read
@@ -161,7 +161,7 @@ def test_nothing_but_single_tensors_is_held_when_there_is_no_room(family: Folder
     assert same(places, again)
 
 
-# --- Broken ones ---
+# --- Errors ---
 
 
 def test_nan_inside_a_nested_merge_is_found(tmp_path: Path):
