@@ -30,6 +30,7 @@ from evomerge.evaluate.tasks import deal, items_of, open_tasks
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels import derived
 from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.kernels.regression import regression_mean
 from evomerge.merge.kernels.spectral import isotropic, singular_parts
 from evomerge.merge.live import destinations, load_live_model, open_live_model
@@ -152,7 +153,7 @@ def test_derived_tensors_are_made_once_and_survive_in_a_folder(
 
     monkeypatch.setattr(derived, "derive", lambda *_: pytest.fail("made again"))
     again = bank_of(folders, cache)
-    monkeypatch.setattr("evomerge.merge.bank.bank.derive", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("evomerge.merge.bank.derived_tensors.derive", lambda *_: pytest.fail("made again"))
     assert torch.equal(merged(recipe, again, MATRIX), first)
     assert not torch.equal(merged(recipe.model_copy(update={"parameters": {"lambda": 0.5}}), again, MATRIX), first)
     monkeypatch.undo()
@@ -191,7 +192,7 @@ def test_fisher_weighs_each_element_by_its_information(data: st.DataObject):
     weights = tuple(data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])) for _ in range(count))
     scales = tuple(data.draw(st.sampled_from([1.0, 1e3, 0.25])) for _ in range(count))
     out = torch.empty(size)
-    execute(FisherBlend(weights, scales, 1e-6), out, base, sources, information)
+    execute(FisherBlend(weights, scales, 1e-6), out, Operands(base, sources, information))
     exact = [w * (f.double() * s).clamp(1e-6) for w, f, s in zip(weights, information, scales, strict=True)]
     assert oracle.fisher(base, sources, exact).allows(out).all()
 
@@ -199,7 +200,7 @@ def test_fisher_weighs_each_element_by_its_information(data: st.DataObject):
 def test_without_information_fisher_is_the_weighted_mean():
     out = torch.empty(3)
     sources, nothing = [torch.full((3,), 1.0), torch.full((3,), 4.0)], [torch.zeros(3)] * 2
-    execute(FisherBlend((2.0, 1.0), (1.0, 1.0), 1e-6), out, torch.zeros(3), sources, nothing)
+    execute(FisherBlend((2.0, 1.0), (1.0, 1.0), 1e-6), out, Operands(torch.zeros(3), sources, nothing))
     assert out.tolist() == pytest.approx([2.0, 2.0, 2.0])
 
 

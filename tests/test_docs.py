@@ -20,7 +20,8 @@ from evomerge.cli import app
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knob, Method
+from evomerge.merge.methods.knobs import Knob
+from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.locate import looks_like_hub_id
 

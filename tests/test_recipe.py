@@ -18,7 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knob
+from evomerge.merge.methods.knobs import Knob
 from evomerge.merge.recipe.coefficients import Coefficient, FilteredValue
 from evomerge.merge.recipe.pinned_inputs import check_fingerprints, with_fingerprints
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe

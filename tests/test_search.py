@@ -17,12 +17,13 @@ from pyarrow import parquet
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
+from evomerge.config.schema import Granularity
 from evomerge.errors import EvomergeError
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
 from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe
-from evomerge.search.space.space import Space, build_space, spread
+from evomerge.search.space.space import Space, axis_values, build_space, spread
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
 from evomerge.search.storage.study import SearchStudy, in_full, record_of
@@ -97,6 +98,22 @@ def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> Non
     assert along == sorted(along)
     lengths = [along.count(float(g)) for g in range(groups)]
     assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(1, 7), st.integers(0, 5))
+def test_axis_values_is_the_inverse_of_spread(values: list[float], stride: int, rest: int) -> None:
+    """Of the granularity `depth`, where every knot lies on a layer."""
+    count = len(values)
+    cases: tuple[tuple[Granularity, list[float], int], ...] = (
+        ("model", values[:1], count + rest),
+        ("depth", values, (count - 1) * stride + 1),
+        ("group", values, count + rest),
+        ("layer", values, count),
+    )
+    for granularity, own, layers in cases:
+        along = spread(own, granularity, layers)
+        known = dict(enumerate(along if isinstance(along, list) else [along] * layers))
+        assert axis_values(known, granularity, len(own), layers) == pytest.approx(own, abs=1e-12), granularity
 
 
 def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
@@ -213,7 +230,7 @@ def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -
     points = []
     while len(study.trials) < trials:
         if reopen_every and points and len(points) % reopen_every == 0:
-            study.begin(None)  # a trial in hand when the process dies
+            study.begin(None)  # a trial that runs when the process dies
             study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
         begun = study.begin(None)
         points.append(dict(begun.params))

@@ -146,11 +146,11 @@ def test_nothing_but_single_tensors_is_held_when_there_is_no_room(family: Folder
     again = {n: torch.empty_like(t) for n, t in places.items()}
     materialise(recipe, bank, places)
     assert sorted(reads) == sorted(bank.names)
-    assert not [key for key in bank.held if key[0] == "ab"]
-    assert len(bank.recent) <= 1
+    assert not [key for key in bank.tensors.held if key[0] == "ab"]
+    assert len(bank.tensors.in_use) <= 1
     source = bank.models.sources["ab"]
     assert isinstance(source, nested.NestedMerge)
-    assert not source.bank.kept
+    assert not source.bank.measurement_cache
     materialise(recipe, expected, again)
     assert same(places, again)
 

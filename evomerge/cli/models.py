@@ -174,7 +174,7 @@ def statistics(
     from evomerge.device import resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
-    from evomerge.merge.methods.plan import Statistics
+    from evomerge.merge.methods.method import Statistics
     from evomerge.report.progress import Bar
     from evomerge.sources.locate import locate
     from evomerge.statistics.gather import choose_items, gather_statistics

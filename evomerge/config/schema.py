@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from evomerge.merge.methods.plan import Method
+from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.tensor_names import Component

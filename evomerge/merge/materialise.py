@@ -1,184 +1,98 @@
-"""Materialise a recipe: the one way to merge.  Search, export and `merge` all come through here."""
+"""Materialise a recipe: write the merged tensors.  Searches, exports and the command `merge` all come through here.
+
+For each output tensor: `tensor_plan.py` gives a plan and its operands, and `kernels/execute.py` computes it.  On a CUDA
+device `Batch` does the same for many tensors at a time.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.merge.bank.bank import Bank, mask_keys
-from evomerge.merge.bank.operands import Operands
-from evomerge.merge.kernels.call import Call, Keys, Memo, call_of, contributes
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.kernels.call import Call, call_of
 from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.launch import Launcher
-from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
-from evomerge.merge.recipe.coefficients import filtered_values
+from evomerge.merge.kernels.operands import Operands
+from evomerge.merge.methods.plan import Blend, Plan, SparseBlend
 from evomerge.merge.recipe.recipe import Recipe, check_layers
-from evomerge.sources.tensor_names import TensorRole, tensor_role
+from evomerge.merge.tensor_plan import RecipeInputs, plan_tensor, remembered_knobs
+from evomerge.sources.tensor_names import tensor_role
 
-STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
-KEPT = 16  # sets of sources and seeds of which operands are kept
-KnobsAt = Callable[[TensorRole, int, tuple[str, ...]], Knobs]
+STREAMED = 64 << 20  # bytes of operands that do not stay on the device, after which a launch follows
 
 
 class NotFinite(ArithmeticError):
-    """A merged tensor holds NaN or infinity: this candidate is broken, the next may be fine."""
-
-
-@dataclass(eq=False, slots=True)
-class Planned:
-    """What one tensor is made of: the arguments of `execute`.  memo: see `Call`."""
-
-    plan: Plan
-    base: Tensor
-    sources: Sequence[Tensor]
-    planes: Sequence[Tensor]
-    keys: Keys
-    memo: Memo | None = None
-
-
-def operands_of(recipe: Recipe, bank: Bank, name: str) -> Operands:
-    """What the tensor `name` of a recipe is merged of."""
-    names = tuple(bank.taking_part(name, [s.name for s in recipe.sources]))
-    statistics = bank.statistics(recipe, names)
-    measured = bank.measurements(name, names, recipe.seed, statistics)
-    stored = [bank.is_stored(s, name) for s in names]
-    return Operands(
-        name,
-        names,
-        tensor_role(name),
-        bank.base(name),
-        measured,
-        statistics,
-        stored,
-        mask_keys(recipe.seed, name, names),
-    )
-
-
-def kept_operands(recipe: Recipe, bank: Bank) -> dict[str, Operands]:
-    """Where the operands of a recipe's tensors are kept that stay where they are; nowhere if it uses statistics."""
-    if METHODS[recipe.method].statistics is not None:
-        return {}
-    key = tuple(s.name for s in recipe.sources), recipe.seed
-    if key not in bank.operands and len(bank.operands) >= KEPT:
-        bank.operands.clear()
-    return bank.operands.setdefault(key, {})
-
-
-def keep(kept: dict[str, Operands], name: str, operands: Operands, bank: Bank) -> None:
-    """Keep the operands of what is written to `name`, if they stay where they are."""
-    if not bank.stay(operands.name, operands.names):
-        return
-    measured = operands.measured
-    operands.sources = [measured.source(i) for i in range(len(operands.names))]
-    kept[name] = operands
-
-
-def plan_tensor(recipe: Recipe, bank: Bank, operands: Operands, knobs: KnobsAt) -> Planned | None:
-    """What a recipe makes a tensor of; None for integers, which are the base's.
-
-    knobs: `recipe.knobs`, or what remembers its answers.
-    """
-    o, base, measured = operands, operands.base, operands.measured
-    if not base.is_floating_point():
-        return None
-    if o.names:
-        plan = METHODS[recipe.method].plan(knobs(o.where, bank.layers, o.names), measured)
-    else:
-        plan = Blend((), base=1.0)  # a slice of the base alone
-    # An operand that does not count is not read: the base stands in for it.
-    sources: Sequence[Tensor]
-    if isinstance(plan, Derived):
-        sources = bank.derived(plan, o.name, o.names, o.statistics)
-    elif o.sources is not None:
-        sources = o.sources
-    elif isinstance(plan, Blend):
-        sources = [measured.source(i) if c else base for i, c in enumerate(plan.sources)]
-    elif isinstance(plan, SparseBlend):
-        # A silent one that must be computed is read all the same: that may find it broken.
-        silent = [stored and not contributes(plan, i, False) for i, stored in enumerate(o.stored)]
-        sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
-    else:
-        sources = [measured.source(i) for i in range(len(o.names))]
-    planes = o.planes(plan, bank.held)
-    if isinstance(plan, FisherBlend):
-        planes = [g.read(o.name).to(bank.device) for g in o.statistics]
-    memo = o.memo if o.sources is not None and (not planes or planes is o.levels) else None
-    return Planned(plan, base, sources, planes, o.keys, memo)
+    """A merged tensor holds NaN or infinity: the candidate is broken, and the next one may not be."""
 
 
 @torch.no_grad()
 def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: Tensor) -> Tensor:
-    """Write the merged tensor `name` into `out` (its shape, the recipe's dtype or the device's own copy of it).
+    """Write the merged tensor `name` to `out`.
 
-    Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
-    on the bank's device, NaN if there is one: `check_finite` looks at it.
+    out: of the tensor's shape and the recipe's dtype, on the bank's device.
+
+    Tensors of integers (position tables of old checkpoints) are copied from the base.  Returns the largest |out| as a
+    scalar on the bank's device, NaN if any element is; `check_finite` reads it.
     """
     bank.begin(name)
-    kept = kept_operands(recipe, bank)
-    if (operands := kept.get(name)) is None:
-        operands = operands_of(recipe, bank, bank.merged_as(name))
-    planned = plan_tensor(recipe, bank, operands, recipe.knobs)
-    largest = run_alone(planned, bank, operands.base, out)
-    if operands.sources is None:
-        keep(kept, name, operands, bank)
+    recipe_inputs = RecipeInputs(recipe, bank)
+    inputs = recipe_inputs.get(name)
+    largest = write_tensor(plan_tensor(recipe, bank, inputs, recipe.knobs), bank, inputs.base, out)
+    recipe_inputs.keep(name, inputs)
     return largest
 
 
-def run_alone(planned: Planned | None, bank: Bank, base: Tensor, out: Tensor) -> Tensor:
+def write_tensor(planned: tuple[Plan, Operands] | None, bank: Bank, base: Tensor, out: Tensor) -> Tensor:
+    """Execute a plan, or copy the base if there is none; the largest |out| as a scalar, 0 for a copy."""
     if planned is None:
         out.copy_(base)
         return torch.zeros((), device=bank.device)
-    target = in_one_piece(out)
-    p = planned
-    largest = execute(p.plan, target, p.base, p.sources, p.planes, p.keys, bank.compiled)
+    plan, operands = planned
+    target = contiguous_target(out)
+    largest = execute(plan, target, operands, bank.compiled)
     if target is not out:
         out.copy_(target)
     return largest
 
 
-def in_one_piece(out: Tensor) -> Tensor:
-    """A tensor to write into: `out`, or one that is contiguous and must be copied to it."""
+def contiguous_target(out: Tensor) -> Tensor:
+    """A contiguous tensor to write to: `out`, or a new one that must then be copied to it."""
     return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 class Batch:
-    """Tensors of one candidate on a device, those of one kind merged in one launch.
-
-    largest: (name, its largest |out|) of what was merged.
-    """
+    """Tensors of one candidate on a device; they are merged when `launch` is called, or much memory waits for it."""
 
     def __init__(self, recipe: Recipe, bank: Bank, launcher: Launcher) -> None:
         self.recipe, self.bank, self.launcher = recipe, bank, launcher
-        self.knobs = remembered(recipe)
-        self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []  # name, out, what is written, call
+        self.knobs = remembered_knobs(recipe)
+        self.inputs = RecipeInputs(recipe, bank)
+        self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []
+        """Name, output, what is written to, call."""
         self.largest: list[tuple[list[str], Tensor]] = []
-        self.kept = kept_operands(recipe, bank)
+        """Names of tensors that were merged, and the largest |out| of each, (names,) float32."""
 
     def add(self, name: str, out: Tensor) -> None:
-        """Plan a tensor; it is merged by the next `launch`, which comes by itself where much was streamed."""
+        """Plan the output tensor `name`, to be written to `out`."""
         if not self.waiting:
             self.bank.begin(name)
-        if (operands := self.kept.get(name)) is None:
-            operands = operands_of(self.recipe, self.bank, self.bank.merged_as(name))
-        planned = plan_tensor(self.recipe, self.bank, operands, self.knobs)
-        call = None
-        if planned is not None and not isinstance(planned.plan, Derived):  # whose matrices would all wait in memory
-            call = call_of(planned.plan, planned.base, planned.sources, planned.planes, planned.keys, planned.memo)
-        if call is None:
-            self.largest.append(([name], run_alone(planned, self.bank, operands.base, out)[None]))
+        inputs = self.inputs.get(name)
+        planned = plan_tensor(self.recipe, self.bank, inputs, self.knobs)
+        plan, operands = planned or (None, None)
+        # The matrices of a `Derived` plan would all wait in memory, so they are blended at once.
+        if operands is not None and isinstance(plan, Blend | SparseBlend):
+            self.waiting.append((name, out, contiguous_target(out), call_of(plan, operands)))
         else:
-            self.waiting.append((name, out, in_one_piece(out), call))
-        if operands.sources is None:
-            keep(self.kept, name, operands, self.bank)
-        if (recent := self.bank.recent) and sum(x.nbytes for x in recent.values()) > STREAMED:
+            self.largest.append(([name], write_tensor(planned, self.bank, inputs.base, out)[None]))
+        self.inputs.keep(name, inputs)
+        if (in_use := self.bank.tensors.in_use) and sum(x.nbytes for x in in_use.values()) > STREAMED:
             self.launch()
 
     def launch(self) -> None:
-        """Merge what waits."""
+        """Merge the tensors that wait."""
         if not self.waiting:
             return
         found = self.launcher.run([(target, call) for _, _, target, call in self.waiting])
@@ -189,40 +103,19 @@ class Batch:
         self.waiting.clear()
 
 
-def remembered(recipe: Recipe) -> KnobsAt:
-    """`recipe.knobs` that computes equal places once; coefficients by tensor name differ among equal places."""
-    given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
-    if any(map(filtered_values, given)):
-        return recipe.knobs
-    found: dict[tuple[object, ...], Knobs] = {}
-    vary = any(isinstance(c, list | dict) for c in given)
+def check_finite(names: Sequence[str], largest: Tensor) -> None:
+    """NotFinite, with the name of the first tensor whose largest magnitude is not finite.
 
-    def knobs(where: TensorRole, layers: int, names: tuple[str, ...]) -> Knobs:
-        key = (where.layer, where.component, where.encoder_layer, names) if vary else names
-        if key not in found:
-            found[key] = recipe.knobs(where, layers, names)
-        return found[key]
-
-    return knobs
-
-
-def check_finite(largest: Mapping[str, Tensor]) -> None:
-    """NotFinite names the first tensor whose largest magnitude is not a number."""
-    check_all_finite([([name], x[None]) for name, x in largest.items()])
-
-
-def check_all_finite(largest: Sequence[tuple[Sequence[str], Tensor]]) -> None:
-    """`check_finite` of several tensors' magnitudes at a time, (names,) float32 for each."""
-    if not largest:
-        return
-    finite = torch.cat([found for _, found in largest]).isfinite().tolist()
+    largest: those of the named tensors, (names,) float32; the device is waited for once.
+    """
+    finite = largest.isfinite().tolist()
     if not all(finite):
-        names = [name for several, _ in largest for name in several]
         raise NotFinite(f"{names[finite.index(False)]} is not finite after merging")
 
 
 def check_fits(recipe: Recipe, bank: Bank) -> None:
-    """EvomergeError if a bank was opened for another layout than the recipe's, or its lists count other layers."""
+    """EvomergeError if a bank was opened for other slices or another vocabulary than the recipe's, or the recipe has
+    lists for another number of layers."""
     if recipe.slices != bank.slices:
         raise EvomergeError("this recipe has other `slices` than the models were opened for")
     if recipe.vocabulary != bank.models.requested_vocabulary:
@@ -231,9 +124,9 @@ def check_fits(recipe: Recipe, bank: Bank) -> None:
 
 
 def widen(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy what was merged to where it belongs, in a wider type: (there, merged) of each; none is left."""
-    for there, merged in pairs:
-        there.copy_(merged)
+    """Copy merged tensors to live ones of a wider type, and empty the list of pairs (live, merged)."""
+    for live, merged in pairs:
+        live.copy_(merged)
     pairs.clear()
 
 
@@ -244,14 +137,17 @@ def materialise(
     destinations: Mapping[str, Tensor],
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write every tensor of a candidate to its destination, in the bank's order.  NotFinite if one is not finite.
+    """Write every tensor of a candidate to its destination, in the bank's order.
 
-    destinations: checkpoint name -> tensor to write into.  Its values are those of an export, rounded to the recipe's
-    dtype, also where the tensor is of a wider type.  between: called before each tensor (may raise to stop).
+    destinations: checkpoint name -> tensor to write to.  Its values are those of an export, rounded to the recipe's
+        dtype, even if the tensor is of a wider type.
+    between: called before each tensor; it may raise to stop.
+
+    NotFinite if a merged tensor is not finite.
     """
     dtype = TORCH_DTYPES[recipe.dtype]
     check_fits(recipe, bank)
-    largest: dict[str, Tensor] = {}
+    largest: list[tuple[list[str], Tensor]] = []
     widened: list[tuple[Tensor, Tensor]] = []
     names = [name for name in bank.names if name in destinations]
     batch = Batch(recipe, bank, bank.launcher) if bank.launcher else None
@@ -267,7 +163,7 @@ def materialise(
             if batch is not None:
                 batch.add(name, out)
             else:
-                largest[name] = materialise_tensor(recipe, bank, name, out)
+                largest.append(([name], materialise_tensor(recipe, bank, name, out)[None]))
             if out is not live:
                 widened.append((live, out))
             if batch is None:
@@ -277,14 +173,13 @@ def materialise(
             widen(widened)
     finally:
         bank.end()
-    if batch is not None:
-        check_all_finite(batch.largest)
-    else:
-        check_finite(largest)
+    found = batch.largest if batch is not None else largest
+    if found:
+        check_finite([name for several, _ in found for name in several], torch.cat([x for _, x in found]))
 
 
 def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
-    """The sources that a tensor will be made of, as far as their weights tell: one of weight 0 is mostly not read."""
+    """The sources that will be read for a tensor, as far as weights tell: one of weight 0 is mostly not read."""
     names = bank.taking_part(name, [s.name for s in recipe.sources])
     if not names:
         return []

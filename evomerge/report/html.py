@@ -48,7 +48,7 @@ def write_report(run: Run) -> None:
     """Write the report of a run that has a verdict."""
     status = read_status(run)
     assert status.verdict is not None, "a report needs a verdict"
-    recipe = load_recipe(run.folder / "winner.yaml")
+    recipe = load_recipe(run.winner_file)
     layers = sum(part.length for part in recipe.slices)
     layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
     figures = [progress_figure(status), *coefficient_figures(recipe, layers)]

@@ -3,7 +3,7 @@
 import numpy as np
 from rich.table import Table
 
-from evomerge.merge.measure.reductions import gram_matrix
+from evomerge.merge.measure.gram import gram_matrix
 from evomerge.report.progress import console
 from evomerge.sources.open_models import Models
 from evomerge.sources.tensor_names import layer_count, tensor_role

@@ -23,7 +23,7 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.measure.statistics_file import Origin
-from evomerge.merge.methods.plan import Statistics
+from evomerge.merge.methods.method import Statistics
 from evomerge.merge.output.shards import TensorSpec, open_writer, size_of
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.open_models import open_models

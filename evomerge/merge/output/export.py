@@ -115,7 +115,7 @@ def merge_to_host(recipe: Recipe, bank: Bank, name: str, spec: TensorSpec) -> to
     dtype, shape = spec
     out = torch.empty(shape, dtype=dtype, device=bank.device)
     try:
-        check_finite({name: materialise_tensor(recipe, bank, name, out)})
+        check_finite([name], materialise_tensor(recipe, bank, name, out)[None])
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
     bank.end()

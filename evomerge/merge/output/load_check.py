@@ -11,7 +11,7 @@ from typing import Any
 
 from evomerge.errors import EvomergeError, some
 from evomerge.files import read_json, sha256
-from evomerge.merge.kernels.compiler import Kept, user_cache
+from evomerge.merge.kernels.compiler import FileCache, user_cache
 from evomerge.merge.recipe.layout import Layout
 from evomerge.sources.architecture import empty_model
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
@@ -66,7 +66,7 @@ def cached_load_report(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
         "code": [sha256(Path(inspect.getfile(part))) for part in (load_report, empty_model, is_computed_buffer)],
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
-    kept = Kept(user_cache("loads"), log=lambda line: None)
+    kept = FileCache(user_cache("loads"), log=lambda line: None)
     file = kept.folder / f"{digest}.json"
     with suppress(EvomergeError, KeyError):
         if kept.is_sound(file):

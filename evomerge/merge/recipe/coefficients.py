@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evomerge.merge.methods.plan import Knob, choices_of
+from evomerge.merge.methods.knobs import Knob, choices_of
 from evomerge.sources.tensor_names import COMPONENTS, TensorRole, coefficient_layer
 
 Number = Annotated[float, Field(allow_inf_nan=False)]

@@ -41,11 +41,11 @@ class NestedMerge(Checkpoint):
         dtype = TORCH_DTYPES[self.recipe.dtype] if info.dtype.is_floating_point else info.dtype
         out = torch.empty(info.shape, dtype=dtype, device=self.bank.device)
         try:
-            check_finite({name: materialise_tensor(self.recipe, self.bank, name, out)})
+            check_finite([name], materialise_tensor(self.recipe, self.bank, name, out)[None])
         except NotFinite as error:
             raise NotFinite(f"in the recipe of source {self.name}: {error}") from error
         self.bank.end()
-        self.bank.kept.clear()  # measurements can be as large as a tensor
+        self.bank.measurement_cache.clear()  # measurements can be as large as a tensor
         return out
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knobs, Method
+from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.coefficients import (
     Coefficient,
     all_numbers,
@@ -156,9 +157,10 @@ def plain_sources(entry: Any, folder: Path) -> list[Any]:
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """What is wrong with a recipe apart from types: unknown method or knob, values out of range, numbers of sources."""
-    method = METHODS.get(recipe.method)
-    if method is None:
-        return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
+    try:
+        method = METHODS[recipe.method]
+    except EvomergeError as error:
+        return [f"method: {error}"]
     problems = []
     if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
         problems.append(

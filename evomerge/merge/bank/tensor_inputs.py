@@ -1,11 +1,12 @@
-"""What one tensor is merged of; kept from candidate to candidate while it stays where it is."""
+"""What one output tensor is merged of (`TensorInputs`); kept from candidate to candidate while it stays in memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from evomerge.merge.kernels.call import Keys, Memo
+from evomerge.merge.bank.device_cache import Key
+from evomerge.merge.kernels.operands import Keys, Memo
 from evomerge.merge.measure.measurements import Measurements
 from evomerge.merge.measure.statistics_file import StatisticsFile
 from evomerge.merge.methods.plan import Plan, SparseBlend
@@ -13,12 +14,19 @@ from evomerge.sources.tensor_names import TensorRole
 
 
 @dataclass(eq=False, slots=True)
-class Operands:
-    """The operands of one tensor, and what depends on them alone.
+class TensorInputs:
+    """What a tensor is merged of, before there is a plan.
 
-    names: the sources that take part.  stored: which of them are read without computing.  keys: of random masks.
-    sources: all of them, once they stay where they are; `memo` then remembers the last call over them.
-    levels: the planes of a mask by rank, once they stay.
+    name: of the tensor in the layout.
+    names: the sources that take part.
+    where: its layer and component.
+    base: the base's tensor.
+    measured: answers to a planner's questions.
+    statistics: the sources' statistics files.
+    stored: for each source, whether its tensor is read from a file and not computed.
+    keys: of the random masks.
+    sources: the sources' tensors, once all of them stay in memory; `memo` then belongs to the last call over them.
+    levels: the planes of a mask by rank, once they stay in memory.
     """
 
     name: str
@@ -33,8 +41,8 @@ class Operands:
     levels: list[Tensor] | None = None
     memo: Memo = field(default_factory=Memo)
 
-    def planes(self, plan: Plan, held: Mapping[tuple[str, ...], Tensor]) -> list[Tensor]:
-        """What the plan's mask needs beside the tensors.  held: what stays where it is, by the bank's keys."""
+    def planes(self, plan: Plan, held: Mapping[Key, Tensor]) -> list[Tensor]:
+        """What the plan's mask needs besides the tensors.  held: tensors that stay in memory, by key."""
         if not isinstance(plan, SparseBlend) or plan.keep != "rank" or plan.chances is None:
             return self.measured.planes(plan)
         has_steps = 0 not in [c.step for c in plan.chances]
