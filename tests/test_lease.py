@@ -21,6 +21,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.storage.database import Patience, open_study, sqlite_url
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.study_lease import LEASE, Holder, lease, machine_id, parse, process_start
+from evomerge.search.storage.trial_record import TrialRecord
 
 FORK = multiprocessing.get_context("fork")
 
@@ -119,7 +120,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
         patience = Patience(lambda: None, lambda line: None)
         study = open_study(server.url, "s", create=True, patience=patience)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "machine", lambda: "far")
+            patch.setattr(module, "machine_id", lambda: "far")
             held = lease(open_study(server.url, "s", create=True, patience=patience), every=0.5)
 
         def outage() -> None:
@@ -139,7 +140,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
 
 def suspended(url: str, told: Connection) -> None:
     """A driver elsewhere that is stopped for a while, and what each of its writes says afterwards."""
-    module.machine = lambda: "far"  # type: ignore[assignment]
+    module.machine_id = lambda: "far"  # type: ignore[assignment]
     study = SearchStudy(open_study(url, "s", create=True), space_of(sampler="random"))
     begun = study.begin(None)
     held = lease(study.stored, every=0.1)
@@ -147,7 +148,7 @@ def suspended(url: str, told: Connection) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
     for work in (
         held.beat,
-        lambda: study.finish(begun, 1.0, {}),
+        lambda: study.finish(begun, 1.0, TrialRecord()),
         lambda: study.begin(None),
         lambda: study.stored.set_user_attr("x", 1),
         held.release,

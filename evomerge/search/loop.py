@@ -5,7 +5,6 @@ import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -14,7 +13,6 @@ from evomerge.evaluate.canary import Signs, normal_signs
 from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import SPLITS, ReservedTime, export_seconds
-from evomerge.search.budget.usage import stored_usage
 from evomerge.search.evaluation.evaluator import open_config_models, reason
 from evomerge.search.evaluation.full_evaluations import Evaluations
 from evomerge.search.evaluation.jobs import Failure, Outcome, RaceLooksJob, Result, TrialJob
@@ -26,13 +24,15 @@ from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failur
 from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.monitor.monitor import Monitor, told
 from evomerge.search.run import Run, claim
+from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.space.baselines import Baseline, baselines
 from evomerge.search.space.greedy_soup import GREEDY, GreedySoup, greedy_soup
 from evomerge.search.space.space import Point, build_space
 from evomerge.search.storage.database import Patience, open_study
 from evomerge.search.storage.item_scores import pack
-from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of
+from evomerge.search.storage.study import Begun, SearchStudy, in_full
 from evomerge.search.storage.study_lease import Lease, lease
+from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.verdict.finals import finish, search_score
 from evomerge.search.verdict.verdict import Verdict
 from evomerge.search.workers.options import WorkerOptions, device_kind, make_workers
@@ -56,6 +56,7 @@ async def drive(
     run: Run, monitor: Monitor, stop: StopSignal, worker_options: WorkerOptions, out: Path | None
 ) -> Verdict:
     config = run.config()
+    sampler_kind(config.sampler.name)  # an error before anything is opened
     monitor.phase("opening the models")
     models = open_config_models(config)
     for note in models.compatibility.notes:
@@ -74,7 +75,7 @@ async def drive(
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         if len(workers) > 1:
             monitor.phase(f"starting {len(workers)} workers")
-        study.workers = len(workers)
+        study.set_workers(len(workers))
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
         monitor.workers = pool.states
         monitor.stopwatch.hold(len(workers))
@@ -187,25 +188,27 @@ class Driver:
         trial = self.study.begin(next_baseline(self.study, self.known))
         proposed = time.perf_counter()
         self.run.log(f"trial {trial.number} begins")
-        record: dict[str, Any] = {}
-        result = await self.result_of(trial, record)
-        value, seconds = None, {}
+        result, race = await self.result_of(trial)
+        value = None
         if isinstance(result, Outcome):
             value = value_of(result, self.task_set)
-            record |= describe(result, self.task_set, self.evaluations.items("search"))
-            seconds = result.seconds
+            record = describe(result, self.task_set, self.evaluations.items("search"))
         elif result.broken:
-            record["broken"] = result.reason
             value = self.study.penalty
+            record = TrialRecord(broken=result.reason)
         else:
-            record["reason"] = result.reason
+            record = TrialRecord(reason=result.reason)
             self.run.log(f"trial {trial.number}: {result.traceback}")
-        record["compute_dtype"] = self.monitor.compute_dtype
         scored = time.perf_counter()
         total = scored - started + self.storing
-        times = {"propose": proposed - started, "store": self.storing, "total": total}
-        record["seconds"] = {**seconds, **times}
-        record |= stored_usage(replace(result.used, seconds=total), self.monitor.stopwatch)
+        record = replace(
+            record,
+            race=race,
+            compute_dtype=self.monitor.compute_dtype,
+            seconds=replace(record.seconds, propose=proposed - started, store=self.storing, total=total),
+            used=replace(result.used, seconds=total),
+            elapsed=self.monitor.stopwatch.elapsed,
+        )
         state = self.study.finish(trial, value, record)
         self.run.log(f"trial {trial.number} {state.name.lower()} value={value} {told(record)}".rstrip())
         self.storing = time.perf_counter() - scored
@@ -214,33 +217,34 @@ class Driver:
         if self.failures >= FAILURES_IN_A_ROW:
             raise EvomergeError(explain_failures(self.study))
 
-    async def result_of(self, trial: Begun, record: dict[str, Any]) -> Result:
-        """The trial's scores; the race it ran in goes into the record, so that it can be run again alone."""
+    async def result_of(self, trial: Begun) -> tuple[Result, RaceRecord | None]:
+        """The trial's scores, and the race it ran in, so that it can be run again alone."""
         try:
             recipe = self.study.space.recipe(trial.params)
             known = self.evaluations.stored("search", recipe) if trial.baseline == GREEDY else None
             if known:  # it was scored to be found
-                return Outcome(known, {})
+                return Outcome(known, {}), None
             job = TrialJob(recipe, None)
+            record: RaceRecord | None = None
             if not trial.baseline:
-                race_setup, race, record["race"] = self.race()
+                race_setup, race, record = self.race()
                 job = TrialJob(recipe, healthy(self.study, self.known), race_setup, race)
         except EvomergeError:
             raise
         except Exception as error:  # a bug in making the recipe costs this trial
-            return Failure(reason(error), traceback=traceback.format_exc())
-        return await self.pool.run(job, f"trial {trial.number}", trial=trial.number)
+            return Failure(reason(error), traceback=traceback.format_exc()), None
+        return await self.pool.run(job, f"trial {trial.number}", trial=trial.number), record
 
-    def race(self) -> tuple[RaceSetup | None, Race | None, dict[str, Any] | None]:
+    def race(self) -> tuple[RaceSetup | None, Race | None, RaceRecord]:
         """A race against the incumbent, and who ran in it; None before there is one on these items."""
         race_setup = self.race_setup
         if race_setup is None or not may_race(self.study, race_setup):
-            return None, None, None
+            return None, None, RaceRecord(None)
         incumbent, others = rivals(self.study, race_setup.items)
         if incumbent is None:
-            return None, None, None
-        numbers = {"incumbent": incumbent.number, "others": [t.number for t in others]}
-        return race_setup, race_setup.race(self.vector(incumbent), [self.vector(t) for t in others]), numbers
+            return None, None, RaceRecord(None)
+        record = RaceRecord(incumbent.number, tuple(t.number for t in others))
+        return race_setup, race_setup.race(self.vector(incumbent), [self.vector(t) for t in others]), record
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""
@@ -260,7 +264,7 @@ def healthy(study: SearchStudy, known: list[Baseline]) -> Signs | None:
     """The signs that the parents set as normal."""
     trials = [study.of_baseline(b.name) for b in known if b.kind == "parent"]
     records = [record_of(t) for t in trials if t is not None and in_full(t)]
-    return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
+    return normal_signs([r.signs for r in records if r.signs is not None])
 
 
 def value_of(outcome: Outcome, task_set: TaskSet) -> float:
@@ -268,12 +272,12 @@ def value_of(outcome: Outcome, task_set: TaskSet) -> float:
     return outcome.estimate.value if outcome.estimate else task_set.mean(outcome.scores, "objective")
 
 
-def describe(outcome: Outcome, task_set: TaskSet, items: str) -> dict[str, Any]:
+def describe(outcome: Outcome, task_set: TaskSet, items: str) -> TrialRecord:
     """What the study keeps of an outcome.  items: the name of the item ids."""
-    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks}
-    record: dict[str, Any] = {"items": items, "scores": scores}
-    if outcome.signs:
-        record["signs"] = [outcome.signs.entropy, outcome.signs.sameness]
-    if outcome.estimate:
-        record["partial"] = outcome.estimate.fraction
-    return record
+    return TrialRecord(
+        items=items,
+        scores={t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks},
+        signs=replace(outcome.signs, repeats=False) if outcome.signs else None,  # the record has no place for it
+        partial=outcome.estimate.fraction if outcome.estimate else None,
+        seconds=Seconds(**outcome.seconds),
+    )

@@ -12,9 +12,8 @@ So a late result is moved by half of what the mean has moved since.  Near an opt
 k of the way, the mean then follows m' = m/2 + (1/2 - k) m_then: contracting for every k < 1, however late.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,26 +23,20 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, trial_seed
+from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
+from evomerge.search.storage.trial_record import place_in_order
+
 if TYPE_CHECKING:
-    from evomerge.search.samplers.distribution import Distribution
+    from cmaes import CMA
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
 START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
 
 
-def trial_seed(seed: int, number: int) -> int:
-    """A 32-bit seed for one trial of one study; neighbours share nothing."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest(), "little")
-
-
 def is_enqueued(trial: FrozenTrial) -> bool:
-    """Whether a person or a baseline chose the parameters, not the sampler."""
-    return "fixed_params" in trial.system_attrs
-
-
-def place_in_order(trial: FrozenTrial) -> int:
-    """How many results came before this one; where nobody counted, trials end in the order of their numbers."""
-    return int(trial.user_attrs.get("record", {}).get("order", trial.number))
+    """Whether the trial's parameters were given, by a baseline or by the user, and not chosen by the sampler."""
+    return FIXED_PARAMETERS in trial.system_attrs
 
 
 class CmaEsSampler(BaseSampler):
@@ -59,7 +52,12 @@ class CmaEsSampler(BaseSampler):
     """
 
     def __init__(
-        self, axes: dict[str, FloatDistribution], seed: int, sigma0: float, population: int | None, workers: int = 1
+        self,
+        axes: Mapping[str, FloatDistribution],
+        seed: int,
+        sigma0: float,
+        population: int | None,
+        workers: int = 1,
     ) -> None:
         self.axes = axes
         self.seed = seed
@@ -67,7 +65,7 @@ class CmaEsSampler(BaseSampler):
         self.population = population or max(4 + math.floor(3 * math.log(len(axes))), workers // 3)
         self.low = np.array([d.low for d in axes.values()])
         self.width = np.array([d.high - d.low for d in axes.values()])
-        self.optimizer: Distribution | None = None
+        self.optimizer: CMA | None = None
         self.means: list[NDArray[np.float64]] = []  # per generation, restarts counted on; each (D,) in the unit cube
         self.began = 0  # the generation at which the present distribution began
         self.group: list[FrozenTrial] = []  # results that came since the last generation
@@ -86,7 +84,7 @@ class CmaEsSampler(BaseSampler):
             return {}  # its parameters are given
         optimizer = self.replay(study, first=trial)
         assert optimizer is not None, "the first sampled trial starts it"
-        study._storage.set_trial_system_attr(trial._trial_id, GENERATION, len(self.means) - 1)
+        set_system_attribute(study, trial, GENERATION, len(self.means) - 1)
         optimizer.reseed_rng(trial_seed(self.seed, trial.number))
         return self.point(optimizer.ask())
 
@@ -95,7 +93,7 @@ class CmaEsSampler(BaseSampler):
     ) -> Any:
         raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
-    def mean(self, study: Study) -> dict[str, float] | None:
+    def distribution_mean(self, study: Study) -> dict[str, float] | None:
         """The mean after the latest generation, None before the first one is complete.
 
         A distribution that has just begun anew somewhere has not been told anything yet; the mean is that of the one
@@ -104,7 +102,7 @@ class CmaEsSampler(BaseSampler):
         self.replay(study, first=None)
         return None if self.settled is None else self.point(self.settled)
 
-    def replay(self, study: Study, first: FrozenTrial | None) -> "Distribution | None":
+    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | None":
         """The optimizer after all results so far; only those that came since the last call are looked at.
 
         first: the trial to start with if no trial was sampled before; None if there is none.
@@ -116,7 +114,7 @@ class CmaEsSampler(BaseSampler):
                 if first is None:
                     return None
                 start = self.choose_start(trials)
-                study._storage.set_trial_system_attr(first._trial_id, START, start)
+                set_system_attribute(study, first, START, start)
             at = np.full(len(self.axes), 0.5) if start["trial"] is None else self.unit(trials[start["trial"]])
             self.begin(at, start["population"])
         self.open += range(self.seen, len(trials))
@@ -152,7 +150,7 @@ class CmaEsSampler(BaseSampler):
     def generation(self, trial: FrozenTrial) -> int:
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
-    def tell(self, optimizer: "Distribution", group: Sequence[FrozenTrial]) -> None:
+    def tell(self, optimizer: "CMA", group: Sequence[FrozenTrial]) -> None:
         """One generation; a fresh optimizer if the distribution has collapsed."""
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
         self.settled = optimizer.mean.copy()
@@ -172,10 +170,10 @@ class CmaEsSampler(BaseSampler):
 
     def begin(self, mean: NDArray[np.float64], population: int) -> None:
         """A fresh distribution; it is the next generation."""
-        from evomerge.search.samplers.distribution import Distribution  # seconds, which a look at a study need not take
+        from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(self.axes), 1))
-        self.optimizer = Distribution(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
+        self.optimizer = CMA(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)
         self.means.append(mean)
 
@@ -187,3 +185,12 @@ class CmaEsSampler(BaseSampler):
 
     def point(self, unit: NDArray[np.float64]) -> dict[str, float]:
         return dict(zip(self.axes, (self.low + self.width * np.clip(unit, 0.0, 1.0)).tolist(), strict=True))
+
+
+def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:
+    """The sampler of a study; it reads the trials' numbers itself."""
+    config = setup.config
+    return CmaEsSampler(setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers)
+
+
+CMA_ES = SamplerKind(make_cma_es, serves_all_trials=True)

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from evomerge.errors import EvomergeError
 from evomerge.search.storage.database import Storage, storage_of
-from evomerge.search.storage.tables import STUDY_NOTES
+from evomerge.search.storage.optuna_private import STUDY_ATTRIBUTES, key_of_study
 
 LEASE = "evomerge:lease"
 LOOKS = 15  # at a holder's beats, five in each of three intervals
@@ -88,11 +88,11 @@ class Lease:
     def __init__(self, study: optuna.Study, holder: Holder, before: Holder | None) -> None:
         self.name = study.study_name
         self.storage: Storage = storage_of(study)
-        self.study_id: int = study._study_id
+        self.study_id = key_of_study(study)
         self.holder = holder
         self.before = before
         self.beaten = time.monotonic()
-        self.storage.fence = self.fence
+        self.storage.refuse_writes_unless(self.check_held)
 
     def beat_in_time(self) -> None:
         """Beat if the last one is `every` seconds ago; to be called more often than that."""
@@ -113,7 +113,7 @@ class Lease:
         self.storage.patiently(attempt)
         self.holder, self.beaten = new, time.monotonic()
 
-    def fence(self, connection: Connection) -> None:
+    def check_held(self, connection: Connection) -> None:
         """EvomergeError, in the midst of a transaction, if another process has taken over."""
         text = stored(connection, self.study_id, hold=True)
         holder = parse(text)
@@ -130,7 +130,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back, if the database answers; a lease that is not given back runs out."""
-        self.storage.fence = None
+        self.storage.refuse_writes_unless(None)
         try:
             with self.storage.engine.begin() as connection:
                 swap(connection, self.study_id, self.holder.text, None)
@@ -144,7 +144,7 @@ def lease(study: optuna.Study, every: float = 5.0, check: Callable[[], None] = l
     every: seconds between the calls of `beat` that the caller will make.  check: raises to end the waiting for a sign
     of life from another machine, which takes three intervals.
     """
-    storage, study_id = storage_of(study), study._study_id
+    storage, study_id = storage_of(study), key_of_study(study)
     seen = look(storage, study_id)
     before = parse(seen)
     if seen is not None and not (before and before.is_dead):
@@ -183,7 +183,7 @@ def watch(study: optuna.Study, seen: str, every: float, check: Callable[[], None
         asked = time.monotonic()
         time.sleep(3 * every / LOOKS)
         check()
-        if (text := look(storage, study._study_id)) != seen:
+        if (text := look(storage, key_of_study(study))) != seen:
             raise refused(study, parse(text))
         # While the database was gone, or this process stopped, the holder may have been too.
         looks = looks + 1 if time.monotonic() - asked < every else 0
@@ -207,12 +207,12 @@ def look(storage: Storage, study_id: int) -> str | None:
 
 
 def row_of(study_id: int) -> Any:
-    return (STUDY_NOTES.c.study_id == study_id) & (STUDY_NOTES.c.key == LEASE)
+    return (STUDY_ATTRIBUTES.c.study_id == study_id) & (STUDY_ATTRIBUTES.c.key == LEASE)
 
 
 def stored(connection: Connection, study_id: int, hold: bool = False) -> str | None:
     """The stored lease; hold: and nobody may change it before the transaction ends."""
-    query = select(STUDY_NOTES.c.value_json).where(row_of(study_id))
+    query = select(STUDY_ATTRIBUTES.c.value_json).where(row_of(study_id))
     text: str | None = connection.execute(query.with_for_update(read=True) if hold else query).scalar_one_or_none()
     return text
 
@@ -220,8 +220,8 @@ def stored(connection: Connection, study_id: int, hold: bool = False) -> str | N
 def swap(connection: Connection, study_id: int, old: str | None, new: str | None) -> bool:
     """Replace the stored lease if it is `old`; whether it was.  Without `old` IntegrityError if there is one."""
     if old is None:
-        connection.execute(insert(STUDY_NOTES).values(study_id=study_id, key=LEASE, value_json=new))
+        connection.execute(insert(STUDY_ATTRIBUTES).values(study_id=study_id, key=LEASE, value_json=new))
         return True
-    mine = row_of(study_id) & (STUDY_NOTES.c.value_json == old)
-    replaced = delete(STUDY_NOTES) if new is None else update(STUDY_NOTES).values(value_json=new)
+    mine = row_of(study_id) & (STUDY_ATTRIBUTES.c.value_json == old)
+    replaced = delete(STUDY_ATTRIBUTES) if new is None else update(STUDY_ATTRIBUTES).values(value_json=new)
     return bool(connection.execute(replaced.where(mine)).rowcount)

@@ -11,7 +11,6 @@ from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.search.evaluation.full_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.run import Run
-from evomerge.search.samplers.cmaes import CmaEsSampler
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
 from evomerge.search.space.greedy_soup import GreedySoup
 from evomerge.search.storage.study import SearchStudy, rank
@@ -63,8 +62,7 @@ def finalists(study: SearchStudy, rivals: Sequence[Baseline]) -> list[Finalist]:
     space = study.space
     complete = sorted((t for t in study.complete if "baseline" not in t.user_attrs), key=rank, reverse=True)
     found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in complete[:FINALISTS]]
-    sampler = study.sampler(len(study.trials))
-    if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study.mirror)) is not None:
+    if (mean := study.distribution_mean()) is not None:
         found.append(Finalist("mean of the search distribution", "candidate", None, space.recipe(mean)))
     seen = {model_key(rival.recipe, space.layers) for rival in rivals}
     unique: dict[object, Finalist] = {}
