@@ -27,7 +27,7 @@ SYSTEM_ATTRIBUTES: Table = models.TrialSystemAttributeModel.__table__
 
 
 def value_to_columns(value: float) -> tuple[float | None, Any]:
-    """A trial's value as the columns `value` and `value_type`: an infinite one has its own type, which only they know."""
+    """A trial's value as the columns `value` and `value_type`; how an infinite one is stored is known only there."""
     number, kind = models.TrialValueModel.value_to_stored_repr(value)
     return number, kind
 

@@ -248,12 +248,15 @@ class Reader:
         found: int | None = self.take(key, (int,), "a whole number")
         return found
 
-    def quantities(self, key: str) -> dict[str, float] | None:
-        """An object whose values are numbers."""
-        found: dict[str, float] | None = self.take(key, (dict,), "an object")
-        if found is not None and not all(type(number) in NUMBER for number in found.values()):
+    def quantities(self, key: str, kind: Any) -> dict[str, Any] | None:
+        """The numbers of an object whose keys are fields of the data class `kind`."""
+        found: dict[str, Any] | None = self.take(key, (dict,), "an object")
+        if found is None:
+            return None
+        known = {each.name: found[each.name] for each in fields(kind) if each.name in found}
+        if not all(type(number) in NUMBER for number in known.values()):
             raise damaged(key, "an object of numbers")
-        return found
+        return known
 
     def signs(self) -> "Signs | None":
         from evomerge.evaluate.canary import Signs
@@ -282,25 +285,20 @@ class Reader:
         return RaceRecord(incumbent, tuple(others))
 
     def seconds(self) -> Seconds:
-        return Seconds(**known(Seconds, self.quantities("seconds") or {}))
+        return Seconds(**self.quantities("seconds", Seconds) or {})
 
     def used(self) -> "Usage | None":
         from evomerge.search.budget.usage import Usage
 
-        found = self.quantities("used")
-        return None if found is None else Usage.from_dict(found)
+        found = self.quantities("used", Usage)
+        return None if found is None else Usage(**found)
 
     def elapsed(self) -> "Elapsed | None":
         from evomerge.search.budget.usage import Elapsed
 
-        found = self.quantities("elapsed")
-        return None if found is None else Elapsed(**known(Elapsed, found))
+        found = self.quantities("elapsed", Elapsed)
+        return None if found is None else Elapsed(**found)
 
 
 def damaged(key: str, wanted: str) -> EvomergeError:
     return EvomergeError(f"the study holds a record that cannot be read ({key!r} is not {wanted})")
-
-
-def known(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `content` whose keys are fields of a data class."""
-    return {each.name: content[each.name] for each in fields(kind) if each.name in content}
