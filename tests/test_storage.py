@@ -24,7 +24,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.space.space import Group, Space
 from evomerge.search.storage.database import Patience, open_study, sqlite_url, storage_of
 from evomerge.search.storage.study import Begun, SearchStudy, in_full, trial_seconds
-from evomerge.search.storage.study_lease import LEASE, lease, parse
+from evomerge.search.storage.study_lease import LEASE, acquire_lease, parse
 from evomerge.search.storage.trial_record import Seconds, TrialRecord, record_of
 
 
@@ -258,7 +258,7 @@ def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: S
     log: list[str] = []
     patience = Patience(lambda: None, log.append)
     study = SearchStudy(open_study(server.url, "killed", create=True, patience=patience), space_of(sampler="random"))
-    held = lease(study.stored)
+    held = acquire_lease(study.stored)
     rng = random.Random(5)
     ended = threading.Event()
 
@@ -313,7 +313,7 @@ def test_what_was_committed_when_the_answer_was_lost_is_not_done_twice(server: S
         assert proxy.lost == before + 2, "no answer was lost"
         return found
 
-    held = losing(lambda: lease(study.stored))
+    held = losing(lambda: acquire_lease(study.stored))
     losing(held.beat)
     begun = [losing(lambda: study.begin(None)) for _ in range(3)]
     losing(lambda: study.finish(begun[1], 0.25, TrialRecord()))

@@ -16,7 +16,7 @@ from evomerge.errors import EvomergeError
 from evomerge.report.studies import read_studies, url_of
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.storage.study_lease import LEASE, lease
+from evomerge.search.storage.study_lease import LEASE, acquire_lease
 from evomerge.search.storage.trial_record import TrialRecord
 
 
@@ -33,7 +33,7 @@ def fill(url: str) -> None:
     for value, record in told:
         study.finish(study.begin(None), value, record)
     study.begin(None)
-    lease(study.stored)
+    acquire_lease(study.stored)
     open_study(url, "empty", create=True)
 
 

@@ -31,7 +31,7 @@ from evomerge.search.space.space import Point, build_space
 from evomerge.search.storage.database import Patience, open_study
 from evomerge.search.storage.item_scores import pack
 from evomerge.search.storage.study import Begun, SearchStudy, in_full
-from evomerge.search.storage.study_lease import Lease, lease
+from evomerge.search.storage.study_lease import Lease, acquire_lease
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.verdict.finals import finish, search_score
 from evomerge.search.verdict.verdict import Verdict
@@ -64,7 +64,7 @@ async def drive(
     task_set = open_task_set(config)
     patience = Patience(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=True, patience=patience)
-    holder = lease(stored, BEAT, stop.check)
+    holder = acquire_lease(stored, BEAT, stop.check)
     try:
         claim(stored, run)
         study = SearchStudy(stored, build_space(config, models))

@@ -24,12 +24,15 @@ ITEMS = "items:"  # study attributes: lists of item ids, by their own hash
 
 
 def pack(scores: Sequence[float] | NDArray[np.float64]) -> str:
-    """Scores as text: float32, compressed, base64.  An item that was not evaluated is NaN."""
+    """Scores as text: float32, compressed, base64.
+
+    scores: one an item; NaN for an item that was not evaluated.
+    """
     return base64.b64encode(zlib.compress(np.asarray(scores, dtype="<f4").tobytes(), 6)).decode("ascii")
 
 
 def unpack(text: str) -> NDArray[np.float64]:
-    """What `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
+    """The scores that `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
     try:
         return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").astype(np.float64)
     except (ValueError, zlib.error) as error:

@@ -40,9 +40,10 @@ def lock(connection: Connection, study_id: int) -> None:
 
 
 def begin_trial(connection: Connection, study_id: int, trial: FrozenTrial, again: bool) -> int:
-    """Add a running trial at its number; the database's key of it.
+    """Insert a running trial with its number; returns the database's key of it.
 
-    again: whether an attempt before this one may have stored it.
+    again: whether an earlier attempt may have stored it.
+    EvomergeError if the number is not the next one of the study.
     """
     newest = select(TRIALS.c.trial_id, TRIALS.c.number).where(TRIALS.c.study_id == study_id)
     last = connection.execute(newest.order_by(TRIALS.c.trial_id.desc()).limit(1)).first()
@@ -61,7 +62,7 @@ def begin_trial(connection: Connection, study_id: int, trial: FrozenTrial, again
 
 
 def describe_trial(connection: Connection, trial_id: int, trial: FrozenTrial) -> None:
-    """Make a trial running, with these parameters and attributes and no others."""
+    """Make a stored trial a running one with the parameters and attributes of `trial` and no others."""
     connection.execute(update(TRIALS).where(TRIALS.c.trial_id == trial_id).values(state=TrialState.RUNNING))
     for table in (PARAMETERS, USER_ATTRIBUTES, SYSTEM_ATTRIBUTES):
         connection.execute(delete(table).where(table.c.trial_id == trial_id))
@@ -81,6 +82,7 @@ def describe_trial(connection: Connection, trial_id: int, trial: FrozenTrial) ->
 
 
 def add_attributes(connection: Connection, table: Table, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Insert attributes of a trial.  table: USER_ATTRIBUTES or SYSTEM_ATTRIBUTES."""
     if attributes:
         rows = [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
         connection.execute(insert(table), rows)
@@ -89,7 +91,10 @@ def add_attributes(connection: Connection, table: Table, trial_id: int, attribut
 def finish_trial(
     connection: Connection, trial_id: int, value: float | None, attributes: Mapping[str, Any], again: bool
 ) -> None:
-    """End a running trial with its value and user attributes; without a value it has failed."""
+    """End a running trial with its value and user attributes; without a value it has failed.
+
+    again: whether an earlier attempt may have ended it.  EvomergeError if the trial is not running.
+    """
     state = TrialState.FAIL if value is None else TrialState.COMPLETE
     mine = (TRIALS.c.trial_id == trial_id) & (TRIALS.c.state == TrialState.RUNNING)
     if not connection.execute(update(TRIALS).where(mine).values(state=state, datetime_complete=now())).rowcount:
@@ -112,7 +117,7 @@ def finish_trial(
 
 
 def set_study_attribute(connection: Connection, study_id: int, key: str, value: Any) -> None:
-    """Set a study's user attribute."""
+    """Set a user attribute of a study."""
     mine = (STUDY_ATTRIBUTES.c.study_id == study_id) & (STUDY_ATTRIBUTES.c.key == key)
     connection.execute(delete(STUDY_ATTRIBUTES).where(mine))
     connection.execute(insert(STUDY_ATTRIBUTES).values(study_id=study_id, key=key, value_json=json.dumps(value)))
@@ -120,7 +125,7 @@ def set_study_attribute(connection: Connection, study_id: int, key: str, value: 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep Python from looking for cycles among hundreds of thousands of new objects, none of which is garbage."""
+    """Turn garbage collection off: it would search hundreds of thousands of new objects, none of which is garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -132,9 +137,12 @@ def without_collector() -> Iterator[None]:
 
 @without_collector()
 def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[FrozenTrial]:
-    """The trials of which `chosen` is true, by their keys."""
+    """Read the trials of which a condition on the columns of TRIALS is true, in the order of their keys.
+
+    Intermediate values are not read; a search has none.
+    """
     t, p, v = TRIALS.c, PARAMETERS.c, VALUES.c
-    # The trials first: of one that is finished here everything else is there by now.
+    # The trials first: everything else of a trial that is finished in this answer is stored by now.
     columns = t.trial_id, t.number, t.state, t.datetime_start, t.datetime_complete
     query: Select[*tuple[Any, ...]] = select(*columns).where(chosen)
     found = {
@@ -167,10 +175,10 @@ axis_of = lru_cache(maxsize=4096)(json_to_distribution)
 
 
 def now() -> datetime:
-    """The present as Optuna stores it: UTC, without saying so."""
+    """The present time as Optuna stores it: UTC, without a time zone."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
 def local(moment: datetime | None) -> datetime | None:
-    """A stored moment as Optuna gives it out: local time, without saying so."""
+    """A stored time as Optuna returns it: local time, without a time zone."""
     return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
