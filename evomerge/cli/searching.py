@@ -45,12 +45,14 @@ def search(
     from evomerge.search.evaluation.evaluator import open_config_models
     from evomerge.search.evaluation.task_set import check_statistics, open_task_set
     from evomerge.search.run import create_run, refuse_existing
+    from evomerge.search.samplers.registry import sampler_kind
     from evomerge.search.workers.options import parse_worker_options
 
     loaded = with_budget(load_config(config), trials, timeout, target, patience)
     limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
     folder = run or Path("runs") / loaded.name
     refuse_existing(folder)
+    sampler_kind(loaded.sampler.name)
     if out is not None:
         refuse_full(out)
     # All that can be wrong with the inputs is said before there is a run folder.
