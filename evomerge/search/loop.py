@@ -143,13 +143,11 @@ class Driver:
         self.reserved = ReservedTime(study, self.state.baselines, items, export)
 
     async def search(self) -> Verdict:
-        """Run all phases; the verdict."""
+        """Run all phases and return the verdict."""
         await self.score_outside_baselines()
         self.monitor.phase("searching")
         await run_all(*(self.run_slot() for _ in range(self.pool.size)))
-        soup = self.state.soup or await self.find_soup()  # the budget ended in phase 2
-        self.monitor.phase("judging the finalists")
-        return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
+        return await self.judge_finalists()
 
     async def run_slot(self) -> None:
         """Phases 2 to 4 in one slot."""
@@ -183,6 +181,12 @@ class Driver:
         while (end := self.ended()) is None:
             await self.trials.run(self.state.baselines, self.state.races)
         self.run.log(f"no more trials: {end}")
+
+    async def judge_finalists(self) -> Verdict:
+        """Phase 5: the verdict, written to the run folder."""
+        soup = self.state.soup or await self.find_soup()  # not found yet if the budget ended in phase 2
+        self.monitor.phase("judging the finalists")
+        return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
 
     def baselines_are_done(self) -> bool:
         """Whether every baseline in the space has a finished trial."""

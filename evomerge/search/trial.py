@@ -85,7 +85,7 @@ class TrialRunner:
         """Run one trial: an interrupted one, else the next baseline, else the sampler's proposal.
 
         baselines: all that are known so far.
-        races: None if candidates do not race (yet).
+        races: None if candidates do not race, or not yet.
 
         An error inside the trial becomes the trial's recorded reason.  Raises EvomergeError if the search itself is at
         fault, or when too many trials in a row have failed.
