@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
 from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict
+
+if TYPE_CHECKING:  # importing these takes seconds, which a reader of a run need not wait for
+    from evomerge.search.evaluation.task_set import Scores, TaskSet
 
 
 class JudgedBy(BaseModel):
@@ -54,10 +56,10 @@ def verdict_content(
     verdict: Verdict,
     chosen: dict[str, Any],
     finalists: Sequence[dict[str, Any]],
-    holdout: Mapping[str, Scores],
+    holdout: Mapping[str, "Scores"],
     uses: int,
     greedy_soup: str,
-    task_set: TaskSet,
+    task_set: "TaskSet",
     seed: int,
 ) -> dict[str, Any]:
     """The content of verdict.json.
@@ -87,7 +89,7 @@ def verdict_content(
 
 
 def task_tables(
-    task_set: TaskSet, models: Mapping[str, Scores], seed: int
+    task_set: "TaskSet", models: Mapping[str, "Scores"], seed: int
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Model -> task -> its mean metric with the interval, and its mean objective."""
     tables: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in models}
