@@ -41,7 +41,8 @@ from scipy.stats import wilcoxon
 from evomerge.evaluate.racing import ALPHA, Order, Race, Vector, ceiling, chunks, item_weights, race_order
 from evomerge.search.run import open_run
 from evomerge.search.storage.item_scores import objective_scores
-from evomerge.search.storage.study import in_full, record_of
+from evomerge.search.storage.study import in_full
+from evomerge.search.storage.trial_record import record_of
 
 Matrix = NDArray[np.float64]
 ALPHAS = (0.02, 0.05, 0.1)
@@ -79,7 +80,7 @@ def read(folder: Path) -> tuple[Recorded, str]:
     study = run.study()
     tasks = json.loads(run.verdict_file.read_text(encoding="utf-8"))["tasks"]
     trials = [t for t in study.trials if in_full(t)]
-    if any("partial" in record_of(t) for t in study.trials):
+    if any(record_of(t).partial is not None for t in study.trials):
         sys.exit(f"{folder}: its candidates were raced; record a search with `racing: false`")
     baselines = [k for k, t in enumerate(trials) if "baseline" in t.user_attrs]
     by_task = {name: np.array([objective_scores(t)[name] for t in trials]) for name in tasks}

@@ -26,7 +26,8 @@ from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import objective_scores
-from evomerge.search.storage.study import SearchStudy, record_of
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.trial_record import record_of
 
 
 def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
@@ -37,7 +38,7 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     study, task_set = SearchStudy(run.study(), build_space(config, models)), open_task_set(config)
     evaluator = Evaluator(config, models, task_set, cache=run.folder / "cache")
     known = [objective_scores(t) for t in study.complete if "baseline" in t.user_attrs]
-    items = record_of(study.complete[0])["items"]
+    items = record_of(study.complete[0]).items or ""
     race_setup = build_race_setup(task_set, items, known, config.seed, config.racing)
     work = evaluator.prepared("search", everything=False)
     evaluator.materialise(study.space.recipe(study.complete[0].params), Clock())

@@ -41,11 +41,12 @@ from evomerge.search.space.space import Point
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import pack
 from evomerge.search.storage.study import Begun, SearchStudy, in_full, trial_seconds
+from evomerge.search.storage.trial_record import TrialRecord
 
 WORKERS = (1, 2, 4, 8, 16, 64)
 Answer = TypeVar("Answer")
 STEP = 0.2  # sigma0 of both
-RECORD = {"items": "0" * 16, "scores": {f"task{k}": {"acc": pack([0.123456789] * 60)} for k in range(4)}}
+RECORD = TrialRecord(items="0" * 16, scores={f"task{k}": {"acc": pack([0.123456789] * 60)} for k in range(4)})
 
 
 class Driver(Protocol):
@@ -75,7 +76,7 @@ class Ours:
     def unused(self) -> int:
         sampler = self.study.sampler(0)
         assert isinstance(sampler, CmaEsSampler)
-        sampler.mean(self.study.mirror)
+        sampler.distribution_mean(self.study.mirror)
         return len(self.study.finished) - sampler.told - len(sampler.group)
 
 

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from cmaes import CMA
 from optuna.trial import TrialState, create_trial
 
 from evomerge.config.schema import SearchConfig
+from evomerge.evaluate.canary import Signs
 from evomerge.search.space.space import Group, Space
-from evomerge.search.storage import tables
+from evomerge.search.storage import sql_statements
 from evomerge.search.storage.database import open_study, sqlite_url, storage_of
 from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.optuna_private import key_of_study
 from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.trial_record import RECORD, Seconds, TrialRecord
 
 TASKS, ITEMS = 4, 60
 
@@ -45,11 +49,11 @@ def space_of(dimensions: int, sampler: str) -> Space:
     return Space(config, 1, groups)
 
 
-def record(rng: np.random.Generator) -> dict[str, object]:
+def record(rng: np.random.Generator) -> TrialRecord:
     """What a search stores with a trial: item scores without any pattern, the worst case for their packing."""
     scores = {f"task{k}": {"gold_logprob": pack(rng.normal(size=ITEMS))} for k in range(TASKS)}
-    seconds = dict.fromkeys(("propose", "merge", "canary", "forward", "score", "race", "store", "total"), 0.123456789)
-    return {"items": "0" * 16, "scores": scores, "signs": [1.23456789, 0.123456789], "seconds": seconds}
+    seconds = Seconds(*[0.123456789] * len(fields(Seconds)))
+    return TrialRecord(items="0" * 16, scores=scores, signs=Signs(1.23456789, 0.123456789), seconds=seconds)
 
 
 def points(dimensions: int, trials: int) -> Iterator[tuple[list[float], float]]:
@@ -73,9 +77,9 @@ def build(study: optuna.Study, space: Space, trials: int) -> None:
             params = dict(zip(axes, point, strict=True))
             trial = create_trial(state=TrialState.RUNNING, params=params, distributions=axes)
             trial.number = number
-            key = tables.begin_trial(connection, study._study_id, trial, again=False)
-            notes = {"record": {**record(rng), "order": number}}
-            tables.finish_trial(connection, key, value, notes, again=False)
+            key = sql_statements.begin_trial(connection, key_of_study(study), trial, again=False)
+            attributes = {RECORD: replace(record(rng), order=number).to_json()}
+            sql_statements.finish_trial(connection, key, value, attributes, again=False)
 
 
 def synced_write(folder: Path) -> float:

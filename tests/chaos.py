@@ -106,13 +106,11 @@ def workers_of(pid: int) -> list[psutil.Process]:
 def finished(run: Path) -> dict[int, Any]:
     """Number -> parameters, value and item scores of every finished trial; an error if numbers are not 0, 1, 2, ..."""
     from evomerge.search.run import open_run
-    from evomerge.search.storage.study import record_of
+    from evomerge.search.storage.trial_record import record_of
 
     trials = open_run(run).study().get_trials(deepcopy=False)
     assert [t.number for t in trials] == list(range(len(trials))), "trial numbers have gaps or repeat"
-    return {
-        t.number: (t.state.name, t.params, t.value, record_of(t).get("scores")) for t in trials if t.state.is_finished()
-    }
+    return {t.number: (t.state.name, t.params, t.value, record_of(t).scores) for t in trials if t.state.is_finished()}
 
 
 Injection = Callable[[Night], str]

@@ -23,7 +23,8 @@ from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.storage.item_scores import evaluation_key
-from evomerge.search.storage.study import COMPUTE, record_of
+from evomerge.search.storage.study import COMPUTE
+from evomerge.search.storage.trial_record import record_of
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ def done(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_study_the_trials_and_whoever_looks_say_what_computed(done: Path) -> None:
     study = open_run(done).study()
     assert study.user_attrs[COMPUTE]["dtype"] == "float32"
-    assert {record_of(t)["compute_dtype"] for t in study.trials} == {"float32"}
+    assert {record_of(t).compute_dtype for t in study.trials} == {"float32"}
     assert json.loads((done / "state.json").read_text())["compute_dtype"] == "float32"
     assert "bfloat16, computed in float32" in (done / "report.html").read_text()
     assert "computed in float32 with values of bfloat16" in run_cli("status", done).stdout

@@ -20,7 +20,8 @@ import evomerge.search.storage.study_lease as module
 from evomerge.errors import EvomergeError
 from evomerge.search.storage.database import Patience, open_study, sqlite_url
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.storage.study_lease import LEASE, Holder, lease, machine_id, parse, process_start
+from evomerge.search.storage.study_lease import LEASE, Holder, acquire_lease, machine_id, parse, process_start
+from evomerge.search.storage.trial_record import TrialRecord
 
 FORK = multiprocessing.get_context("fork")
 
@@ -44,7 +45,7 @@ def contend(url: str, start: Any, end: Any, told: Connection) -> None:
     study = open_study(url, "s", create=False)
     start.wait()
     try:
-        told.send(lease(study).holder)
+        told.send(acquire_lease(study).holder)
     except EvomergeError as error:
         told.send(str(error))
     end.wait()
@@ -78,27 +79,27 @@ def test_a_killed_holder_is_followed_at_once_and_a_living_one_never(tmp_path: Pa
     assert driver.pid is not None
     os.kill(driver.pid, signal.SIGSTOP)  # suspended is not dead
     with pytest.raises(EvomergeError, match=f"process {driver.pid} on "):
-        lease(study, every=60)
+        acquire_lease(study, every=60)
     os.kill(driver.pid, signal.SIGKILL)
     while process_start(driver.pid) is not None:
         time.sleep(0.01)
     started = time.monotonic()
-    mine = lease(study, every=60)  # its parent has not asked for its exit code yet
+    mine = acquire_lease(study, every=60)  # its parent has not asked for its exit code yet
     assert time.monotonic() - started < 30
     assert mine.before == first
     driver.join()
     mine.beat()
     mine.release()
     assert holder_of(url) is None
-    assert lease(study).before is None
+    assert acquire_lease(study).before is None
 
 
 def test_a_process_number_that_was_given_out_again_is_not_the_holder(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "s.db")
     study = open_study(url, "s", create=True)
-    other = replace(lease(study).holder, started=1)
+    other = replace(acquire_lease(study).holder, started=1)
     study.set_user_attr(LEASE, json.loads(other.text))
-    assert lease(open_study(url, "s", create=False), every=60).before == other
+    assert acquire_lease(open_study(url, "s", create=False), every=60).before == other
 
 
 def elsewhere(every: float) -> Holder:
@@ -110,7 +111,7 @@ def test_a_holder_elsewhere_is_followed_when_its_beats_stand_still(tmp_path: Pat
     study = open_study(sqlite_url(tmp_path / "s.db"), "s", create=True)
     study.set_user_attr(LEASE, json.loads(elsewhere(0.2).text))
     started = time.monotonic()
-    assert lease(study, every=0.01).before == elsewhere(0.2)
+    assert acquire_lease(study, every=0.01).before == elsewhere(0.2)
     assert time.monotonic() - started >= 0.6
 
 
@@ -120,7 +121,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
         study = open_study(server.url, "s", create=True, patience=patience)
         with monkeypatch.context() as patch:
             patch.setattr(module, "machine_id", lambda: "far")
-            held = lease(open_study(server.url, "s", create=True, patience=patience), every=0.5)
+            held = acquire_lease(open_study(server.url, "s", create=True, patience=patience), every=0.5)
 
         def outage() -> None:
             server.kill()
@@ -132,7 +133,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
         beat, gone = threading.Thread(target=held.beat), threading.Timer(1.3, outage)
         gone.start()
         with pytest.raises(EvomergeError, match="is working on it"):
-            lease(study)
+            acquire_lease(study)
         gone.join()
         beat.join()
 
@@ -142,12 +143,12 @@ def suspended(url: str, told: Connection) -> None:
     module.machine_id = lambda: "far"  # type: ignore[assignment]
     study = SearchStudy(open_study(url, "s", create=True), space_of(sampler="random"))
     begun = study.begin(None)
-    held = lease(study.stored, every=0.1)
+    held = acquire_lease(study.stored, every=0.1)
     told.send(held.holder)
     os.kill(os.getpid(), signal.SIGSTOP)
     for work in (
         held.beat,
-        lambda: study.finish(begun, 1.0, {}),
+        lambda: study.finish(begun, 1.0, TrialRecord()),
         lambda: study.begin(None),
         lambda: study.stored.set_user_attr("x", 1),
         held.release,
@@ -167,7 +168,7 @@ def test_a_holder_that_was_suspended_and_followed_writes_nothing_more(url: str) 
     first = here.recv()
     os.waitpid(driver.pid, os.WUNTRACED)
     study = SearchStudy(open_study(url, "s", create=True), space_of(sampler="random"))
-    mine = lease(study.stored)
+    mine = acquire_lease(study.stored)
     assert mine.before == first
     os.kill(driver.pid, signal.SIGCONT)
     said = [here.recv() for _ in range(5)]

@@ -18,7 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.budget.limits import Deadline, Limits, Moment, Progress, deadline_of, limits_of
 from evomerge.search.budget.reserve import FIXED, Ahead, Rates, reserve
 from evomerge.search.run import open_run
-from evomerge.search.storage.study import record_of
+from evomerge.search.storage.trial_record import record_of
 
 QUICK = {"search": 12, "selection": 4, "holdout": 8}  # items of a search whose verdict is not the point
 START = Moment(1_000_000.0, 500.0)
@@ -235,7 +235,7 @@ def test_the_verdict_is_there_at_the_deadline(tiny_family: Path, tmp_path: Path)
     done = run_cli("search", config, "--run", run, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "what follows may need" in (run / "log.txt").read_text()
-    elapsed = [record_of(t)["elapsed"]["seconds"] for t in open_run(run).study().get_trials(deepcopy=False)]
+    elapsed = [e.seconds for t in open_run(run).study().get_trials(deepcopy=False) if (e := record_of(t).elapsed)]
     assert elapsed == sorted(elapsed)
     assert len(elapsed) > 5, "the reserve took it all"
     started = os.stat(run / "run.json").st_mtime

@@ -38,7 +38,7 @@ s.Engine.score_parts = counted
 BETWEEN_RESULT_AND_END = (
     KILL
     + """
-import evomerge.search.storage.tables as t
+import evomerge.search.storage.sql_statements as t
 calls, real = [0], t.finish_trial
 def counted(*a):
     calls[0] += 1
@@ -51,7 +51,7 @@ t.finish_trial = counted
 BEFORE_THE_PARAMETERS_ARE_STORED = (
     KILL
     + """
-import evomerge.search.storage.tables as t
+import evomerge.search.storage.sql_statements as t
 calls, real = [0], t.describe_trial
 def counted(*a):
     calls[0] += 1

@@ -21,12 +21,14 @@ from evomerge.config.schema import Granularity
 from evomerge.errors import EvomergeError
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
-from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
+from evomerge.search.samplers.cmaes import CmaEsSampler
+from evomerge.search.samplers.sampler_kind import trial_seed
 from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe
 from evomerge.search.space.space import Space, axis_values, build_space, spread
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
-from evomerge.search.storage.study import SearchStudy, in_full, record_of
+from evomerge.search.storage.study import SearchStudy, in_full
+from evomerge.search.storage.trial_record import TrialRecord, record_of
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import TensorRole, tensor_role
 
@@ -234,7 +236,7 @@ def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -
             study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
         begun = study.begin(None)
         points.append(dict(begun.params))
-        study.finish(begun, None if begun.number == 5 else fitness(begun.params), {"seconds": {}})
+        study.finish(begun, None if begun.number == 5 else fitness(begun.params), TrialRecord())
     return points
 
 
@@ -259,7 +261,7 @@ def test_cma_es_starts_at_the_best_baseline(family: Path, tmp_path: Path) -> Non
     study = SearchStudy(open_study(sqlite_url(tmp_path / "s.db"), "s", create=True), space)
     good, bad = dict.fromkeys(space.axes, 1.4), dict.fromkeys(space.axes, 0.1)
     for name, point, value in (("bad", bad, 0.0), ("good", good, 1.0)):
-        study.finish(study.begin((name, point)), value, {})
+        study.finish(study.begin((name, point)), value, TrialRecord())
     sampler = CmaEsSampler(space.axes, seed=0, sigma0=1e-6, population=4)
     proposed = sampler.sample_relative(study.mirror, study.mirror.ask()._cached_frozen_trial, {})
     assert proposed == pytest.approx(good, abs=1e-4)
@@ -323,12 +325,12 @@ def test_a_broken_candidate_is_recorded_with_the_worst_value(tiny_family: Path, 
     done = run_cli("search", config, "--run", run)
     assert done.returncode == 0, done.stderr
     trials = study_of(run).get_trials()
-    broken = [t for t in trials if "broken" in record_of(t)]
+    broken = [t for t in trials if record_of(t).broken is not None]
     assert broken
     assert all(t.state == TrialState.COMPLETE for t in trials)
     for trial in broken:
         assert trial.value == min(t.value for t in trials[: trial.number] if t.value is not None)
-        assert trial.user_attrs["record"]["broken"] in done.stdout
+        assert str(record_of(trial).broken) in done.stdout
     assert f"{len(broken)} broken" in run_cli("status", run).stdout
 
 
@@ -353,15 +355,17 @@ def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
     study = study_of(raced)
     trials = study.get_trials()
-    stopped = [t for t in trials if "partial" in record_of(t)]
+    stopped = [t for t in trials if record_of(t).partial is not None]
     assert stopped, "nothing was stopped, so this test says nothing"
     for trial in stopped:
-        assert 0 < record_of(trial)["partial"] < 1
+        share = record_of(trial).partial
+        assert share is not None
+        assert 0 < share < 1
         before = [t.value for t in trials[: trial.number] if in_full(t)]
         assert trial.value is not None
         assert trial.value < max(v for v in before if v is not None)
-        scores = np.concatenate([unpack(text) for m in record_of(trial)["scores"].values() for text in m.values()])
-        assert np.isfinite(scores).mean() == pytest.approx(record_of(trial)["partial"])
+        scores = np.concatenate([unpack(text) for m in record_of(trial).scores.values() for text in m.values()])
+        assert np.isfinite(scores).mean() == pytest.approx(share)
     assert in_full(study.best_trial)
     finalists = {f["trial"] for f in verdict_of(raced)["finalists"]}
     assert finalists.isdisjoint({t.number for t in stopped})
@@ -370,7 +374,7 @@ def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
 def test_a_candidate_that_runs_to_the_end_has_the_mean_of_its_items(raced: Path) -> None:
     for trial in study_of(raced).get_trials():
         if in_full(trial):
-            means = [unpack(t).mean() for m in record_of(trial)["scores"].values() for t in m.values()]
+            means = [unpack(t).mean() for m in record_of(trial).scores.values() for t in m.values()]
             assert trial.value == pytest.approx(np.mean(means), abs=1e-9)
 
 
@@ -389,7 +393,7 @@ def test_every_item_score_is_in_the_table(raced: Path, tmp_path: Path) -> None:
     trials = study_of(raced).get_trials()
     counted = table[table.trial.notna()].groupby("trial").size()
     for trial in trials:
-        assert counted[trial.number] == round(160 * record_of(trial).get("partial", 1.0))
+        assert counted[trial.number] == round(160 * (record_of(trial).partial or 1.0))
     assert set(table[table.recipe.notna()].split) == {"search", "selection", "holdout"}
     best = study_of(raced).best_trial
     own = table[table.trial == best.number].groupby("task").score.mean()

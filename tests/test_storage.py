@@ -23,8 +23,9 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.space.space import Group, Space
 from evomerge.search.storage.database import Patience, open_study, sqlite_url, storage_of
-from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of, trial_seconds
-from evomerge.search.storage.study_lease import LEASE, lease, parse
+from evomerge.search.storage.study import Begun, SearchStudy, in_full, trial_seconds
+from evomerge.search.storage.study_lease import LEASE, acquire_lease, parse
+from evomerge.search.storage.trial_record import Seconds, TrialRecord, record_of
 
 
 def space_of(dimensions: int = 3, sampler: str = "cma-es", population: int | None = 4) -> Space:
@@ -76,8 +77,12 @@ def test_trials_may_end_in_any_order_and_the_process_at_any_moment(tmp_path_fact
         else:
             begun = hand.pop(rng.choice(sorted(hand)))
             value = None if rng.random() < 0.2 else rng.choice([0.25, rng.random()])
-            extra = {"partial": 0.5} if rng.random() < 0.2 else {"broken": "x"} if rng.random() < 0.2 else {}
-            study.finish(begun, value, {"seconds": {"total": 0.5}, **extra})
+            record = TrialRecord(
+                partial=0.5 if (stopped := rng.random() < 0.2) else None,
+                broken="x" if not stopped and rng.random() < 0.2 else None,
+                seconds=Seconds(total=0.5),
+            )
+            study.finish(begun, value, record)
             ended.append((begun.number, value))
         for seen in (study, opened(url, sampler="random")) if rng.random() < 0.1 else (study,):
             check_books(seen, ended)
@@ -89,7 +94,7 @@ def test_trials_may_end_in_any_order_and_the_process_at_any_moment(tmp_path_fact
 def check_books(study: SearchStudy, ended: list[tuple[int, float | None]]) -> None:
     """What is kept beside the trials is what one would compute from them."""
     assert [(t.number, t.value) for t in study.finished] == ended
-    assert [record_of(t)["order"] for t in study.finished] == list(range(len(ended)))
+    assert [record_of(t).order for t in study.finished] == list(range(len(ended)))
     assert study.complete == [t for t in study.trials if in_full(t)]
     assert study.best == max(study.complete, key=lambda t: (t.value, -t.number), default=None)
     assert study.penalty == min((v for _, v in ended if v is not None), default=None)
@@ -122,7 +127,7 @@ def test_a_point_that_a_person_enqueued_with_optuna_is_tried(tmp_path: Path) -> 
     again = opened(sqlite_url(tmp_path / "s.db"))
     begun = again.begin(None)
     assert (begun.number, begun.params) == (0, wanted)
-    again.finish(begun, 1.0, {})
+    again.finish(begun, 1.0, TrialRecord())
     assert opened(sqlite_url(tmp_path / "s.db")).best.params == wanted  # type: ignore[union-attr]
 
 
@@ -132,7 +137,8 @@ def test_optunas_own_storage_reads_what_ours_does(tmp_path: Path) -> None:
     for number in range(6):
         begun = study.begin(("mine", dict.fromkeys(study.space.axes, 0.5)) if number == 2 else None)
         if number != 4:
-            study.finish(begun, None if number == 1 else float("-inf") if number == 5 else fitness(begun), {"x": [1.5]})
+            value = None if number == 1 else float("-inf") if number == 5 else fitness(begun)
+            study.finish(begun, value, TrialRecord(seconds=Seconds(total=1.5)))
     theirs = optuna.load_study(storage=optuna.storages.RDBStorage(url), study_name="s").get_trials()
     assert open_study(url, "s", create=False).get_trials() == theirs
     assert len(theirs) == 6
@@ -158,7 +164,7 @@ def test_a_study_is_resumed_without_unpickling_anything(tmp_path: Path, monkeypa
     study = opened(url)
     for _ in range(9):
         begun = study.begin(None)
-        study.finish(begun, fitness(begun), {"x": 1})
+        study.finish(begun, fitness(begun), TrialRecord())
     expected = study.begin(None)
 
     def refuse(*arguments: Any, **options: Any) -> Any:
@@ -169,7 +175,7 @@ def test_a_study_is_resumed_without_unpickling_anything(tmp_path: Path, monkeypa
     again = opened(url)
     begun = again.begin(None)
     assert begun == expected
-    again.finish(begun, 1.0, {})
+    again.finish(begun, 1.0, TrialRecord())
     assert again.begin(None).number == 10
 
 
@@ -177,7 +183,7 @@ def filled(file: Path) -> None:
     """A study file with trials in it, as it lies there when no process has it open."""
     study = opened(sqlite_url(file), sampler="random", dimensions=8)
     for number in range(20):
-        study.finish(study.begin(None), float(number), {"text": "x" * 3000})
+        study.finish(study.begin(None), float(number), TrialRecord(items="x" * 3000))
     storage_of(study.stored).engine.dispose()
 
 
@@ -201,7 +207,7 @@ def test_garbage_in_a_study_is_read_over_or_one_message(tmp_path: Path) -> None:
             file.with_name(file.name + rest).unlink(missing_ok=True)
         try:
             study = SearchStudy(open_study(sqlite_url(file), "s", create=True), space_of(8, "random"))
-            study.finish(study.begin(None), 0.5, {})
+            study.finish(study.begin(None), 0.5, TrialRecord())
         except EvomergeError:
             refused += 1
     assert refused > 5
@@ -252,7 +258,7 @@ def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: S
     log: list[str] = []
     patience = Patience(lambda: None, log.append)
     study = SearchStudy(open_study(server.url, "killed", create=True, patience=patience), space_of(sampler="random"))
-    held = lease(study.stored)
+    held = acquire_lease(study.stored)
     rng = random.Random(5)
     ended = threading.Event()
 
@@ -274,7 +280,7 @@ def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: S
                 hand.append(study.begin(None))
             begun = hand.pop(rng.randrange(3))
             told[begun.number] = rng.random()
-            study.finish(begun, told[begun.number], {"seconds": {"total": 0.1}})
+            study.finish(begun, told[begun.number], TrialRecord(seconds=Seconds(total=0.1)))
             study.stored.set_user_attr(f"note:{begun.number}", begun.number)
             held.beat()
     finally:
@@ -282,7 +288,7 @@ def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: S
     noted = {f"note:{number}": number for number in told}
     for begun in hand:
         told[begun.number] = 0.5
-        study.finish(begun, 0.5, {})
+        study.finish(begun, 0.5, TrialRecord())
     held.release()
     after = optuna.load_study(storage=server.url, study_name="killed")
     assert {t.number: t.value for t in after.get_trials()} == told
@@ -307,11 +313,11 @@ def test_what_was_committed_when_the_answer_was_lost_is_not_done_twice(server: S
         assert proxy.lost == before + 2, "no answer was lost"
         return found
 
-    held = losing(lambda: lease(study.stored))
+    held = losing(lambda: acquire_lease(study.stored))
     losing(held.beat)
     begun = [losing(lambda: study.begin(None)) for _ in range(3)]
-    losing(lambda: study.finish(begun[1], 0.25, {"x": 1}))
-    losing(lambda: study.finish(begun[0], None, {"x": 0}))
+    losing(lambda: study.finish(begun[1], 0.25, TrialRecord()))
+    losing(lambda: study.finish(begun[0], None, TrialRecord()))
     losing(lambda: study.stored.set_user_attr("note", [1, 2]))
     proxy.close()
     after = optuna.load_study(storage=server.url, study_name="lost")

@@ -16,17 +16,24 @@ from evomerge.errors import EvomergeError
 from evomerge.report.studies import read_studies, url_of
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.storage.study_lease import LEASE, lease
+from evomerge.search.storage.study_lease import LEASE, acquire_lease
+from evomerge.search.storage.trial_record import TrialRecord
 
 
 def fill(url: str) -> None:
     """Two studies: one in use with trials of every kind, one empty."""
     study = SearchStudy(open_study(url, "busy", create=True), space_of(sampler="random"))
-    told = [(0.25, {}), (0.75, {"partial": 0.5}), (0.5, {}), (0.9, {"broken": "x"}), (None, {"reason": "y"})]
+    told = [
+        (0.25, TrialRecord()),
+        (0.75, TrialRecord(partial=0.5)),
+        (0.5, TrialRecord()),
+        (0.9, TrialRecord(broken="x")),
+        (None, TrialRecord(reason="y")),
+    ]
     for value, record in told:
         study.finish(study.begin(None), value, record)
     study.begin(None)
-    lease(study.stored)
+    acquire_lease(study.stored)
     open_study(url, "empty", create=True)
 
 

@@ -22,7 +22,7 @@ from evomerge.search.budget.meter import Meter, nvml_counter
 from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import open_run
-from evomerge.search.storage.study import record_of
+from evomerge.search.storage.trial_record import record_of
 
 whole = st.integers(0, 10**9)
 amounts = whole.map(float)
@@ -120,7 +120,7 @@ def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_runs_usage_is_that_of_its_trials_and_its_other_evaluations(finished: Path) -> None:
     status = read_status(open_run(finished))
-    each = [Usage.from_dict(record_of(t)["used"]) for t in status.trials]
+    each = [record_of(t).used or Usage() for t in status.trials]
     assert all(u.forwards and u.tokens <= u.padded and u.peak_bytes for u in each)
     trials = used_by(status.trials, {})
     assert trials.forwards == sum(u.forwards for u in each)

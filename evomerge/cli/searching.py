@@ -41,12 +41,14 @@ def search(
     from evomerge.files import refuse_full
     from evomerge.search.budget.limits import limits_of, with_budget
     from evomerge.search.run import refuse_existing
+    from evomerge.search.samplers.registry import sampler_kind
     from evomerge.search.workers.worker_options import parse_worker_options
 
     loaded = with_budget(load_config(config), trials, timeout, target, patience)
     limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
     folder = run or Path("runs") / loaded.name
     refuse_existing(folder)
+    sampler_kind(loaded.sampler.name)
     if out is not None:
         refuse_full(out)
     # What the file alone shows is said before seconds go into imports, the rest before there is a run folder.

@@ -165,9 +165,14 @@ class SplitsConfig(Strict):
 
 
 class SamplerConfig(Strict):
-    """Who proposes.  sigma0 (first step, as a share of the bounds) and population concern cma-es only."""
+    """What proposes the coefficients.
 
-    name: Literal["cma-es", "tpe", "nsga-ii", "gp", "qmc", "random"] = "cma-es"
+    name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
+    sigma0: the first step of cma-es, as a share of the bounds.
+    population: samples per generation of cma-es.
+    """
+
+    name: str = Field(default="cma-es", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
 

@@ -1,7 +1,7 @@
 """What a run folder says of itself: read only, at any time, also while the search runs."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -11,9 +11,10 @@ from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
-from evomerge.search.storage.study import FINISHED, in_full, rank, record_of, recorded_type, trial_seconds
+from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
+from evomerge.search.storage.trial_record import Seconds, record_of
 
-PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
+PARTS = tuple(each.name for each in fields(Seconds) if each.name != "total")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class Status:
     def count(self, state: TrialState) -> int:
         return sum(t.state == state for t in self.trials)
 
-    def noted(self, note: str) -> list[FrozenTrial]:
-        """The trials that are `partial` (stopped by the race) or `broken`."""
-        return [t for t in self.trials if note in record_of(t)]
+    @property
+    def shares(self) -> list[float]:
+        """Of every trial that was stopped by a race, the share of the items that were scored."""
+        return [share for t in self.trials if (share := record_of(t).partial) is not None]
 
     @property
     def evaluated(self) -> float:
         """The share of the items that a trial was scored on, on average."""
-        partial = [float(record_of(t)["partial"]) for t in self.noted("partial")]
+        partial = self.shares
         full = sum(map(in_full, self.trials))
         return (sum(partial) + full) / (len(partial) + full) if partial else 1.0
 
@@ -55,7 +57,8 @@ class Status:
     @property
     def endings(self) -> str:
         """How many trials did not end as they should."""
-        partial, broken = len(self.noted("partial")), len(self.noted("broken"))
+        partial = len(self.shares)
+        broken = sum(record_of(t).broken is not None for t in self.trials)
         text = f", {partial} stopped early ({self.evaluated:.0%} of all items scored)" if partial else ""
         failed = self.count(TrialState.FAIL)
         return text + (f", {broken} broken" if broken else "") + (f", {failed} failed" if failed else "")
@@ -103,11 +106,10 @@ def read_status(run: Run) -> Status:
 def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:
     """Mean seconds per part over trials; the first is left out, it warms caches up, and so is one that ran nothing
     because its scores were known (the greedy soup's)."""
-    records = [record_of(t).get("seconds", {}) for t in trials[1:]]
-    records = [r for r in records if "forward" in r]
-    if not records:
+    timed = [s for t in trials[1:] if (s := record_of(t).seconds).forward is not None]
+    if not timed:
         return {}
-    timing = {part: sum(r.get(part, 0.0) for r in records) / len(records) for part in PARTS}
-    total = sum(r.get("total", 0.0) for r in records) / len(records)
+    timing = {part: sum(getattr(s, part) or 0.0 for s in timed) / len(timed) for part in PARTS}
+    total = sum(s.total or 0.0 for s in timed) / len(timed)
     timing["other"] = max(0.0, total - sum(timing[part] for part in PARTS))
     return timing

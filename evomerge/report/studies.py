@@ -15,8 +15,10 @@ from evomerge.config.database_url import expanded
 from evomerge.errors import EvomergeError
 from evomerge.search.run import open_run
 from evomerge.search.storage.database import open_storage, sqlite_url
+from evomerge.search.storage.optuna_private import STUDIES, STUDY_ATTRIBUTES, TRIALS, USER_ATTRIBUTES, VALUES
+from evomerge.search.storage.sql_statements import local
 from evomerge.search.storage.study_lease import LEASE, Holder, machine_id, parse
-from evomerge.search.storage.tables import NOTES, STUDIES, STUDY_NOTES, TRIALS, VALUES, local
+from evomerge.search.storage.trial_record import RECORD, is_in_full
 
 SILENT = 60.0  # seconds after which a holder elsewhere is shown as silent; two machines' clocks differ by less
 
@@ -70,7 +72,7 @@ def read_studies(place: str) -> list[StudyRow]:
 def rows(connection: Connection) -> list[StudyRow]:
     names = connection.execute(select(STUDIES.c.study_id, STUDIES.c.study_name))
     found = {row[0]: StudyRow(row[1]) for row in names}
-    held = select(STUDY_NOTES.c.study_id, STUDY_NOTES.c.value_json).where(STUDY_NOTES.c.key == LEASE)
+    held = select(STUDY_ATTRIBUTES.c.study_id, STUDY_ATTRIBUTES.c.value_json).where(STUDY_ATTRIBUTES.c.key == LEASE)
     for key, text in connection.execute(held):
         found[key].holder = parse(text)
     t = TRIALS.c
@@ -91,10 +93,12 @@ def best_value(connection: Connection, study_id: int) -> float | None:
     ranked = connection.execute(values.where(complete).order_by(VALUES.c.value.desc())).all()
     for first in range(0, len(ranked), 50):
         keys = {row[0]: row[1] for row in ranked[first : first + 50]}
-        record = select(NOTES.c.trial_id, NOTES.c.value_json).where(NOTES.c.trial_id.in_(keys), NOTES.c.key == "record")
-        records = {row[0]: json.loads(row[1]) for row in connection.execute(record)}
+        stored = select(USER_ATTRIBUTES.c.trial_id, USER_ATTRIBUTES.c.value_json).where(
+            USER_ATTRIBUTES.c.trial_id.in_(keys), USER_ATTRIBUTES.c.key == RECORD
+        )
+        partly = {row[0] for row in connection.execute(stored) if not is_in_full(json.loads(row[1]))}
         for key, value in keys.items():
-            if not {"partial", "broken"} & records.get(key, {}).keys():
+            if key not in partly:
                 return float(value)
     return None
 

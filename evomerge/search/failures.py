@@ -5,7 +5,8 @@ from itertools import takewhile
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
-from evomerge.search.storage.study import SearchStudy, record_of
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.trial_record import record_of
 
 FAILURES_IN_A_ROW = 10
 
@@ -22,13 +23,13 @@ def stop_after_failures(study: SearchStudy) -> None:
 
 def failed(trial: FrozenTrial) -> bool:
     """Whether a finished trial has no usable scores: an error, or a broken candidate."""
-    return trial.state == TrialState.FAIL or "broken" in record_of(trial)
+    return trial.state == TrialState.FAIL or record_of(trial).broken is not None
 
 
 def explain_failures(study: SearchStudy) -> str:
     """The reasons of the last failures, counted."""
     last = [record_of(t) for t in study.finished if failed(t)][-FAILURES_IN_A_ROW:]
-    reasons = [str(r.get("reason") or r.get("broken") or "unknown") for r in last]
+    reasons = [r.failure or "unknown" for r in last]
     counted = sorted({r: reasons.count(r) for r in reasons}.items(), key=lambda x: -x[1])
     lines = "\n  ".join(f"{count} x {text}" for text, count in counted)
     return (

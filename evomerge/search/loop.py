@@ -24,12 +24,13 @@ from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.run import Run, claim
+from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.space.baselines import Baseline, baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.database import Patience, open_study
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.storage.study_lease import lease
+from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.trial import Races, TrialRunner
 from evomerge.search.verdict.finals import finish
 from evomerge.search.verdict.verdict import Verdict
@@ -62,6 +63,7 @@ async def open_and_search(
 ) -> Verdict:
     """Open models, tasks, study and workers, run the phases of the search, and close what was opened."""
     config = run.config()
+    sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
     monitor.phase("opening the models")
     models = open_config_models(config)
     for note in models.compatibility.notes:
@@ -69,7 +71,7 @@ async def open_and_search(
     task_set = open_task_set(config)
     patience = Patience(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=True, patience=patience)
-    holder = lease(stored, BEAT, stop.check)
+    holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
         monitor.beat()

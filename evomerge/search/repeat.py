@@ -15,7 +15,8 @@ from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import objective_scores
-from evomerge.search.storage.study import SearchStudy, record_of
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.trial_record import record_of
 from evomerge.search.trial import parent_signs, value_of
 
 
@@ -45,7 +46,7 @@ def repeat(run: Run, number: int) -> Repeated:
     models = open_config_models(config)
     study = SearchStudy(run.study(), build_space(config, models))
     trial = next((t for t in study.finished if t.number == number), None)
-    if trial is None or trial.value is None or "scores" not in record_of(trial):
+    if trial is None or trial.value is None or not record_of(trial).scores:
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
     task_set = open_task_set(config)
     known, record = baselines(study.space), record_of(trial)
@@ -53,12 +54,13 @@ def repeat(run: Run, number: int) -> Repeated:
     if "baseline" not in trial.user_attrs:
         race_setup = make_race_setup(study, known, StoredEvaluations(study.stored, task_set))
         race = None
-        if race_setup is not None and record.get("race"):
+        if race_setup is not None and (ran := record.race) is not None and ran.incumbent is not None:
             full = {t.number: t for t in study.complete}
-            incumbent, others = record["race"]["incumbent"], record["race"]["others"]
-            race = race_setup.race(race_setup.vector(full[incumbent]), [race_setup.vector(full[n]) for n in others])
+            race = race_setup.race(
+                race_setup.vector(full[ran.incumbent]), [race_setup.vector(full[n]) for n in ran.others]
+            )
         job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
-    computed = record.get("compute_dtype", config.dtype)  # what lacks it was computed in the candidate's own type
+    computed = record.compute_dtype or config.dtype  # the oldest records do not say; there was no other type then
     config = config.model_copy(update={"compute_dtype": computed})
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
     evaluator.prepare(run.manifest()["inputs"])

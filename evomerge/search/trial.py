@@ -10,14 +10,12 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Signs, normal_signs
 from evomerge.evaluate.racing import Race, Vector
-from evomerge.search.budget.usage import stored_usage
 from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.full_evaluations import Evaluations
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
@@ -31,7 +29,8 @@ from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.greedy_soup import GREEDY
 from evomerge.search.space.space import Point
 from evomerge.search.storage.item_scores import pack
-from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of
+from evomerge.search.storage.study import Begun, SearchStudy, in_full
+from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.workers.pool import Pool
 
 
@@ -47,15 +46,15 @@ class Races:
         self.setup = setup
         self.vectors: dict[int, Vector] = {}  # trial number -> its item scores (N,), unpacked
 
-    def next(self) -> tuple[Race | None, dict[str, Any] | None]:
-        """The race of the next candidate and the trial numbers in it; None and None if that candidate does not race."""
+    def next(self) -> tuple[Race | None, RaceRecord]:
+        """The race of the next candidate and what its record says of it; no race if that candidate does not race."""
         if not may_race(self.study, self.setup):
-            return None, None
+            return None, RaceRecord(None)
         incumbent, others = rivals(self.study, self.setup.items)
         if incumbent is None:
-            return None, None
-        numbers = {"incumbent": incumbent.number, "others": [t.number for t in others]}
-        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others]), numbers
+            return None, RaceRecord(None)
+        record = RaceRecord(incumbent.number, tuple(t.number for t in others))
+        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others]), record
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""
@@ -95,60 +94,60 @@ class TrialRunner:
         trial = self.study.begin(next_baseline(self.study, baselines))
         proposed = time.perf_counter()
         self.log(f"trial {trial.number} begins")
-        record: dict[str, Any] = {}
-        work = self.job_of(trial, baselines, races, record)
+        work, race = self.job_of(trial, baselines, races)
         if isinstance(work, TrialJob):
             work = await self.pool.run(work, f"trial {trial.number}", trial=trial.number)
-        self.store(trial, work, record, started, proposed)
+        self.store(trial, work, race, started, proposed)
         stop_after_failures(self.study)
 
     def job_of(
-        self, trial: Begun, baselines: Sequence[Baseline], races: Races | None, record: dict[str, Any]
-    ) -> TrialJob | Result:
-        """The trial's job, or its result where no worker is needed.
-
-        record: gets the race, so that the trial can be run again alone.
-        """
+        self, trial: Begun, baselines: Sequence[Baseline], races: Races | None
+    ) -> tuple[TrialJob | Result, RaceRecord | None]:
+        """The trial's job, or its result where no worker is needed; and the race that it runs in, for its record."""
         try:
             recipe = self.study.space.recipe(trial.params)
             known = self.evaluations.stored("search", recipe) if trial.baseline == GREEDY else None
             if known:  # the greedy soup has been scored to be found
-                return Outcome(known, {})
+                return Outcome(known, {}), None
             if trial.baseline:
-                return TrialJob(recipe, None)
-            race, record["race"] = races.next() if races else (None, None)
+                return TrialJob(recipe, None), None
+            race, record = races.next() if races else (None, RaceRecord(None))
             setup = races.setup if races and race else None
-            return TrialJob(recipe, parent_signs(self.study, baselines), setup, race)
+            return TrialJob(recipe, parent_signs(self.study, baselines), setup, race), record
         except EvomergeError:
             raise
         except Exception as error:  # a bug in making the recipe costs this trial
-            return Failure(reason(error), traceback=traceback.format_exc())
+            return Failure(reason(error), traceback=traceback.format_exc()), None
 
-    def store(self, trial: Begun, result: Result, record: dict[str, Any], started: float, proposed: float) -> None:
+    def store(self, trial: Begun, result: Result, race: RaceRecord | None, started: float, proposed: float) -> None:
         """Store a trial's value and record, and tell the sampler and the monitor.
 
+        race: the race that it ran in; None for a baseline.
         started, proposed: seconds of `time.perf_counter` at which the trial began and had its point.
 
         A broken candidate has the value of the worst, so that samplers learn from it.  A finished trial cannot be
         written to, so the time of its storing is in the record of the next one.
         """
-        value, seconds = None, {}
+        value = None
         if isinstance(result, Outcome):
             value = value_of(result, self.evaluations.task_set)
-            record |= describe(result, self.evaluations.task_set, self.evaluations.items("search"))
-            seconds = result.seconds
+            record = describe(result, self.evaluations.task_set, self.evaluations.items("search"))
         elif result.broken:
-            record["broken"] = result.reason
             value = self.study.penalty
+            record = TrialRecord(broken=result.reason)
         else:
-            record["reason"] = result.reason
+            record = TrialRecord(reason=result.reason)
             self.log(f"trial {trial.number}: {result.traceback}")
-        record["compute_dtype"] = self.study.space.config.compute_dtype
         scored = time.perf_counter()
         total = scored - started + self.storing
-        times = {"propose": proposed - started, "store": self.storing, "total": total}
-        record["seconds"] = {**seconds, **times}
-        record |= stored_usage(replace(result.used, seconds=total), self.monitor.stopwatch)
+        record = replace(
+            record,
+            race=race,
+            compute_dtype=self.study.space.config.compute_dtype,
+            seconds=replace(record.seconds, propose=proposed - started, store=self.storing, total=total),
+            used=replace(result.used, seconds=total),
+            elapsed=self.monitor.stopwatch.elapsed,
+        )
         state = self.study.finish(trial, value, record)
         self.log(f"trial {trial.number} {state.name.lower()} value={value} {told(record)}".rstrip())
         self.storing = time.perf_counter() - scored
@@ -165,7 +164,7 @@ def parent_signs(study: SearchStudy, baselines: Sequence[Baseline]) -> Signs | N
     """What the canary saw of the parents: the signs of a healthy model.  None if no parent has been evaluated."""
     trials = [study.of_baseline(b.name) for b in baselines if b.kind == "parent"]
     records = [record_of(t) for t in trials if t is not None and in_full(t)]
-    return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
+    return normal_signs([r.signs for r in records if r.signs is not None])
 
 
 def value_of(outcome: Outcome, task_set: TaskSet) -> float:
@@ -173,12 +172,12 @@ def value_of(outcome: Outcome, task_set: TaskSet) -> float:
     return outcome.estimate.value if outcome.estimate else task_set.mean(outcome.scores, "objective")
 
 
-def describe(outcome: Outcome, task_set: TaskSet, items: str) -> dict[str, Any]:
+def describe(outcome: Outcome, task_set: TaskSet, items: str) -> TrialRecord:
     """What the study keeps of an outcome.  items: the name of the item ids."""
-    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks}
-    record: dict[str, Any] = {"items": items, "scores": scores}
-    if outcome.signs:
-        record["signs"] = [outcome.signs.entropy, outcome.signs.sameness]
-    if outcome.estimate:
-        record["partial"] = outcome.estimate.fraction
-    return record
+    return TrialRecord(
+        items=items,
+        scores={t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks},
+        signs=replace(outcome.signs, repeats=False) if outcome.signs else None,  # the record has no place for it
+        partial=outcome.estimate.fraction if outcome.estimate else None,
+        seconds=Seconds(**outcome.seconds),
+    )

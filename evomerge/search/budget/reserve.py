@@ -20,8 +20,9 @@ from evomerge.files import disk_errors
 from evomerge.search.evaluation.full_evaluations import digest
 from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
-from evomerge.search.storage.item_scores import ITEMS, evaluation_key
-from evomerge.search.storage.study import SearchStudy, in_full, rank, record_of
+from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
+from evomerge.search.storage.study import SearchStudy, in_full, rank
+from evomerge.search.storage.trial_record import Seconds, record_of
 from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.sources.open_models import Models
@@ -98,17 +99,20 @@ def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Ra
     None before there is a trial.  attributes: the study's.  The first evaluation of a run warms everything up, so the
     lower median of all counts.
     """
-    latest = [r for t in trials if in_full(t) and "forward" in (r := record_of(t)).get("seconds", {})][-LATEST:]
+    latest = [r for t in trials if in_full(t) and (r := record_of(t)).seconds.forward is not None][-LATEST:]
     if not latest:
         return None
-    seconds: list[dict[str, float]] = [r["seconds"] for r in latest]
-    merge = statistics.median(s["merge"] for s in seconds)
-    judged = tuple(evaluation_key(split, "") for split in SPLITS if split != "search")
-    entries = [e for name, e in attributes.items() if name.startswith(judged) and e.get("scored")]
-    scored = [sum(map(len, attributes[ITEMS + r["items"]].values())) for r in latest]
-    objective = statistics.median((s["forward"] + s["score"]) / n for s, n in zip(seconds, scored, strict=True))
-    each = [(e["seconds"]["forward"] + e["seconds"]["score"]) / e["scored"] for e in entries] or [GENERATES * objective]
-    return Rates(merge, statistics.median_low(each), max(s["total"] for s in seconds), objective, draw_time())
+    merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
+    objective = statistics.median(scoring(r.seconds) / sum(map(len, item_ids(attributes, r).values())) for r in latest)
+    judged = evaluation_records(attributes, [split for split in SPLITS if split != "search"]).values()
+    each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [GENERATES * objective]
+    trial = max(r.seconds.total or 0.0 for r in latest)
+    return Rates(merge, statistics.median_low(each), trial, objective, draw_time())
+
+
+def scoring(seconds: Seconds) -> float:
+    """Seconds that the items of one model took, from token ids to item scores."""
+    return (seconds.forward or 0.0) + (seconds.score or 0.0)
 
 
 def draw_time() -> float:

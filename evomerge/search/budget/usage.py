@@ -7,11 +7,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from evomerge.search.storage.item_scores import EVALUATIONS
-from evomerge.search.storage.study import record_of
-
-USED = "used"  # key of a trial's record and of a stored evaluations's entry: the `Usage` of that work
-ELAPSED = "elapsed"  # key beside it: the `Elapsed` of the run when that work was stored
+from evomerge.search.storage.item_scores import evaluation_records
+from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, record_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,10 @@ class Elapsed:
     seconds: float = 0.0
     device_seconds: float = 0.0
 
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers, in milliseconds at the finest."""
+        return {k: round(v, 3) for k, v in asdict(self).items()}
+
 
 class Stopwatch:
     """Counts a run's time from where earlier sessions left off, by the monotonic clock.
@@ -94,10 +95,12 @@ class Stopwatch:
         self.before, self.since, self.devices = self.elapsed, self.clock(), devices
 
 
-def entries(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """All that a study keeps of finished work: trials' records, and what was evaluated outside of trials."""
+def records_of(
+    trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]
+) -> Iterable[TrialRecord | EvaluationRecord]:
+    """The records of all finished work of a study: of trials, and of what was evaluated outside of trials."""
     yield from map(record_of, trials)
-    yield from (entry for name, entry in attributes.items() if name.startswith(EVALUATIONS))
+    yield from evaluation_records(attributes).values()
 
 
 def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usage:
@@ -106,14 +109,7 @@ def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usa
     Forwards, tokens and energy are the sums over trials and other evaluations; time by the wall and of the devices is
     the run's own, which also has what lies between them.
     """
-    every = list(entries(trials, attributes))
-    total = Usage()
-    for entry in every:
-        total += Usage.from_dict(entry.get(USED, {}))
-    elapsed = max((Elapsed(**e[ELAPSED]) for e in every if ELAPSED in e), key=lambda e: e.seconds, default=Elapsed())
+    every = list(records_of(trials, attributes))
+    total = sum((record.used for record in every if record.used is not None), Usage())
+    elapsed = max((e.elapsed for e in every if e.elapsed is not None), key=lambda e: e.seconds, default=Elapsed())
     return replace(total, seconds=elapsed.seconds, device_seconds=elapsed.device_seconds)
-
-
-def stored_usage(used: Usage, stopwatch: Stopwatch) -> dict[str, Any]:
-    """What goes into a trial's record or a stored evaluations's entry."""
-    return {USED: used.as_dict(), ELAPSED: {k: round(v, 3) for k, v in asdict(stopwatch.elapsed).items()}}

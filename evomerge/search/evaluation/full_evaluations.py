@@ -1,17 +1,17 @@
 """Evaluations outside the trials: their item scores are kept in the study, so that nothing is scored twice."""
 
 import hashlib
-from typing import Any
 
 import optuna
 
 from evomerge.evaluate.tasks import Item, Split
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.search.budget.usage import USED, Usage, stored_usage
-from evomerge.search.evaluation.jobs import Failure, FullEvaluation
+from evomerge.search.budget.usage import Usage
+from evomerge.search.evaluation.jobs import Failure, FullEvaluation, Outcome
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
-from evomerge.search.storage.item_scores import evaluation_key, of_record, pack, store_items
+from evomerge.search.storage.item_scores import evaluation_key, evaluation_record, pack, rows_of_record, store_items
+from evomerge.search.storage.trial_record import EvaluationRecord, Seconds
 from evomerge.search.workers.pool import Pool
 
 Known = dict[str, dict[str, dict[str, float]]]
@@ -35,7 +35,7 @@ class StoredEvaluations:
         """What is in the study already."""
         attributes = self.study.user_attrs
         found: Known = {}
-        for row in of_record(attributes, attributes.get(evaluation_key(split, digest(recipe)), {}), {}):
+        for row in rows_of_record(attributes, evaluation_record(attributes, split, digest(recipe)), {}):
             found.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["item"]] = row["score"]
         return found
 
@@ -93,18 +93,22 @@ class Evaluations(StoredEvaluations):
                 for metric, scores in metrics.items():
                     new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
                     known.setdefault(task, {}).setdefault(metric, {}).update(new)
-            took = {"scored": count, "seconds": result.seconds}
-            self.store(split, recipe, self.arranged(split, known), took, result.used)
+            self.store(split, recipe, self.arranged(split, known), count, result)
         return self.arranged(split, known)
 
-    def store(self, split: Split, recipe: Recipe, scores: Scores, took: dict[str, Any], used: Usage) -> None:
+    def store(self, split: Split, recipe: Recipe, scores: Scores, count: int, result: Outcome) -> None:
         """Keep scores in the study, in one write.
 
-        took: how many items were `scored` now, and the `seconds` of that by part.  used: everything it took.
+        scores: of all items that were ever scored.  count: how many were scored now.  result: of scoring those.
         """
-        packed = {task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()}
-        key = evaluation_key(split, digest(recipe))
-        before = Usage.from_dict(self.study.user_attrs.get(key, {}).get(USED, {}))
-        stored = stored_usage(before + used, self.monitor.stopwatch)
-        self.study.set_user_attr(key, {"items": self.items(split), "scores": packed, **took, **stored})
-        self.monitor.spend(used)
+        before = evaluation_record(self.study.user_attrs, split, digest(recipe)).used or Usage()
+        record = EvaluationRecord(
+            items=self.items(split),
+            scores={task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()},
+            scored=count,
+            seconds=Seconds(**result.seconds),
+            used=before + result.used,
+            elapsed=self.monitor.stopwatch.elapsed,
+        )
+        self.study.set_user_attr(evaluation_key(split, digest(recipe)), record.to_json())
+        self.monitor.spend(result.used)

@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import PriceConfig, SearchConfig
 from evomerge.search.budget.limits import Limits, Progress, now
-from evomerge.search.budget.usage import USED, Elapsed, Stopwatch, Usage, used_by
+from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.snapshot import LastFailure, Snapshot, WorkerState, thinned, write_snapshot
 from evomerge.search.run import Run
-from evomerge.search.storage.study import FINISHED, in_full, is_whole, record_of
+from evomerge.search.storage.study import FINISHED, in_full
+from evomerge.search.storage.trial_record import TrialRecord, record_of
 
 EVERY = 1.0  # seconds between two snapshots
 RECENT = 30  # trials that the rate is about
@@ -96,10 +97,10 @@ class Monitor:
         self.listener.step(done, total)
         self.beat()
 
-    def trial(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
+    def trial(self, number: int, value: float | None, record: TrialRecord, baseline: str | None) -> None:
         """A finished trial with its stored record.  value: what the sampler was told, None if it failed."""
-        self.note(number, value if is_whole(record) else None, record, baseline)
-        self.spend(Usage.from_dict(record.get(USED, {})))
+        self.note(number, value if record.in_full else None, record, baseline)
+        self.spend(record.used or Usage())
         self.finished_at.append(time.monotonic())
         self.listener.trial(number, self.limits.trials, value, self.progress.best, told(record) or baseline or "")
         self.beat()
@@ -108,19 +109,18 @@ class Monitor:
         """Count work that has just been stored."""
         self.used += used
 
-    def note(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
+    def note(self, number: int, value: float | None, record: TrialRecord, baseline: str | None) -> None:
         before = self.progress.best
         self.progress.add(number, value, sampled=baseline is None)
         if baseline is not None:
             self.names[number] = baseline
         if self.progress.best != before and self.progress.best is not None:
             self.points.append((self.progress.trials, self.progress.best))
-        self.partial += "partial" in record
-        self.broken += "broken" in record
-        self.failed += "reason" in record
-        if "broken" in record or "reason" in record:
-            reason = str(record.get("reason") or record.get("broken"))
-            self.failures.append(LastFailure(number, reason, "broken" in record))
+        self.partial += record.partial is not None
+        self.broken += record.broken is not None
+        self.failed += record.reason is not None
+        if record.failure is not None:
+            self.failures.append(LastFailure(number, record.failure, record.broken is not None))
 
     def beat(self) -> None:
         """Publish, unless that was just done.  The driver calls it every second or more often, come what may."""
@@ -183,13 +183,13 @@ class Monitor:
         return max(0.0, left) if left < math.inf else None
 
 
-def told(record: Mapping[str, Any]) -> str:
+def told(record: TrialRecord) -> str:
     """What a person should know of a trial beside its value."""
-    if "partial" in record:
-        return f"stopped after {record['partial']:.0%} of the items"
-    if "broken" in record:
-        return f"broken: {record['broken']}"
-    return str(record.get("reason", ""))
+    if record.partial is not None:
+        return f"stopped after {record.partial:.0%} of the items"
+    if record.broken is not None:
+        return f"broken: {record.broken}"
+    return record.reason or ""
 
 
 def price_of(device_seconds: float, price: PriceConfig | None) -> tuple[float, str] | None:

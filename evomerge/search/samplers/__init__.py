@@ -1,1 +1,7 @@
-"""Who proposes the coefficients of a trial."""
+"""The samplers, which propose the parameters of a trial; each is an Optuna sampler.
+
+sampler_kind.py: what a sampler is made from, how it is seeded, and what a new one has to say about itself.
+registry.py: the samplers by name, with those that other packages bring.
+cmaes.py: CMA-ES, the default.
+optuna_samplers.py: TPE, NSGA-II, Gaussian processes, quasi-Monte Carlo and random search, as Optuna has them.
+"""

@@ -1,20 +1,21 @@
-"""CMA-ES (Hansen 2016) as an Optuna sampler: a thin driver of the `cmaes` library without a state of its own.
+"""CMA-ES (Hansen 2016) as an Optuna sampler, on the `cmaes` library; it keeps no state outside the study.
 
-The state is the study: every finished trial is told to the optimizer again, in the order in which the results came,
-when a process first asks.  A resumed study therefore goes on exactly as the uninterrupted one would have, and nothing
-is pickled.  What order alone does not say is stored with the trials: the generation a trial was drawn from, and with
-the first one the start.
+In a new process, all finished trials are told to the optimizer again, in the order in which their results came.  So a
+resumed study goes on exactly as the uninterrupted one would have, and nothing is pickled.  What the order does not say
+is stored with the trials: with each one the generation that it was drawn from, and with the first one the start of the
+search.
 
-With several workers nobody waits for a generation to be complete, so results come late: drawn from a distribution that
-has moved on.  They are all told, in groups of the population size as they come.  In place, a late result would pull the
-mean back to where it was; with its whole displacement from its own mean, steps that answer the same question add up.
-So a late result is moved by half of what the mean has moved since.  Near an optimum, where a generation takes the share
-k of the way, the mean then follows m' = m/2 + (1/2 - k) m_then: contracting for every k < 1, however late.
+With several workers no worker waits until a generation is complete, so results come late: the distribution has changed
+since the trial was drawn.  All results are told, in groups of the population size, in the order in which they come.
+Told at its own point, a late result pulls the mean back to where it was.  Told at its displacement from the mean that
+it was drawn with, it repeats a step that other results have made already, and the search diverges.  So a late result
+is told at its point moved by half of what the mean has moved since.  Near an optimum, where a generation takes the
+share k of the way, the mean then follows m' = m / 2 + (1/2 - k) m_then, which contracts for every k < 1, however late
+results are.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,42 +25,44 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, trial_seed
+from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
+from evomerge.search.storage.trial_record import place_in_order
+
 if TYPE_CHECKING:
-    from evomerge.search.samplers.distribution import Distribution
+    from cmaes import CMA
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
 START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
 
 
-def trial_seed(seed: int, number: int) -> int:
-    """A 32-bit seed for one trial of one study; neighbours share nothing."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest(), "little")
-
-
 def is_enqueued(trial: FrozenTrial) -> bool:
-    """Whether a person or a baseline chose the parameters, not the sampler."""
-    return "fixed_params" in trial.system_attrs
-
-
-def place_in_order(trial: FrozenTrial) -> int:
-    """How many results came before this one; where nobody counted, trials end in the order of their numbers."""
-    return int(trial.user_attrs.get("record", {}).get("order", trial.number))
+    """Whether the trial's parameters were given, by a baseline or by the user, and not chosen by the sampler."""
+    return FIXED_PARAMETERS in trial.system_attrs
 
 
 class CmaEsSampler(BaseSampler):
     """Maximises over float axes, scaled to the unit cube.
 
-    axes: the axes in order.  sigma0: the first step size in the unit cube.  population: samples per generation (None:
-    4 + floor(3 ln D), or a third of the workers if that is more, so that few results are over three
-    generations late).
-    workers: how many trials may be in hand at once; it matters to a study's first proposal only.  The start mean is
-    the best enqueued trial known then, or the middle of the cube.  When the distribution has collapsed the search
-    starts again at a random point with twice the population (IPOP, Auger and Hansen 2005); results of trials drawn
-    before that, at most one per worker, belong to a distribution that has ended and move nothing.
+    axes: the bounds of each parameter by name, in order; D of them.
+    seed: the study's.
+    sigma0: the first step size in the unit cube.
+    population: samples per generation.  None: 4 + floor(3 ln D), or a third of the workers if that is more, so that few
+        results are more than three generations late.
+    workers: how many trials may run at once; it matters to a study's first proposal only.
+
+    The first mean is the best enqueued trial known at the first proposal, or the middle of the cube.  When the
+    distribution has collapsed, the search starts again at a random point with twice the population (IPOP, Auger and
+    Hansen 2005).  Results of trials drawn before that, at most one per worker, are not told.
     """
 
     def __init__(
-        self, axes: dict[str, FloatDistribution], seed: int, sigma0: float, population: int | None, workers: int = 1
+        self,
+        axes: Mapping[str, FloatDistribution],
+        seed: int,
+        sigma0: float,
+        population: int | None,
+        workers: int = 1,
     ) -> None:
         self.axes = axes
         self.seed = seed
@@ -67,26 +70,28 @@ class CmaEsSampler(BaseSampler):
         self.population = population or max(4 + math.floor(3 * math.log(len(axes))), workers // 3)
         self.low = np.array([d.low for d in axes.values()])
         self.width = np.array([d.high - d.low for d in axes.values()])
-        self.optimizer: Distribution | None = None
+        self.optimizer: CMA | None = None
         self.means: list[NDArray[np.float64]] = []  # per generation, restarts counted on; each (D,) in the unit cube
         self.began = 0  # the generation at which the present distribution began
         self.group: list[FrozenTrial] = []  # results that came since the last generation
-        self.seen = 0  # trials looked at
-        self.open: list[int] = []  # those of them that were not finished then
-        self.told = 0  # results inside `means` and `optimizer`
+        self.seen = 0  # trials that `replay` has met
+        self.open: list[int] = []  # numbers of those that were not finished then
+        self.told = 0  # results that the optimizer was told
         self.settled: NDArray[np.float64] | None = None  # the mean of the latest distribution that was told something
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All axes, as Optuna asks."""
         return dict(self.axes)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        """The parameters of a trial, drawn from the newest distribution."""
         if is_enqueued(trial):
             return {}  # its parameters are given
         optimizer = self.replay(study, first=trial)
         assert optimizer is not None, "the first sampled trial starts it"
-        study._storage.set_trial_system_attr(trial._trial_id, GENERATION, len(self.means) - 1)
+        set_system_attribute(study, trial, GENERATION, len(self.means) - 1)
         optimizer.reseed_rng(trial_seed(self.seed, trial.number))
         return self.point(optimizer.ask())
 
@@ -95,19 +100,18 @@ class CmaEsSampler(BaseSampler):
     ) -> Any:
         raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
-    def mean(self, study: Study) -> dict[str, float] | None:
-        """The mean after the latest generation, None before the first one is complete.
+    def distribution_mean(self, study: Study) -> dict[str, float] | None:
+        """The mean after the latest complete generation, None before the first one is complete.
 
-        A distribution that has just begun anew somewhere has not been told anything yet; the mean is that of the one
-        before it.
+        After a restart, until the new distribution is told something, this is the mean of the one before.
         """
         self.replay(study, first=None)
         return None if self.settled is None else self.point(self.settled)
 
-    def replay(self, study: Study, first: FrozenTrial | None) -> "Distribution | None":
-        """The optimizer after all results so far; only those that came since the last call are looked at.
+    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | None":
+        """The optimizer after all results so far; only those that came since the last call are told.
 
-        first: the trial to start with if no trial was sampled before; None if there is none.
+        first: the trial that is sampled now, for the case that it is the study's first; None if none is.
         """
         trials = study.get_trials(deepcopy=False)
         if self.optimizer is None:
@@ -116,7 +120,7 @@ class CmaEsSampler(BaseSampler):
                 if first is None:
                     return None
                 start = self.choose_start(trials)
-                study._storage.set_trial_system_attr(first._trial_id, START, start)
+                set_system_attribute(study, first, START, start)
             at = np.full(len(self.axes), 0.5) if start["trial"] is None else self.unit(trials[start["trial"]])
             self.begin(at, start["population"])
         self.open += range(self.seen, len(trials))
@@ -128,17 +132,18 @@ class CmaEsSampler(BaseSampler):
         return self.optimizer
 
     def choose_start(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """The best enqueued trial that has a result now (None: the middle of the cube), and the population size."""
-        given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.is_whole(t)]
+        """What START stores: `trial`, the best enqueued trial that has a result now (None: the middle of the cube), and
+        `population`, the samples per generation."""
+        given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.has_all_parameters(t)]
         best = max(given, key=lambda t: (t.value, -t.number), default=None)
         return {"trial": best.number if best else None, "population": self.population}
 
-    def is_whole(self, trial: FrozenTrial) -> bool:
+    def has_all_parameters(self, trial: FrozenTrial) -> bool:
         return self.axes.keys() <= trial.params.keys()
 
     def take(self, trial: FrozenTrial) -> None:
-        """One more result; a failed trial has none.  A full group is a generation."""
-        if trial.state != TrialState.COMPLETE or is_enqueued(trial) or not self.is_whole(trial):
+        """Add one finished trial to the group, and tell the group when it is complete; a failed trial is left out."""
+        if trial.state != TrialState.COMPLETE or is_enqueued(trial) or not self.has_all_parameters(trial):
             return
         if self.generation(trial) < self.began:
             return
@@ -150,10 +155,11 @@ class CmaEsSampler(BaseSampler):
             self.group = []
 
     def generation(self, trial: FrozenTrial) -> int:
+        """The generation that a trial was drawn from."""
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
-    def tell(self, optimizer: "Distribution", group: Sequence[FrozenTrial]) -> None:
-        """One generation; a fresh optimizer if the distribution has collapsed."""
+    def tell(self, optimizer: "CMA", group: Sequence[FrozenTrial]) -> None:
+        """Tell the optimizer one generation, and start again if the distribution has collapsed."""
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
         self.settled = optimizer.mean.copy()
         if optimizer.should_stop():
@@ -163,7 +169,7 @@ class CmaEsSampler(BaseSampler):
             self.means.append(optimizer.mean.copy())
 
     def caught_up(self, trial: FrozenTrial) -> NDArray[np.float64]:
-        """A trial's point in the unit cube; a late one has followed the mean half of its way."""
+        """(D,) a trial's point in the unit cube; that of a late one is moved by half of what the mean has moved."""
         drawn = self.generation(trial)
         if drawn == len(self.means) - 1:
             return self.unit(trial)
@@ -171,19 +177,29 @@ class CmaEsSampler(BaseSampler):
         return moved
 
     def begin(self, mean: NDArray[np.float64], population: int) -> None:
-        """A fresh distribution; it is the next generation."""
-        from evomerge.search.samplers.distribution import Distribution  # seconds, which a look at a study need not take
+        """Start a new distribution, which counts as the next generation.  mean: (D,) in the unit cube."""
+        from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(self.axes), 1))
-        self.optimizer = Distribution(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
+        self.optimizer = CMA(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)
         self.means.append(mean)
 
     def unit(self, trial: FrozenTrial) -> NDArray[np.float64]:
-        """A trial's parameters in the unit cube."""
+        """(D,) a trial's parameters in the unit cube."""
         values = np.array([trial.params[name] for name in self.axes])
         unit: NDArray[np.float64] = np.clip((values - self.low) / self.width, 0.0, 1.0)
         return unit
 
     def point(self, unit: NDArray[np.float64]) -> dict[str, float]:
+        """The parameters at a point (D,) of the unit cube."""
         return dict(zip(self.axes, (self.low + self.width * np.clip(unit, 0.0, 1.0)).tolist(), strict=True))
+
+
+def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:
+    """The sampler of a study; it reads the trials' numbers itself."""
+    config = setup.config
+    return CmaEsSampler(setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers)
+
+
+CMA_ES = SamplerKind(make_cma_es, serves_all_trials=True)

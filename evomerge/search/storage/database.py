@@ -1,9 +1,13 @@
-"""Where a study is stored: a database at a URL, opened, waited for while its server is gone, its password kept."""
+"""The database of a study: opened at a URL, waited for while its server is gone, written in whole transactions.
+
+The middle one of the three layers of a write: `study.py` says what is stored, the transaction is opened here, and the
+functions of `sql_statements.py` write the rows.
+"""
 
 import json
 import logging
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -13,14 +17,14 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from evomerge.config.database_url import masked, passwords
 from evomerge.errors import EvomergeError, first_line
-from evomerge.search.storage import tables
+from evomerge.search.storage import sql_statements
+from evomerge.search.storage.optuna_private import DatabaseStorage, storage_behind
 from evomerge.search.storage.sqlite import create_file, file_of, is_damage, write_ahead
-from evomerge.search.storage.tables import TRIALS
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -30,14 +34,18 @@ Work = Callable[[sqlalchemy.Connection, bool], T]
 
 @dataclass(frozen=True)
 class Patience:
-    """How to wait for a server.  check: raises to end the waiting.  log: takes a line for the person."""
+    """How to wait for a server that is gone.
+
+    check: called again and again; raises to end the waiting.
+    log: called with one line for the user when the waiting begins and ends.
+    """
 
     check: Callable[[], None]
     log: Callable[[str], None]
 
 
 def patient(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate[Storage, P], T]":
-    """A method of Optuna's storage that waits for its server."""
+    """A method of Optuna's storage, made to wait for its server."""
 
     def call(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.patiently(lambda again: method(self, *args, **kwargs))
@@ -45,7 +53,7 @@ def patient(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate
     return call
 
 
-class Storage(RDBStorage):
+class Storage(DatabaseStorage):
     """Optuna's storage, with reads and writes of a search in few statements.
 
     With `patience`, an operation on a server that is gone is repeated until it succeeds, whether or not an earlier
@@ -55,7 +63,7 @@ class Storage(RDBStorage):
     def __init__(self, url: str, patience: Patience | None = None, create: bool = True) -> None:
         self.patience = patience
         self.gone = False
-        self.fence: Callable[[sqlalchemy.Connection], None] | None = None  # raises if this process may not write
+        self.check_writer: Callable[[sqlalchemy.Connection], None] | None = None
         self.in_file = url.startswith("sqlite")
         arguments, prepare = connecting(url)
         options = {"connect_args": arguments, "pool_pre_ping": not self.in_file}
@@ -74,7 +82,10 @@ class Storage(RDBStorage):
     get_trial = patient(RDBStorage.get_trial)
 
     def patiently(self, work: Callable[[bool], T]) -> T:
-        """`work(again)`, repeated while the server is gone; again: whether it was tried before."""
+        """Call `work(again)` and return its result; repeat it while the server is gone.
+
+        again: whether it was tried before.  EvomergeError if the database is damaged or answers with an error.
+        """
         tries = 0
         while True:
             try:
@@ -98,7 +109,7 @@ class Storage(RDBStorage):
             return found
 
     def wait(self, patience: Patience, error: Exception, tries: int) -> None:
-        """Let a moment pass: a tenth of a second at first, a second later."""
+        """Wait before the next attempt: a tenth of a second at first, a second later."""
         if not self.gone:
             self.gone = True
             patience.log(f"the database does not answer; waiting ({scrubbed(database_said(error), self.url)})")
@@ -106,14 +117,24 @@ class Storage(RDBStorage):
             patience.check()
             time.sleep(0.1)
 
+    def refuse_writes_unless(self, check: Callable[[sqlalchemy.Connection], None] | None) -> None:
+        """From now on call `check` inside every transaction that writes to a study, before it writes.
+
+        check: raises EvomergeError if this process may not write any more; None: it may.
+        """
+        self.check_writer = check
+
     def writing(self, study_id: int, work: Work[T]) -> T:
-        """`work` in one transaction that no other writer of the study is in; on the disk when this returns."""
+        """Do `work` in one transaction, while no other process writes to the study; return its result.
+
+        What was written is on the disk when this returns.
+        """
 
         def attempt(again: bool) -> T:
             with self.engine.begin() as connection:
-                tables.lock(connection, study_id)
-                if self.fence is not None:
-                    self.fence(connection)
+                sql_statements.lock(connection, study_id)
+                if self.check_writer is not None:
+                    self.check_writer(connection)
                 return work(connection, again)
 
         found = self.patiently(attempt)
@@ -123,40 +144,28 @@ class Storage(RDBStorage):
         return found
 
     def begin_trial(self, study_id: int, trial: FrozenTrial) -> int:
-        """Store a running trial whole, at its number; the database's key of it."""
-        return self.writing(study_id, lambda c, again: tables.begin_trial(c, study_id, trial, again))
+        """Store a running trial with all its parameters, at its number; returns the database's key of it."""
+        return self.writing(study_id, lambda c, again: sql_statements.begin_trial(c, study_id, trial, again))
 
     def describe_trial(self, study_id: int, trial_id: int, trial: FrozenTrial) -> None:
         """Give a stored trial its parameters and attributes."""
-        self.writing(study_id, lambda c, again: tables.describe_trial(c, trial_id, trial))
+        self.writing(study_id, lambda c, again: sql_statements.describe_trial(c, trial_id, trial))
 
-    def finish_trial(self, study_id: int, trial_id: int, value: float | None, notes: dict[str, Any]) -> None:
-        """Store a trial's end; without a value it has failed."""
-        self.writing(study_id, lambda c, again: tables.finish_trial(c, trial_id, value, notes, again))
+    def finish_trial(self, study_id: int, trial_id: int, value: float | None, attributes: dict[str, Any]) -> None:
+        """End a stored trial with its user attributes; without a value it has failed."""
+        self.writing(study_id, lambda c, again: sql_statements.finish_trial(c, trial_id, value, attributes, again))
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.writing(study_id, lambda c, again: tables.set_study_note(c, study_id, key, value))
+        """Set a user attribute of a study."""
+        self.writing(study_id, lambda c, again: sql_statements.set_study_attribute(c, study_id, key, value))
 
-    def _get_trials(
-        self,
-        study_id: int,
-        states: Container[TrialState] | None,
-        included_trial_ids: set[int],
-        trial_id_greater_than: int,
-    ) -> list[FrozenTrial]:
-        """What Optuna's method of this name returns (intermediate values apart, which a search has none of)."""
-        chosen = TRIALS.c.study_id == study_id
-        if trial_id_greater_than > -1:
-            known = [i for i in included_trial_ids if i <= trial_id_greater_than]
-            chosen &= (TRIALS.c.trial_id > trial_id_greater_than) | TRIALS.c.trial_id.in_(known)
-        if states is not None:
-            assert isinstance(states, Iterable)
-            chosen &= TRIALS.c.state.in_(list(states))
+    def read_trials(self, chosen: sqlalchemy.ColumnElement[bool]) -> list[FrozenTrial]:
+        """The trials of which `chosen` is true, by their keys.  EvomergeError if their rows are damaged."""
 
         def read(again: bool) -> list[FrozenTrial]:
             try:
                 with self.engine.connect() as connection:
-                    return tables.read_trials(connection, chosen)
+                    return sql_statements.read_trials(connection, chosen)
             except (ValueError, LookupError, TypeError) as error:  # of what is in the rows
                 raise damaged(self.url, error) from error
 
@@ -164,9 +173,13 @@ class Storage(RDBStorage):
 
 
 def open_storage(url: str, patience: Patience | None = None, create: bool = True) -> Storage:
-    """Any database that Optuna takes; SQLite in WAL mode.
+    """Open a database of any kind that Optuna supports; SQLite in WAL mode.
 
-    create: make what is missing of it.  EvomergeError if it cannot be opened, or is missing and should not be.
+    url: as SQLAlchemy takes it, with its password.
+    patience: how to wait for a server that is gone (default: an error at once).
+    create: make the file and the tables if they are missing.
+
+    EvomergeError if it cannot be opened, or is missing and `create` is false.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -196,7 +209,10 @@ def damaged(url: str, error: BaseException) -> EvomergeError:
 
 
 def open_study(url: str, name: str, create: bool, patience: Patience | None = None) -> optuna.Study:
-    """The study `name` at `url`.  EvomergeError if it should be there and is not."""
+    """Open the study `name` in the database at `url`, see `open_storage`.  create: make it if it is missing.
+
+    EvomergeError if it cannot be opened, or is missing and `create` is false.
+    """
     storage = open_storage(url, patience, create)
     if create:
         return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
@@ -207,10 +223,10 @@ def open_study(url: str, name: str, create: bool, patience: Patience | None = No
 
 
 def storage_of(study: optuna.Study) -> Storage:
-    """The database behind a study; Optuna puts a cache in front of it."""
-    backend = getattr(study._storage, "_backend", study._storage)
-    assert isinstance(backend, Storage), "studies are opened by open_study only"
-    return backend
+    """The database that a study of `open_study` lies in."""
+    storage = storage_behind(study)
+    assert isinstance(storage, Storage), "studies are opened by open_study only"
+    return storage
 
 
 def sqlite_url(path: Path) -> str:
@@ -218,21 +234,21 @@ def sqlite_url(path: Path) -> str:
 
 
 def connecting(url: str) -> tuple[dict[str, Any], Callable[[Any, object], None] | None]:
-    """What to tell the driver of a database, and what to tell the database at each new connection."""
+    """The arguments for a database's driver, and a function that prepares each new connection (None: nothing to do)."""
     address = sqlalchemy.engine.make_url(url)
     if address.get_backend_name() == "sqlite":
         return {"timeout": 60}, write_ahead
     for name in ("psycopg", "sqlalchemy.pool"):  # they print tracebacks of connections that break
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
-        # Without these a server that vanishes silently is waited for by the hour.
+        # Without these a connection to a server that vanished without a word waits for hours.
         wanted = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
         return {k: v for k, v in wanted.items() if k not in address.query}, never_wait_long
     return {}, None
 
 
 def never_wait_long(connection: Any, record: object) -> None:
-    """A process that was suspended in the midst of a transaction must not hold up those who come after it."""
+    """Limit the time that a process suspended inside a transaction can block others."""
     cursor = connection.cursor()
     cursor.execute("SET lock_timeout = '10s'")
     cursor.execute("SET idle_in_transaction_session_timeout = '30s'")
@@ -241,7 +257,7 @@ def never_wait_long(connection: Any, record: object) -> None:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a statement failed because its server is gone, going, or not yet back."""
+    """Whether a statement failed because its server is gone, shutting down, or not yet started again."""
     if isinstance(error, StorageInternalError):
         return error.__cause__ is not None and is_lost(error.__cause__)
     broken = isinstance(error, DBAPIError) and error.connection_invalidated
@@ -249,7 +265,7 @@ def is_lost(error: BaseException) -> bool:
 
 
 def database_said(error: BaseException) -> str:
-    """What went wrong, without SQLAlchemy's quotation of the statement."""
+    """The database's own message, in one line, without the statement that SQLAlchemy quotes."""
     cause: BaseException = error
     if isinstance(cause, StorageInternalError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -259,7 +275,7 @@ def database_said(error: BaseException) -> str:
 
 
 def scrubbed(text: str, url: str) -> str:
-    """An error's text without any part of the URL's password that it quotes."""
+    """An error's text, in which every part of the URL's password is replaced."""
     found = passwords(url)
     secrets = {*found, *(part for password in found for part in password.split("@"))}
     for secret in sorted({*secrets, *map(unquote, secrets)}, key=len, reverse=True):

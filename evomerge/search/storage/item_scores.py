@@ -1,4 +1,7 @@
-"""Item scores as a study keeps them: packed float32, beside the identity of the items they belong to."""
+"""Item scores as a study stores them: float32, packed into text, beside the ids of the items they belong to.
+
+This is a format, not a layer of the database: `study.py` and `database.py` write what is packed here.
+"""
 
 import base64
 import hashlib
@@ -14,22 +17,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Item, Split
-from evomerge.search.storage.study import record_of
+from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, record_of
 
-EVALUATIONS = "scores:"  # study attributes: full evaluations outside the trials, by split and recipe
+EVALUATIONS = "scores:"  # study attributes: records of evaluations outside the trials, by split and recipe
 ITEMS = "items:"  # study attributes: lists of item ids, by their own hash
-
-Packed = dict[str, dict[str, str]]
-"""Task -> metric -> packed scores."""
 
 
 def pack(scores: Sequence[float] | NDArray[np.float64]) -> str:
-    """Scores as text: float32, compressed, base64.  An item that was not evaluated is NaN."""
+    """Scores as text: float32, compressed, base64.
+
+    scores: one an item; NaN for an item that was not evaluated.
+    """
     return base64.b64encode(zlib.compress(np.asarray(scores, dtype="<f4").tobytes(), 6)).decode("ascii")
 
 
 def unpack(text: str) -> NDArray[np.float64]:
-    """What `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
+    """The scores that `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
     try:
         return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").astype(np.float64)
     except (ValueError, zlib.error) as error:
@@ -38,8 +41,7 @@ def unpack(text: str) -> NDArray[np.float64]:
 
 def objective_scores(trial: FrozenTrial) -> dict[str, NDArray[np.float64]]:
     """A trial's item scores by task; NaN for items that it was not scored on."""
-    stored: Packed = record_of(trial)["scores"]
-    return {task: unpack(next(iter(metrics.values()))) for task, metrics in stored.items()}
+    return {task: unpack(next(iter(metrics.values()))) for task, metrics in record_of(trial).scores.items()}
 
 
 def rounded(scores: Sequence[float]) -> list[float]:
@@ -49,7 +51,7 @@ def rounded(scores: Sequence[float]) -> list[float]:
 
 
 def store_items(study: optuna.Study, items: Mapping[str, Sequence[Item]]) -> str:
-    """Keep the ids of items by task in the study; the name under which they are found."""
+    """Keep the ids of items by task in the study; returns the name under which `item_ids` finds them."""
     ids = {task: [i.id for i in found] for task, found in items.items()}
     name = hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()[:16]
     if ITEMS + name not in study.user_attrs:
@@ -57,31 +59,56 @@ def store_items(study: optuna.Study, items: Mapping[str, Sequence[Item]]) -> str
     return name
 
 
+def item_ids(attributes: Mapping[str, Any], record: TrialRecord | EvaluationRecord) -> dict[str, list[str]]:
+    """The ids of the items that a record's scores belong to, by task.  attributes: the study's.
+
+    EvomergeError if the study does not have them.
+    """
+    found: dict[str, list[str]] | None = attributes.get(f"{ITEMS}{record.items}")
+    if found is None:
+        raise EvomergeError(f"the study has no list of items {record.items!r}, to which scores in it belong")
+    return found
+
+
 def rows(study: optuna.Study) -> Iterator[dict[str, Any]]:
-    """Every item score in a study: who (trial number or digest of the recipe), split, task, metric, item, score."""
+    """Every item score in a study as a row: trial number or digest of the recipe, split, task, metric, item, score."""
     attributes = study.user_attrs
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        who = {"trial": trial.number, "recipe": None, "split": "search"}
-        yield from of_record(attributes, record_of(trial), who)
-    for name, record in attributes.items():
-        if name.startswith(EVALUATIONS):
-            split, recipe = name.removeprefix(EVALUATIONS).split(":")
-            yield from of_record(attributes, record, {"trial": None, "recipe": recipe, "split": split})
+        origin = {"trial": trial.number, "recipe": None, "split": "search"}
+        yield from rows_of_record(attributes, record_of(trial), origin)
+    for key, record in evaluation_records(attributes).items():
+        split, recipe = key.removeprefix(EVALUATIONS).split(":")
+        yield from rows_of_record(attributes, record, {"trial": None, "recipe": recipe, "split": split})
 
 
-def of_record(
-    attributes: Mapping[str, Any], record: Mapping[str, Any], who: dict[str, Any]
+def rows_of_record(
+    attributes: Mapping[str, Any], record: TrialRecord | EvaluationRecord, origin: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    if "scores" not in record:
+    """The item scores of one record as rows.  attributes: the study's.  origin: the columns that all rows share."""
+    if not record.scores:
         return
-    ids: dict[str, list[str]] = attributes[ITEMS + record["items"]]
-    scores: Packed = record["scores"]
-    for task, metrics in scores.items():
+    ids = item_ids(attributes, record)
+    for task, metrics in record.scores.items():
         for metric, text in metrics.items():
             for item, score in zip(ids[task], unpack(text).tolist(), strict=True):
                 if not np.isnan(score):
-                    yield {**who, "task": task, "metric": metric, "item": item, "score": score}
+                    yield {**origin, "task": task, "metric": metric, "item": item, "score": score}
 
 
 def evaluation_key(split: Split, digest: str) -> str:
+    """The study attribute that holds the record of a recipe's evaluation on a split.  digest: of the recipe."""
     return f"{EVALUATIONS}{split}:{digest}"
+
+
+def evaluation_record(attributes: Mapping[str, Any], split: Split, digest: str) -> EvaluationRecord:
+    """The record of a recipe's evaluation on a split, an empty one if there is none.  attributes: the study's."""
+    return EvaluationRecord.from_json(attributes.get(evaluation_key(split, digest), {}))
+
+
+def evaluation_records(attributes: Mapping[str, Any], splits: Sequence[Split] = ()) -> dict[str, EvaluationRecord]:
+    """The records of all evaluations outside the trials, by their key.
+
+    attributes: the study's.  splits: only these (default: all).
+    """
+    wanted = tuple(evaluation_key(split, "") for split in splits) or EVALUATIONS
+    return {key: EvaluationRecord.from_json(value) for key, value in attributes.items() if key.startswith(wanted)}

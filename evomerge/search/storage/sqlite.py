@@ -1,4 +1,4 @@
-"""A study in a file: made whole, in write-ahead mode, and known when it is damaged."""
+"""A database in a file (SQLite): how it is created, opened, and found to be damaged."""
 
 import os
 import sqlite3
@@ -24,7 +24,10 @@ def file_of(url: str) -> Path | None:
 
 
 def create_file(file: Path) -> None:
-    """A new SQLite database, which is whole from the moment it has its name: an empty file has lost its study."""
+    """Create a database with Optuna's tables, complete from the moment at which it has its name.
+
+    So an empty file is always one that has lost its study.
+    """
     aside = file.with_name(f"{file.name}.{os.getpid()}.new")
 
     def connect() -> sqlite3.Connection:
@@ -42,12 +45,13 @@ def create_file(file: Path) -> None:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether SQLite finds no database, or only a part of one, in its file."""
+    """Whether an error says that the file holds no database, or only a part of one."""
     text = f"{error} {error.__cause__}"
     return any(sign in text for sign in ("malformed", "not a database", "Could not decode", "disk I/O error"))
 
 
 def write_ahead(connection: Any, record: object) -> None:
+    """Prepare a new connection: readers do not wait for a writer, and a commit does not wait for the disk."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")

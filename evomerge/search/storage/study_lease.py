@@ -1,7 +1,8 @@
-"""One driver at a time: a lease among the study's attributes, beaten while its holder lives.
+"""One driver at a time: the lease of a study, an attribute of it that its holder renews as long as it lives.
 
-No clocks are compared: those of two machines differ, and any may be set back.  A holder of this machine is dead when
-its process is; one of another machine when its count of beats has stood still for three of its intervals.
+No clocks are compared, because those of two machines differ and any may be set back.  A holder on this machine is dead
+when its process is.  A holder on another machine is dead when its heartbeat, a number that it counts up, has not
+changed for three of its intervals.
 """
 
 import json
@@ -20,18 +21,24 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from evomerge.errors import EvomergeError
 from evomerge.search.storage.database import Storage, storage_of
-from evomerge.search.storage.tables import STUDY_NOTES
+from evomerge.search.storage.optuna_private import STUDY_ATTRIBUTES, key_of_study
 
 LEASE = "evomerge:lease"
-LOOKS = 15  # at a holder's beats, five in each of three intervals
+READS = 15  # of a holder's heartbeat, five in each of three intervals
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease.
+    """The process that holds a lease.
 
-    machine: what tells its process numbers from others'.  started: of the process, in ticks since the boot.  every:
-    seconds between beats.  clock: its time of the last beat, for people.
+    host: the name of its machine.
+    machine: what tells its process numbers from those of other machines and containers, see `machine_id`.
+    pid: its process number.
+    started: when the process started, in clock ticks since the machine's boot.
+    token: random, to tell it from another lease of the same process.
+    every: seconds between two heartbeats.
+    beat: how many heartbeats there were.
+    clock: seconds since the epoch at the latest heartbeat, by its own clock; shown to people and never compared.
     """
 
     host: str
@@ -45,16 +52,17 @@ class Holder:
 
     @property
     def text(self) -> str:
+        """The lease as it is stored."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @property
     def is_dead(self) -> bool:
-        """Whether it was a process of this machine that is no more; False also where that cannot be known."""
+        """Whether it was a process of this machine that has ended; False also where that cannot be known."""
         return bool(self.machine) and self.machine == machine_id() and process_start(self.pid) != self.started
 
 
 def parse(text: str | None) -> Holder | None:
-    """A stored lease, None for what is not one."""
+    """The holder of a stored lease, None if the text is no lease."""
     try:
         return Holder(**json.loads(text or ""))
     except (ValueError, TypeError):
@@ -62,7 +70,7 @@ def parse(text: str | None) -> Holder | None:
 
 
 def machine_id() -> str:
-    """This boot of this machine and, in a container, its own process numbers; empty where the system does not say."""
+    """This machine since its boot and, in a container, the container; empty where the system does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -71,7 +79,7 @@ def machine_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None if there is no such process or only its exit code."""
+    """When a process started, in clock ticks since the boot; None if it does not exist or has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -80,32 +88,34 @@ def process_start(pid: int) -> int | None:
 
 
 class Lease:
-    """A lease that this process holds.  All that it writes to the study is refused once another process has taken over.
+    """A lease that this process holds.
 
-    before: the holder that it was taken over from, if there was one.
+    Once another process has taken over, every write of this one to the study raises EvomergeError.
+
+    before: the dead holder that it was taken over from, None if there was none.
     """
 
     def __init__(self, study: optuna.Study, holder: Holder, before: Holder | None) -> None:
         self.name = study.study_name
         self.storage: Storage = storage_of(study)
-        self.study_id: int = study._study_id
+        self.study_id = key_of_study(study)
         self.holder = holder
         self.before = before
         self.beaten = time.monotonic()
-        self.storage.fence = self.fence
+        self.storage.refuse_writes_unless(self.check_held)
 
     def beat_in_time(self) -> None:
-        """Beat if the last one is `every` seconds ago; to be called more often than that."""
+        """Renew the lease if that was last done `every` seconds ago; to be called more often than that."""
         if time.monotonic() - self.beaten >= self.holder.every:
             self.beat()
 
     def beat(self) -> None:
-        """Say that this process lives.  EvomergeError if another one has taken over."""
+        """Renew the lease.  EvomergeError if another process has taken over."""
         new = replace(self.holder, beat=self.holder.beat + 1, clock=time.time())
 
         def attempt(again: bool) -> None:
             with self.storage.engine.begin() as connection:
-                if not swap(connection, self.study_id, self.holder.text, new.text):
+                if not replace_lease(connection, self.study_id, self.holder.text, new.text):
                     text = stored(connection, self.study_id)
                     if not (again and text == new.text):  # stored before; the answer was lost
                         raise self.lost(text)
@@ -113,44 +123,44 @@ class Lease:
         self.storage.patiently(attempt)
         self.holder, self.beaten = new, time.monotonic()
 
-    def fence(self, connection: Connection) -> None:
-        """EvomergeError, in the midst of a transaction, if another process has taken over."""
+    def check_held(self, connection: Connection) -> None:
+        """EvomergeError if another process has taken over; called inside the transaction of every write."""
         text = stored(connection, self.study_id, hold=True)
         holder = parse(text)
         if holder is None or holder.token != self.holder.token:
             raise self.lost(text)
 
     def lost(self, text: str | None) -> EvomergeError:
-        other = parse(text)
-        who = f"process {other.pid} on {other.host}" if other else "another process"
+        """The error that another process has taken over.  text: the stored lease."""
         return EvomergeError(
-            f"study {self.name!r}: {who} took over while this process was not heard of; nothing more is written here. "
-            "What was finished is in the study"
+            f"study {self.name!r}: {described(parse(text))} took over while this process gave no sign of life; this "
+            "process writes nothing more. What was finished is in the study"
         )
 
     def release(self) -> None:
-        """Give the lease back, if the database answers; a lease that is not given back runs out."""
-        self.storage.fence = None
+        """Give the lease back, if the database answers; one that is not given back expires."""
+        self.storage.refuse_writes_unless(None)
         try:
             with self.storage.engine.begin() as connection:
-                swap(connection, self.study_id, self.holder.text, None)
+                replace_lease(connection, self.study_id, self.holder.text, None)
         except SQLAlchemyError:
             return
 
 
-def lease(study: optuna.Study, every: float = 5.0, check: Callable[[], None] = lambda: None) -> Lease:
-    """Hold the study for this process.  EvomergeError if a living process holds it.
+def acquire_lease(study: optuna.Study, every: float = 5.0, check: Callable[[], None] = lambda: None) -> Lease:
+    """Take the lease of a study for this process.  EvomergeError if a living process holds it.
 
-    every: seconds between the calls of `beat` that the caller will make.  check: raises to end the waiting for a sign
-    of life from another machine, which takes three intervals.
+    every: seconds between the calls of `Lease.beat` that the caller will make.
+    check: called while this waits to see whether a holder on another machine lives, which takes three of that holder's
+        intervals; raises to end the waiting.
     """
-    storage, study_id = storage_of(study), study._study_id
-    seen = look(storage, study_id)
+    storage, study_id = storage_of(study), key_of_study(study)
+    seen = read_lease(storage, study_id)
     before = parse(seen)
     if seen is not None and not (before and before.is_dead):
         if before and before.machine == machine_id() != "":
             raise refused(study, before)
-        watch(study, seen, before.every if before else every, check)
+        wait_for_heartbeat(study, seen, before.every if before else every, check)
     mine = Holder(
         host=socket.gethostname(),
         machine=machine_id(),
@@ -165,39 +175,47 @@ def lease(study: optuna.Study, every: float = 5.0, check: Callable[[], None] = l
     def attempt(again: bool) -> bool:
         try:
             with storage.engine.begin() as connection:
-                if swap(connection, study_id, seen, mine.text):
+                if replace_lease(connection, study_id, seen, mine.text):
                     return True
-        except IntegrityError:  # the table takes one row of each name, and somebody was quicker
+        except IntegrityError:  # the table takes one row of each name, and another process was quicker
             pass
-        return again and look(storage, study_id) == mine.text  # stored before; the answer was lost
+        return again and read_lease(storage, study_id) == mine.text  # stored before; the answer was lost
 
     if not storage.patiently(attempt):
-        raise refused(study, parse(look(storage, study_id)))
+        raise refused(study, parse(read_lease(storage, study_id)))
     return Lease(study, mine, before)
 
 
-def watch(study: optuna.Study, seen: str, every: float, check: Callable[[], None]) -> None:
-    """Wait until the holder could have beaten three times.  EvomergeError if it did."""
-    storage, looks = storage_of(study), 0
-    while looks < LOOKS:
+def wait_for_heartbeat(study: optuna.Study, seen: str, every: float, check: Callable[[], None]) -> None:
+    """Wait for three of the holder's intervals, and raise EvomergeError if it renews its lease meanwhile.
+
+    seen: the stored lease.  every: seconds between the holder's heartbeats.
+    """
+    storage, reads = storage_of(study), 0
+    while reads < READS:
         asked = time.monotonic()
-        time.sleep(3 * every / LOOKS)
+        time.sleep(3 * every / READS)
         check()
-        if (text := look(storage, study._study_id)) != seen:
+        if (text := read_lease(storage, key_of_study(study))) != seen:
             raise refused(study, parse(text))
-        # While the database was gone, or this process stopped, the holder may have been too.
-        looks = looks + 1 if time.monotonic() - asked < every else 0
+        # While the database was gone, or this process was suspended, the holder may have been unable to write.
+        reads = reads + 1 if time.monotonic() - asked < every else 0
 
 
 def refused(study: optuna.Study, holder: Holder | None) -> EvomergeError:
-    who = f"process {holder.pid} on {holder.host}" if holder else "another process"
+    """The error that another process holds the lease."""
     return EvomergeError(
-        f"study {study.study_name!r}: {who} is working on it; wait for its end or stop it, then run this command again"
+        f"study {study.study_name!r}: {described(holder)} is working on it; wait for its end or stop it, then run this "
+        "command again"
     )
 
 
-def look(storage: Storage, study_id: int) -> str | None:
-    """The stored lease, read anew."""
+def described(holder: Holder | None) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder else "another process"
+
+
+def read_lease(storage: Storage, study_id: int) -> str | None:
+    """The stored lease, None if there is none."""
 
     def read(again: bool) -> str | None:
         with storage.engine.connect() as connection:
@@ -207,21 +225,24 @@ def look(storage: Storage, study_id: int) -> str | None:
 
 
 def row_of(study_id: int) -> Any:
-    return (STUDY_NOTES.c.study_id == study_id) & (STUDY_NOTES.c.key == LEASE)
+    return (STUDY_ATTRIBUTES.c.study_id == study_id) & (STUDY_ATTRIBUTES.c.key == LEASE)
 
 
 def stored(connection: Connection, study_id: int, hold: bool = False) -> str | None:
-    """The stored lease; hold: and nobody may change it before the transaction ends."""
-    query = select(STUDY_NOTES.c.value_json).where(row_of(study_id))
+    """The stored lease.  hold: nobody may change it before the transaction ends."""
+    query = select(STUDY_ATTRIBUTES.c.value_json).where(row_of(study_id))
     text: str | None = connection.execute(query.with_for_update(read=True) if hold else query).scalar_one_or_none()
     return text
 
 
-def swap(connection: Connection, study_id: int, old: str | None, new: str | None) -> bool:
-    """Replace the stored lease if it is `old`; whether it was.  Without `old` IntegrityError if there is one."""
+def replace_lease(connection: Connection, study_id: int, old: str | None, new: str | None) -> bool:
+    """Replace the stored lease by `new` (None: delete it) if it is `old`; returns whether it was.
+
+    old: None to store a lease where there is none; IntegrityError if there is one.
+    """
     if old is None:
-        connection.execute(insert(STUDY_NOTES).values(study_id=study_id, key=LEASE, value_json=new))
+        connection.execute(insert(STUDY_ATTRIBUTES).values(study_id=study_id, key=LEASE, value_json=new))
         return True
-    mine = row_of(study_id) & (STUDY_NOTES.c.value_json == old)
-    replaced = delete(STUDY_NOTES) if new is None else update(STUDY_NOTES).values(value_json=new)
+    mine = row_of(study_id) & (STUDY_ATTRIBUTES.c.value_json == old)
+    replaced = delete(STUDY_ATTRIBUTES) if new is None else update(STUDY_ATTRIBUTES).values(value_json=new)
     return bool(connection.execute(replaced.where(mine)).rowcount)

@@ -23,7 +23,6 @@ from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.search.evaluation.full_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
-from evomerge.search.samplers.cmaes import CmaEsSampler
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
 from evomerge.search.space.greedy_soup import GreedySoup
 from evomerge.search.storage.study import SearchStudy, rank
@@ -131,8 +130,7 @@ def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> lis
     space = study.space
     complete = sorted((t for t in study.complete if "baseline" not in t.user_attrs), key=rank, reverse=True)
     found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in complete[:FINALISTS]]
-    sampler = study.sampler(len(study.trials))
-    if isinstance(sampler, CmaEsSampler) and (mean := sampler.mean(study.mirror)) is not None:
+    if (mean := study.distribution_mean()) is not None:
         found.append(Finalist("mean of the search distribution", "candidate", None, space.recipe(mean)))
     known = {model_key(baseline.recipe, space.layers) for baseline in baselines}
     unique: dict[object, Finalist] = {}

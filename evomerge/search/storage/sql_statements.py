@@ -1,8 +1,8 @@
-"""Optuna's tables, read and written in few statements.
+"""The SQL statements of a search on Optuna's tables; each function is called inside a transaction of `database.py`.
 
-Optuna's own storage runs several queries per parameter and reads a trial as dozens of objects; with thousands of
-trials that costs more than a small model's merge.  The tables stay as Optuna made them, so its tools read a study as
-any other.
+The lowest of the three layers of a write: `study.py` says what is stored, `database.py` opens the transaction, and the
+functions here write the rows.  Optuna's own storage runs several queries a parameter, which costs more than a small
+model's merge.  The tables stay as Optuna made them, so its tools read a study as any other.
 """
 
 import gc
@@ -14,22 +14,23 @@ from functools import lru_cache
 from typing import Any
 
 from optuna.distributions import distribution_to_json, json_to_distribution
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, select, update
 
 from evomerge.errors import EvomergeError
+from evomerge.search.storage.optuna_private import (
+    PARAMETERS,
+    STUDIES,
+    STUDY_ATTRIBUTES,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    USER_ATTRIBUTES,
+    VALUES,
+    columns_to_value,
+    value_to_columns,
+)
 
-STUDIES: Table = models.StudyModel.__table__
-STUDY_NOTES: Table = models.StudyUserAttributeModel.__table__
-TRIALS: Table = models.TrialModel.__table__
-PARAMS: Table = models.TrialParamModel.__table__
-VALUES: Table = models.TrialValueModel.__table__
-NOTES: Table = models.TrialUserAttributeModel.__table__
-SYSTEM: Table = models.TrialSystemAttributeModel.__table__
-
-
-PART = 2000  # rows in hand at a time
+PART = 2000  # rows that are held at a time
 
 
 def lock(connection: Connection, study_id: int) -> None:
@@ -39,9 +40,10 @@ def lock(connection: Connection, study_id: int) -> None:
 
 
 def begin_trial(connection: Connection, study_id: int, trial: FrozenTrial, again: bool) -> int:
-    """Add a running trial at its number; the database's key of it.
+    """Insert a running trial with its number; returns the database's key of it.
 
-    again: whether an attempt before this one may have stored it.
+    again: whether an earlier attempt may have stored it.
+    EvomergeError if the number is not the next one of the study.
     """
     newest = select(TRIALS.c.trial_id, TRIALS.c.number).where(TRIALS.c.study_id == study_id)
     last = connection.execute(newest.order_by(TRIALS.c.trial_id.desc()).limit(1)).first()
@@ -60,9 +62,9 @@ def begin_trial(connection: Connection, study_id: int, trial: FrozenTrial, again
 
 
 def describe_trial(connection: Connection, trial_id: int, trial: FrozenTrial) -> None:
-    """Make a trial running, with these parameters and attributes and no others."""
+    """Make a stored trial a running one with the parameters and attributes of `trial` and no others."""
     connection.execute(update(TRIALS).where(TRIALS.c.trial_id == trial_id).values(state=TrialState.RUNNING))
-    for table in (PARAMS, NOTES, SYSTEM):
+    for table in (PARAMETERS, USER_ATTRIBUTES, SYSTEM_ATTRIBUTES):
         connection.execute(delete(table).where(table.c.trial_id == trial_id))
     rows = [
         {
@@ -74,21 +76,25 @@ def describe_trial(connection: Connection, trial_id: int, trial: FrozenTrial) ->
         for name, axis in trial.distributions.items()
     ]
     if rows:
-        connection.execute(insert(PARAMS), rows)
-    add_notes(connection, NOTES, trial_id, trial.user_attrs)
-    add_notes(connection, SYSTEM, trial_id, trial.system_attrs)
+        connection.execute(insert(PARAMETERS), rows)
+    add_attributes(connection, USER_ATTRIBUTES, trial_id, trial.user_attrs)
+    add_attributes(connection, SYSTEM_ATTRIBUTES, trial_id, trial.system_attrs)
 
 
-def add_notes(connection: Connection, table: Table, trial_id: int, notes: Mapping[str, Any]) -> None:
-    if notes:
-        rows = [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in notes.items()]
+def add_attributes(connection: Connection, table: Table, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Insert attributes of a trial.  table: USER_ATTRIBUTES or SYSTEM_ATTRIBUTES."""
+    if attributes:
+        rows = [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
         connection.execute(insert(table), rows)
 
 
 def finish_trial(
-    connection: Connection, trial_id: int, value: float | None, notes: Mapping[str, Any], again: bool
+    connection: Connection, trial_id: int, value: float | None, attributes: Mapping[str, Any], again: bool
 ) -> None:
-    """End a running trial with its value and user attributes; without a value it has failed."""
+    """End a running trial with its value and user attributes; without a value it has failed.
+
+    again: whether an earlier attempt may have ended it.  EvomergeError if the trial is not running.
+    """
     state = TrialState.FAIL if value is None else TrialState.COMPLETE
     mine = (TRIALS.c.trial_id == trial_id) & (TRIALS.c.state == TrialState.RUNNING)
     if not connection.execute(update(TRIALS).where(mine).values(state=state, datetime_complete=now())).rowcount:
@@ -98,24 +104,28 @@ def finish_trial(
             "another program has ended a trial that was running here; let one at a time work on this study, "
             "and go on with `evomerge resume`"
         )
-    connection.execute(delete(NOTES).where((NOTES.c.trial_id == trial_id) & NOTES.c.key.in_(list(notes))))
-    add_notes(connection, NOTES, trial_id, notes)
+    connection.execute(
+        delete(USER_ATTRIBUTES).where(
+            (USER_ATTRIBUTES.c.trial_id == trial_id) & USER_ATTRIBUTES.c.key.in_(list(attributes))
+        )
+    )
+    add_attributes(connection, USER_ATTRIBUTES, trial_id, attributes)
     if value is not None:
-        number, kind = models.TrialValueModel.value_to_stored_repr(value)
+        number, kind = value_to_columns(value)
         row = {"trial_id": trial_id, "objective": 0, "value": number, "value_type": kind}
         connection.execute(insert(VALUES).values(row))
 
 
-def set_study_note(connection: Connection, study_id: int, key: str, value: Any) -> None:
-    """Set a study's user attribute."""
-    mine = (STUDY_NOTES.c.study_id == study_id) & (STUDY_NOTES.c.key == key)
-    connection.execute(delete(STUDY_NOTES).where(mine))
-    connection.execute(insert(STUDY_NOTES).values(study_id=study_id, key=key, value_json=json.dumps(value)))
+def set_study_attribute(connection: Connection, study_id: int, key: str, value: Any) -> None:
+    """Set a user attribute of a study."""
+    mine = (STUDY_ATTRIBUTES.c.study_id == study_id) & (STUDY_ATTRIBUTES.c.key == key)
+    connection.execute(delete(STUDY_ATTRIBUTES).where(mine))
+    connection.execute(insert(STUDY_ATTRIBUTES).values(study_id=study_id, key=key, value_json=json.dumps(value)))
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep Python from looking for cycles among hundreds of thousands of new objects, none of which is garbage."""
+    """Turn garbage collection off: it would search hundreds of thousands of new objects, none of which is garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -127,9 +137,12 @@ def without_collector() -> Iterator[None]:
 
 @without_collector()
 def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[FrozenTrial]:
-    """The trials of which `chosen` is true, by their keys."""
-    t, p, v = TRIALS.c, PARAMS.c, VALUES.c
-    # The trials first: of one that is finished here everything else is there by now.
+    """Read the trials of which a condition on the columns of TRIALS is true, in the order of their keys.
+
+    Intermediate values are not read; a search has none.
+    """
+    t, p, v = TRIALS.c, PARAMETERS.c, VALUES.c
+    # The trials first: everything else of a trial that is finished in this answer is stored by now.
     columns = t.trial_id, t.number, t.state, t.datetime_start, t.datetime_complete
     query: Select[*tuple[Any, ...]] = select(*columns).where(chosen)
     found = {
@@ -148,12 +161,12 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
     query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
     for told in connection.execute(query.order_by(v.objective)):
         if (trial := found.get(told[0])) is not None:
-            trial.values = [*(trial.values or []), models.TrialValueModel.stored_repr_to_value(told[1], told[2])]
-    for table in (NOTES, SYSTEM):
+            trial.values = [*(trial.values or []), columns_to_value(told[1], told[2])]
+    for table in (USER_ATTRIBUTES, SYSTEM_ATTRIBUTES):
         query = select(table.c.trial_id, table.c.key, table.c.value_json).where(table.c.trial_id.in_(ids))
         for row in connection.execute(query):
             if (trial := found.get(row[0])) is not None:
-                (trial.user_attrs if table is NOTES else trial.system_attrs)[row[1]] = json.loads(row[2])
+                (trial.user_attrs if table is USER_ATTRIBUTES else trial.system_attrs)[row[1]] = json.loads(row[2])
     return list(found.values())
 
 
@@ -162,10 +175,10 @@ axis_of = lru_cache(maxsize=4096)(json_to_distribution)
 
 
 def now() -> datetime:
-    """The present as Optuna stores it: UTC, without saying so."""
+    """The present time as Optuna stores it: UTC, without a time zone."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
 def local(moment: datetime | None) -> datetime | None:
-    """A stored moment as Optuna gives it out: local time, without saying so."""
+    """A stored time as Optuna returns it: local time, without a time zone."""
     return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

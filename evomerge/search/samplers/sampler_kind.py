@@ -1,0 +1,67 @@
+"""What a sampler is made from, how it is seeded, and what a new sampler says about itself."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from optuna.distributions import FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+
+from evomerge.config.schema import SamplerConfig
+
+
+def trial_seed(seed: int, number: int) -> int:
+    """A 32-bit seed for trial `number` of a study with `seed`; the seeds of neighbours are unrelated.
+
+    All randomness of a proposal comes from it, never from the state of a process: so a resumed study proposes what the
+    uninterrupted one would have.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=4).digest(), "little")
+
+
+@dataclass(frozen=True)
+class SamplerSetup:
+    """What a sampler is made from.
+
+    config: the key `sampler` of the search configuration.
+    axes: the bounds of each parameter by its name, in order.
+    study_seed: the key `seed` of the search configuration.
+    number: of the trial, from 0.
+    workers: how many trials may run at once.
+    """
+
+    config: SamplerConfig
+    axes: Mapping[str, FloatDistribution]
+    study_seed: int
+    number: int
+    workers: int = 1
+
+    @property
+    def seed(self) -> int:
+        """The seed of this trial."""
+        return trial_seed(self.study_seed, self.number)
+
+
+@dataclass(frozen=True)
+class SamplerKind:
+    """One entry of the registry.
+
+    make: makes the sampler; it has to take its seed from the setup.
+    requires: the packages that it imports and that evomerge does not depend on.
+    serves_all_trials: the sampler is made once a process and seeds itself anew for each trial by `trial_seed`; else it
+        is made anew for each trial.
+    """
+
+    make: Callable[[SamplerSetup], BaseSampler]
+    requires: tuple[str, ...] = ()
+    serves_all_trials: bool = False
+
+
+@runtime_checkable
+class SamplerWithMean(Protocol):
+    """A sampler that draws from a distribution, whose mean is tried as a finalist."""
+
+    def distribution_mean(self, study: Study) -> dict[str, float] | None:
+        """The parameters at the mean after all trials of a study, None while there is no distribution yet."""
