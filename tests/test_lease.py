@@ -18,7 +18,7 @@ from test_storage import space_of
 
 import evomerge.search.storage.study_lease as module
 from evomerge.errors import EvomergeError
-from evomerge.search.storage.database import Patience, open_study, sqlite_url
+from evomerge.search.storage.database import Retry, open_study, sqlite_url
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.study_lease import LEASE, Holder, acquire_lease, machine_id, parse, process_start
 from evomerge.search.storage.trial_record import TrialRecord
@@ -117,11 +117,11 @@ def test_a_holder_elsewhere_is_followed_when_its_beats_stand_still(tmp_path: Pat
 
 def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     with running_server() as server:
-        patience = Patience(lambda: None, lambda line: None)
-        study = open_study(server.url, "s", create=True, patience=patience)
+        retry = Retry(lambda: None, lambda line: None)
+        study = open_study(server.url, "s", create=True, retry=retry)
         with monkeypatch.context() as patch:
             patch.setattr(module, "machine_id", lambda: "far")
-            held = acquire_lease(open_study(server.url, "s", create=True, patience=patience), every=0.5)
+            held = acquire_lease(open_study(server.url, "s", create=True, retry=retry), every=0.5)
 
         def outage() -> None:
             server.kill()

@@ -22,7 +22,7 @@ from postgres import PASSWORD, QUOTED, Proxy, Server, running_server
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.space.space import Group, Space
-from evomerge.search.storage.database import Patience, open_study, sqlite_url, storage_of
+from evomerge.search.storage.database import Retry, open_study, sqlite_url, storage_of
 from evomerge.search.storage.study import Begun, SearchStudy, in_full, trial_seconds
 from evomerge.search.storage.study_lease import LEASE, acquire_lease, parse
 from evomerge.search.storage.trial_record import Seconds, TrialRecord, record_of
@@ -256,8 +256,8 @@ def server() -> Iterator[Server]:
 
 def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: Server) -> None:
     log: list[str] = []
-    patience = Patience(lambda: None, log.append)
-    study = SearchStudy(open_study(server.url, "killed", create=True, patience=patience), space_of(sampler="random"))
+    retry = Retry(lambda: None, log.append)
+    study = SearchStudy(open_study(server.url, "killed", create=True, retry=retry), space_of(sampler="random"))
     held = acquire_lease(study.stored)
     rng = random.Random(5)
     ended = threading.Event()
@@ -303,8 +303,8 @@ def test_a_killed_server_is_waited_for_and_no_trial_is_lost_or_doubled(server: S
 def test_what_was_committed_when_the_answer_was_lost_is_not_done_twice(server: Server) -> None:
     proxy, log = Proxy(server.port), list[str]()
     url = server.url.replace(f":{server.port}/", f":{proxy.port}/")
-    patience = Patience(lambda: None, log.append)
-    study = SearchStudy(open_study(url, "lost", create=True, patience=patience), space_of(sampler="random"))
+    retry = Retry(lambda: None, log.append)
+    study = SearchStudy(open_study(url, "lost", create=True, retry=retry), space_of(sampler="random"))
 
     def losing(work: Callable[[], Any]) -> Any:
         before = proxy.lost
@@ -341,7 +341,7 @@ def test_waiting_for_a_server_ends_when_the_person_wants_it(server: Server) -> N
         if calls[0] > 3:
             raise Stop
 
-    study = open_study(server.url, "stopped", create=True, patience=Patience(check, print))
+    study = open_study(server.url, "stopped", create=True, retry=Retry(check, print))
     server.kill()
     try:
         with pytest.raises(Stop):
@@ -352,7 +352,7 @@ def test_waiting_for_a_server_ends_when_the_person_wants_it(server: Server) -> N
 
 def test_a_transaction_that_hangs_in_a_suspended_process_holds_nobody_up_for_long(server: Server) -> None:
     study = SearchStudy(
-        open_study(server.url, "held", create=True, patience=Patience(lambda: None, print)), space_of(sampler="random")
+        open_study(server.url, "held", create=True, retry=Retry(lambda: None, print)), space_of(sampler="random")
     )
     other = storage_of(open_study(server.url, "held", create=True)).engine.connect()
     other.execute(sqlalchemy.text("set idle_in_transaction_session_timeout = '500ms'"))  # 30 s otherwise

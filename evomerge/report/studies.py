@@ -66,7 +66,7 @@ def read_studies(place: str) -> list[StudyRow]:
         with storage.engine.connect() as connection:
             return rows(connection)
 
-    return storage.patiently(read)
+    return storage.retried(read)
 
 
 def rows(connection: Connection) -> list[StudyRow]:

@@ -28,7 +28,7 @@ from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.space.baselines import Baseline, baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
-from evomerge.search.storage.database import Patience, open_study
+from evomerge.search.storage.database import Retry, open_study
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.trial import Races, TrialRunner
@@ -69,8 +69,8 @@ async def open_and_search(
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     task_set = open_task_set(config)
-    patience = Patience(stop.check, run.log)
-    stored = open_study(run.storage_url(config), config.name, create=True, patience=patience)
+    retry = Retry(stop.check, run.log)
+    stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:

@@ -33,8 +33,8 @@ Work = Callable[[sqlalchemy.Connection, bool], T]
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How to wait for a server that is gone.
+class Retry:
+    """How to repeat operations on a server that is gone, until it is back.
 
     check: called again and again; raises to end the waiting.
     log: called with one line for the user when the waiting begins and ends.
@@ -44,11 +44,11 @@ class Patience:
     log: Callable[[str], None]
 
 
-def patient(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate[Storage, P], T]":
-    """A method of Optuna's storage, made to wait for its server."""
+def retrying(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate[Storage, P], T]":
+    """A method of Optuna's storage that is repeated while its server is gone."""
 
     def call(self: "Storage", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.patiently(lambda again: method(self, *args, **kwargs))
+        return self.retried(lambda again: method(self, *args, **kwargs))
 
     return call
 
@@ -56,12 +56,12 @@ def patient(method: "Callable[Concatenate[Any, P], T]") -> "Callable[Concatenate
 class Storage(DatabaseStorage):
     """Optuna's storage, with reads and writes of a search in few statements.
 
-    With `patience`, an operation on a server that is gone is repeated until it succeeds, whether or not an earlier
+    With `retry`, an operation on a server that is gone is repeated until it succeeds, whether or not an earlier
     attempt was committed before its answer was lost.  SQLite has no server: its errors surface at once.
     """
 
-    def __init__(self, url: str, patience: Patience | None = None, create: bool = True) -> None:
-        self.patience = patience
+    def __init__(self, url: str, retry: Retry | None = None, create: bool = True) -> None:
+        self.retry = retry
         self.gone = False
         self.check_writer: Callable[[sqlalchemy.Connection], None] | None = None
         self.in_file = url.startswith("sqlite")
@@ -72,16 +72,16 @@ class Storage(DatabaseStorage):
             sqlalchemy.event.listen(self.engine, "connect", prepare)
             self.engine.dispose()  # connections made before the listener
 
-    create_new_study = patient(RDBStorage.create_new_study)
-    get_all_studies = patient(RDBStorage.get_all_studies)
-    get_study_directions = patient(RDBStorage.get_study_directions)
-    get_study_id_from_name = patient(RDBStorage.get_study_id_from_name)
-    get_study_name_from_id = patient(RDBStorage.get_study_name_from_id)
-    get_study_system_attrs = patient(RDBStorage.get_study_system_attrs)
-    get_study_user_attrs = patient(RDBStorage.get_study_user_attrs)
-    get_trial = patient(RDBStorage.get_trial)
+    create_new_study = retrying(RDBStorage.create_new_study)
+    get_all_studies = retrying(RDBStorage.get_all_studies)
+    get_study_directions = retrying(RDBStorage.get_study_directions)
+    get_study_id_from_name = retrying(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = retrying(RDBStorage.get_study_name_from_id)
+    get_study_system_attrs = retrying(RDBStorage.get_study_system_attrs)
+    get_study_user_attrs = retrying(RDBStorage.get_study_user_attrs)
+    get_trial = retrying(RDBStorage.get_trial)
 
-    def patiently(self, work: Callable[[bool], T]) -> T:
+    def retried(self, work: Callable[[bool], T]) -> T:
         """Call `work(again)` and return its result; repeat it while the server is gone.
 
         again: whether it was tried before.  EvomergeError if the database is damaged or answers with an error.
@@ -97,24 +97,24 @@ class Storage(DatabaseStorage):
                     raise damaged(self.url, error) from error
                 if self.in_file:
                     raise
-                if self.patience is None or not is_lost(error):
+                if self.retry is None or not is_lost(error):
                     text = scrubbed(database_said(error), self.url)
                     raise EvomergeError(f"storage {masked(self.url)}: does not answer as it should ({text})") from error
                 tries += 1
-                self.wait(self.patience, error, tries)
+                self.wait(self.retry, error, tries)
                 continue
-            if self.gone and self.patience is not None:
+            if self.gone and self.retry is not None:
                 self.gone = False
-                self.patience.log("the database answers again")
+                self.retry.log("the database answers again")
             return found
 
-    def wait(self, patience: Patience, error: Exception, tries: int) -> None:
+    def wait(self, retry: Retry, error: Exception, tries: int) -> None:
         """Wait before the next attempt: a tenth of a second at first, a second later."""
         if not self.gone:
             self.gone = True
-            patience.log(f"the database does not answer; waiting ({scrubbed(database_said(error), self.url)})")
+            retry.log(f"the database does not answer; waiting ({scrubbed(database_said(error), self.url)})")
         for _ in range(min(10, tries)):
-            patience.check()
+            retry.check()
             time.sleep(0.1)
 
     def refuse_writes_unless(self, check: Callable[[sqlalchemy.Connection], None] | None) -> None:
@@ -137,7 +137,7 @@ class Storage(DatabaseStorage):
                     self.check_writer(connection)
                 return work(connection, again)
 
-        found = self.patiently(attempt)
+        found = self.retried(attempt)
         if self.in_file:  # a commit in WAL mode survives the process; after a checkpoint also a power cut
             with self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
@@ -169,14 +169,14 @@ class Storage(DatabaseStorage):
             except (ValueError, LookupError, TypeError) as error:  # of what is in the rows
                 raise damaged(self.url, error) from error
 
-        return self.patiently(read)
+        return self.retried(read)
 
 
-def open_storage(url: str, patience: Patience | None = None, create: bool = True) -> Storage:
+def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> Storage:
     """Open a database of any kind that Optuna supports; SQLite in WAL mode.
 
     url: as SQLAlchemy takes it, with its password.
-    patience: how to wait for a server that is gone (default: an error at once).
+    retry: how to wait for a server that is gone (default: an error at once).
     create: make the file and the tables if they are missing.
 
     EvomergeError if it cannot be opened, or is missing and `create` is false.
@@ -190,7 +190,7 @@ def open_storage(url: str, patience: Patience | None = None, create: bool = True
                 create_file(file)
             elif file.stat().st_size == 0:
                 raise damaged(url, EvomergeError("it is empty"))
-        return Storage(url, patience, create)
+        return Storage(url, retry, create)
     except (SQLAlchemyError, OptunaError, RuntimeError, ImportError, ValueError, OSError) as error:
         if file_of(url) is not None and is_damage(error):
             raise damaged(url, error) from error
@@ -208,12 +208,12 @@ def damaged(url: str, error: BaseException) -> EvomergeError:
     )
 
 
-def open_study(url: str, name: str, create: bool, patience: Patience | None = None) -> optuna.Study:
+def open_study(url: str, name: str, create: bool, retry: Retry | None = None) -> optuna.Study:
     """Open the study `name` in the database at `url`, see `open_storage`.  create: make it if it is missing.
 
     EvomergeError if it cannot be opened, or is missing and `create` is false.
     """
-    storage = open_storage(url, patience, create)
+    storage = open_storage(url, retry, create)
     if create:
         return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     try:

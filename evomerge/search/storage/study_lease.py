@@ -120,7 +120,7 @@ class Lease:
                     if not (again and text == new.text):  # stored before; the answer was lost
                         raise self.lost(text)
 
-        self.storage.patiently(attempt)
+        self.storage.retried(attempt)
         self.holder, self.beaten = new, time.monotonic()
 
     def check_held(self, connection: Connection) -> None:
@@ -181,7 +181,7 @@ def acquire_lease(study: optuna.Study, every: float = 5.0, check: Callable[[], N
             pass
         return again and read_lease(storage, study_id) == mine.text  # stored before; the answer was lost
 
-    if not storage.patiently(attempt):
+    if not storage.retried(attempt):
         raise refused(study, parse(read_lease(storage, study_id)))
     return Lease(study, mine, before)
 
@@ -221,7 +221,7 @@ def read_lease(storage: Storage, study_id: int) -> str | None:
         with storage.engine.connect() as connection:
             return stored(connection, study_id)
 
-    return storage.patiently(read)
+    return storage.retried(read)
 
 
 def row_of(study_id: int) -> Any:

@@ -6,6 +6,7 @@ JSON object under the trial's user attribute `record`.  A record is written once
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
@@ -253,7 +254,7 @@ class Reader:
         found: dict[str, Any] | None = self.take(key, (dict,), "an object")
         if found is None:
             return None
-        known = {each.name: found[each.name] for each in fields(kind) if each.name in found}
+        known = {name: found[name] for name in names_of(kind) if name in found}
         if not all(type(number) in NUMBER for number in known.values()):
             raise damaged(key, "an object of numbers")
         return known
@@ -298,6 +299,12 @@ class Reader:
 
         found = self.quantities("elapsed", Elapsed)
         return None if found is None else Elapsed(**found)
+
+
+@lru_cache
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The names of a data class's fields."""
+    return tuple(each.name for each in fields(kind))
 
 
 def damaged(key: str, wanted: str) -> EvomergeError:
