@@ -719,6 +719,15 @@ def test_a_source_without_weight_still_has_its_vote_in_a_plain_election():
     assert out.item() == 0.0
 
 
+def test_a_change_too_small_for_float32_after_weighing_does_not_count():
+    base, least = torch.zeros(2), 2.0**-149
+    sources = [torch.tensor([1e30, 1.0]), torch.tensor([least, 5e29])]  # weights 0.8 and 0.2
+    knobs = shared_knobs(select_topk=1.0)
+    out = merge("sce", knobs, base, sources, torch.float32)
+    assert out[0] == sources[0][0]
+    assert truth("sce", knobs, base, sources, keys_of(2)).allows(out).all()
+
+
 def test_breadcrumbs_keeps_the_middle():
     source = torch.tensor([10.0, -9.0, 8.0, -7.0, 6.0, -5.0, 4.0, -3.0, 2.0, -1.0])
     knobs = Knobs({"weight": (1.0,), "density": (0.5,), "gamma": (0.2,)}, {"lambda": 1.0, "normalize": 0.0})
