@@ -259,6 +259,8 @@ def test_float32_arithmetic_rounded_once_agrees_with_the_paper(name: str, data: 
         first, second = [base, *sources][-2:]
         both = first.any() and second.any()
         assume(not both or abs(abs(oracle.cosine_of(first, second)) - 0.9995) > 1e-9)  # the step from arc to chord
+    if name == "karcher":
+        assume(knobs.shared["tol"] < 1.0)  # so long is the mean of equal unit vectors, and rounding would decide
     out = merge(name, knobs, base, sources, dtype)
     allowed = truth(name, knobs, base, sources, keys_of(len(sources))).allows(out)
     assert allowed.all(), f"{out[~allowed]} at {(~allowed).nonzero().flatten().tolist()}"
