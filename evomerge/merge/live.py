@@ -19,7 +19,7 @@ from evomerge.sources.checkpoint import read_config, stored_tensors
 from evomerge.sources.models import open_models
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
-# transformers 5 keeps the experts of a mixture in two stacked parameters; in a checkpoint each expert has three tensors.
+# transformers 5 keeps the experts of a mixture in two stacked parameters; in a checkpoint each has three tensors.
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
 
 
