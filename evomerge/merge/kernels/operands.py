@@ -46,7 +46,10 @@ class Operands:
 
 def in_row_order(rows: Mapping[int, Sequence[T]]) -> list[T]:
     """The rows of a small matrix one after the other.  rows: number of the row, from 0 -> its values."""
-    return [value for row in range(len(rows)) for value in rows[row]]
+    found: list[T] = []
+    for row in range(len(rows)):
+        found += rows[row]
+    return found
 
 
 def number_tensor(numbers: object, dtype: type[np.generic], device: torch.device) -> Tensor:
