@@ -2,7 +2,7 @@
 
     bank.py               `Bank` joins the parts below
     device_cache.py       tensors on the device: those that stay, and those in use now
-    transfer.py           copies from the host to the device that run beside the work there
+    transfer.py           copies from the host to the device, at the same time as the work there
     prefetch.py           which copies were begun for which output tensor
     derived_tensors.py    the matrices of `tsv`, `iso_c` and `regmean`, computed once
     statistics_files.py   the sources' statistics files, opened once

@@ -31,7 +31,7 @@ class Operands:
 
     base: the base's tensor.
     sources: N tensors.
-    planes: what masks need besides: per source the uint8 levels (`rank`), the float32 factor of each row
+    planes: what masks also need: per source the uint8 levels (`rank`), the float32 factor of each row
         (`importance`), or the Fisher information (`FisherBlend`); empty for all other plans.
     keys: of the random masks.
     memo: of the tensors, if they stay where they are from candidate to candidate.

@@ -1,8 +1,8 @@
 """della and della_linear: drop at random, small changes sooner (Deep et al. 2024; mergekit `della`, `della_linear`).
 
 Within each row of a task vector (a vector is one row) the chance of being kept rises with the rank of |d|, from
-density - epsilon for the smallest to density + epsilon for the largest.  256 levels stand for the ranks; magnitudes are
-ranked by |d| cut to a bfloat16.
+density - epsilon for the smallest to density + epsilon for the largest.  Ranks are divided into 256 levels;
+magnitudes are ranked by |d| cut to a bfloat16.
 
     out = b + lambda * sum_i w_i g_i m_i d_i          with `normalize`: / sum_i w_i
     p_j = density - epsilon + 2 epsilon (floor(256 rank_j / n) + 1/2) / 256,          g: see rescale.py

@@ -14,7 +14,7 @@ from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.normalization import nonzero_divisor
 from evomerge.merge.methods.plan import Blend, FisherBlend
 
-FLOOR = 1e-6  # as the authors'; theirs applies to the first model only, which then wins where no model has information
+FLOOR = 1e-6  # as the authors, who apply it to the first model only, so that this is the result without information
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | FisherBlend:

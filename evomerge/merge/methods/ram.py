@@ -1,6 +1,6 @@
 """ram and ramplus_tl: add what one source changed, average what several did (arXiv 2601.13572; mergekit the same).
 
-"Reinforced Agent Merging".  A source changed an element if |d_i| > epsilon; m_i says so.
+"Reinforced Agent Merging".  A source changed an element if |d_i| > epsilon; there m_i is 1, elsewhere 0.
 
     out = b + sum_i a_i m_i d_i / sum_i m_i
 
