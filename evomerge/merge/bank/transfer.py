@@ -71,8 +71,7 @@ class Transfers:
             self.taken = 0
 
     def on_host(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """A tensor in pinned memory, from which the device can copy while the host works; in pageable memory if there is no
-        room."""
+        """A tensor in pinned memory, from which the device copies while the host works; pageable if there is no room."""
         if key in self.pinned:
             return self.pinned[key]
         host = read().contiguous()
