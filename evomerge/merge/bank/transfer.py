@@ -71,7 +71,7 @@ class Transfers:
             self.taken = 0
 
     def on_host(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """A tensor in pinned memory, from which the device copies while the host works; pageable if there is no room."""
+        """A tensor in pinned memory, from which the device copies while the host works, if there is room."""
         if key in self.pinned:
             return self.pinned[key]
         host = read().contiguous()
