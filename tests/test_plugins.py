@@ -12,7 +12,7 @@ from searches import run_cli
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.registry import Methods
+from evomerge.merge.methods.registry import Methods, built_in
 from evomerge.merge.recipe.recipe import load_recipe
 
 PART_WAY = """
@@ -66,6 +66,15 @@ def test_a_method_of_another_package_merges(tmp_path: Path):
     found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("theirs", "ours"))
     assert found.keys() == expected.keys()
     assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_a_file_is_registered_by_being_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "more_methods"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "part_way.py").write_text(PART_WAY)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(built_in("more_methods", [str(package)])) == ["part_way"]
 
 
 def test_a_recipe_of_an_uninstalled_method_says_so(tmp_path: Path):

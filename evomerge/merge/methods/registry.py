@@ -1,4 +1,10 @@
-"""The merge methods by name: the built-in ones, and those that other installed packages offer as entry points."""
+"""The merge methods by name: the built-in ones, and those that other installed packages offer as entry points.
+
+A package offers a method in its pyproject.toml; the entry point's name is the method's, its object a `Method`:
+
+    [project.entry-points."evomerge.methods"]
+    part_way = "my_package.part_way:METHOD"
+"""
 
 import difflib
 import pkgutil
@@ -10,7 +16,6 @@ from evomerge.errors import EvomergeError, first_line
 from evomerge.merge.methods.method import Method
 
 GROUP = "evomerge.methods"
-"""The entry points: the name is the method's, the object a `Method`."""
 
 
 class Methods(dict[str, Method]):
