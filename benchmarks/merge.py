@@ -35,8 +35,8 @@ from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.shards import open_writer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
 
 SOURCES = ["one", "two", "three"]
 CASES = {

@@ -21,7 +21,7 @@ from evomerge.merge.kernels.piecewise import piecewise_call
 from evomerge.merge.materialise import materialise
 from evomerge.merge.measure.measurements import no_levels
 from evomerge.merge.methods.plan import Blend, SparseBlend
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 
 Case = tuple[str, Call, tuple[int, ...]]

@@ -37,10 +37,11 @@ from evomerge.merge.live import destinations, load_live_model, open_live_model
 from evomerge.merge.materialise import materialise_tensor
 from evomerge.merge.measure.statistics_file import Origin, read_origin
 from evomerge.merge.methods.plan import FisherBlend
-from evomerge.merge.output.card import model_card
-from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.statistics.gather import choose_items, fisher, gather_statistics, gram_shape, grams, linear_layers
 from evomerge.statistics.gather import write_statistics as write_statistics_file
 
@@ -505,7 +506,7 @@ def test_a_merge_of_trained_models_opens_and_is_made_again(method: str, tiny_fam
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[5, 9, 11]])).logits.isfinite().all()
     export(load_recipe(tmp_path / "out" / "recipe.yaml"), bank_of(folders), tmp_path / "again", model_card)
-    assert differences(tmp_path / "out", tmp_path / "again") == []
+    assert model_differences(tmp_path / "out", tmp_path / "again") == []
 
 
 def test_reproduce_names_a_statistics_file_that_changed(tiny_family: Path, files: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """What the documentation says is there: keys, methods, commands, make targets, files, links, headings."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -26,20 +27,9 @@ from evomerge.sources.locate import looks_like_hub_id
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+FOLDERS = ("benchmarks", "configs", "docs", "evals", "evomerge", "examples", "tests")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-TO_WRAP = {
-    "CHANGELOG.md",
-    "README.md",
-    "docs/architecture.md",
-    "docs/benchmarks.md",
-    "docs/dependencies.md",
-    "docs/mergekit.md",
-    "docs/reliability.md",
-    "docs/smollm2.md",
-    "examples/smollm2/README.md",
-}
-"""Pages that were written before lines were limited to 100 characters; one that is clean must leave this list."""
 
 
 def tokens(page: Path) -> list[Token]:
@@ -299,12 +289,65 @@ def test_links_point_at_files_and_headings_that_are_there(page: Path) -> None:
     assert problems == []
 
 
+def problem_of_place(place: str) -> str | None:
+    """What is wrong with a file, or a `file:function` in it, that a page names; None if it is there.
+
+    place: from the root or from evomerge/; a bare name of a file may be in any folder.
+    """
+    path, _, name = place.partition(":")
+    if "/" in path:
+        files = [*ROOT.glob(path.rstrip("/")), *(ROOT / "evomerge").glob(path.rstrip("/"))]
+    else:
+        files = [file for folder in FOLDERS for file in (ROOT / folder).rglob(path)]
+    if not files:
+        return f"{place}: no such file"
+    return None if not name or name in defined(files[0]) else f"{place}: no such function or class"
+
+
+def defined(file: Path) -> set[str]:
+    """The functions, classes and methods (`Class.method`) of a module."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, FUNCTIONS)}
+        if isinstance(node, (ast.ClassDef, *FUNCTIONS)):
+            found.add(node.name)
+    return found
+
+
+def in_tree(text: str) -> Iterator[str]:
+    """The paths of a tree of folders, one entry a line, each indented below its folder."""
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        above = [(d, folder) for d, folder in above if d < depth]
+        yield "".join(folder for _, folder in above) + name
+        if name.endswith("/"):
+            above.append((depth, name))
+
+
 @every_page
 def test_files_of_the_project_that_a_page_names_are_there(page: Path) -> None:
     named = [word for token in tokens(page) for span in spans(token) for word in span.split()]
-    folders = "benchmarks|configs|docs|evals|evomerge|examples|tests"
-    ours = [word for word in named if re.fullmatch(rf"({folders})/\S*", word)]
-    assert [path for path in ours if not any(ROOT.glob(path.rstrip("/")))] == []
+    pattern = rf"({'|'.join(FOLDERS)})/\S*|([a-z]\w*/)*[a-z]\w*\.(py|cpp)(:[\w.]+)?"
+    ours = [word for word in named if re.fullmatch(pattern, word)]
+    assert [problem for place in ours if (problem := problem_of_place(place))] == []
+
+
+def test_a_wrong_file_or_function_is_noticed() -> None:
+    assert problem_of_place("evomerge/searching/loop.py") == "evomerge/searching/loop.py: no such file"
+    assert problem_of_place("merge/live.py:no_such") == "merge/live.py:no_such: no such function or class"
+    assert problem_of_place("search/workers/pool.py:Pool.no_such")
+    assert problem_of_place("search/workers/pool.py:Pool.run") is None
+
+
+def test_the_tree_has_every_package_and_only_what_is_there() -> None:
+    blocks = [token for token in tokens(ROOT / "docs" / "architecture.md") if token.type == "fence"]
+    (tree,) = [block.content for block in blocks if block.content.startswith("evomerge/\n")]
+    paths = [path.rstrip("/") for path in in_tree(tree)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    packages = {str(init.parent.relative_to(ROOT)) for init in ROOT.glob("evomerge/**/__init__.py")}
+    assert packages - set(paths) == set()
 
 
 @every_page
@@ -312,8 +355,4 @@ def test_lines_are_at_most_100_characters(page: Path) -> None:
     """Tables are exempt, and what a link or an address adds to a line."""
     lines = page.read_text(encoding="utf-8").splitlines()
     rest = [re.sub(r"\]\([^)]*\)|https?://\S+", "", line) for line in lines if not line.startswith("|")]
-    long = [line for line in rest if len(line) > 100]
-    if str(page.relative_to(ROOT)) in TO_WRAP:
-        assert long, "has no long lines any more: take it off TO_WRAP"
-    else:
-        assert long == []
+    assert [line for line in rest if len(line) > 100] == []

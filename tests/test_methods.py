@@ -34,8 +34,8 @@ from evomerge.merge.methods.knobs import Knob, Knobs
 from evomerge.merge.methods.plan import Chance, Derived, Plan, SparseBlend
 from evomerge.merge.methods.rescale import RESCALE
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import place
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 DTYPES = list(TORCH_DTYPES.values())
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -91,7 +91,7 @@ def truth(
     statistics: Sequence[StatisticsFile] = (),
 ) -> oracle.Merged | oracle.Elected:
     each, shared = knobs.each, knobs.shared
-    is_layer_matrix = base.ndim == 2 and place(tensor).component not in ("embedding", "head")
+    is_layer_matrix = base.ndim == 2 and tensor_role(tensor).component not in ("embedding", "head")
     match name:
         case "tsv" if is_layer_matrix:
             return oracle.tsv(base, sources, each["weight"], shared["lambda"])
@@ -401,7 +401,7 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
         keys = mask_keys(5, tensor, list(sources))
         expected = truth(
             name,
-            recipe.knobs(place(tensor), bank.layers),
+            recipe.knobs(tensor_role(tensor), bank.layers),
             base,
             [bank.source(s, tensor) for s in sources],
             keys,

@@ -14,8 +14,8 @@ from evomerge.merge.measure import prepare as prepare_module
 from evomerge.merge.measure.prepare import by_file, measure_sources
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
 
 MEASURED = [name for name, method in METHODS.items() if method.measures]
 NAMES = ["one", "two"]

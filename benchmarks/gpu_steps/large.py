@@ -11,7 +11,7 @@ from stopwatch import timed
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs
 

@@ -5,7 +5,7 @@ from merge import SOURCES, write_models
 
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs, shapes, write_adapter, zero_weight
 

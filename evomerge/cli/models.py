@@ -23,7 +23,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
-    from evomerge.merge.mergekit.read import load_merge
+    from evomerge.merge.mergekit.load_merge import load_merge
 
     loaded, notes = load_merge(recipe)
     print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
@@ -38,8 +38,9 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.merge.output.export import differences
-    from evomerge.merge.recipe.recipe import check_fingerprints, load_recipe
+    from evomerge.merge.output.compare import model_differences
+    from evomerge.merge.recipe.pinned_inputs import check_fingerprints
+    from evomerge.merge.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if check is not None and not (check / "config.json").is_file():
@@ -51,7 +52,7 @@ def reproduce(
     ]:
         print("\n".join(found))
     if check is not None:
-        found += (lines := [f"{d.name}: {d.what}" for d in differences(check, out)])
+        found += (lines := [f"{d.name}: {d.what}" for d in model_differences(check, out)])
         print("\n".join(lines) if lines else f"the bytes agree: {check} and {out}")
     elif loaded.outputs and not found:
         print("the bytes agree with the recipe's SHA-256 sums")
@@ -67,7 +68,7 @@ def inspect(
     """Tell whether these models can be merged, and what to expect."""
     from evomerge.report.inspection import print_inspection
     from evomerge.sources.locate import locate
-    from evomerge.sources.models import open_models
+    from evomerge.sources.open_models import open_models
 
     names = {f"{Path(s).name}": locate(s) for s in sources}
     if len(names) < len(sources):

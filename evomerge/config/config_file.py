@@ -150,7 +150,7 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     file = content.get("start_from")
     if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
         return content
-    from evomerge.merge.mergekit.read import load_merge  # opens models, for which it needs torch
+    from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
     recipe, _ = load_merge(Path(file))
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):

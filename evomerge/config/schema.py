@@ -8,8 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
-from evomerge.sources.anatomy import Component
 from evomerge.sources.config_differences import Allowed
+from evomerge.sources.tensor_names import Component
 
 Granularity = Literal["model", "depth", "group", "layer"]
 GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone

@@ -19,7 +19,7 @@ from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.methods.plan import Blend, Plan, SparseBlend
 from evomerge.merge.recipe.recipe import Recipe, check_layers
 from evomerge.merge.tensor_plan import RecipeInputs, plan_tensor, remembered_knobs
-from evomerge.sources.anatomy import place
+from evomerge.sources.tensor_names import tensor_role
 
 STREAMED = 64 << 20  # bytes of operands that do not stay on the device, after which a launch follows
 
@@ -118,7 +118,7 @@ def check_fits(recipe: Recipe, bank: Bank) -> None:
     lists for another number of layers."""
     if recipe.slices != bank.slices:
         raise EvomergeError("this recipe has other `slices` than the models were opened for")
-    if recipe.vocabulary != bank.models.wanted:
+    if recipe.vocabulary != bank.models.requested_vocabulary:
         raise EvomergeError("this recipe has another `vocabulary` than the models were opened for")
     check_layers(recipe, bank.layers)
 
@@ -183,5 +183,5 @@ def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
     names = bank.taking_part(name, [s.name for s in recipe.sources])
     if not names:
         return []
-    weights = recipe.knobs(place(name), bank.layers, names).each.get("weight", [1.0] * len(names))
+    weights = recipe.knobs(tensor_role(name), bank.layers, names).each.get("weight", [1.0] * len(names))
     return [s for s, weight in zip(names, weights, strict=True) if weight]

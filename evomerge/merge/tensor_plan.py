@@ -12,12 +12,12 @@ from evomerge.merge.kernels.random_masks import mask_keys
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
 from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Plan, SparseBlend
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.sources.anatomy import Place, place
+from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 MOST_KEPT = 16  # sets of sources and seeds of which inputs are kept
-KnobsAt = Callable[[Place, int, tuple[str, ...]], Knobs]
+KnobsAt = Callable[[TensorRole, int, tuple[str, ...]], Knobs]
 """`Recipe.knobs`: (place of a tensor, number of layers, sources that take part) -> the coefficients there."""
 
 
@@ -44,7 +44,7 @@ class RecipeInputs:
         measured = bank.measurements(merged, names, recipe.seed, statistics)
         stored = [bank.is_stored(s, merged) for s in names]
         keys = mask_keys(recipe.seed, merged, names)
-        return TensorInputs(merged, names, place(merged), bank.base(merged), measured, statistics, stored, keys)
+        return TensorInputs(merged, names, tensor_role(merged), bank.base(merged), measured, statistics, stored, keys)
 
     def keep(self, name: str, inputs: TensorInputs) -> None:
         """Keep the inputs of the output tensor `name` after it was merged, if they stay in memory."""
@@ -92,12 +92,12 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
 def remembered_knobs(recipe: Recipe) -> KnobsAt:
     """`recipe.knobs`, computed once for equal places.  Coefficients by tensor name differ among equal places."""
     given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
-    if any(map(named_parts, given)):
+    if any(map(filtered_values, given)):
         return recipe.knobs
     found: dict[tuple[object, ...], Knobs] = {}
     vary = any(isinstance(c, list | dict) for c in given)
 
-    def knobs(where: Place, layers: int, names: tuple[str, ...]) -> Knobs:
+    def knobs(where: TensorRole, layers: int, names: tuple[str, ...]) -> Knobs:
         key = (where.layer, where.component, where.encoder_layer, names) if vary else names
         if key not in found:
             found[key] = recipe.knobs(where, layers, names)

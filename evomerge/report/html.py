@@ -12,16 +12,16 @@ from optuna.trial import TrialState
 
 from evomerge.files import write_text
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
-from evomerge.sources.anatomy import Component, Place, layer_count
 from evomerge.sources.locate import locate
-from evomerge.sources.safetensors_header import tensor_names
+from evomerge.sources.safetensors_files import stored_tensor_names
+from evomerge.sources.tensor_names import Component, TensorRole, layer_count
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
@@ -48,9 +48,9 @@ def write_report(run: Run) -> None:
     """Write the report of a run that has a verdict."""
     status = read_status(run)
     assert status.verdict is not None, "a report needs a verdict"
-    recipe = load_recipe(run.folder / "winner.yaml")
+    recipe = load_recipe(run.winner_file)
     layers = sum(part.length for part in recipe.slices)
-    layers = layers or layer_count(tensor_names(locate(recipe.base.path)))
+    layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
     figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 
@@ -186,13 +186,13 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Fig
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():
         given = [p.get(name, 0.0) for p in (recipe.parameters, *(s.parameters for s in recipe.sources))]
-        if any(map(named_parts, given)):
+        if any(map(filtered_values, given)):
             continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):
             per_component = {}
             for component in SHOWN:
-                known = [recipe.knobs(Place(layer, component), layers) for layer in range(layers)]
+                known = [recipe.knobs(TensorRole(layer, component), layers) for layer in range(layers)]
                 per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
             alike = len({tuple(row) for row in per_component.values()}) == 1
             title = source.name if source else name

@@ -1,12 +1,12 @@
-"""What `evomerge inspect` shows: anatomy, compatibility, and how far the sources are from the base."""
+"""What `evomerge inspect` shows: layers and components, compatibility, and how far the sources are from the base."""
 
 import numpy as np
 from rich.table import Table
 
 from evomerge.merge.measure.gram import gram_matrix
 from evomerge.report.progress import console
-from evomerge.sources.anatomy import layer_count, place
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
+from evomerge.sources.tensor_names import layer_count, tensor_role
 
 
 def print_inspection(models: Models) -> bool:
@@ -34,7 +34,7 @@ def distance_table(models: Models) -> Table:
     """Per source: the length of its task vector as a share of the base, by component, and the cosine between
     task vectors (near 0: the skills hardly touch; near 1: they are the same change)."""
     sources = list(models.sources)
-    components = sorted({place(n).component for n in models.base.tensors})
+    components = sorted({tensor_role(n).component for n in models.base.tensors})
     squares = {(s, c): 0.0 for s in sources for c in components}
     base_squares = dict.fromkeys(components, 0.0)
     products = np.zeros((len(sources), len(sources)))
@@ -44,7 +44,7 @@ def distance_table(models: Models) -> Table:
         base = models.base.read(name)
         deltas = [models.sources[s].read(name).float() - base.float() for s in sources]
         gram = gram_matrix([base, *deltas])
-        component = place(name).component
+        component = tensor_role(name).component
         base_squares[component] += gram[0, 0]
         products += gram[1:, 1:]
         for i, s in enumerate(sources):

@@ -17,7 +17,7 @@ from evomerge.files import disk_errors, sha256, write_text
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.models import model_folders
 from evomerge.search.run import Run, refuse_existing
-from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
 
 PACKAGES = (
     "torch",
@@ -42,7 +42,10 @@ def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
 
 
 def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
-    """A hash of the items in each split of each task: their documents, whatever file they came from."""
+    """Task -> split -> a hash of its items: of their documents, whatever file they came from.
+
+    A task with few-shot examples has their hash as `few-shot`.
+    """
     found: dict[str, dict[str, str]] = {}
     for task in task_set.tasks:
         ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in task_set.items[task.name].items()}
@@ -53,7 +56,11 @@ def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
 
 
 def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[str, Any]) -> str:
-    """A hash of all that decides a study's results, wherever its files lie."""
+    """A hash of everything that a study's results depend on; the paths of files do not count.
+
+    inputs: of `input_fingerprints`.
+    items: of `item_fingerprints`.
+    """
     content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
@@ -64,10 +71,18 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
 
 
 def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:
-    """Lay out a new run folder.  EvomergeError if there is one already or it cannot be written."""
+    """Make a new run folder with run.json and config.yaml.
+
+    config: with the versions of its models pinned.
+    task_set: its tasks and items.
+    origin: the file that the configuration was read from.
+    folder: the new run folder.
+
+    Raises EvomergeError if the folder is a run already or cannot be written.
+    """
     refuse_existing(folder)
     run = Run(folder)
-    run.storage_url(config)  # says which variable it lacks
+    run.storage_url(config)  # raises if an environment variable in it is not set
     inputs, items = input_fingerprints(config), item_fingerprints(task_set)
     manifest = {
         "evomerge": __version__,
@@ -89,10 +104,11 @@ def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Pa
 
 
 def check_unchanged(run: Run, accept: bool) -> SearchConfig:
-    """The run's configuration, compared with the file it came from and the inputs it was made with.
+    """The run's configuration, after a comparison with the file it came from and the inputs that the run began with.
 
-    EvomergeError with the differences if the file or a model changed, unless `accept`; then the file's present
-    content becomes the run's.
+    accept: take over the file's present content where something has changed.
+
+    Raises EvomergeError with the differences if the file, a model or an item has changed, unless `accept`.
     """
     config, manifest = run.config(), run.manifest()
     origin = Path(str(manifest.get("origin", "")))

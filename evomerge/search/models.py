@@ -5,8 +5,9 @@ from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.sources.locate import locate, stamp
-from evomerge.sources.models import Models, open_models
+from evomerge.sources.fingerprint import file_stamps
+from evomerge.sources.locate import locate
+from evomerge.sources.open_models import Models, open_models
 
 
 def model_folders(config: SearchConfig) -> dict[str, Path]:
@@ -27,7 +28,7 @@ def shapes_of(models: Models) -> list[tuple[int, ...]]:
 
 def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Who the files of models are, by the model's name; in microseconds."""
-    return {name: stamp(folder) for name, folder in folders.items()}
+    return {name: file_stamps(folder) for name, folder in folders.items()}
 
 
 def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:

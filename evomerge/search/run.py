@@ -1,4 +1,23 @@
-"""The run folder: the configuration, who the inputs are, the study, and what came out."""
+"""The run folder: where a search keeps everything.  File by file, in the order in which they are written:
+
+run.json            what the run was made of: versions, seed, SHA-256 of every input file and of the items
+config.yaml         the configuration with absolute paths; written last, so a folder that has it is a run
+lock                held by the process that works on the run
+log.txt             one line for everything that happens, with its time
+state.json          the progress of the running search, for `evomerge status --watch`
+study.db            the study: trials with their item scores, and all other evaluations (SQLite); it is not there
+                    if the configuration's `storage` names another database
+cache/              what a resume need not make again:
+  items/            token ids of every task and split, one JSON line an item
+  batch-tokens-*    the batch size that was found to fit on an accelerator
+  *.safetensors     measurements of the sources (histograms, Gram matrices), by a hash of the inputs
+  derived/          matrices that tsv, iso_c and regmean make of the sources
+workers/N.txt       what worker N prints, if workers are processes of their own
+winner.yaml         the recipe of the chosen candidate, whether or not it wins
+recommended.yaml    the recipe that the verdict recommends
+verdict.json        the verdict (verdict/verdict_file.py); written last of the results
+report.html         the report
+"""
 
 import fcntl
 import time
@@ -16,14 +35,14 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, read_json
 from evomerge.search.storage.database import open_study, sqlite_url
-from evomerge.search.verdict.verdict import what_is_wrong
+from evomerge.search.verdict.verdict_file import what_is_wrong
 
-KEY = "evomerge:key"  # study attribute: what its results depend on, see inputs.py
+KEY = "evomerge:key"  # study attribute: a hash of what its results depend on, see inputs.py
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.  config.yaml is written last, so a folder that has it is a run."""
+    """A run folder and the files in it."""
 
     folder: Path
 
@@ -44,6 +63,10 @@ class Run:
         return self.folder / "recommended.yaml"
 
     @property
+    def winner_file(self) -> Path:
+        return self.folder / "winner.yaml"
+
+    @property
     def report_file(self) -> Path:
         return self.folder / "report.html"
 
@@ -52,19 +75,20 @@ class Run:
         return self.folder / "log.txt"
 
     def storage_url(self, config: SearchConfig) -> str:
-        """The database with its password, for those who open it and nobody else (`masked` shows one)."""
+        """The URL of the study's database, with its password.  It is not to be shown or logged (`masked` is)."""
         return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
     def study(self) -> optuna.Study:
-        """The study, to be looked at.  EvomergeError if there is none or it cannot be read."""
+        """The study, for reading.  Raises EvomergeError if there is none or it cannot be read."""
         config = self.config()
         return open_study(self.storage_url(config), config.name, create=False)
 
     def config(self) -> SearchConfig:
+        """The run's configuration."""
         return load_config(self.config_file)
 
     def manifest(self) -> dict[str, Any]:
-        """What the run was made of.  EvomergeError if that cannot be read."""
+        """The content of run.json.  Raises EvomergeError if it cannot be read."""
         try:
             content = read_json(self.manifest_file)
         except EvomergeError as error:
@@ -76,7 +100,7 @@ class Run:
         return content
 
     def verdict(self) -> dict[str, Any] | None:
-        """The verdict, None if there is none yet.  EvomergeError if it cannot be read."""
+        """The content of verdict.json; None if there is none yet.  Raises EvomergeError if it cannot be read."""
         if not self.verdict_file.exists():
             return None
         verdict = read_json(self.verdict_file)
@@ -85,13 +109,13 @@ class Run:
         return verdict
 
     def log(self, text: str) -> None:
-        """A line for whoever asks later what happened when."""
+        """Write a line with the time to log.txt."""
         with disk_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n")
 
 
 def open_run(folder: Path) -> Run:
-    """An existing run.  EvomergeError if the folder is not one."""
+    """An existing run.  Raises EvomergeError if the folder is not one."""
     run = Run(folder)
     if not run.config_file.is_file():
         raise EvomergeError(f"{folder}: not a run folder (it has no config.yaml); start one with `evomerge search`")
@@ -99,7 +123,7 @@ def open_run(folder: Path) -> Run:
 
 
 def claim(study: optuna.Study, run: Run) -> None:
-    """Make the study this run's.  EvomergeError if a study of other models, items or settings has its name."""
+    """Mark the study as this run's.  Raises EvomergeError if it belongs to other models, items or settings."""
     keys, found = run.manifest().get("keys"), study.user_attrs.get(KEY)
     if found is not None and keys and found not in keys:
         raise EvomergeError(
@@ -110,7 +134,7 @@ def claim(study: optuna.Study, run: Run) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """EvomergeError if the folder is a run already."""
+    """Raise EvomergeError if the folder is a run already."""
     if Run(folder).config_file.exists():
         raise EvomergeError(
             f"{folder}: this run exists already; go on with `evomerge resume {folder}`, or choose another --run folder"
@@ -119,7 +143,7 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Hold the run for this process; the lock dies with it.  EvomergeError if another process holds it."""
+    """Hold the run's lock, which ends with the process.  Raises EvomergeError if another process holds it."""
     with disk_errors(run.folder), (run.folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,10 +24,10 @@ from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.measure.statistics_file import Origin
 from evomerge.merge.methods.method import Statistics
-from evomerge.merge.output.shards import Shape, open_writer, size_of
-from evomerge.sources.anatomy import place
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.merge.output.shards import TensorSpec, open_writer, size_of
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 Rows = Sequence[Sequence[Row]]
 """Per item, the rows of its gold answer."""
@@ -73,7 +73,7 @@ def gather_statistics(
         size = (total / max(1, sum(x.numel() for x in squares.values()))) ** 0.5
         origin = Origin(kind, items, *prints, size=size)
         names = sorted(squares)
-        shapes: dict[str, Shape] = {name: (torch.float32, tuple(squares[name].shape)) for name in names}
+        shapes: dict[str, TensorSpec] = {name: (torch.float32, tuple(squares[name].shape)) for name in names}
         tensors: Iterator[Tensor] = (squares[name] for name in names)
     else:
         layers = linear_layers(model, bank)
@@ -149,7 +149,7 @@ def linear_layers(model: Any, bank: Bank) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) or is_transposed(module):
             name = by_place.get((module.weight.data_ptr(), tuple(module.weight.shape)))
-            if name is not None and place(name).component != "embedding":
+            if name is not None and tensor_role(name).component != "embedding":
                 layers[name] = module
     return layers
 
@@ -167,7 +167,7 @@ def gram_shape(module: Any) -> tuple[int, int]:
 
 def grams(
     model: Any, layers: Mapping[str, Any], rows: Rows, progress: Callable[[int], None], room: int | None = None
-) -> tuple[dict[str, Shape], Iterator[Tensor]]:
+) -> tuple[dict[str, TensorSpec], Iterator[Tensor]]:
     """The Gram matrix X^T X (in, in) float64 of the inputs of each linear layer that any item reaches.
 
     room: bytes for matrices on the model's device; where they do not all fit, the items are read several times, and
@@ -256,7 +256,7 @@ def noted(layers: Sequence[tuple[Any, str]], reached: set[str]) -> Iterator[None
 
 
 def write_statistics(
-    out: Path, shapes: Mapping[str, Shape], tensors: Iterator[Tensor], origin: Origin, folder: Path
+    out: Path, shapes: Mapping[str, TensorSpec], tensors: Iterator[Tensor], origin: Origin, folder: Path
 ) -> None:
     """Write the statistics file of the model in `folder` in one step, holding one tensor at a time.
 

@@ -25,7 +25,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import is_head
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 LEAST_WINDOW = 256 << 20  # bytes: below it starting a copy costs more than the copy
 
@@ -104,20 +104,20 @@ class Bank:
     def is_stored(self, source: str, name: str) -> bool:
         """Whether a source's tensor is read from a file, and nothing is computed."""
         origin = self.layout.origin(source, name)
-        return origin is None or self.models.sources[source].stores(origin)
+        return origin is None or self.models.sources[source].is_stored(origin)
 
     def sizes(self, name: str) -> Iterator[int]:
         """Bytes of each tensor that `name` is merged of, on the device."""
         for source in ("", *self.models.sources):
             origin = self.layout.origin(source or BASE, name)
-            if origin is None or (source and not self.models.sources[source].touches(origin)):
+            if origin is None or (source and not self.models.sources[source].may_differ(origin)):
                 continue
             yield self.size_of(source, origin, name)
 
     def size_of(self, source: str, origin: str, name: str) -> int:
         """Bytes of a model's tensor `origin`, which goes into `name`; what an adapter computes is float32."""
         model, info = self.models.sources[source] if source else self.models.base, self.layout.tensors[name]
-        is_computed = isinstance(model, Adapter) and not model.stores(origin)
+        is_computed = isinstance(model, Adapter) and not model.is_stored(origin)
         return math.prod(info.shape) * 4 if is_computed else model.tensors.get(origin, info).bytes
 
     # --- Their tensors ---
@@ -134,7 +134,7 @@ class Bank:
         origin = self.layout.origin(source, name)
         assert origin is not None, f"{source} has no part in {name}"
         model = self.models.sources[source]
-        if not model.touches(origin):
+        if not model.may_differ(origin):
             return self.model_tensors.get("", origin)
         return self.model_tensors.get(source, origin)
 
@@ -143,7 +143,7 @@ class Bank:
         held = self.device_cache.held
         if self.slices or ("", name) not in held:
             return False
-        return all((s if self.models.sources[s].touches(name) else "", name) in held for s in sources)
+        return all((s if self.models.sources[s].may_differ(name) else "", name) in held for s in sources)
 
     def plane(self, key: Key, make: Callable[[], Tensor]) -> Tensor:
         """A measurement of every element of a tensor, on the device; `make` computes it if it is not kept."""
@@ -168,7 +168,7 @@ class Bank:
         for source in ("", *sources):
             origin = self.layout.origin(source or BASE, name)
             model = self.models.sources[source] if source else self.models.base
-            if origin is not None and model.touches(origin) and model.stores(origin):
+            if origin is not None and model.may_differ(origin) and model.is_stored(origin):
                 wanted[source, origin] = lambda m=model, n=origin: m.read(n)  # type: ignore[misc]
                 size += self.size_of(source, origin, name)
             plane: Key = ("levels", name, source)

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from evomerge.merge.bank.device_cache import DeviceCache, Key
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.adapter.change import Change
-from evomerge.sources.models import Models
+from evomerge.sources.adapter.tensor_change import TensorChange
+from evomerge.sources.open_models import Models
 
 
 class ModelTensors:
@@ -17,21 +17,21 @@ class ModelTensors:
     def __init__(self, models: Models, cache: DeviceCache, holds_all: bool) -> None:
         """holds_all: whether everything fits on the device."""
         self.models, self.cache, self.holds_all = models, cache, holds_all
-        self.changes: dict[Key, Change] = {}
+        self.changes: dict[Key, TensorChange] = {}
         """What adapters add, on the device."""
 
     def get(self, source: str, name: str) -> Tensor:
         """A model's own tensor `name`; the base's if `source` is empty."""
         model = self.models.sources[source] if source else self.models.base
-        in_place = self.cache.mapped and model.stores(name)
-        may_stay = self.holds_all or model.stores(name) or not isinstance(model, Adapter)
+        in_place = self.cache.mapped and model.is_stored(name)
+        may_stay = self.holds_all or model.is_stored(name) or not isinstance(model, Adapter)
         return self.cache.get((source, name), lambda: self.read(source, name), in_place, may_stay)
 
     def read(self, source: str, name: str) -> Tensor:
         """Read a model's own tensor onto the device.  What an adapter adds is computed there."""
         model = self.models.sources[source] if source else self.models.base
         is_mapped = self.cache.mapped
-        if is_mapped or not isinstance(model, Adapter) or model.stores(name) or model.base is not self.models.base:
+        if is_mapped or not isinstance(model, Adapter) or model.is_stored(name) or model.base is not self.models.base:
             return self.cache.on_device(model.read(name))
         if (source, name) not in self.changes:
             change = model.change_of(name)

@@ -7,7 +7,7 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.measure.statistics_file import StatisticsFile, open_statistics_file
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 
 class StatisticsFiles:

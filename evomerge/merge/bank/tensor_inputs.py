@@ -10,7 +10,7 @@ from evomerge.merge.kernels.operands import Keys, Memo
 from evomerge.merge.measure.measurements import Measurements
 from evomerge.merge.measure.statistics_file import StatisticsFile
 from evomerge.merge.methods.plan import Plan, SparseBlend
-from evomerge.sources.anatomy import Place
+from evomerge.sources.tensor_names import TensorRole
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +31,7 @@ class TensorInputs:
 
     name: str
     names: tuple[str, ...]
-    where: Place
+    where: TensorRole
     base: Tensor
     measured: Measurements
     statistics: list[StatisticsFile]

@@ -71,7 +71,7 @@ def write(address, start, lanes, mask, value, largest, TYPE: tl.constexpr, ALIGN
 
 
 @triton.jit
-def place(blocks, addresses, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def tensor_role(blocks, addresses, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """What this program computes: row, the row's addresses, first element, lanes, and which lanes are elements."""
     block = tl.program_id(0).to(tl.int64) * 2
     row = tl.load(blocks + block)
@@ -99,7 +99,7 @@ def blend(
     BLOCK: tl.constexpr,
 ):
     """`elementwise.blend`; OF_TASK_VECTORS says whether there is an origin."""
-    row, entries, start, lanes, mask = place(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
+    row, entries, start, lanes, mask = tensor_role(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
     if OF_TASK_VECTORS:
         origin = read(tl.load(entries + 2), start, lanes, mask, BASE, ALIGNED)
     for i in tl.static_range(N):
@@ -162,7 +162,7 @@ def sparse_blend(
     BLOCK: tl.constexpr,
 ):
     """`elementwise.sparse_blend`."""
-    row, entries, start, lanes, mask = place(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
+    row, entries, start, lanes, mask = tensor_role(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
     numbers = settings + row * (11 * N)
     words = numbers + 6 * N
     base = read(tl.load(entries + 2), start, lanes, mask, BASE, ALIGNED)

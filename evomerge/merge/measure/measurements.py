@@ -18,7 +18,7 @@ from evomerge.merge.measure.statistics_file import StatisticsFile
 from evomerge.merge.measure.sums import summed
 from evomerge.merge.methods.measured import Gram
 from evomerge.merge.methods.plan import Chance, Plan, SparseBlend
-from evomerge.sources.anatomy import place
+from evomerge.sources.tensor_names import tensor_role
 
 T = TypeVar("T")
 MeasurementCache = dict[tuple[Any, ...], Any]
@@ -141,7 +141,7 @@ class Measurements:
     @property
     def is_layer_matrix(self) -> bool:
         is_matrix = self.base.ndim == 2
-        return is_matrix and place(self.name).component not in ("embedding", "head")
+        return is_matrix and tensor_role(self.name).component not in ("embedding", "head")
 
     @property
     def is_gathered(self) -> bool:

@@ -17,10 +17,10 @@ from evomerge.errors import EvomergeError
 from evomerge.files import sha256
 from evomerge.merge.methods.method import Statistics
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import Checkpoint, is_head
-from evomerge.sources.models import Models
-from evomerge.sources.safetensors_header import open_safetensors
+from evomerge.sources.open_models import Models
+from evomerge.sources.safetensors_files import open_safetensors
+from evomerge.sources.tensor_names import is_computed_buffer
 
 KEY = "evomerge"  # of the metadata
 
@@ -134,7 +134,7 @@ def missing(found: StatisticsFile, base: Checkpoint) -> str | None:
         return f"has {unknown[0]}, which is not a tensor of {base.path}"
     if found.origin.kind == "fisher":
         for name, info in base.tensors.items():
-            if not info.dtype.is_floating_point or is_computed(name):
+            if not info.dtype.is_floating_point or is_computed_buffer(name):
                 continue
             if not found.covers(name):
                 return f"lacks the tensor {name} of {base.path}"

@@ -24,7 +24,7 @@ from evomerge.search.storage.item_scores import ITEMS, evaluation_key
 from evomerge.search.storage.study import SearchStudy, in_full, rank, record_of
 from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 FIXED = 5.0  # seconds: figures of the report are drawn, files synced
 PER_TRIAL = 0.002  # seconds: the study is read back and drawn

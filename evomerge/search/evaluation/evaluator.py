@@ -36,7 +36,7 @@ from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_ra
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, refuse_changed, shapes_of, stamps
 from evomerge.search.storage.item_scores import rounded
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 from evomerge.sources.tokenizer import open_tokenizer
 
 

@@ -10,7 +10,7 @@ from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.search.models import shapes_of
 from evomerge.search.storage.study import COMPUTE, FINISHED, recorded_type
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 
 def settle(

@@ -134,7 +134,7 @@ class SearchStudy:
     of work in all finished trials.
     """
 
-    def __init__(self, stored: optuna.Study, space: Space) -> None:
+    def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
         self.stored = stored
         self.space = space
         self.axes = space.distributions
@@ -152,7 +152,7 @@ class SearchStudy:
         self.baselines: dict[str, int] = {}
         self.interrupted: list[FrozenTrial] = []
         self.cma: BaseSampler | None = None
-        self.workers = 1  # how many trials may be in hand; CMA-ES sizes its population by it at its first proposal
+        self.workers = workers  # how many trials may run at once; CMA-ES sizes its population by it
         there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
         if [t.number for t in there] != list(range(len(there))):
             raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")

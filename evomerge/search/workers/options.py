@@ -19,7 +19,7 @@ from evomerge.search.workers.local import LocalWorker
 from evomerge.search.workers.process import ProcessWorker
 from evomerge.search.workers.worker import Progress, Setup, Worker
 from evomerge.search.workers.worker_options import WorkerOptions
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 
 def device_kind(worker_options: WorkerOptions, config: SearchConfig) -> str:
