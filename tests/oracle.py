@@ -352,8 +352,12 @@ def elect_and_merge(
     """Per element, the values of the elected sign, divided by the weights of those that have it.
 
     plain: elected by the sum of the vectors, not of the values.
+
+    A value that is 0 in float32 has no sign, although its exact product may: its weight is not in the divisor.
     """
     values = torch.stack([w * g * d for w, g, d in zip(weights, gains, vectors, strict=True)])  # (N, ...)
+    pairs = zip(weights, gains, vectors, strict=True)
+    signs = torch.stack([torch.tensor(w * g, dtype=torch.float32) * d.float() for w, g, d in pairs])
     column = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * base.ndim)  # (N, 1, ...)
 
     def merged(agreeing: Tensor) -> Merged:
@@ -366,7 +370,7 @@ def elect_and_merge(
     votes = torch.stack(list(vectors)) if plain else values
     total = votes.sum(0)
     doubt = (len(vectors) + 3) * UNIT * votes.abs().sum(0)
-    return Elected(merged(values > 0), merged(values < 0), total > doubt, total < -doubt)
+    return Elected(merged(signs > 0), merged(signs < 0), total > doubt, total < -doubt)
 
 
 def rounded_vectors(base: Tensor, sources: Sequence[Tensor]) -> list[NDArray[np.float64]]:

@@ -105,7 +105,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder_if_it_exists(folder: Path
         ({"space": {"weight": {"low": 0, "high": 1, "granularity": "word"}}}, "space.weight.granularity: Input"),
         ({"space": {"weight": {"low": 0, "high": 1, "components": ["nose"]}}}, "space.weight.components.0: Input"),
         ({"space": {"weight": [0, 1], "knots": 1}}, "space.knots: Input should be greater than or equal to 2"),
-        ({"method": "average"}, "method: 'average' is not one of linear, slerp, "),
+        ({"method": "average"}, "method: 'average' is not one of arcee_fusion, "),
         ({"space": {"weight": [0, 1], "t": 0.5}}, "space.t: not a coefficient of task_arithmetic; allowed: weight,"),
         ({"space": {"weight": 1}}, "space: every coefficient is fixed, there is nothing to search"),
         ({"space": {}}, "space.weight: task_arithmetic needs it; give bounds [low, high] or a number"),

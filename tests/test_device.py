@@ -75,8 +75,8 @@ def test_a_candidate_is_the_same_whatever_the_bank_may_hold(method: str, capacit
     for _ in range(2):
         found = merged(bank, recipe)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
-    assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
-    assert not bank.tensors.in_use
+    assert sum(x.nbytes for x in bank.device_cache.held.values()) == bank.room.taken <= capacity
+    assert not bank.device_cache.in_use
     assert bank.transfers is not None
     assert not bank.transfers.coming
 
@@ -93,7 +93,7 @@ def test_capacity_is_exact_when_threads_share_a_bank(folders: dict[str, Path]):
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, bank.names * 8))
-        assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
+        assert sum(x.nbytes for x in bank.device_cache.held.values()) == bank.room.taken <= capacity
 
 
 def test_a_room_never_gives_more_than_it_has():
@@ -139,7 +139,7 @@ def test_an_interrupted_merge_leaves_nothing_behind(folders: dict[str, Path]):
         materialise(recipe, bank, out, stop)
     assert bank.transfers is not None
     assert not bank.transfers.coming
-    assert not bank.tensors.in_use
+    assert not bank.device_cache.in_use
 
 
 def test_ranks_are_counted_and_sent_like_sources(folders: dict[str, Path], tmp_path: Path):
@@ -153,7 +153,7 @@ def test_ranks_are_counted_and_sent_like_sources(folders: dict[str, Path], tmp_p
         found = merged(bank, recipe)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
         assert any(key[0] == "levels" for key in sent)
-        assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
+        assert sum(x.nbytes for x in bank.device_cache.held.values()) == bank.room.taken <= capacity
 
 
 def test_an_adapter_is_held_as_its_factors_where_not_all_fits(folders: dict[str, Path]):
@@ -163,9 +163,9 @@ def test_an_adapter_is_held_as_its_factors_where_not_all_fits(folders: dict[str,
     for bank in (small, large):
         for name in touched:
             assert torch.equal(bank.source("lora", name), model.read(name))
-    assert not [key for key in small.tensors.held if key[0] == "lora"]
-    assert len(small.changes) == len(touched)
-    assert {key[1] for key in large.tensors.held if key[0] == "lora"} == set(touched)
+    assert not [key for key in small.device_cache.held if key[0] == "lora"]
+    assert len(small.model_tensors.changes) == len(touched)
+    assert {key[1] for key in large.device_cache.held if key[0] == "lora"} == set(touched)
 
 
 def test_what_was_derived_is_looked_up_before_its_operands_are_read(

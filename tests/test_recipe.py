@@ -239,7 +239,7 @@ def written(file: Path, **changes: Any) -> Path:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"method": "mash"}, "method: 'mash' is not one of linear, slerp"),
+    "unknown method": ({"method": "mash"}, "method: 'mash' is not one of arcee_fusion, "),
     "no method": ({"method": None}, "method: Field required"),
     "unknown key": ({"methud": "ties"}, "methud: "),
     "unknown version": ({"recipe": 2}, "recipe: "),

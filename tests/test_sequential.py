@@ -146,8 +146,8 @@ def test_nothing_but_single_tensors_is_held_when_there_is_no_room(family: Folder
     again = {n: torch.empty_like(t) for n, t in places.items()}
     materialise(recipe, bank, places)
     assert sorted(reads) == sorted(bank.names)
-    assert not [key for key in bank.tensors.held if key[0] == "ab"]
-    assert len(bank.tensors.in_use) <= 1
+    assert not [key for key in bank.device_cache.held if key[0] == "ab"]
+    assert len(bank.device_cache.in_use) <= 1
     source = bank.models.sources["ab"]
     assert isinstance(source, nested.NestedMerge)
     assert not source.bank.measurement_cache

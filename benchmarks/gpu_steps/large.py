@@ -66,7 +66,7 @@ def merged(bench: Bench, title: str, folders: dict[str, Path], capacity: int | N
         floor = moved / rate
         text = f"first {seconds[0]:.3f}, then {min(seconds[1:]):.4f}; {min(seconds[1:]) / floor:.2f} times the floor"
         bench.report(f"{title}, {method}: a candidate", text, "s", ok=True)
-    held = sum(x.nbytes for x in bank.tensors.held.values())
+    held = sum(x.nbytes for x in bank.device_cache.held.values())
     bench.report(f"{title}: held of what is merged", f"{held / 1e9:.2f} of {needed / 1e9:.2f}", "GB")
     if bench.device.type == "cuda":
         total = torch.cuda.get_device_properties(bench.device).total_memory

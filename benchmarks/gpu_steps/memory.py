@@ -37,7 +37,7 @@ def capacities(bench: Bench) -> None:
                     materialise(made, bank, found)
                     same = same and all(torch.equal(found[n].cpu(), wanted[n]) for n in wanted)
                 assert bank.transfers is not None
-                held = sum(x.nbytes for x in bank.tensors.held.values())
+                held = sum(x.nbytes for x in bank.device_cache.held.values())
                 beyond = bench.peak() - before - own - held
                 room = bank.transfers.window + (1 << 30)
                 fits = held <= capacity and bank.room.taken <= capacity and beyond <= room

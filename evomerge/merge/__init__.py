@@ -1,6 +1,6 @@
 """From a recipe to weights.
 
-recipe/            what a recipe says, and which tensor goes where
+recipe/            recipes, and which tensor of which model goes into which of the output
 methods/           planners: from coefficients and measurements to a plan of numbers
 measure/           the measurements that planners ask for
 bank/              tensors of the base and the sources on a device

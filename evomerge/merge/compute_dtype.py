@@ -1,8 +1,8 @@
-"""In which type a live model computes: the candidate's own, or float32 where the processor is faster with that.
+"""The type in which a live model computes: the candidate's own, or float32 where the processor is faster with it.
 
-Many processors store bfloat16 but have no arithmetic for it (x86 without avx512_bf16 or amx, most laptops): a product
-of two bfloat16 matrices takes up to sixty times as long there as one in float32.  A weight in bfloat16 is a float32
-number too, so the model may hold the very same weights in float32 and compute in that.
+Many processors can store bfloat16 but have no arithmetic for it (x86 without avx512_bf16 or amx, most laptops): there a
+product of two bfloat16 matrices takes up to sixty times as long as one in float32.  Every bfloat16 number is a float32
+number too, so the model can hold the same weights in float32 and compute in float32.
 """
 
 import time
@@ -15,26 +15,31 @@ from evomerge.device import TORCH_DTYPES
 from evomerge.merge.recipe.recipe import Dtype
 
 Seconds = dict[Dtype, float]
-"""How long the same products of matrices take in each type."""
+"""Type -> seconds that the same products of matrices take in it."""
 
-ROWS = 64  # tokens that a product is about
+ROWS = 64  # tokens in a product
 WORK = 2**23  # multiplications of one timing: 60 ms on the slowest processor seen, 0.3 GFLOP/s in bfloat16
-SHAPES = 3  # of the model's matrices, those with most weights
+SHAPES = 3  # of the model's shapes of matrices, those with most weights
 REPEATS = 5
-ENOUGH = 0.1  # seconds in one type for one shape after which it is timed no more
-CLEARLY = 1.25  # float32 has twice the memory, so it must be faster by this
+ENOUGH = 0.1  # seconds in one type for one shape, after which timing stops
+CLEARLY = 1.25  # float32 takes twice the memory, so it must be faster by this factor
 
 
 def faster_type(dtype: Dtype, seconds: Mapping[Dtype, float]) -> Dtype:
-    """The type to compute in, from what was measured: float32 if it is clearly faster than `dtype`, else `dtype`."""
+    """The type to compute in: float32 if it is clearly faster than `dtype`, else `dtype`.
+
+    seconds: from `measure`; empty if there is nothing to choose.
+    """
     return "float32" if seconds and CLEARLY * seconds["float32"] < seconds[dtype] else dtype
 
 
 def measure(dtype: Dtype, device: str, shapes: Iterable[tuple[int, ...]]) -> Seconds:
-    """Time matrix products of a model's own sizes in `dtype` and in float32, one after the other; at most a second.
+    """Time matrix products of a model's own sizes in `dtype` and in float32; this takes a second at most.
 
-    device: the kind of device that will compute, `cpu` or `cuda`.  shapes: of the model's tensors.  Empty where there
-    is nothing to choose: for float32, on an accelerator, of a model without matrices.
+    device: the kind of device that will compute, `cpu` or `cuda`.
+    shapes: of the model's tensors.
+
+    Returns an empty dictionary if there is nothing to choose: for float32, on an accelerator, or without matrices.
     """
     if dtype == "float32" or device != "cpu":
         return {}
@@ -54,7 +59,7 @@ def measure(dtype: Dtype, device: str, shapes: Iterable[tuple[int, ...]]) -> Sec
 def product_seconds(shape: tuple[int, int], kinds: Iterable[Dtype]) -> Seconds:
     """The least seconds for one weight of a matrix in a product with ROWS tokens, by type.
 
-    Matrices too large for the time there is are cut; a few small ones are multiplied one after the other.
+    shape: of the matrix.  A large one is cut to WORK multiplications; the product of a small one is repeated.
     """
     inner = min(shape[1], WORK // ROWS // 16)
     outer = max(1, min(shape[0], WORK // ROWS // inner))

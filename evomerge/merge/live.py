@@ -19,14 +19,16 @@ from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
-# transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
+# transformers 5 keeps the experts of a mixture in two stacked parameters; in a checkpoint each has three tensors.
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
 
 
 def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None) -> Any:
-    """A model as transformers builds it from a folder, on the device, ready to be scored or overwritten.
+    """Load a model from a folder with transformers, on the device, ready to be scored or overwritten.
 
-    dtype: what its weights are rounded to.  compute: the type that holds them and computes, if another.
+    dtype: the type to which its weights are rounded.
+    compute: the type that holds them and computes, if it is another.
+
     EvomergeError if transformers cannot open it (unknown architecture, missing code).
     """
     from transformers import AutoModelForCausalLM
@@ -36,7 +38,7 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, comput
     logging.set_verbosity_error()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a configuration may be wrong in any way; code that lies beside the model is not run
+    except Exception as error:  # a configuration may be wrong in any way; code in the model's folder is not run
         reason = first_line(error)
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
@@ -45,9 +47,11 @@ def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, comput
 
 
 def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None = None) -> Any:
-    """The live model that a bank's candidates overwrite: the base's, or one of the layout's own depth and width.
+    """The live model for a bank's candidates: the base, or a model with the layout's own depth and width.
 
     dtype, compute: see `load_live_model`.
+
+    EvomergeError if transformers cannot build it.
     """
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
@@ -67,16 +71,18 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
 
 
 def ready(model: Any, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None) -> Any:
-    """A model on its device that nobody trains.  It is widened, never narrowed: what transformers keeps in float32 (the
-    frequencies of rotary positions) stays so."""
+    """Prepare a model for inference on its device.
+
+    It is widened, never narrowed: what transformers keeps in float32 (the frequencies of rotary positions) stays so.
+    """
     model = model.requires_grad_(False).eval().to(device)
     return model if compute in (None, dtype) else model.to(compute)
 
 
 def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the live parameter (or its part) that holds this tensor.  Tied weights appear once.
+    """Checkpoint name -> the live parameter, or the part of one, that holds this tensor.  Tied weights appear once.
 
-    EvomergeError if a parameter of the model would be left as it was.
+    EvomergeError if a candidate would not overwrite all parameters of the model.
     """
     parameters = {name: p.data for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
@@ -103,9 +109,12 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
 
 
 def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
-    """The part of the live model that a checkpoint tensor becomes, None if there is none.
+    """The part of the live model that holds a checkpoint tensor; None if there is none.
 
-    Older checkpoints miss the model's prefix (`h.0.` for `transformer.h.0.`) or still have it on the head.
+    name: in the checkpoint.  Older ones lack the model's prefix (`h.0.` for `transformer.h.0.`) or have another name
+        for the head.
+    parameters: the live model's, by name.
+    prefix: of the model's own parameters, `base_model_prefix` and a dot.
     """
     for candidate in (name, prefix + name, name.replace("embed_out.", "lm_head.")):
         if candidate in parameters:
@@ -128,19 +137,20 @@ def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> 
 def open_live_model(
     folder: Path, base: Path | None, dtype: Dtype, device: torch.device, wanted: Dtype | Literal["auto"] = "auto"
 ) -> tuple[Any, Any]:
-    """A model to score and its tokenizer.  An adapter is merged onto `base` by the ordinary road.
+    """Open a model to score, and its tokenizer.  An adapter is merged onto `base` like any recipe.
 
-    dtype: what its weights are rounded to.  wanted: the type to compute in; `auto` measures (`compute.py`).
+    dtype: the type to which its weights are rounded.
+    wanted: the type to compute in; `auto` measures which is faster (`compute_dtype.py`).
 
-    EvomergeError if the folder is an adapter and no base is given.
+    EvomergeError if the folder is an adapter and no base is given, or transformers cannot open the model.
     """
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     whole = folder if not is_adapter else base
     if whole is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
-    config, (_, tensors) = read_config(whole), open_weight_files(whole)  # say what is wrong before transformers tries
+    config, (_, tensors) = read_config(whole), open_weight_files(whole)  # they report what is wrong with the files
     if wanted == "auto" and "quantization_config" in config:
-        wanted = dtype  # its products are its own
+        wanted = dtype  # quantised layers choose the type of their products
     elif wanted == "auto":
         shapes = (tuple(part.get_shape()) for _, part in tensors.values())
         wanted = faster_type(dtype, measure(dtype, device.type, shapes))

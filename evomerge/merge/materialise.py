@@ -88,7 +88,7 @@ class Batch:
         else:
             self.largest.append(([name], write_tensor(planned, self.bank, inputs.base, out)[None]))
         self.inputs.keep(name, inputs)
-        if (in_use := self.bank.tensors.in_use) and sum(x.nbytes for x in in_use.values()) > STREAMED:
+        if (in_use := self.bank.device_cache.in_use) and sum(x.nbytes for x in in_use.values()) > STREAMED:
             self.launch()
 
     def launch(self) -> None:

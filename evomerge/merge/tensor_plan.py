@@ -84,7 +84,7 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
     if isinstance(plan, FisherBlend):
         planes = [g.read(inputs.name).to(bank.device) for g in inputs.statistics]
     else:
-        planes = inputs.planes(plan, bank.tensors.held)
+        planes = inputs.planes(plan, bank.device_cache.held)
     all_stay = inputs.sources is not None and (not planes or planes is inputs.levels)
     return plan, Operands(base, sources, planes, inputs.keys, inputs.memo if all_stay else None)
 

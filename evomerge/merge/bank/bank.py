@@ -10,6 +10,7 @@ from torch import Tensor
 from evomerge.merge.bank.derived_tensors import DerivedTensors
 from evomerge.merge.bank.device_cache import DeviceCache, Key
 from evomerge.merge.bank.memory import Room, Share, default_capacity, host_memory, pinned_capacity
+from evomerge.merge.bank.model_tensors import ModelTensors
 from evomerge.merge.bank.prefetch import Prefetch
 from evomerge.merge.bank.statistics_files import StatisticsFiles
 from evomerge.merge.bank.tensor_inputs import TensorInputs
@@ -23,7 +24,6 @@ from evomerge.merge.recipe.layout import build_layout
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.adapter.tensor_change import TensorChange
 from evomerge.sources.checkpoint import is_head
 from evomerge.sources.open_models import Models
 
@@ -36,8 +36,7 @@ class Bank:
     On the CPU checkpoints stay memory-mapped: the page cache of the operating system holds them.  On an accelerator a
     tensor is copied there on first use and stays while `capacity` bytes last, and so does what is computed from a
     source (the result of a nested recipe, the ranks of a source's elements); other tensors wait in pinned host memory
-    and are copied while the tensors before them are merged.  The matrices of an adapter stay on the device; its sum
-    with the base stays only if everything fits.
+    and are copied while the tensors before them are merged.
 
     Threads may share a bank.
     """
@@ -82,10 +81,9 @@ class Bank:
         pinned = Room(pinned_capacity(host_memory(), (share or Share()).host))
         self.transfers = None if mapped else Transfers(self.device, window, pinned)
         self.prefetched = None if self.transfers is None else Prefetch(self.transfers)
-        self.tensors = DeviceCache(self.device, mapped, self.room, self.transfers)
+        self.device_cache = DeviceCache(self.device, mapped, self.room, self.transfers)
         self.holds_all = mapped or sum(sum(self.sizes(n)) for n in self.names) <= capacity
-        self.changes: dict[Key, TensorChange] = {}
-        """What adapters add, on the device."""
+        self.model_tensors = ModelTensors(models, self.device_cache, self.holds_all)
         self.derived_tensors = DerivedTensors(self.device, self.room, None if cache is None else cache / "derived")
         self.statistics_files = StatisticsFiles(models)
         self.measurement_cache: MeasurementCache = {}
@@ -129,7 +127,7 @@ class Bank:
         origin = self.layout.origin(BASE, name)
         if origin is None:
             return self.source(next(iter(self.layout.origins[name])), name)
-        return self.fetch("", origin)
+        return self.model_tensors.get("", origin)
 
     def source(self, source: str, name: str) -> Tensor:
         """A source's tensor for `name`; the base's own object if an adapter does not change it."""
@@ -137,42 +135,22 @@ class Bank:
         assert origin is not None, f"{source} has no part in {name}"
         model = self.models.sources[source]
         if not model.may_differ(origin):
-            return self.fetch("", origin)
-        return self.fetch(source, origin)
+            return self.model_tensors.get("", origin)
+        return self.model_tensors.get(source, origin)
 
     def stay(self, name: str, sources: Sequence[str]) -> bool:
         """Whether the tensors of base and sources for `name` are the same objects for every candidate."""
-        held = self.tensors.held
+        held = self.device_cache.held
         if self.slices or ("", name) not in held:
             return False
         return all((s if self.models.sources[s].may_differ(name) else "", name) in held for s in sources)
-
-    def fetch(self, source: str, name: str) -> Tensor:
-        """A model's own tensor `name`; the base's if `source` is empty."""
-        model = self.models.sources[source] if source else self.models.base
-        in_place = self.tensors.mapped and model.is_stored(name)
-        may_stay = self.holds_all or model.is_stored(name) or not isinstance(model, Adapter)
-        return self.tensors.get((source, name), lambda: self.read(source, name), in_place, may_stay)
-
-    def read(self, source: str, name: str) -> Tensor:
-        """Read a model's own tensor onto the device.  What an adapter adds is computed there."""
-        model = self.models.sources[source] if source else self.models.base
-        is_computed = isinstance(model, Adapter) and not model.is_stored(name) and model.base is self.models.base
-        if self.tensors.mapped or not is_computed:
-            return self.tensors.on_device(model.read(name))
-        assert isinstance(model, Adapter)
-        if (source, name) not in self.changes:
-            change = model.change_of(name)
-            assert change is not None, "an adapter that computes changes something"
-            self.changes[source, name] = change.to(self.device)
-        return self.changes[source, name].apply(self.fetch("", name))
 
     def plane(self, key: Key, make: Callable[[], Tensor]) -> Tensor:
         """A measurement of every element of a tensor, on the device; `make` computes it if it is not kept."""
         kept = self.measurement_cache.get(key)
         if kept is None:
-            return self.tensors.get(key, make)
-        return self.tensors.get(key, lambda: self.tensors.on_device(kept), in_place=self.tensors.mapped)
+            return self.device_cache.get(key, make)
+        return self.device_cache.get(key, lambda: self.device_cache.on_device(kept), in_place=self.device_cache.mapped)
 
     # --- While output tensors are merged one after the other ---
 
@@ -197,20 +175,20 @@ class Bank:
             if plane in self.measurement_cache:
                 wanted[plane] = lambda k=plane: self.measurement_cache[k]  # type: ignore[misc]
                 size += math.prod(self.layout.tensors[name].shape)
-        held = self.tensors.held
+        held = self.device_cache.held
         return self.prefetched.send(name, {k: read for k, read in wanted.items() if k not in held}, size)
 
     def begin(self, name: str) -> None:
         """The tensor `name` is merged from now on: drop tensors that did not fit, and copies for tensors before it."""
         if self.prefetched is not None:
             self.prefetched.drop_before(name)
-        self.tensors.in_use.clear()
+        self.device_cache.in_use.clear()
 
     def end(self) -> None:
         """Nothing is merged now: drop all tensors that did not fit."""
         if self.prefetched is not None:
             self.prefetched.drop_all()
-        self.tensors.in_use.clear()
+        self.device_cache.in_use.clear()
 
     # --- What is computed of them ---
 

@@ -48,7 +48,7 @@ class Room:
 def default_capacity(device: torch.device, coming: int = 0, share: Share | None = None) -> int:
     """Bytes that a bank may hold on a device.
 
-    coming: bytes that will be needed there besides: a live model that is not loaded yet, operands on their way.
+    coming: bytes that will also be needed there: a live model that is not loaded yet, operands on their way.
     share: how many processes use the device.
     """
     if device.type != "cuda":

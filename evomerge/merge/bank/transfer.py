@@ -1,4 +1,4 @@
-"""Copies of host tensors to a device that run beside the work there."""
+"""Copies of host tensors to a device that run at the same time as the work there."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -71,7 +71,7 @@ class Transfers:
             self.taken = 0
 
     def on_host(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """A tensor in pinned memory, from which the device copies by itself; elsewhere if there is no room for it."""
+        """A tensor in pinned memory, from which the device copies while the host works, if there is room."""
         if key in self.pinned:
             return self.pinned[key]
         host = read().contiguous()
@@ -82,5 +82,5 @@ class Transfers:
 
 
 def pinned_size(size: int) -> int:
-    """Bytes that torch takes to pin so many: its allocator rounds up to a power of two."""
+    """Bytes that torch takes to pin `size` bytes: its allocator rounds up to a power of two."""
     return 1 << max(0, size - 1).bit_length()

@@ -13,7 +13,7 @@ kernel, or by Triton on a CUDA device together with the calls of other tensors.
       -> elementwise.py    the arithmetic itself
 
     operands.py            the tensors that a plan is executed on
-    random_masks.py        keys and words of random masks; a mask by itself
+    random_masks.py        keys and words of random masks, and a mask as a tensor
     derived.py             matrices made by linear algebra first: spectral.py (tsv, iso_c), regression.py (regmean)
 
 Letters of shapes: N sources that count, E elements of a tensor, S slices or rows, T tensors of one launch, B blocks of

@@ -1,4 +1,4 @@
-"""The arithmetic of all plans: elementwise float32 kernels, each multiplication and addition rounded by itself.
+"""The arithmetic of all plans: elementwise float32 kernels, each multiplication and addition rounded separately.
 
 They are plain PyTorch on whole operands.  `piecewise.py` runs them piece by piece and `compiled.py` fuses them; since
 no sum runs over elements, and all have a fixed order, the bits depend neither on that nor on threads or device.
@@ -152,8 +152,8 @@ def sparse_blend(
     return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
 
 
-# Where a kernel runs piece by piece nothing is fused, and a tensor is better overwritten than made anew.  Comparisons
-# give 1.0 and 0.0.
+# Where a kernel runs piece by piece nothing is fused, and overwriting a tensor is faster than allocating a new one.
+# Comparisons give 1.0 and 0.0.
 
 
 def at_least(x: Tensor, bound: Tensor | float) -> Tensor:

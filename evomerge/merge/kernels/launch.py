@@ -219,7 +219,7 @@ def kernel_of(module: ModuleType, kind: Kind) -> tuple[Any, dict[str, Any]]:
 
 
 def blocks_of(elements: Sequence[int], block: int) -> NDArray[np.int32]:
-    """Row and number of every block of tensors with so many elements, (B, 2)."""
+    """Row and number of every block of tensors, (B, 2).  elements: of each tensor."""
     counts = -(-np.array(elements) // block)
     first = np.cumsum(counts) - counts
     numbers = np.arange(counts.sum()) - np.repeat(first, counts)

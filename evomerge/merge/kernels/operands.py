@@ -31,7 +31,7 @@ class Operands:
 
     base: the base's tensor.
     sources: N tensors.
-    planes: what masks need besides: per source the uint8 levels (`rank`), the float32 factor of each row
+    planes: what masks also need: per source the uint8 levels (`rank`), the float32 factor of each row
         (`importance`), or the Fisher information (`FisherBlend`); empty for all other plans.
     keys: of the random masks.
     memo: of the tensors, if they stay where they are from candidate to candidate.
@@ -46,7 +46,10 @@ class Operands:
 
 def in_row_order(rows: Mapping[int, Sequence[T]]) -> list[T]:
     """The rows of a small matrix one after the other.  rows: number of the row, from 0 -> its values."""
-    return [value for row in range(len(rows)) for value in rows[row]]
+    found: list[T] = []
+    for row in range(len(rows)):
+        found += rows[row]
+    return found
 
 
 def number_tensor(numbers: object, dtype: type[np.generic], device: torch.device) -> Tensor:

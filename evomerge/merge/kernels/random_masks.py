@@ -1,4 +1,4 @@
-"""Random masks from a counter-based hash: their keys, the words that kernels need, and a mask by itself.
+"""Random masks from a counter-based hash: their keys, the words that kernels need, and a mask as a tensor.
 
 An element is kept if the hash of (seed, tensor, source, element) is below its chance.  Nothing is stored, and the mask
 depends neither on pieces nor on devices.

@@ -56,7 +56,7 @@ def measure_sources(bank: Bank, method: str, sources: Sequence[str], folder: Pat
                 measured.magnitudes(i)
             if "ranks" in wanted:
                 measured.rank_weighted_l1(i)  # and with it the ranks
-        bank.tensors.in_use.clear()
+        bank.device_cache.in_use.clear()
         return found
 
     def together(names: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ KNOBS = {
 
 
 def band(density: float, gamma: float, measured: Measured, source: int) -> tuple[float, float]:
-    """The smallest and the largest magnitude that are kept; no number reaches a floor of infinity."""
+    """The smallest and the largest magnitude that are kept; with a floor of infinity nothing is."""
     n = measured.elements
     kept, outliers = int(density * n), int(gamma * n)
     if density >= 1.0:

@@ -1,4 +1,4 @@
-"""checkpoint_average: the mean of the last checkpoints of one run, the newer the heavier if so wished.
+"""checkpoint_average: the mean of the last checkpoints of one run; newer ones can weigh more.
 
     out = sum_i w_i x_i / sum_i w_i          over k sources, ordered from the oldest, i = 1, to the newest, i = k
 
@@ -6,7 +6,7 @@
     w_i = decay^(k - i)    an exponential moving average that ends with the newest (Tarvainen and Valpola 2017)
     w_i = i                with `linear` (Lacoste-Julien et al. 2012)
 
-`decay` counts checkpoints, not training steps.  `linear` is a rule of its own: beside a decay below 1 it is refused.
+`decay` counts checkpoints, not training steps.  A recipe with `linear` and a decay below 1 is refused.
 """
 
 from evomerge.merge.methods.knobs import Knob, Knobs
@@ -26,7 +26,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
 METHOD = Method(
     "checkpoint_average",
     {
-        "decay": Knob(1.0, 1e-6, 1.0),  # a smaller one is the newest checkpoint alone, to float32
+        "decay": Knob(1.0, 1e-6, 1.0),  # with a smaller one, in float32, the newest checkpoint alone counts
         "linear": Knob(0.0, 0.0, 1.0, switch=True),
     },
     plan,

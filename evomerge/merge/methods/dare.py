@@ -7,7 +7,7 @@ so that its expectation stays; dare_ties then elects signs as ties does.
 
 Different from mergekit on purpose: the masks are a hash of (seed, tensor, source, element), so they do not depend
 on device, order or process, and the mask at density 0.4 lies inside the mask at 0.5; `rescale` divides by the
-density as the paper does, where mergekit restores the L1 norm of the task vector (here `rescale: l1`, see rescale.py).
+density as the paper does, while mergekit restores the L1 norm of the task vector (here `rescale: l1`, see rescale.py).
 """
 
 from functools import partial

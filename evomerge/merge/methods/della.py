@@ -1,17 +1,17 @@
 """della and della_linear: drop at random, small changes sooner (Deep et al. 2024; mergekit `della`, `della_linear`).
 
 Within each row of a task vector (a vector is one row) the chance of being kept rises with the rank of |d|, from
-density - epsilon for the smallest to density + epsilon for the largest; 256 levels stand for the ranks, which go by
-|d| cut to a bfloat16.
+density - epsilon for the smallest to density + epsilon for the largest.  Ranks are divided into 256 levels;
+magnitudes are ranked by |d| cut to a bfloat16.
 
     out = b + lambda * sum_i w_i g_i m_i d_i          with `normalize`: / sum_i w_i
     p_j = density - epsilon + 2 epsilon (floor(256 rank_j / n) + 1/2) / 256,          g: see rescale.py
 
 della elects signs as ties does, and divides by the weights that agree.
 
-Different from mergekit on purpose: masks are a hash, as in dare; an epsilon too large for its density is narrowed
-where mergekit raises, so that no search fails there; `rescale` restores the expectation unless it says `l1`; tensors
-of three and more dimensions are ranked by the first, where mergekit ranks along the second.
+Different from mergekit on purpose: masks are a hash, as in dare; an epsilon too large for its density is reduced
+(mergekit raises an error), so that no search fails there; `rescale` restores the expectation unless it is `l1`; a row
+of a tensor with three or more dimensions is a slice along the first, while mergekit ranks along the second.
 """
 
 import math

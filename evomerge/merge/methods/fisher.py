@@ -4,8 +4,8 @@
 
 F_i is the diagonal of the empirical Fisher information, from `evomerge statistics --kind fisher`.  With `normalize`
 each F_i is divided by its own root mean square over the whole model (the authors divide by the L2 norm, which is the
-same up to a factor that all sources share); without it by the mean of these sizes.  What is then below FLOOR counts
-as FLOOR, so that where no source has information the weights alone decide.  Not in mergekit 0.1.5.
+same up to a factor that all sources share); without it, by the mean of these root mean squares.  A value below FLOOR
+then counts as FLOOR, so that the weights alone decide where no source has information.  Not in mergekit 0.1.5.
 """
 
 from evomerge.merge.methods.knobs import Knob, Knobs
@@ -14,11 +14,11 @@ from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.normalization import nonzero_divisor
 from evomerge.merge.methods.plan import Blend, FisherBlend
 
-FLOOR = 1e-6  # the authors'; theirs holds for the first model alone, which then wins where no model has information
+FLOOR = 1e-6  # as the authors, who apply it to the first model only, so that this is the result without information
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | FisherBlend:
-    """Scales that bring every F_i near 1; the plain mean for tables that have no gradient."""
+    """Scales that bring every F_i near 1; the weighted mean for tensors without a gradient."""
     weights = knobs.each["weight"]
     if not measured.is_gathered:
         total = nonzero_divisor(sum(weights))

@@ -4,7 +4,7 @@ For the matrix of a layer:  U S V^T the singular value decomposition of sum_i (x
 
     out = b + lambda * D          vectors, embeddings and the head: b + lambda * mean_i (x_i - b)
 
-Embeddings and the head are averaged like vectors (see `tsv`).  Not in mergekit 0.1.5.
+Embeddings and the head are averaged like vectors, for the reason given in tsv.py.  Not in mergekit 0.1.5.
 """
 
 from evomerge.merge.methods.knobs import Knob, Knobs

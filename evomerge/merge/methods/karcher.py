@@ -9,11 +9,11 @@ From c = (sum_i u_i) / |sum_i u_i|, repeat
 until |v| < `tol`, at most `max_iter` times (whole steps);   out = mean_i |x_i| * c.
 
 The base takes no part unless it is one of the sources.  c stays in the span of the sources, so the iteration runs on
-coefficients, with the Gram matrix for lengths and angles.  Sources shorter than `tol` have no direction, but
-count for the length; if all are, the result is 0.
+coefficients, and the Gram matrix gives lengths and angles.  Sources shorter than `tol` have no direction, but their
+lengths count; if all are shorter, the result is 0.
 
-Different from mergekit on purpose: a source opposite to c (within `tol`) pulls nowhere, since every direction would be
-as right; mergekit follows its rounding errors there.
+Different from mergekit on purpose: a source opposite to c (within `tol`) is left out of the step, because no direction
+to it is shorter than another; mergekit takes the one that its rounding errors give.
 """
 
 import math
@@ -26,7 +26,7 @@ from evomerge.merge.methods.measured import Gram, Measured
 from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.plan import Blend
 
-LEAST_TOL = 1e-7  # lengths of sums of unit vectors are not known more finely from a float64 Gram matrix
+LEAST_TOL = 1e-7  # a float64 Gram matrix gives lengths of sums of unit vectors no more precisely
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:
@@ -37,7 +37,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
         return Blend((1.0,))
     lengths = np.sqrt(np.diagonal(gram))
     if not np.isfinite(lengths).all():
-        return Blend((1.0 / count,) * count)  # a source is not finite; the merged tensor will tell
+        return Blend((1.0 / count,) * count)  # a source is not finite; the merged tensor is reported
     pointing = lengths > tol
     if not pointing.any():
         return Blend((0.0,) * count)
@@ -50,7 +50,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
 
 
 def karcher_mean(units: Gram, max_iter: int, tol: float) -> NDArray[np.float64]:
-    """The mean's coefficients (M,) in the M unit vectors whose dot products are given."""
+    """The coefficients (M,) of the Karcher mean of M unit vectors.  units: their dot products, (M, M)."""
     count = len(units)
 
     def length(coefficients: NDArray[np.float64]) -> float:

@@ -12,7 +12,7 @@ class Knob:
     low, high: the least and the largest value that a recipe may give.
     each: one value per source; otherwise one for the merge.
     switch: true or false, never searched.
-    choices: names of its only values, never searched; false and true stand for 0 and 1 beside them.
+    choices: names of its only values, never searched; false and true are also allowed, and mean 0 and 1.
     """
 
     default: float | None

@@ -64,7 +64,7 @@ class Measured(Protocol):
         """The k-th largest variance across the task vectors, k = floor(share * elements that vary); None if k is 0."""
 
     def mean_squares(self, floor: float) -> tuple[float, ...]:
-        """The mean square of each d_i, where elements whose variance is below `floor` count as 0."""
+        """The mean square of each d_i, where elements of a variance below `floor` count as 0."""
 
     def importance(self) -> float:
         """median + 1.5 interquartile ranges of |d_0| * KL(softmax x_0 || softmax base), the softmax of each row."""

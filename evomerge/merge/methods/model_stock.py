@@ -4,12 +4,12 @@ mergekit `model_stock`).
     out = t * mean_i x_i + (1 - t) b,     t = N c / (1 + (N - 1) c)
 
 c is the mean cosine between the task vectors d_i = x_i - b of all pairs, of the flattened tensors or, with
-`filter_wise`, of each row (a slice along the first axis; a vector is one row).  Task vectors that agree are trusted,
-those that are orthogonal are noise and leave the base.  As in mergekit, products of lengths below 1e-6 count as 1e-6,
-so that task vectors shorter than 0.001 are trusted less, and where the divisor is below 1e-6 the base stays.
+`filter_wise`, of each row (a slice along the first axis; a vector is one row).  Task vectors that agree give their
+mean; orthogonal ones count as noise and give the base.  As in mergekit, products of lengths below 1e-6 count as 1e-6,
+so that task vectors shorter than 0.001 count less, and where the divisor is below 1e-6 the result is the base.
 
 Different from mergekit on purpose: with `filter_wise` a tensor of three or more axes has one t for each slice along its
-first axis, where mergekit has one for each run along the last.
+first axis; mergekit has one for each run along the last.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend | SliceBlend:
 def ratio(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     """t (...) from the Gram matrices (..., N, N) of the task vectors."""
     count = gram.shape[-1]
-    with np.errstate(invalid="ignore"):  # of a source that is not finite; the merged tensor will tell
+    with np.errstate(invalid="ignore"):  # a source may be infinite or NaN; then the merged tensor is reported
         lengths = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))  # (..., N)
         products = (lengths[..., :, None] * lengths[..., None, :]).clip(SHORT)
         pairs = np.triu_indices(count, 1)

@@ -10,10 +10,10 @@ which is 0, so the exponential map moves nowhere; mergekit adds `eps` to its len
 Without `task_vectors` the sources themselves are averaged, as mergekit does when no `base_model` is given.  One source
 is its own average.
 
-Different from mergekit on purpose: if m vanishes (sources that cancel, task vectors that are all 0), the straight
-weighted sum sum_i w_i d_i is taken for any number of sources, which mergekit does for two and otherwise gives up; and m
-counts as vanishing where float32 would see only rounding, not below `eps` alone.  Weights that add up to 0 are not
-normalised, where mergekit divides by 0.
+Different from mergekit on purpose: if m vanishes (sources that cancel, task vectors that are all 0), the result is the
+weighted sum sum_i w_i d_i for any number of sources; mergekit does so for two, and otherwise fails.  m counts as
+vanishing where float32 has only rounding errors, not only below `eps`.  Weights with a sum of 0 are not normalised;
+mergekit divides by 0.
 """
 
 import math
@@ -40,7 +40,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     gram = measured.task_gram if changes else measured.gram[1:, 1:]
     lengths = np.sqrt(np.diagonal(gram))
     units = np.where(lengths == 0.0, 0.0, weights / np.where(lengths == 0.0, 1.0, lengths + eps))  # m = units . d
-    with np.errstate(invalid="ignore"):  # of a source that is not finite; the merged tensor will tell
+    with np.errstate(invalid="ignore"):  # a source may be infinite or NaN; then the merged tensor is reported
         size = math.sqrt(max(0.0, float(units @ gram @ units)))  # |m|
     if size <= max(eps, VANISHING * float(np.abs(weights).sum())):
         found = weights

@@ -17,6 +17,7 @@ from evomerge.merge.methods.plan import Clip
 
 
 def plan(knobs: Knobs, measured: Measured) -> Clip:
+    """The largest change that is taken over."""
     return Clip(knobs.shared["t"])
 
 

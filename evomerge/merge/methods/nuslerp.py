@@ -6,8 +6,8 @@ a is the angle between the task vectors d_i = x_i - b: of the flattened tensors,
 row (a run along the last axis), or with `nuslerp_row_wise` too of each column.  A vector is one row.  Without
 `task_vectors` the arc runs between the sources themselves, as mergekit's does when no `base_model` is given.
 
-Different from mergekit on purpose: a tensor of three or more axes has as rows its slices along the first axis and as
-columns those along the last, where mergekit takes runs along the last axis and the first.
+Different from mergekit on purpose: the rows of a tensor of three or more axes are its slices along the first axis, and
+its columns those along the last; mergekit takes runs along the last axis and the first.
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ from evomerge.merge.methods.measured import Measured
 from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.plan import Blend, SliceBlend
 
-PARALLEL = 2.0**-24  # a sin^2 that 1 - cos^2 in float32, mergekit's working type, cannot tell from 0
-SHORTEST = 1e-7  # mergekit's floor for lengths: shorter vectors count as more and more orthogonal
-NO_WEIGHT = 1e-6  # mergekit: weights that add up to less are equal
+PARALLEL = 2.0**-24  # a sin^2 that is 0 if computed as 1 - cos^2 in float32, mergekit's working type
+SHORTEST = 1e-7  # mergekit's floor for lengths; so the shorter a vector, the more it counts as orthogonal
+NO_WEIGHT = 1e-6  # mergekit: weights with a smaller sum count as equal
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | SliceBlend:
@@ -42,7 +42,7 @@ def arc(gram: NDArray[np.float64], t: float) -> NDArray[np.float64]:
 
     Where the ends are (anti)parallel there is no single arc, and the straight line is taken.
     """
-    with np.errstate(invalid="ignore"):  # of a source that is not finite; the merged tensor will tell
+    with np.errstate(invalid="ignore"):  # a source may be infinite or NaN; then the merged tensor is reported
         lengths = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1)).clip(SHORTEST)  # (..., 2)
         cosine = (gram[..., 0, 1] / lengths.prod(-1)).clip(-1.0, 1.0)
     straight = 1.0 - cosine**2 <= PARALLEL

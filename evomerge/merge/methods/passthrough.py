@@ -2,7 +2,7 @@
 
     out = scale * x
 
-At scale 1 and in the source's own type the result has the source's bits.
+With scale 1 and the source's own type the result has the source's bits.
 """
 
 from evomerge.merge.methods.knobs import Knob, Knobs
@@ -12,6 +12,7 @@ from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:
+    """The scale as the source's coefficient."""
     return Blend(knobs.each["scale"])
 
 

@@ -28,7 +28,7 @@ class Blend:
 
     of_task_vectors: out = b + sum_i sources[i] * d_i, and `base` is not used;
     otherwise:       out = base * b + sum_i sources[i] * x_i.
-    A source whose coefficient is 0 is not read.
+    A source with coefficient 0 is not read.
     """
 
     sources: tuple[float, ...]
@@ -38,7 +38,7 @@ class Blend:
 
 @dataclass(frozen=True, eq=False)
 class SliceBlend:
-    """A `Blend` whose coefficients differ along one axis: out = [b +] sum_i sources[i][slice] * x_i or d_i.
+    """A `Blend` with coefficients that differ along one axis: out = [b +] sum_i sources[i][slice] * x_i or d_i.
 
     sources: (N, slices) float64.
     base: (slices,), the base's coefficients; used unless `of_task_vectors`.
@@ -67,7 +67,7 @@ class SparseBlend:
       importance:  if |d_i| times the row's divergence is at least floors[i]
     elect: an element also needs w_i g_i d_i to have the sign of the sum over i of the kept w_i g_i d_i ("weighted"),
         or of the kept d_i ("plain").  A sum of 0 counts as positive.
-    normalize: whether there is a divisor; it counts only elements whose w_i g_i d_i, in float32, is not 0, and is 1
+    normalize: whether there is a divisor; it counts only elements where w_i g_i d_i, in float32, is not 0, and is 1
         where it would be 0.
     alone: a_i where m_i is the only mask that is 1; elsewhere, and by default, a_i is 1.
     """
@@ -93,7 +93,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class FisherBlend:
-    """A mean whose weights differ from element to element:  out = b + [sum_i f_i d_i] / [sum_i f_i].
+    """A mean with weights that differ from element to element:  out = b + [sum_i f_i d_i] / [sum_i f_i].
 
     f_i = weights[i] * max(scales[i] * F_i, floor), where F_i is the source's diagonal Fisher information.  Where the
     sum of the f_i is 0 the divisor is 1.

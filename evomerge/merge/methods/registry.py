@@ -1,29 +1,33 @@
-"""The merge methods by name: the built-in ones, and those that other installed packages offer as entry points."""
+"""The merge methods by name: the built-in ones, and those that other installed packages offer as entry points.
+
+A package offers a method in its pyproject.toml; the entry point's name is the method's, its object a `Method`:
+
+    [project.entry-points."evomerge.methods"]
+    part_way = "my_package.part_way:METHOD"
+"""
 
 import difflib
 import pkgutil
 from collections.abc import Iterable
-from functools import cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import entry_points
 
 from evomerge.errors import EvomergeError, first_line
 from evomerge.merge.methods.method import Method
 
 GROUP = "evomerge.methods"
-"""The entry points: the name is the method's, the object a `Method`."""
 
 
 class Methods(dict[str, Method]):
     """Methods by name: the built-in ones, and those of other packages once they were looked up.
 
-    Only a lookup `METHODS[name]` of a name that is not built in reads which packages are installed, and loads the one
-    that offers it.
+    Only the lookup `METHODS[name]` of a name that is not built in reads which packages are installed, and imports the
+    one that offers it.
     """
 
     def __missing__(self, name: str) -> Method:
         """The method that another package offers.  EvomergeError if none does, or it cannot be loaded."""
-        offered = [point for point in self.entry_points if point.name == name]
+        offered = [point for point in entry_points(group=GROUP) if point.name == name]
         if not offered:
             raise EvomergeError(self.unknown(name))
         if len(packages := sorted({point.dist.name if point.dist else point.value for point in offered})) > 1:
@@ -38,14 +42,9 @@ class Methods(dict[str, Method]):
         self[name] = method
         return method
 
-    @cached_property
-    def entry_points(self) -> EntryPoints:
-        """What other packages offer; nothing of it is imported yet."""
-        return entry_points(group=GROUP)
-
     def unknown(self, name: str) -> str:
-        """What to say about a name that no method has."""
-        names = sorted({*self, *(point.name for point in self.entry_points)})
+        """The message for a name that no method has: all names, and the most similar one."""
+        names = sorted({*self, *entry_points(group=GROUP).names})
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{name!r} is not one of {', '.join(names)}{hint}"

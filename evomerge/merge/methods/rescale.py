@@ -1,10 +1,10 @@
-"""`rescale` of the random methods: what makes up for the dropped elements.
+"""`rescale` of the random methods: the factor g that compensates the dropped elements.
 
     expected:  g = sum |d| / sum p_j |d_j|, the expectation of the mask; 1/density where all chances are equal
-    l1:        g = sum |d| / sum m_j |d_j|, mergekit's way: the L1 norm of the masked task vector is that of the whole
+    l1:        g = sum |d| / sum m_j |d_j|, as mergekit: the masked task vector has the L1 norm of the whole one
 
-`expected` is the papers' (Yu et al. 2024: 1 - drop rate; Deep et al. 2024: chance by chance, of which this is the mean
-over a tensor) and a constant of the tensor; `l1` reads every tensor once more for each candidate.
+`expected` follows the papers (Yu et al. 2024: 1 - drop rate; Deep et al. 2024: element by element, of which this is the
+mean over a tensor) and is a constant of the tensor.  `l1` reads every tensor once more for each candidate.
 """
 
 from evomerge.merge.methods.knobs import Knob
@@ -17,7 +17,10 @@ TINY = 1e-7  # norms that mergekit does not divide by
 
 
 def gain(how: float, measured: Measured, source: int, chance: Chance) -> float:
-    """The factor of a source whose elements are kept with these chances; 1 where all or none are."""
+    """The factor of a source whose elements are kept with this chance; 1 if all or none are.
+
+    how: NONE, EXPECTED or L1.
+    """
     if how == NONE or chance.low in (0, 2**32):
         return 1.0
     if how == EXPECTED and not chance.step:
@@ -28,6 +31,6 @@ def gain(how: float, measured: Measured, source: int, chance: Chance) -> float:
 
 
 def expected_l1(measured: Measured, source: int, chance: Chance) -> float:
-    """sum (low + step level_j) / 2^32 * |d_j|."""
+    """The expectation of the masked L1 norm: sum (low + step level_j) / 2^32 * |d_j|."""
     by_level = 256 * measured.rank_weighted_l1(source) - measured.l1(source) / 2
     return (chance.low * measured.l1(source) + chance.step * by_level) / 2**32

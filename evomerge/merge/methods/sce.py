@@ -6,12 +6,12 @@ what was selected.  Erase: elect for every element the sign of the plain sum (0 
 
     out = b + sum_agreeing w_i d_i / sum_agreeing w_i,          w_i = mean(d_i^2) / sum_j mean(d_j^2)
 
-Weights below 1e-6 are 0.  Where the mean squares add up to less than 1e-6 the weights are equal, as in mergekit: so
-they are for models that moved less than about 1e-3 per element, as most fine-tunes did.  One source alone varies
-nowhere: below a `select_topk` of 1 the result is the base.
+Weights below 1e-6 are 0.  Where the sum of the mean squares is below 1e-6 the weights are equal, as in mergekit: this
+holds for models whose elements moved by less than about 1e-3, as in most fine-tunes.  With a single source nothing
+varies: if `select_topk` is below 1, the result is the base.
 
 Different from mergekit on purpose: elements that vary as much as the last selected are all kept; a source with less
-than a millionth of the energy changes nothing, where mergekit divides what it alone changed by 1e-6 and so keeps a
+than a millionth of the energy changes nothing, while mergekit divides what it alone changed by 1e-6 and so keeps a
 part.
 """
 
@@ -24,7 +24,7 @@ TINY = 1e-6  # mean squares too small to weigh by, weights too small to divide b
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend | Blend:
-    """A floor for the variance, weights by energy; the base where nothing is selected."""
+    """A floor for the variance, weights by energy; the base if nothing is selected."""
     count, selected = measured.count, knobs.shared["select_topk"]
     floor = measured.variance(selected) if selected < 1.0 else 0.0
     if floor is None:

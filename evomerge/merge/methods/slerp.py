@@ -2,8 +2,8 @@
 
     out = sin((1-t) a) / sin a * x_0 + sin(t a) / sin a * x_1,     a the angle between the flattened tensors
 
-With one source the arc starts at the base; with two it runs from the first to the second.  Only angles and
-lengths enter the coefficients, so the Gram matrix is all a plan needs.
+With one source the arc goes from the base to it; with two, from the first to the second.  The coefficients depend on
+lengths and the angle alone, so the Gram matrix is all that the planner needs.
 """
 
 import math
@@ -19,7 +19,7 @@ PARALLEL = 0.9995  # mergekit's `dot_threshold`: closer than this the arc is rep
 def plan(knobs: Knobs, measured: Measured) -> Blend:
     """Coefficients at position `t` on the arc: 0 is its start, 1 its end.
 
-    (Anti)parallel tensors and zero tensors have no single arc; there the straight line is used.
+    Between parallel, opposite or zero tensors there is no single arc; there the straight line is used.
     """
     gram, t = measured.gram, knobs.shared["t"]
     first, second = len(gram) - 2, len(gram) - 1

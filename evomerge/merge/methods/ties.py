@@ -5,8 +5,8 @@ element the sign of the weighted sum (a sum of 0 counts as +); average the weigh
 
     out = b + lambda * sum_agreeing w_i d_i / sum_agreeing w_i          without `normalize`: no divisor
 
-Different from mergekit on purpose: elements as large as the k-th are all kept (`torch.topk` picks some of them in
-an order that depends on the device), so that the same recipe gives the same bits everywhere.
+Different from mergekit on purpose: elements as large as the k-th are all kept (`torch.topk` keeps some of them,
+depending on the device), so that the same recipe gives the same bits everywhere.
 """
 
 from evomerge.merge.methods.density import kept_count, smallest_kept

@@ -6,9 +6,9 @@ columns (`spectral.py`).
 
     out = b + lambda * sum_i w_i D_i          vectors, embeddings and the head: b + lambda * sum_i w_i (x_i - b) / N
 
-With all weights 1 this is the paper's method; vectors are averaged as there.  Embeddings and the head are averaged
-too (the paper's models have none that were tuned): their rows are tokens, which no rotation should mix.
-Not in mergekit 0.1.5.
+With all weights 1 this is the paper's method, which averages vectors too.  Embeddings and the head are also averaged
+(the paper's models have none that were tuned): their rows are tokens, which a rotation must not mix.  Not in mergekit
+0.1.5.
 """
 
 from evomerge.merge.methods.knobs import Knob, Knobs

@@ -2,7 +2,7 @@
 
     out = sum_i x_i / k          over k sources
 
-The same as `linear` with equal weights, without a knob to get wrong.
+The same as `linear` with equal weights, without a coefficient.
 """
 
 from evomerge.merge.methods.knobs import Knobs
@@ -12,7 +12,7 @@ from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:
-    """Every source by the same share."""
+    """The same coefficient 1 / k for every source."""
     return Blend((1.0 / knobs.count,) * knobs.count)
 
 
