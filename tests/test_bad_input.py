@@ -416,7 +416,7 @@ def test_filters_are_made_before_the_first_answer(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"doc_to_text": ""}, "an item has an empty prompt"),
-        ({"doc_to_text": "{{ 6 // (prompt == 'a=') }}"}, "its items cannot be asked (ZeroDivisionError: "),
+        ({"doc_to_text": "{{ 6 // (prompt == 'a=') }}"}, "no requests can be built of its items (ZeroDivisionError: "),
         ({"generation_kwargs": {"until": None, "max_gen_toks": 4}}, "needs stop strings in `until`"),
         ({"generation_kwargs": {"until": ["x"], "max_gen_toks": 0}}, "`max_gen_toks` above 0"),
     ],

@@ -12,7 +12,7 @@ from evomerge.config.schema import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.metrics import ItemMetrics
+from evomerge.evaluate.item_values import ItemMetrics
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Task, items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 
@@ -190,10 +190,10 @@ def check_log_likelihoods(pair: Pair, tolerance: float, a_token: bool = False) -
         work = pair.work[name]
         if pair.tasks[name].kind == "generate_until":
             continue
-        for instances, spans, record in zip(work.instances, work.spans, records, strict=True):
-            for instance, span, (theirs,) in zip(instances, spans, record["resps"], strict=True):
+        for asked, record in zip(work.items, records, strict=True):
+            for instance, span, (theirs,) in zip(asked.instances, asked.spans, record["resps"], strict=True):
                 (ours,) = instance.resps
-                allowed = tolerance * (work.rows[span.start].scored if a_token else 1)
+                allowed = tolerance * (asked.rows[span.start].scored if a_token else 1)
                 if pair.tasks[name].kind == "loglikelihood_rolling":
                     assert ours == pytest.approx(theirs, abs=tolerance, rel=1e-6), name
                 else:
@@ -208,11 +208,11 @@ def check_metrics(pair: Pair) -> None:
         task, found = pair.tasks[name], pair.ours[name]
         for metric in {"acc", "acc_norm", "exact_match"} & set(task.metrics):
             assert found[metric] == [r[metric] for r in records], (name, metric)
-        for instances, record in zip(pair.work[name].instances, records, strict=True):
+        for asked, record in zip(pair.work[name].items, records, strict=True):
             if task.kind == "generate_until":
-                assert instances[0].resps[0] == record["resps"][0][0], name
+                assert asked.instances[0].resps[0] == record["resps"][0][0], name
             elif task.kind != "loglikelihood_rolling":
-                assert [i.resps[0][1] for i in instances] == [r[0][1] for r in record["resps"]], name
+                assert [i.resps[0][1] for i in asked.instances] == [r[0][1] for r in record["resps"]], name
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_the_suite_tells_something(pair: Pair) -> None:
     assert max(len(row.tokens) for row in pair.work["truncated"].rows) == LENGTH + 1
     assert any(batch.trunk for batch in pair.work["shots"].batches)
     assert any(batch.trunk for batch in pair.work["shots_generation"].generations)
-    assert len(pair.work["rolling"].spans[2][0]) > 1
+    assert len(pair.work["rolling"].items[2].spans[0]) > 1
 
 
 def test_smooth_choice_metrics_follow_from_lm_evals_log_likelihoods(pair: Pair) -> None:
@@ -271,9 +271,9 @@ def test_prompts_of_a_chat_template_are_lm_evals(tokenizer: Any, folder: Path) -
     only = ("unequal", "shots", "generation", "shots_generation")
     pair = both_roads(model, tokenizer, folder, chat=True, only=only)
     for name, records in pair.theirs.items():
-        for instances, record in zip(pair.work[name].instances, records, strict=True):
-            assert [i.args[0] for i in instances] == [a[0] for a in record["arguments"]]
-    assert "<|user|>" in pair.work["shots"].instances[0][0].args[0]
+        for asked, record in zip(pair.work[name].items, records, strict=True):
+            assert [i.args[0] for i in asked.instances] == [a[0] for a in record["arguments"]]
+    assert "<|user|>" in pair.work["shots"].items[0].instances[0].args[0]
     check_log_likelihoods(pair, 1e-4)
     check_metrics(pair)
 

@@ -12,8 +12,6 @@ from evomerge.sources.anatomy import Component
 from evomerge.sources.config_differences import Allowed
 
 Granularity = Literal["model", "depth", "group", "layer"]
-GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone
-CHOICE_METRICS = ("margin", "brier")  # they need every choice's
 
 
 class Strict(BaseModel):

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.evaluate.metrics import find_metric
+
 Vector = NDArray[np.float64]
 
 ALPHA = 0.02
@@ -39,10 +41,6 @@ PRIOR_ITEMS, PRIOR_MEAN, PRIOR_SQUARE = 4.0, 0.5, 0.05  # the first bets are bol
 PREDICTORS = 32  # finished candidates that a prediction uses, the latest
 RIDGE = 10.0  # the penalty of a prediction, as so many items of typical differences
 ROUNDING = 1e-12  # of all that is at stake: a smaller bound or gap is not told from zero
-TOPS = dict.fromkeys(("gold_prob", "acc", "acc_norm", "acc_bytes", "exact_match"), 1.0) | dict.fromkeys(
-    ("gold_logprob", "brier", "brier_score", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), 0.0
-)
-"""The highest item score (the higher the better) that a metric can give."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ def ceiling(metric: str, baselines: NDArray[np.float64]) -> float:
     baselines: (B, n) their scores.  A metric without a known top gets their highest score plus their range; the test
     is then about scores clipped to that.
     """
-    top = TOPS.get(metric.split(",")[0])
-    if top is not None:
-        return top
+    known = find_metric(metric.split(",")[0])
+    if known is not None and (best := known.score_bounds[1]) is not None:
+        return best
     highest, lowest = float(baselines.max()), float(baselines.min())
     return highest + (highest - lowest or abs(highest) or 1.0)
 

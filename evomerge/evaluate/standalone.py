@@ -7,7 +7,7 @@ from typing import Any, Literal
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.metrics import ItemMetrics, MetricFailed, aggregate
+from evomerge.evaluate.item_values import ItemMetrics, MetricFailed, aggregate
 from evomerge.evaluate.tasks import Task, items_of
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.evaluate.metrics import find_metric
+
 ItemScores = Mapping[str, Sequence[float]]
 """Task name -> one score per item, the higher the better."""
 
@@ -20,11 +22,11 @@ Range = tuple[float, float]
 """The least and the greatest score that an item can have."""
 
 DRAWS = 10_000
+ROUNDING = 1e-6  # by which a float32 score may lie beyond a bound
 BLOCK = 1 << 21  # random numbers drawn at once: 16 MB, however many items there are
 SIDE = 0.05  # how often each end of an interval may be on the wrong side of the truth
 ENOUGH = 100  # items of a task whose scores have no bounds: an error of 3% of the items is then seen 19 times in 20
 POWER = 1.645 + 0.842  # standard errors between no gain and one that is shown at level SIDE four times in five
-BOUNDED: Mapping[str, Range] = {"brier": (-2.0, 0.0), "brier_score": (-2.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def score_range(metric: str, tables: Sequence[Sequence[float]]) -> Range | None:
     low, high = min(map(min, tables)), max(map(max, tables))
     if low >= 0.0 and high <= 1.0:
         return 0.0, 1.0
-    if metric in BOUNDED:
-        return BOUNDED[metric]
+    known = find_metric(metric.split(",")[0])
+    worst, best = known.score_bounds if known else (None, None)
+    if worst is not None and best is not None and worst - ROUNDING <= low and high <= best + ROUNDING:
+        return worst, best
     return (low, high) if len(tables[0]) >= ENOUGH else None
 
 
