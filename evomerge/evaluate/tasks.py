@@ -15,8 +15,8 @@ from evomerge.evaluate.metrics import KINDS, METRICS, Metric, added_metric, adde
 from evomerge.evaluate.taskfile import load_file, load_named
 
 Split = Literal["search", "selection", "holdout"]
-SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # dealt in this order: the holdout comes first
-FEWSHOT_SEED = 1234  # lm-eval's default, so that few-shot prompts are the same
+SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt
+FEWSHOT_SEED = 1234  # lm-eval's default, so that few-shot prompts are those of lm-eval
 NAME_LENGTH = 120
 
 
@@ -78,7 +78,7 @@ class Task:
 
     @property
     def docs(self) -> Iterable[dict[str, Any]]:
-        """The documents that lm-eval evaluates."""
+        """The documents that lm-eval evaluates, `limit` at most."""
         return islice(self.lm.eval_docs, self.limit)
 
     @property
@@ -96,7 +96,10 @@ class Task:
 
 
 def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
-    """Open tasks (groups become their tasks, sharing the weight).  EvomergeError if one is unknown or broken."""
+    """Open tasks; a group becomes its tasks, which share the weight.
+
+    EvomergeError if a task is unknown or broken, or two have the same name.
+    """
     opened: list[Task] = []
     for config in configs:
         if config.is_file:
@@ -118,7 +121,7 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
 
 
 def task_files(name: str) -> list[str]:
-    """A folder as the task files in it; anything else as it is."""
+    """The task files in a folder; if `name` is not a folder, only `name`.  EvomergeError if the folder has none."""
     folder = Path(name)
     if not folder.is_dir():
         return [name]
@@ -169,7 +172,7 @@ def listed(task: Task) -> str:
 
 
 def items_of(task: Task, docs: Iterable[dict[str, Any]]) -> list[Item]:
-    """Documents as items, in the data's order; a document that is there twice counts once."""
+    """Documents as items in the order of the data; of equal documents only the first."""
     found: dict[str, Item] = {}
     for doc in docs:
         content = json.dumps(doc, sort_keys=True, default=str, ensure_ascii=False)
@@ -181,8 +184,11 @@ def items_of(task: Task, docs: Iterable[dict[str, Any]]) -> list[Item]:
 def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]:
     """Deal a task's items to the three splits; no item is in two of them.
 
-    Counts and shares are dealt from the split that lm-eval would evaluate, in the order of a seeded hash of the
-    item, so the deal does not depend on the order of the data.  EvomergeError if there are too few items.
+    splits: for each split a count, a share, or the name of one of the task's own splits.
+    seed: of the deal.
+
+    Counts and shares are dealt from the documents that lm-eval evaluates, in the order of a seeded hash of the item, so
+    the deal does not depend on the order of the data.  EvomergeError if there are too few items.
     """
     wanted: dict[Split, Share] = {name: getattr(splits, name) for name in SPLITS}
     dealt: dict[Split, list[Item]] = {}
@@ -212,7 +218,7 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
 
 
 def own_split(task: Task, name: str) -> Iterable[dict[str, Any]]:
-    """The documents of the task's own train, validation or test split."""
+    """The documents of the task's own `train`, `validation` or `test` split.  EvomergeError if it has no such split."""
     docs = {"train": task.lm.training_docs, "validation": task.lm.validation_docs, "test": task.lm.test_docs}[name]()
     if docs is None:
         raise EvomergeError(f"task {task.name}: has no {name} split of its own; give a number of items instead")

@@ -12,7 +12,7 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Broken, Signs, check_signs, prompts, signs
+from evomerge.evaluate.canary import Broken, Signs, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks, scores_of
 from evomerge.evaluate.item_values import ItemMetrics
@@ -209,9 +209,9 @@ class Evaluator:
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(recipe, clock)
         if self.prompts is None:
-            self.prompts = prompts(contexts(work.by_task), self.bank.device)
+            self.prompts = canary_prompts(contexts(work.by_task), self.bank.device)
         with clock.time("canary"), forwards_of(self.model, self.counts):
-            seen = signs(self.model, self.prompts, normal)
+            seen = measure_signs(self.model, self.prompts, normal)
             check_signs(seen, normal)
         if race_setup is None or race is None:
             return Outcome(self.objectives(work, clock, None), clock.seconds, seen)
