@@ -67,13 +67,13 @@ def laughs(levels: int) -> str:
         ("[" * (DEPTH + 1), f"more than {DEPTH} levels deep (line 1, column {DEPTH + 1})"),
         ("{a: " * 100_000, f"more than {DEPTH} levels deep"),
         ("- " * 100_000, f"more than {DEPTH} levels deep"),
-        (laughs(9), f"more than {YAML_NODES:,} values, aliases written out"),
+        (laughs(9), f"more than {YAML_NODES:,} values, aliases expanded"),
         ("[" + "1," * YAML_NODES + "]", f"more than {YAML_NODES:,} values"),
-        ("a: &a [1, *a]", "an alias to what it is part of (line 1"),
-        ("a: &a {b: {<<: *a}}", "an alias to what it is part of"),
+        ("a: &a [1, *a]", "an alias to a value that contains it (line 1"),
+        ("a: &a {b: {<<: *a}}", "an alias to a value that contains it"),
         ("a: *b", "found undefined alias"),
-        ("a: 1\nb: 2\na: 3", "the key 'a' is there twice (line 3, column 1)"),
-        ("x: {1: a, 0x1: b}", "the key '0x1' is there twice"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' occurs twice (line 3, column 1)"),
+        ("x: {1: a, 0x1: b}", "the key '0x1' occurs twice"),
         ("a: 1" + ":0" * 300_000, "a number of 600,001 digits"),  # base 60, in quadratic time
         ("a: !!int ''", "a value does not fit its type"),
         ("a: !!timestamp soon", "a value does not fit its type"),
@@ -127,7 +127,7 @@ def test_json_that_is_too_much_is_refused(text: str, reason: str) -> None:
 def test_whole_characters_are_json() -> None:
     assert parse_json('["\\ud83d\\ude00"]', "") == ["\U0001f600"]
     assert parse_json('{"a": 1, "a": 2}', "") == {"a": 2}
-    assert "the key 'a' is there twice" in refusal(lambda: parse_json('{"a": 1, "a": 2}', "", unique=True))
+    assert "the key 'a' occurs twice" in refusal(lambda: parse_json('{"a": 1, "a": 2}', "", unique=True))
 
 
 @pytest.mark.parametrize("read", [read_yaml, read_json, read_text, load_config, load_recipe])
@@ -168,7 +168,7 @@ def entry(shape: list[Any], end: int, start: int = 0, dtype: str = "U8") -> dict
         (b"{", None, "its header: not readable as JSON"),
         (b"[" * 100_000, None, "levels deep"),
         (b"\xff\xff", None, "its header is no text"),
-        (b'{"a":1,"a":2}', None, "the key 'a' is there twice"),
+        (b'{"a":1,"a":2}', None, "the key 'a' occurs twice"),
         ({"a": entry([-1], 1)}, None, "the shape of a is no list of sizes"),
         ({"a": entry([1.0], 1)}, None, "the shape of a is no list of sizes"),
         ({"a": None}, None, "the shape of a is no list of sizes"),
@@ -318,7 +318,7 @@ def test_a_tensor_under_two_names_of_pefts_is_refused(tmp_path: Path) -> None:
     module = "base_model.model." + Q_PROJ.removesuffix(".weight")
     twice = {f"{module}.lora_A{x}.weight": torch.ones(4, 16) for x in ("", ".default")}
     save_file(twice | {f"{module}.lora_B.weight": torch.ones(16, 4)}, file)
-    assert "is there twice" in refusal(lambda: open_adapter(folder, open_checkpoint(base)))
+    assert "occurs twice" in refusal(lambda: open_adapter(folder, open_checkpoint(base)))
 
 
 # Names of files and models
@@ -599,10 +599,10 @@ def test_the_command_line_says_one_line_and_ends_with_two(tmp_path: Path) -> Non
     escapes.write_text('{method: "\\e[2J", base: {path: b}, sources: [{name: a, path: b}]}')
     search = write_config(tmp_path, tmp_path / "family", storage="postgresql://me:hunter2@${NOWHERE}/db")
     for arguments, word in (
-        (["merge", tmp_path / "bomb.yaml", "--out", tmp_path / "out"], "aliases written out"),
+        (["merge", tmp_path / "bomb.yaml", "--out", tmp_path / "out"], "aliases expanded"),
         (["merge", tmp_path / "pipe.yaml", "--out", tmp_path / "out"], "not an ordinary file"),
         (["merge", escapes, "--out", tmp_path / "out"], "\\x1b[2J"),
-        (["search", tmp_path / "bomb.yaml"], "aliases written out"),
+        (["search", tmp_path / "bomb.yaml"], "aliases expanded"),
         (["search", search, "--run", tmp_path / "run"], "the environment variable 'NOWHERE' is not set"),
         (["inspect", family["base"], bad], "a has a shape that no tensor has"),
         (["inspect", family["base"], adapter], "takes too long to match"),
