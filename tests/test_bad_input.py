@@ -318,7 +318,7 @@ def test_a_tensor_under_two_names_of_pefts_is_refused(tmp_path: Path) -> None:
     module = "base_model.model." + Q_PROJ.removesuffix(".weight")
     twice = {f"{module}.lora_A{x}.weight": torch.ones(4, 16) for x in ("", ".default")}
     save_file(twice | {f"{module}.lora_B.weight": torch.ones(16, 4)}, file)
-    assert "occurs twice" in refusal(lambda: open_adapter(folder, open_checkpoint(base)))
+    assert "is there twice" in refusal(lambda: open_adapter(folder, open_checkpoint(base)))
 
 
 # Names of files and models
@@ -375,7 +375,7 @@ def test_a_template_is_no_way_to_run_python(tmp_path: Path) -> None:
     ],
 )
 def test_what_can_run_code_or_write_elsewhere_needs_consent(tmp_path: Path, change: dict[str, Any], key: str) -> None:
-    assert f"runs Python code (`{key}`); read it, and say `allow_task_code" in task_refusal(
+    assert f"runs Python code (`{key}`); read it; if it may run, set `allow_task_code" in task_refusal(
         task_file(tmp_path, **change)
     )
 

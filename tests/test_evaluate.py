@@ -642,7 +642,7 @@ def test_a_task_file_with_a_python_function_is_refused_and_not_run(
 def test_a_python_function_is_run_when_the_configuration_says_so(tmp_path: Path, generation_task: Path) -> None:
     (tmp_path / "code.py").write_text("def first_three(docs):\n    return docs.select(range(3))\n")
     generation_task.write_text(generation_task.read_text() + "process_docs: !function code.first_three\n")
-    assert "say `allow_task_code: true` beside the task" in refused(generation_task)
+    assert "set `allow_task_code: true` beside the task" in refused(generation_task)
     task = open_task(generation_task, allow_task_code=True)
     assert len(items_of(task, task.docs)) == 3
 
