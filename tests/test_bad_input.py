@@ -387,7 +387,7 @@ def test_a_tasks_name_is_plain(tmp_path: Path, name: str) -> None:
 
 def test_a_format_without_files_is_not_the_current_folder(tmp_path: Path) -> None:
     assert "dataset_path is json, a format; name the files" in task_refusal(task_file(tmp_path, dataset_kwargs={}))
-    assert "in which the current folder lies" in task_refusal(task_file(tmp_path, dataset_path="/"))
+    assert "which contains the current folder" in task_refusal(task_file(tmp_path, dataset_path="/"))
 
 
 def test_includes_are_bounded_and_stay_in_the_folder_once_included(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cheap look: what is broken is found, what is healthy passes."""
+"""The canary finds broken models and lets healthy ones pass."""
 
 from typing import Any
 

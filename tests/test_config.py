@@ -1,4 +1,4 @@
-"""The search configuration: everything that is wrong with a file is said at once, and nothing else is raised."""
+"""All problems of a configuration file are reported in one error, and no other type of error is raised."""
 
 from contextlib import suppress
 from pathlib import Path

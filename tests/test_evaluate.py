@@ -1,4 +1,4 @@
-"""Scores: the same numbers as lm-eval's, items dealt once and for all, tasks that run no code of their own."""
+"""Scores are those of lm-eval, items are dealt to the same splits every time, and task files run no code unasked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,8 +101,8 @@ def greedy(model: Any, tokenizer: Any, prompt: str, count: int = 8) -> str:
 
 
 @dataclass
-class Road:
-    """What both programs make of the same tasks with the same model."""
+class Comparison:
+    """The results of evomerge and of lm-eval for the same tasks and model."""
 
     tasks: dict[str, Task]
     ours: dict[str, TaskResult]
@@ -160,9 +160,9 @@ def write_all(folder: Path, model: Any, tokenizer: Any) -> tuple[list[str], list
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
-def road(
+def compared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, tokenizer: Any
-) -> Road:
+) -> Comparison:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -186,7 +186,7 @@ def road(
             bootstrap_iters=0,
             log_samples=True,
         )
-    return Road({t.name: t for t in tasks}, {r.task: r for r in ours}, work, theirs, outputs, until)
+    return Comparison({t.name: t for t in tasks}, {r.task: r for r in ours}, work, theirs, outputs, until)
 
 
 EVERY_METRIC = [
@@ -204,10 +204,10 @@ EVERY_METRIC = [
 
 
 @pytest.mark.parametrize(("task", "metric", "filter_name"), EVERY_METRIC)
-def test_accuracies_are_lm_evals_item_by_item(road: Road, task: str, metric: str, filter_name: str) -> None:
-    name = metric if road.tasks[task].filters[0] == filter_name else f"{metric},{filter_name}"
-    assert road.ours[task].raw[name] == [s[metric] for s in road.samples(task, filter_name)]
-    assert road.ours[task].metrics[name] == road.theirs["results"][task][f"{metric},{filter_name}"]
+def test_accuracies_are_lm_evals_item_by_item(compared: Comparison, task: str, metric: str, filter_name: str) -> None:
+    name = metric if compared.tasks[task].filters[0] == filter_name else f"{metric},{filter_name}"
+    assert compared.ours[task].raw[name] == [s[metric] for s in compared.samples(task, filter_name)]
+    assert compared.ours[task].metrics[name] == compared.theirs["results"][task][f"{metric},{filter_name}"]
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_accuracies_are_lm_evals_item_by_item(road: Road, task: str, metric: str
         ("rolling", "bits_per_byte"),
     ],
 )
-def test_perplexities_and_brier_scores_are_lm_evals(road: Road, task: str, metric: str) -> None:
-    expected = road.theirs["results"][task][f"{metric},none"]
-    assert road.ours[task].metrics[metric] == pytest.approx(expected, rel=1e-5)
+def test_perplexities_and_brier_scores_are_lm_evals(compared: Comparison, task: str, metric: str) -> None:
+    expected = compared.theirs["results"][task][f"{metric},none"]
+    assert compared.ours[task].metrics[metric] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["long_choices", "one_token", "delimited", "shots_choice", "answer"])
-def test_every_choices_log_likelihood_is_lm_evals(road: Road, task: str) -> None:
-    for asked, sample in zip(road.work[task].items, road.samples(task, "none"), strict=True):
+def test_every_choices_log_likelihood_is_lm_evals(compared: Comparison, task: str) -> None:
+    for asked, sample in zip(compared.work[task].items, compared.samples(task, "none"), strict=True):
         assert asked.instances[0].doc == sample["doc"]
         for instance, (theirs,) in zip(asked.instances, sample["resps"], strict=True):
             ours, is_greedy = instance.resps[0]
@@ -235,23 +235,23 @@ def test_every_choices_log_likelihood_is_lm_evals(road: Road, task: str) -> None
             assert is_greedy == theirs[1]
 
 
-def test_log_likelihoods_of_texts_longer_than_the_model_are_lm_evals(road: Road) -> None:
-    for asked, sample in zip(road.work["rolling"].items, road.samples("rolling", "none"), strict=True):
+def test_log_likelihoods_of_texts_longer_than_the_model_are_lm_evals(compared: Comparison) -> None:
+    for asked, sample in zip(compared.work["rolling"].items, compared.samples("rolling", "none"), strict=True):
         assert asked.instances[0].resps[0] == pytest.approx(sample["resps"][0][0], abs=1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize(("task", "filter_name"), [("generation", "whole"), ("shots_generation", "none")])
-def test_generated_texts_are_lm_evals(road: Road, task: str, filter_name: str) -> None:
-    ours = [asked.instances[0].resps[0] for asked in road.work[task].items]
-    assert ours == [sample["resps"][0][0] for sample in road.samples(task, filter_name)]
+def test_generated_texts_are_lm_evals(compared: Comparison, task: str, filter_name: str) -> None:
+    ours = [asked.instances[0].resps[0] for asked in compared.work[task].items]
+    assert ours == [sample["resps"][0][0] for sample in compared.samples(task, filter_name)]
 
 
-def test_the_comparison_is_not_about_nothing(road: Road) -> None:
+def test_the_comparison_is_not_about_nothing(compared: Comparison) -> None:
     """Some answers match and some do not; some are cut by a stop string and some reach the limit."""
     for task, metric, _ in EVERY_METRIC[:2]:
-        assert 0 < road.ours[task].metrics[metric] < 1
-    assert 0.25 <= road.ours["generation"].metrics["exact_match"] < 1
-    stopped = [any(stop in output for stop in road.until) for output in road.outputs]
+        assert 0 < compared.ours[task].metrics[metric] < 1
+    assert 0.25 <= compared.ours["generation"].metrics["exact_match"] < 1
+    stopped = [any(stop in output for stop in compared.until) for output in compared.outputs]
     assert 0 < sum(stopped) < len(stopped)
 
 
@@ -266,10 +266,10 @@ def test_few_shot_prompts_are_the_same_however_often_a_task_is_prepared(
     assert [a.instances[0].args for a in once] == [a.instances[0].args for a in again]
 
 
-def test_few_shot_prompts_hold_two_examples(road: Road) -> None:
-    prompt = road.work["shots_generation"].items[0].instances[0].args[0]
+def test_few_shot_prompts_hold_two_examples(compared: Comparison) -> None:
+    prompt = compared.work["shots_generation"].items[0].instances[0].args[0]
     assert prompt.count("+") == 3
-    assert prompt == road.samples("shots_generation", "none")[0]["arguments"][0][0]
+    assert prompt == compared.samples("shots_generation", "none")[0]["arguments"][0][0]
 
 
 # The smooth metrics
@@ -501,7 +501,7 @@ def test_an_item_that_cannot_be_scored_is_said_with_its_task(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_gen_toks": 64}, "max_gen_toks 64 leaves no room in the model's 64 tokens"),
+        ({"max_gen_toks": 64}, "max_gen_toks 64 leaves no tokens for the prompt: the model takes 64"),
         ({"do_sample": True, "temperature": 0.7}, "asks for sampling"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a model is asked is kept beside the run, and nothing of it is made twice or taken for something else."""
+"""Requests of items are stored in the run folder: read back unchanged, not built twice, not used for other items."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Measure where the time of an evaluation goes and what it computes; the place where it may be interrupted."""
+"""Count the seconds, forwards and tokens of an evaluation, and let it be interrupted between batches."""
 
 import time
 from collections.abc import Callable, Iterator

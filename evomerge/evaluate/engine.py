@@ -73,7 +73,9 @@ class Engine:
         EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
         examples do not fit its documents.
         """
-        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples one after another: each call starts anew
+        task.lm.set_fewshot_seed(
+            FEWSHOT_SEED
+        )  # lm-eval draws examples one after another; the same seed before each call makes calls equal
         objective = task.own.get(task.objective)
         only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
@@ -226,7 +228,7 @@ def by_item(
 
 
 def respond(asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[str]) -> None:
-    """Put into an item's lm-eval requests what lm-eval's model would have answered."""
+    """Set the answers of an item's lm-eval requests (`resps`) as lm-eval's own model would set them."""
     left = iter(texts)
     for k, instance in enumerate(asked.instances):
         if instance.request_type == "generate_until":

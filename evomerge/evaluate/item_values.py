@@ -36,7 +36,7 @@ def lm_eval_values(task: Task, items: Sequence[Item], instances: Sequence[list[A
                 values = task.lm.process_results(item.doc, [i.filtered_resps[name] for i in group])
                 for metric, value in values.items():
                     found.setdefault(metric if number == 0 else f"{metric},{name}", []).append(value)
-    except Exception as error:  # what a task's file asks for may not fit its documents, or this answer
+    except Exception as error:  # filters and metrics of a task file may not fit its documents, or this answer
         raise MetricFailed(
             f"task {task.name}: its filters and metrics fail on an answer ({type(error).__name__}: {reason(error)})"
         ) from error

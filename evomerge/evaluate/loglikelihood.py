@@ -69,7 +69,7 @@ class Plan:
     """How rows become batches.
 
     budget: padded tokens per forward.
-    device: where the batches' tensors lie.
+    device: the device of the batches' tensors.
     vocabulary: V, with which the number of a forward's logits is bounded.
     packs: whether several sequences may share a row.
     trunks: the prefixes that may be computed before the rows; None chooses them.
@@ -94,8 +94,8 @@ def plan_batches(rows: Sequence[Row], plan: Plan) -> list[Batch]:
     for number, leaf in enumerate(leaves):
         owners.setdefault(leaf.tokens, []).append(number)
     if not plan.packs:
-        alone = [single_row(tokens) for tokens in sorted(owners, key=lambda t: (-len(t), t))]
-        return split(alone, (), owners, rows, plan)
+        single = [single_row(tokens) for tokens in sorted(owners, key=lambda t: (-len(t), t))]
+        return split(single, (), owners, rows, plan)
     trunks = choose_trunks(leaves) if plan.trunks is None else plan.trunks
     batches = []
     for trunk, sequences in group_by_trunk(leaves, trunks).items():

@@ -1,6 +1,6 @@
 """The one table of metrics: what each needs, its direction, its bounds and its formula for one item.
 
-A new metric is one entry of `METRICS` and its formula; everything that depends on the metric reads the table: which
+A new metric is one entry of `TABLE` and its formula; everything that depends on the metric reads the table: which
 requests are made (`engine.py`), which task has it (`tasks.py`), the sign of item scores, the highest score that a race
 assumes (`racing.py`) and the bounds of intervals (`search/verdict/intervals.py`).
 
@@ -54,9 +54,9 @@ class Metric:
     """One metric of an item.
 
     name: as configurations write it.
-    needs: what is computed for it: the log-likelihood of the gold answer alone (`gold`), that of every choice
-        (`choices`), a generated answer (`generation`), or what lm-eval's own metric asks for (`lm_eval`).
-    higher_is_better: the direction; for `lm_eval` the one that counts where the task does not say it.
+    needs: what is computed for it: only the log-likelihood of the gold answer (`gold`), that of every choice
+        (`choices`), a generated answer (`generation`), or the requests of lm-eval's own metric (`lm_eval`).
+    higher_is_better: the direction; for `lm_eval` used where the task does not give one.
     worst, best: the bounds of an item's value, None if it has no bound.
     smooth: whether it moves with every change of a probability, unlike right or wrong.
     formula: the value of one item from its `Answer`; None for `lm_eval`, where lm-eval computes the value.

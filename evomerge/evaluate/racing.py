@@ -242,7 +242,7 @@ class Race:
         return fractions
 
     def estimate(self) -> Estimate:
-        """The estimate of the candidate's value that the sampler is told.
+        """The estimate of the candidate's value, for the sampler.
 
         Delta's estimate is shrunk like a normal mean with a normal prior (Efron and Morris 1975),
 

@@ -158,7 +158,8 @@ class Requests:
         longest = self.lm.max_length - limit
         if longest <= 0:
             raise EvomergeError(
-                f"task {task.name}: max_gen_toks {limit} leaves no room in the model's {self.lm.max_length} tokens"
+                f"task {task.name}: max_gen_toks {limit} leaves no tokens for the prompt: the model takes "
+                f"{self.lm.max_length}"
             )
         stops = handle_stop_sequences(options.get("until"), eos=end)
         if limit < 1 or not all(isinstance(stop, str) for stop in stops):

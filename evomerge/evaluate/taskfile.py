@@ -181,7 +181,9 @@ def refuse_whole_folders(dataset: Any, kwargs: dict[str, Any], path: Path) -> No
     for key, folder in (("dataset_path", dataset), ("dataset_kwargs.data_dir", kwargs.get("data_dir"))):
         here = Path.cwd()
         if isinstance(folder, str) and os.path.isdir(folder) and here.is_relative_to(os.path.realpath(folder)):
-            raise EvomergeError(f"{path}: {key} is {folder!r}, in which the current folder lies; name a folder of data")
+            raise EvomergeError(
+                f"{path}: {key} is {folder!r}, which contains the current folder; name a folder of data"
+            )
 
 
 def local_data(data_files: Any, task_file: Path) -> Any:

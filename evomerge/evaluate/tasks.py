@@ -87,7 +87,10 @@ class Task:
         return [f.name for f in self.lm._filters]
 
     def higher_is_better(self, metric: str) -> bool:
-        """The direction of a metric: of our own as the table says, of others as the task says (else the table)."""
+        """The direction of a metric.
+
+        Metrics with a formula have that of the table; others that of the task, or if it gives none, of the table.
+        """
         if metric in self.own:
             return self.own[metric].higher_is_better
         plain = metric.split(",")[0]
@@ -160,7 +163,7 @@ def add_metric(task: Task, metric: Metric) -> None:
             f"this one is {task.kind}"
         )
     task.added[metric.name] = metric
-    task.__dict__.pop("own", None)  # computed anew
+    task.__dict__.pop("own", None)  # `own` is computed again with it
 
 
 def listed(task: Task) -> str:
