@@ -384,7 +384,7 @@ def test_metrics_without_a_known_top_get_the_baselines_range_above_their_best() 
 def work_of(tokens: list[int], prompts: int = 0) -> Workload:
     """Batches of so many tokens, and one generation of so many prompts."""
     nothing = torch.zeros(0, dtype=torch.long)
-    work = Workload(None, [], metrics=False)  # type: ignore[arg-type]
+    work = Workload(None, [], complete=False)  # type: ignore[arg-type]
     work.batches = [
         Batch(torch.zeros(1, n), None, None, (), nothing, nothing, nothing, nothing, n) for n in tokens
     ]  # fmt: skip

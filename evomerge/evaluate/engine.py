@@ -73,9 +73,7 @@ class Engine:
         EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
         examples do not fit its documents.
         """
-        task.lm.set_fewshot_seed(
-            FEWSHOT_SEED
-        )  # lm-eval draws examples one after another; the same seed before each call makes calls equal
+        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # before each call: lm-eval draws examples one after another
         objective = task.own.get(task.objective)
         only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
@@ -87,7 +85,7 @@ class Engine:
                 f"task {task.name}: no requests can be built of its items ({type(error).__name__}: {reason(error)}); "
                 "do the templates fit the documents?"
             ) from error
-        return Workload(task, asked, metrics=not only_gold)
+        return Workload(task, asked, complete=not only_gold)
 
     def in_chunks(self, works: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
         """Workloads of tasks as one planned workload for each chunk of items; all tasks of a chunk share batches.
@@ -174,16 +172,16 @@ class Engine:
         """
         task = work.task
         found: ItemMetrics = {}
-        answers = [answer_of(task, work.metrics, *each) for each in by_item(work.items, lls, texts)]
-        if work.metrics:
+        answers = [answer_of(task, work.complete, *each) for each in by_item(work.items, lls, texts)]
+        if work.complete:
             for each in by_item(work.items, lls, texts):
                 respond(*each)
             instances = [asked.instances for asked in work.items]
             found = lm_eval_values(task, [asked.item for asked in work.items], instances)
         computed = {
             "gold": all(asked.gold is not None for asked in work.items),
-            "choices": work.metrics,
-            "generation": work.metrics,
+            "choices": work.complete,
+            "generation": work.complete,
         }
         return found | formula_values(task, [m for m in task.own.values() if computed[m.needs]], answers)
 

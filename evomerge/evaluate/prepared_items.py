@@ -55,7 +55,7 @@ def items_key(engine: Engine, task: Task, items: Sequence[Item], everything: boo
 def write(file: Path, key: str, split: Split, work: Workload) -> None:
     """Write the requests of a workload of one task."""
     with written_aside(file) as aside, aside.open("w", encoding="utf-8") as out:
-        out.write(json.dumps({"key": key, "metrics": work.metrics, "items": len(work.items)}) + "\n")
+        out.write(json.dumps({"key": key, "metrics": work.complete, "items": len(work.items)}) + "\n")
         for asked in work.items:
             line = {
                 "item": asked.item.id,
@@ -80,7 +80,7 @@ def read(file: Path, key: str, task: Task, items: Sequence[Item]) -> Workload | 
             if head["key"] != key:
                 return None
             asked = [read_item(task, item, json.loads(line)) for item, line in zip(items, lines, strict=True)]
-            return Workload(task, asked, metrics=head["metrics"])
+            return Workload(task, asked, complete=head["metrics"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
         return None
 

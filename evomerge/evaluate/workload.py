@@ -39,7 +39,7 @@ class Workload:
 
     task: the task; of several the first.
     items: what the model is asked about each item; of several tasks one task after another.
-    metrics: whether all requests are answered, or only the gold answer's log-likelihood is computed.
+    complete: whether all requests are answered, or only the gold answer's log-likelihood is computed.
     parts: one workload for each task, if there are several.
     shared: the trunks that batches may begin with; None lets the planner choose them.
     budget: the padded tokens per forward that the batches are made for.
@@ -49,7 +49,7 @@ class Workload:
 
     task: Task
     items: list[ItemRequests]
-    metrics: bool
+    complete: bool
     parts: list["Workload"] = field(default_factory=list)
     shared: list[Tokens] | None = None
     budget: int = 0
@@ -84,7 +84,7 @@ class Workload:
 
     def pick(self, chosen: Sequence[int]) -> "Workload":
         """The items at these places, in this order, without batches."""
-        return Workload(self.task, [self.items[i] for i in chosen], self.metrics)
+        return Workload(self.task, [self.items[i] for i in chosen], self.complete)
 
 
 def join_workloads(parts: Sequence[Workload]) -> Workload:
@@ -92,4 +92,4 @@ def join_workloads(parts: Sequence[Workload]) -> Workload:
     if len(parts) == 1:
         return parts[0]
     items = [asked for part in parts for asked in part.items]
-    return Workload(parts[0].task, items, any(part.metrics for part in parts), list(parts))
+    return Workload(parts[0].task, items, any(part.complete for part in parts), list(parts))
