@@ -106,7 +106,7 @@ def ceiling(metric: str, baselines: NDArray[np.float64]) -> float:
 def race_order(
     ids: Sequence[str], weights: Vector, seed: int, baselines: NDArray[np.float64] | None, ceiling: Vector
 ) -> Order:
-    """The random order of a study's items; it depends only on the seed and the items' ids.
+    """The random order of a study's items.  Its randomness comes only from the seed and the items' ids.
 
     ids: of the N items.
     weights, ceiling: (N,).
@@ -201,9 +201,8 @@ class Race:
         tiny = ROUNDING * (self.w @ self.bound + np.cumsum(self.w[:last] * np.abs(self.d))[seen:])  # (n,)
         x = np.minimum(1.0, np.divide(z, top, out=np.zeros_like(z), where=top > tiny))
         capital = self.capital + np.cumsum(np.log1p(-self.bets(x) * x))
-        beaten = (
-            after + tail_sums(self.w * self.bound)[seen + 1 : last + 1] < -tiny
-        )  # with all items left at their ceilings
+        # Even with all items left at their ceilings the candidate would be worse.
+        beaten = after + tail_sums(self.w * self.bound)[seen + 1 : last + 1] < -tiny
         lost = (after < -tiny) & (beaten | (capital >= self.threshold))
         self.capital = float(capital[-1]) if count else self.capital
         self.stopped = bool(lost.any()) and last < len(self.w)
