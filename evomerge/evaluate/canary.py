@@ -57,9 +57,8 @@ def measure_signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
     logits = model(tokens, use_cache=False).logits  # (B, T, V)
     if not bool(logits.isfinite().all()):
         raise Broken("a logit is not finite")
-    entropy = float(
-        torch.stack([entropies(row) for row in logits]).mean()
-    )  # row by row, because float32 copies of all logits are large
+    # Row by row, because float32 copies of all logits are large.
+    entropy = float(torch.stack([entropies(row) for row in logits]).mean())
     counts = logits.argmax(-1).flatten().bincount()
     found = Signs(entropy, float(counts.max()) / float(counts.sum()))
     if normal is None or found.sameness <= max(SUSPECT, normal.sameness):
