@@ -120,7 +120,7 @@ def tokens(work: Workload) -> tuple[float, float]:
 def compare(engine: Engine, task: Task, repeats: int) -> list[str]:
     """One line of the table."""
     work = engine.prepare(task, items_of(task, task.docs), everything=False)
-    instances = [i for group in work.instances for i in group]
+    instances = [i for asked in work.items for i in asked.instances]
     generates = task.kind == "generate_until"
     longest = (
         max(len(p.context) + p.limit for p in work.prompts) if generates else max(len(r.tokens) for r in work.rows)

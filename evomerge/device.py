@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and in which type the weights are kept."""
+"""The device that computes, and torch's types by their names in configurations."""
 
 import torch
 
@@ -8,7 +8,10 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """`auto` is an accelerator if there is one.  EvomergeError if the wanted device is not there."""
+    """The device that a configuration names; `auto` is an accelerator if there is one, else the CPU.
+
+    EvomergeError if this machine does not have the device.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
@@ -23,12 +26,12 @@ def resolve_device(wanted: str) -> torch.device:
 
 
 def use(device: torch.device) -> None:
-    """Make a device this thread's own: kernels are launched on the current one, wherever their operands lie."""
-    if device.type == "cuda" and device.index is not None:  # without one it is the current device
+    """Make a device the current one of this thread: kernels run on the current device, wherever their operands are."""
+    if device.type == "cuda" and device.index is not None:  # without an index it is the current device
         torch.cuda.set_device(device)
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done all that it was given; a clock that is read before counts only the giving."""
+    """Wait until a device has finished its work; a clock that is read earlier measures only the time to start it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

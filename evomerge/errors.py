@@ -1,20 +1,20 @@
-"""The one error that is the user's to mend, and how messages quote what they are about.
+"""The error for everything that the user can correct, and helpers for the texts of messages.
 
-The command line prints the error without a traceback and exits with 2.
+The command line prints this error without a traceback and exits with code 2.
 """
 
 from collections.abc import Sequence
 
 
 class EvomergeError(Exception):
-    """Wrong input: the message says what is wrong, where, and what would be right."""
+    """Wrong input.  The message says what is wrong, where, and what would be right."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line; its type if it says nothing."""
+    """The first line of an exception's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three of many names."""
+    """The first three names, separated by commas, with `...` if there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,4 +1,7 @@
-"""Files: read within bounds; written aside, synced, renamed, so that what has its name is whole."""
+"""Read files within size limits; write files and folders so that a reader never sees a part of them.
+
+New content is written under a temporary name, synced to the disk and renamed.
+"""
 
 import errno
 import fcntl
@@ -27,9 +30,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """An ordinary file, to read.
+    """Open an ordinary file to read its bytes.
 
-    EvomergeError if it is missing, cannot be read or is none: a pipe would make one wait, a device never ends.
+    EvomergeError if it is missing, cannot be read or is not an ordinary file: a pipe may block, a device may never end.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -39,16 +42,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise EvomergeError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError, and so is what is not UTF-8
+    except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte, or content that is not UTF-8
         raise EvomergeError(f"{path}: cannot be read ({error})") from error
 
 
 def read_text(path: Path, limit: int = YAML_BYTES) -> str:
-    """The content of a file of at most `limit` bytes of UTF-8.  EvomergeError if it is something else."""
+    """The content of a UTF-8 file.  EvomergeError if it cannot be read or has more than `limit` bytes."""
     with opened(path) as file:
         content = file.read(limit + 1)
         if len(content) > limit:
-            raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, which no such file is")
+            raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
         return content.decode("utf-8")
 
 
@@ -58,14 +61,17 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_yaml_documents(path: Path) -> list[Any]:
-    """The contents of a YAML file's documents, one at least.  EvomergeError as for `read_yaml`."""
+    """The contents of a YAML file's documents, at least one.  EvomergeError as for `read_yaml`."""
     return parse_yaml_documents(read_text(path), str(path))
 
 
 def read_json(path: Path, limit: int = JSON_BYTES, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from a file.  EvomergeError if the file is missing, not JSON or not an object.
+    """The JSON object in a file.
 
-    unique: a key that is there twice is refused.
+    limit: the greatest number of bytes.
+    unique: refuse a key that occurs twice in one object.
+
+    EvomergeError if the file is missing, too large, not JSON or not an object.
     """
     content = parse_json(read_text(path, limit), str(path), unique)
     if not isinstance(content, dict):
@@ -74,7 +80,7 @@ def read_json(path: Path, limit: int = JSON_BYTES, unique: bool = False) -> dict
 
 
 def sync(path: Path) -> None:
-    """Force a file's or a folder's content to the disk."""
+    """Write a file's or a folder's content from the system's memory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -84,7 +90,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file while this lasts; whoever else wants it waits.  The lock dies with its process."""
+    """Within the context, hold a lock file; other processes wait for it.  A lock ends with its process."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -94,7 +100,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden path into a message; every other error stays what it is."""
+    """Within the context, a full disk or a forbidden path becomes an EvomergeError; other errors are unchanged."""
     try:
         yield
     except OSError as error:
@@ -108,9 +114,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
-    """Replace a file's content in one step: a reader sees the old text or the new, never a part.
+    """Replace a file's content in one step: a reader sees the old text or the new text, never a part.
 
-    private: only the owner may read it (mode 0600), from the first byte on.
+    private: only the owner can read the file (mode 0600), also while it is written.
     """
     aside = path.with_name(path.name + ".part")
     with disk_errors(path):
@@ -131,10 +137,10 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A file that appears under its name only when it is whole.
+    """Within the context, write a file that appears under its name only when it is complete.
 
-    Yields a name beside `path` (same suffix, this process's own) to write to; on success it is renamed, on an error
-    removed.
+    Yields the temporary name to write to: beside `path`, with the same suffix, unique to this process.  Without an
+    error the file is renamed to `path`, else it is removed.
     """
     aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     with disk_errors(path):
@@ -147,7 +153,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def refuse_full(path: Path) -> None:
-    """EvomergeError if there is a file or a folder of this name that is not empty."""
+    """EvomergeError if `path` is a file or a folder that is not empty."""
     with disk_errors(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise EvomergeError(f"{path}: exists already and is not an empty folder; choose another name")
@@ -155,10 +161,10 @@ def refuse_full(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is complete.
+    """Within the context, fill a folder that appears under its name only when it is complete.
 
-    Yields a folder beside `path` to fill; on success it is synced and renamed, on an error it is removed.
-    A left-over of a killed process is removed first.  `path` itself must be absent or empty.
+    Yields a temporary folder beside `path`.  Without an error it is synced and renamed to `path`, else it is removed.
+    What a killed process left there is removed first.  `path` must be absent or an empty folder.
     """
     refuse_full(path)
     aside = path.with_name(path.name + ".part")

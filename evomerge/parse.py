@@ -1,6 +1,6 @@
-"""Text from outside as plain data: YAML and JSON, bounded in size, depth and what aliases multiply.
+"""Parse YAML and JSON from outside as plain data, with limits of size and depth.
 
-Whoever wrote the text, what comes back is safe to walk, copy and write out again, or it is one EvomergeError.
+Whatever the text is, the result is plain data that can be walked, copied and written again, or one EvomergeError.
 """
 
 import json
@@ -12,23 +12,23 @@ import yaml
 from evomerge.errors import EvomergeError
 
 DEPTH = 64  # levels of lists and mappings; a recipe in a recipe takes four
-YAML_NODES = 200_000  # after aliases are written out: what later code walks, not what the file holds
+YAML_NODES = 200_000  # counted after aliases are expanded, since later code walks all of them
 DIGITS = 400  # more than any finite float has; base-60 numbers (1:00:00) take quadratic time
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # \ud83d and the like, which alone no file can hold
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # \ud83d and the like; alone they cannot be encoded as UTF-8
 
 Base: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
 class Tagged(str):
-    """A scalar with a tag that means something to another program, as its text."""
+    """The text of a scalar whose tag has a meaning for another program."""
 
 
 class Loader(Base):  # type: ignore[misc]
-    """Plain data only."""
+    """Reads plain data only."""
 
 
 class TaskLoader(Loader):
-    """Plain data and lm-eval's `!function`, which is read and not run."""
+    """Reads plain data and lm-eval's `!function`, which is returned as `Tagged` and not run."""
 
 
 TaskLoader.add_constructor("!function", lambda loader, node: Tagged(loader.construct_scalar(node)))
@@ -37,8 +37,12 @@ TaskLoader.add_constructor("!function", lambda loader, node: Tagged(loader.const
 def parse_yaml(text: str, where: str, loader: type[Loader] = Loader) -> Any:
     """The content of a YAML document.
 
-    EvomergeError (with `where`, line and reason, never with the text itself, which may hold a password) if it is not
-    YAML, is too deep or too much, holds a key twice, an object of another program, or an alias to what it is part of.
+    text: the document.
+    where: its file, for the error.
+    loader: which tags are read.
+
+    EvomergeError (with `where`, line and reason, but without the text, which may contain a password) if it is not YAML,
+    is too deep or too large, or has a key twice, an object of another program, or an alias to a value that contains it.
     """
     documents = parse_yaml_documents(text, where, loader)
     if len(documents) > 1:
@@ -47,7 +51,7 @@ def parse_yaml(text: str, where: str, loader: type[Loader] = Loader) -> Any:
 
 
 def parse_yaml_documents(text: str, where: str, loader: type[Loader] = Loader) -> list[Any]:
-    """The contents of the documents of YAML that `---` parts; of empty text None.  EvomergeError as in `parse_yaml`."""
+    """The contents of YAML documents separated by `---`; of an empty text one None.  Errors as in `parse_yaml`."""
     try:
         check_events(text)
         reading = loader(text)
@@ -63,16 +67,17 @@ def parse_yaml_documents(text: str, where: str, loader: type[Loader] = Loader) -
         raise EvomergeError(f"{where}: not YAML: {error.problem or error.context}{at}") from error
     except yaml.reader.ReaderError as error:
         raise EvomergeError(f"{where}: not YAML: {error.reason} (character {error.position})") from error
-    except Exception as error:  # PyYAML's constructors raise what fails inside them: 2024-02-31 is a ValueError
+    except Exception as error:  # PyYAML's constructors raise any type: 2024-02-31 is a ValueError
         raise EvomergeError(f"{where}: not YAML: a value does not fit its type ({type(error).__name__})") from error
 
 
 def refuse(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    """The error for a problem at a position of the text."""
     return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 
 def check_events(text: str) -> None:
-    """Refuse what would be too deep or too much before any of it is built."""
+    """MarkedYAMLError if the content would be too deep or too large; nothing is built for that."""
     size = 0
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []
@@ -92,14 +97,14 @@ def check_events(text: str) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in opened):
-                raise refuse("an alias to what it is part of", event.start_mark)
+                raise refuse("an alias to a value that contains it", event.start_mark)
             size += sizes.get(str(event.anchor), 0)
         if size > YAML_NODES:
-            raise refuse(f"more than {YAML_NODES:,} values, aliases written out", event.start_mark)
+            raise refuse(f"more than {YAML_NODES:,} values, aliases expanded", event.start_mark)
 
 
 def check_nodes(loader: Any, root: yaml.Node) -> None:
-    """Refuse keys that are there twice, numbers of absurd length and half characters."""
+    """MarkedYAMLError if a key occurs twice, a number is absurdly long, or a text has a lone surrogate."""
     waiting, seen = [root], {id(root)}
     while waiting:
         node = waiting.pop()
@@ -108,7 +113,7 @@ def check_nodes(loader: Any, root: yaml.Node) -> None:
             if len(node.value) > DIGITS and node.tag.endswith((":int", ":float")):
                 raise refuse(f"a number of {len(node.value):,} digits", node.start_mark)
             if not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
-                raise refuse("half a character (a lone surrogate)", node.start_mark)
+                raise refuse("a lone surrogate (half a character)", node.start_mark)
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         elif isinstance(node, yaml.MappingNode):
@@ -120,35 +125,39 @@ def check_nodes(loader: Any, root: yaml.Node) -> None:
 
 
 def check_keys(loader: Any, keys: list[yaml.ScalarNode]) -> None:
+    """MarkedYAMLError if a key occurs twice in one mapping."""
     known = set()
     for key in keys:
-        # Most are words, which are what they say; the others are the same if their values are (1 and 0x1).
+        # Most keys are words, whose value is their text; others are equal if their values are (1 and 0x1).
         is_word = key.tag.endswith((":str", ":merge")) or len(key.value) > DIGITS
         value = key.value if is_word else loader.construct_object(key)
         if value in known:
-            raise refuse(f"the key {key.value[:60]!r} is there twice", key.start_mark)
+            raise refuse(f"the key {key.value[:60]!r} occurs twice", key.start_mark)
         known.add(value)
 
 
 def parse_json(text: str, where: str, unique: bool = False) -> Any:
-    """The content of a JSON document.  unique: a key that is there twice is refused, else the last one counts.
+    """The content of a JSON document.
 
-    EvomergeError if it is not JSON, too deep, or holds half a character.
+    where: its file, for the error.
+    unique: refuse a key that occurs twice in one object; else the last one counts.
+
+    EvomergeError if it is not JSON, is too deep, or has a lone surrogate.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:60]!r} is there twice")
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)[:60]!r} occurs twice")
         return found
 
     try:
         content = json.loads(text, object_pairs_hook=once if unique else None)
-        if HALF_CHARACTER.search(text):
+        if SURROGATE.search(text):
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise EvomergeError(f"{where}: holds half a character (a lone surrogate such as \\ud800)") from error
+        raise EvomergeError(f"{where}: has a lone surrogate (half a character) such as \\ud800") from error
     except ValueError as error:
         raise EvomergeError(f"{where}: not readable as JSON ({error})") from error
     except RecursionError as error:
@@ -159,7 +168,7 @@ def parse_json(text: str, where: str, unique: bool = False) -> Any:
 
 
 def is_deep(content: Any) -> bool:
-    """Whether lists and mappings lie in each other more than DEPTH times."""
+    """Whether lists and mappings are nested more than DEPTH levels deep."""
     level = [content]
     for _ in range(DEPTH + 1):
         inner = [x for x in level if isinstance(x, (list, dict))]

@@ -69,13 +69,13 @@ def laughs(levels: int) -> str:
         ("[" * (DEPTH + 1), f"more than {DEPTH} levels deep (line 1, column {DEPTH + 1})"),
         ("{a: " * 100_000, f"more than {DEPTH} levels deep"),
         ("- " * 100_000, f"more than {DEPTH} levels deep"),
-        (laughs(9), f"more than {YAML_NODES:,} values, aliases written out"),
+        (laughs(9), f"more than {YAML_NODES:,} values, aliases expanded"),
         ("[" + "1," * YAML_NODES + "]", f"more than {YAML_NODES:,} values"),
-        ("a: &a [1, *a]", "an alias to what it is part of (line 1"),
-        ("a: &a {b: {<<: *a}}", "an alias to what it is part of"),
+        ("a: &a [1, *a]", "an alias to a value that contains it (line 1"),
+        ("a: &a {b: {<<: *a}}", "an alias to a value that contains it"),
         ("a: *b", "found undefined alias"),
-        ("a: 1\nb: 2\na: 3", "the key 'a' is there twice (line 3, column 1)"),
-        ("x: {1: a, 0x1: b}", "the key '0x1' is there twice"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' occurs twice (line 3, column 1)"),
+        ("x: {1: a, 0x1: b}", "the key '0x1' occurs twice"),
         ("a: 1" + ":0" * 300_000, "a number of 600,001 digits"),  # base 60, in quadratic time
         ("a: !!int ''", "a value does not fit its type"),
         ("a: !!timestamp soon", "a value does not fit its type"),
@@ -129,7 +129,7 @@ def test_json_that_is_too_much_is_refused(text: str, reason: str) -> None:
 def test_whole_characters_are_json() -> None:
     assert parse_json('["\\ud83d\\ude00"]', "") == ["\U0001f600"]
     assert parse_json('{"a": 1, "a": 2}', "") == {"a": 2}
-    assert "the key 'a' is there twice" in refusal(lambda: parse_json('{"a": 1, "a": 2}', "", unique=True))
+    assert "the key 'a' occurs twice" in refusal(lambda: parse_json('{"a": 1, "a": 2}', "", unique=True))
 
 
 @pytest.mark.parametrize("read", [read_yaml, read_json, read_text, load_config, load_recipe])
@@ -170,7 +170,7 @@ def entry(shape: list[Any], end: int, start: int = 0, dtype: str = "U8") -> dict
         (b"{", None, "its header: not readable as JSON"),
         (b"[" * 100_000, None, "levels deep"),
         (b"\xff\xff", None, "its header is not UTF-8 text"),
-        (b'{"a":1,"a":2}', None, "the key 'a' is there twice"),
+        (b'{"a":1,"a":2}', None, "the key 'a' occurs twice"),
         ({"a": entry([-1], 1)}, None, "the shape of a is not a list of sizes"),
         ({"a": entry([1.0], 1)}, None, "the shape of a is not a list of sizes"),
         ({"a": None}, None, "the shape of a is not a list of sizes"),
@@ -377,7 +377,7 @@ def test_a_template_is_no_way_to_run_python(tmp_path: Path) -> None:
     ],
 )
 def test_what_can_run_code_or_write_elsewhere_needs_consent(tmp_path: Path, change: dict[str, Any], key: str) -> None:
-    assert f"runs Python code (`{key}`); read it, and say `allow_task_code" in task_refusal(
+    assert f"runs Python code (`{key}`); read it; if it may run, set `allow_task_code" in task_refusal(
         task_file(tmp_path, **change)
     )
 
@@ -389,7 +389,7 @@ def test_a_tasks_name_is_plain(tmp_path: Path, name: str) -> None:
 
 def test_a_format_without_files_is_not_the_current_folder(tmp_path: Path) -> None:
     assert "dataset_path is json, a format; name the files" in task_refusal(task_file(tmp_path, dataset_kwargs={}))
-    assert "in which the current folder lies" in task_refusal(task_file(tmp_path, dataset_path="/"))
+    assert "which contains the current folder" in task_refusal(task_file(tmp_path, dataset_path="/"))
 
 
 def test_includes_are_bounded_and_stay_in_the_folder_once_included(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_filters_are_made_before_the_first_answer(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"doc_to_text": ""}, "an item has an empty prompt"),
-        ({"doc_to_text": "{{ 6 // (prompt == 'a=') }}"}, "its items cannot be asked (ZeroDivisionError: "),
+        ({"doc_to_text": "{{ 6 // (prompt == 'a=') }}"}, "no requests can be built of its items (ZeroDivisionError: "),
         ({"generation_kwargs": {"until": None, "max_gen_toks": 4}}, "needs stop strings in `until`"),
         ({"generation_kwargs": {"until": ["x"], "max_gen_toks": 0}}, "`max_gen_toks` above 0"),
     ],
@@ -601,10 +601,10 @@ def test_the_command_line_says_one_line_and_ends_with_two(tmp_path: Path) -> Non
     escapes.write_text('{method: "\\e[2J", base: {path: b}, sources: [{name: a, path: b}]}')
     search = write_config(tmp_path, tmp_path / "family", storage="postgresql://me:hunter2@${NOWHERE}/db")
     for arguments, word in (
-        (["merge", tmp_path / "bomb.yaml", "--out", tmp_path / "out"], "aliases written out"),
+        (["merge", tmp_path / "bomb.yaml", "--out", tmp_path / "out"], "aliases expanded"),
         (["merge", tmp_path / "pipe.yaml", "--out", tmp_path / "out"], "not an ordinary file"),
         (["merge", escapes, "--out", tmp_path / "out"], "\\x1b[2J"),
-        (["search", tmp_path / "bomb.yaml"], "aliases written out"),
+        (["search", tmp_path / "bomb.yaml"], "aliases expanded"),
         (["search", search, "--run", tmp_path / "run"], "the environment variable 'NOWHERE' is not set"),
         (["inspect", family["base"], bad], "a has a shape that no tensor has"),
         (["inspect", family["base"], adapter], "takes too long to match"),

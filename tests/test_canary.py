@@ -1,4 +1,4 @@
-"""The cheap look: what is broken is found, what is healthy passes."""
+"""The canary finds broken models and lets healthy ones pass."""
 
 from typing import Any
 
@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.evaluate.canary import Broken, Signs, check_signs, endless, normal_signs, prompts, signs
+from evomerge.evaluate.canary import (
+    Broken,
+    Signs,
+    canary_prompts,
+    check_signs,
+    endless,
+    measure_signs,
+    normal_signs,
+)
 
 ROWS = 64
 
@@ -21,7 +29,7 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-TOKENS = prompts([range(1, 30), range(5, 45), range(9, 60, 2)], torch.device("cpu"))
+TOKENS = canary_prompts([range(1, 30), range(5, 45), range(9, 60, 2)], torch.device("cpu"))
 
 
 def test_prompts_are_cut_to_one_length_from_the_left() -> None:
@@ -31,28 +39,28 @@ def test_prompts_are_cut_to_one_length_from_the_left() -> None:
 
 def test_a_healthy_model_passes_and_writes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "generate", None)  # it would fail if it were called
-    found = signs(model, TOKENS, None)
-    check_signs(signs(model, TOKENS, normal_signs([found])), normal_signs([found]))
+    found = measure_signs(model, TOKENS, None)
+    check_signs(measure_signs(model, TOKENS, normal_signs([found])), normal_signs([found]))
     assert 0 < found.entropy < 5
 
 
 def test_one_weight_that_is_not_finite_is_found(model: Any) -> None:
     model.lm_head.weight[3, 3] = torch.nan
     with pytest.raises(Broken, match="not finite"):
-        signs(model, TOKENS, None)
+        measure_signs(model, TOKENS, None)
 
 
 def test_a_collapsed_entropy_is_found(model: Any) -> None:
-    normal = normal_signs([signs(model, TOKENS, None)])
+    normal = normal_signs([measure_signs(model, TOKENS, None)])
     model.lm_head.weight.mul_(200)
     with pytest.raises(Broken, match="entropy"):
-        check_signs(signs(model, TOKENS, normal), normal)
+        check_signs(measure_signs(model, TOKENS, normal), normal)
 
 
 def test_an_endless_repetition_is_found(model: Any) -> None:
-    normal = normal_signs([signs(model, TOKENS, None)])
+    normal = normal_signs([measure_signs(model, TOKENS, None)])
     model.model.norm.weight.zero_()  # all logits are equal, so that token 0 always comes next
-    found = signs(model, TOKENS, normal)
+    found = measure_signs(model, TOKENS, normal)
     assert found.repeats
     with pytest.raises(Broken, match="repeats itself"):
         check_signs(found, normal)
@@ -60,8 +68,8 @@ def test_an_endless_repetition_is_found(model: Any) -> None:
 
 def test_what_the_parents_do_is_no_fault(model: Any) -> None:
     model.model.norm.weight.zero_()
-    normal = normal_signs([signs(model, TOKENS, None)])
-    check_signs(signs(model, TOKENS, normal), normal)
+    normal = normal_signs([measure_signs(model, TOKENS, None)])
+    check_signs(measure_signs(model, TOKENS, normal), normal)
 
 
 def test_without_parents_only_what_is_not_finite_is_broken() -> None:

@@ -1,4 +1,4 @@
-"""The search configuration: everything that is wrong with a file is said at once, and nothing else is raised."""
+"""All problems of a configuration file are reported in one error, and no other type of error is raised."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder_if_it_exists(folder: Path
         ({"space": {}}, "space.weight: task_arithmetic needs it; give bounds [low, high] or a number"),
         ({"space": {"weight": [0, 1], "sources": {"six": {"weight": 1}}}}, "space.sources.six: there is no source of"),
         ({"space": {"weight": [0, 1], "sources": {"one": {"lambda": 1}}}}, "space.sources.one.lambda: not a coeffic"),
-        ({"method": "slerp", "space": {"t": [0, 2]}}, "space.t: bounds 0 to 2 leave 0 to 1"),
+        ({"method": "slerp", "space": {"t": [0, 2]}}, "space.t: bounds 0 to 2 are not within 0 to 1"),
         ({"method": "ties", "space": {"weight": 1, "density": [0, 1]}}, "space.density: a density of 0 keeps nothing"),
         ({"method": "uniform_soup", "space": {}}, "space: every coefficient is fixed, there is nothing to search"),
         ({"method": "uniform_soup"}, "space.weight: not a coefficient of uniform_soup; it has none"),
@@ -383,5 +383,5 @@ def test_a_longer_budget_is_no_difference(folder: Path) -> None:
 def test_a_source_is_not_called_as_another_model_of_the_tables(folder: Path, name: str) -> None:
     """One called `base` took the base's place, one called `winner` the candidate's."""
     sources = [{"name": name, "path": str(folder / "a")}]
-    with pytest.raises(EvomergeError, match=f"sources.0.name: '{name}' is what tables call another model"):
+    with pytest.raises(EvomergeError, match=f"sources.0.name: '{name}' is the name of another model in tables"):
         parsed(folder, sources=sources)

@@ -1,4 +1,4 @@
-"""The engine beside lm-eval's own HFLM on the same live model: every kind of task, every kind of attention."""
+"""The engine's scores against those of lm-eval's HFLM on the same model: all kinds of task and of attention."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from evomerge.config.schema import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.metrics import ItemMetrics
+from evomerge.evaluate.item_values import ItemMetrics
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Task, items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 
@@ -153,7 +153,7 @@ class Pair:
     log: list[str]
 
 
-def both_roads(model: Any, tokenizer: Any, folder: Path, chat: bool = False, only: tuple[str, ...] = ()) -> Pair:
+def score_with_both(model: Any, tokenizer: Any, folder: Path, chat: bool = False, only: tuple[str, ...] = ()) -> Pair:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -190,10 +190,10 @@ def check_log_likelihoods(pair: Pair, tolerance: float, a_token: bool = False) -
         work = pair.work[name]
         if pair.tasks[name].kind == "generate_until":
             continue
-        for instances, spans, record in zip(work.instances, work.spans, records, strict=True):
-            for instance, span, (theirs,) in zip(instances, spans, record["resps"], strict=True):
+        for asked, record in zip(work.items, records, strict=True):
+            for instance, span, (theirs,) in zip(asked.instances, asked.spans, record["resps"], strict=True):
                 (ours,) = instance.resps
-                allowed = tolerance * (work.rows[span.start].scored if a_token else 1)
+                allowed = tolerance * (asked.rows[span.start].scored if a_token else 1)
                 if pair.tasks[name].kind == "loglikelihood_rolling":
                     assert ours == pytest.approx(theirs, abs=tolerance, rel=1e-6), name
                 else:
@@ -208,11 +208,11 @@ def check_metrics(pair: Pair) -> None:
         task, found = pair.tasks[name], pair.ours[name]
         for metric in {"acc", "acc_norm", "exact_match"} & set(task.metrics):
             assert found[metric] == [r[metric] for r in records], (name, metric)
-        for instances, record in zip(pair.work[name].instances, records, strict=True):
+        for asked, record in zip(pair.work[name].items, records, strict=True):
             if task.kind == "generate_until":
-                assert instances[0].resps[0] == record["resps"][0][0], name
+                assert asked.instances[0].resps[0] == record["resps"][0][0], name
             elif task.kind != "loglikelihood_rolling":
-                assert [i.resps[0][1] for i in instances] == [r[0][1] for r in record["resps"]], name
+                assert [i.resps[0][1] for i in asked.instances] == [r[0][1] for r in record["resps"]], name
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=list(PACKED))
 def pair(request: pytest.FixtureRequest, tokenizer: Any, folder: Path) -> Pair:
-    return both_roads(random_model(request.param, PACKED[request.param], torch.float32, 0.3), tokenizer, folder)
+    return score_with_both(random_model(request.param, PACKED[request.param], torch.float32, 0.3), tokenizer, folder)
 
 
-def test_every_road_is_open_to_ordinary_attention(pair: Pair) -> None:
+def test_models_with_ordinary_attention_support_every_kind_of_forward(pair: Pair) -> None:
     capabilities = pair.engine.capabilities
     assert (capabilities.packs, capabilities.trunks, capabilities.steps) == (True, True, True)
     assert pair.log == []
@@ -241,7 +241,7 @@ def test_accuracies_and_texts_are_lm_evals(pair: Pair) -> None:
     check_metrics(pair)
 
 
-def test_the_suite_tells_something(pair: Pair) -> None:
+def test_the_comparison_covers_different_cases(pair: Pair) -> None:
     """Some answers are right and some wrong; texts differ; prompts were cut; prefixes were shared."""
     right = [x for found in pair.ours.values() for m in ("acc", "acc_norm") for x in found.get(m, [])]
     assert 0 < sum(right) < len(right)
@@ -249,7 +249,7 @@ def test_the_suite_tells_something(pair: Pair) -> None:
     assert max(len(row.tokens) for row in pair.work["truncated"].rows) == LENGTH + 1
     assert any(batch.trunk for batch in pair.work["shots"].batches)
     assert any(batch.trunk for batch in pair.work["shots_generation"].generations)
-    assert len(pair.work["rolling"].spans[2][0]) > 1
+    assert len(pair.work["rolling"].items[2].spans[0]) > 1
 
 
 def test_smooth_choice_metrics_follow_from_lm_evals_log_likelihoods(pair: Pair) -> None:
@@ -269,11 +269,11 @@ def test_smooth_choice_metrics_follow_from_lm_evals_log_likelihoods(pair: Pair) 
 def test_prompts_of_a_chat_template_are_lm_evals(tokenizer: Any, folder: Path) -> None:
     model = random_model("llama", PACKED["llama"], torch.float32, 0.3)
     only = ("unequal", "shots", "generation", "shots_generation")
-    pair = both_roads(model, tokenizer, folder, chat=True, only=only)
+    pair = score_with_both(model, tokenizer, folder, chat=True, only=only)
     for name, records in pair.theirs.items():
-        for instances, record in zip(pair.work[name].instances, records, strict=True):
-            assert [i.args[0] for i in instances] == [a[0] for a in record["arguments"]]
-    assert "<|user|>" in pair.work["shots"].instances[0][0].args[0]
+        for asked, record in zip(pair.work[name].items, records, strict=True):
+            assert [i.args[0] for i in asked.instances] == [a[0] for a in record["arguments"]]
+    assert "<|user|>" in pair.work["shots"].items[0].instances[0].args[0]
     check_log_likelihoods(pair, 1e-4)
     check_metrics(pair)
 
@@ -282,7 +282,7 @@ def test_prompts_of_a_chat_template_are_lm_evals(tokenizer: Any, folder: Path) -
 def test_bfloat16_log_likelihoods_are_near_lm_evals(tokenizer: Any, folder: Path, kind: str) -> None:
     """Each token's is within 2e-2: a sum over many adds up their roundings, and those that tip an expert's choice."""
     model = random_model(kind, PACKED[kind], torch.bfloat16, 0.1)
-    pair = both_roads(model, tokenizer, folder, only=("unequal", "single", "shots", "unicode"))
+    pair = score_with_both(model, tokenizer, folder, only=("unequal", "single", "shots", "unicode"))
     assert pair.engine.capabilities.packs
     check_log_likelihoods(pair, 2e-2, a_token=True)
 
@@ -291,7 +291,7 @@ def test_bfloat16_log_likelihoods_are_near_lm_evals(tokenizer: Any, folder: Path
 def test_other_kinds_of_model_get_one_row_a_sequence_and_say_so(tokenizer: Any, folder: Path, kind: str) -> None:
     model = random_model(kind, FALLING_BACK[kind], torch.float32, 0.3)
     only = ("unequal", "single", "shots", "rolling", "generation")
-    pair = both_roads(model, tokenizer, folder, only=only)
+    pair = score_with_both(model, tokenizer, folder, only=only)
     assert not any(batch.trunk for work in pair.work.values() for batch in work.batches)
     assert any("one row a sequence" in line for line in pair.log)
     assert any("HFLM generates" in line for line in pair.log) == (kind == "mamba")

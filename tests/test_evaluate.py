@@ -1,4 +1,4 @@
-"""Scores: the same numbers as lm-eval's, items dealt once and for all, tasks that run no code of their own."""
+"""Scores are those of lm-eval, items are dealt to the same splits every time, and task files run no code unasked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,8 +101,8 @@ def greedy(model: Any, tokenizer: Any, prompt: str, count: int = 8) -> str:
 
 
 @dataclass
-class Road:
-    """What both programs make of the same tasks with the same model."""
+class Comparison:
+    """The results of evomerge and of lm-eval for the same tasks and model."""
 
     tasks: dict[str, Task]
     ours: dict[str, TaskResult]
@@ -160,9 +160,9 @@ def write_all(folder: Path, model: Any, tokenizer: Any) -> tuple[list[str], list
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
-def road(
+def compared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, tokenizer: Any
-) -> Road:
+) -> Comparison:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -186,7 +186,7 @@ def road(
             bootstrap_iters=0,
             log_samples=True,
         )
-    return Road({t.name: t for t in tasks}, {r.task: r for r in ours}, work, theirs, outputs, until)
+    return Comparison({t.name: t for t in tasks}, {r.task: r for r in ours}, work, theirs, outputs, until)
 
 
 EVERY_METRIC = [
@@ -204,10 +204,10 @@ EVERY_METRIC = [
 
 
 @pytest.mark.parametrize(("task", "metric", "filter_name"), EVERY_METRIC)
-def test_accuracies_are_lm_evals_item_by_item(road: Road, task: str, metric: str, filter_name: str) -> None:
-    name = metric if road.tasks[task].filters[0] == filter_name else f"{metric},{filter_name}"
-    assert road.ours[task].raw[name] == [s[metric] for s in road.samples(task, filter_name)]
-    assert road.ours[task].metrics[name] == road.theirs["results"][task][f"{metric},{filter_name}"]
+def test_accuracies_are_lm_evals_item_by_item(compared: Comparison, task: str, metric: str, filter_name: str) -> None:
+    name = metric if compared.tasks[task].filters[0] == filter_name else f"{metric},{filter_name}"
+    assert compared.ours[task].raw[name] == [s[metric] for s in compared.samples(task, filter_name)]
+    assert compared.ours[task].metrics[name] == compared.theirs["results"][task][f"{metric},{filter_name}"]
 
 
 @pytest.mark.parametrize(
@@ -220,38 +220,38 @@ def test_accuracies_are_lm_evals_item_by_item(road: Road, task: str, metric: str
         ("rolling", "bits_per_byte"),
     ],
 )
-def test_perplexities_and_brier_scores_are_lm_evals(road: Road, task: str, metric: str) -> None:
-    expected = road.theirs["results"][task][f"{metric},none"]
-    assert road.ours[task].metrics[metric] == pytest.approx(expected, rel=1e-5)
+def test_perplexities_and_brier_scores_are_lm_evals(compared: Comparison, task: str, metric: str) -> None:
+    expected = compared.theirs["results"][task][f"{metric},none"]
+    assert compared.ours[task].metrics[metric] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["long_choices", "one_token", "delimited", "shots_choice", "answer"])
-def test_every_choices_log_likelihood_is_lm_evals(road: Road, task: str) -> None:
-    for instances, sample in zip(road.work[task].instances, road.samples(task, "none"), strict=True):
-        assert instances[0].doc == sample["doc"]
-        for instance, (theirs,) in zip(instances, sample["resps"], strict=True):
+def test_every_choices_log_likelihood_is_lm_evals(compared: Comparison, task: str) -> None:
+    for asked, sample in zip(compared.work[task].items, compared.samples(task, "none"), strict=True):
+        assert asked.instances[0].doc == sample["doc"]
+        for instance, (theirs,) in zip(asked.instances, sample["resps"], strict=True):
             ours, is_greedy = instance.resps[0]
             assert ours == pytest.approx(theirs[0], abs=1e-4)
             assert is_greedy == theirs[1]
 
 
-def test_log_likelihoods_of_texts_longer_than_the_model_are_lm_evals(road: Road) -> None:
-    for instances, sample in zip(road.work["rolling"].instances, road.samples("rolling", "none"), strict=True):
-        assert instances[0].resps[0] == pytest.approx(sample["resps"][0][0], abs=1e-4, rel=1e-6)
+def test_log_likelihoods_of_texts_longer_than_the_model_are_lm_evals(compared: Comparison) -> None:
+    for asked, sample in zip(compared.work["rolling"].items, compared.samples("rolling", "none"), strict=True):
+        assert asked.instances[0].resps[0] == pytest.approx(sample["resps"][0][0], abs=1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize(("task", "filter_name"), [("generation", "whole"), ("shots_generation", "none")])
-def test_generated_texts_are_lm_evals(road: Road, task: str, filter_name: str) -> None:
-    ours = [instances[0].resps[0] for instances in road.work[task].instances]
-    assert ours == [sample["resps"][0][0] for sample in road.samples(task, filter_name)]
+def test_generated_texts_are_lm_evals(compared: Comparison, task: str, filter_name: str) -> None:
+    ours = [asked.instances[0].resps[0] for asked in compared.work[task].items]
+    assert ours == [sample["resps"][0][0] for sample in compared.samples(task, filter_name)]
 
 
-def test_the_comparison_is_not_about_nothing(road: Road) -> None:
+def test_the_comparison_is_not_about_nothing(compared: Comparison) -> None:
     """Some answers match and some do not; some are cut by a stop string and some reach the limit."""
     for task, metric, _ in EVERY_METRIC[:2]:
-        assert 0 < road.ours[task].metrics[metric] < 1
-    assert 0.25 <= road.ours["generation"].metrics["exact_match"] < 1
-    stopped = [any(stop in output for stop in road.until) for output in road.outputs]
+        assert 0 < compared.ours[task].metrics[metric] < 1
+    assert 0.25 <= compared.ours["generation"].metrics["exact_match"] < 1
+    stopped = [any(stop in output for stop in compared.until) for output in compared.outputs]
     assert 0 < sum(stopped) < len(stopped)
 
 
@@ -262,14 +262,14 @@ def test_few_shot_prompts_are_the_same_however_often_a_task_is_prepared(
     task = with_train(tmp_path, list(range(100, 130)), num_fewshot=2)
     items = items_of(task, task.lm.eval_docs)
     engine = Engine(llama, tokenizer, 256)
-    once, again = (engine.prepare(task, items, everything=True).instances for _ in range(2))
-    assert [i[0].args for i in once] == [i[0].args for i in again]
+    once, again = (engine.prepare(task, items, everything=True).items for _ in range(2))
+    assert [a.instances[0].args for a in once] == [a.instances[0].args for a in again]
 
 
-def test_few_shot_prompts_hold_two_examples(road: Road) -> None:
-    prompt = road.work["shots_generation"].instances[0][0].args[0]
+def test_few_shot_prompts_hold_two_examples(compared: Comparison) -> None:
+    prompt = compared.work["shots_generation"].items[0].instances[0].args[0]
     assert prompt.count("+") == 3
-    assert prompt == road.samples("shots_generation", "none")[0]["arguments"][0][0]
+    assert prompt == compared.samples("shots_generation", "none")[0]["arguments"][0][0]
 
 
 # The smooth metrics
@@ -311,7 +311,7 @@ def test_the_objective_alone_gives_what_everything_gives(llama: Any, tokenizer: 
     task = open_task(write_choice(tmp_path, "long_choices", ["ab", "c", "defg"]), objective="gold_prob")
     items = items_of(task, task.lm.eval_docs)
     alone, everything = (engine.prepare(task, items, everything=e) for e in (False, True))
-    assert len(alone.gold) == len(everything.gold)
+    assert all(asked.gold is not None for asked in (*alone.items, *everything.items))
     assert len(alone.rows) < len(everything.rows)
     scores = [scores_of(task, "gold_prob", engine.score(work, Clock())) for work in (alone, everything)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
@@ -357,7 +357,7 @@ def test_chunks_share_what_their_candidate_computed_and_score_the_same(
     whole = engine.score(engine.prepare(task, items, everything=True), Clock())
     trunks: dict[Any, Any] = {}
     found: dict[str, list[Any]] = {}
-    asked = engine.asked(task, items, everything=True)
+    asked = engine.workload(task, items, everything=True)
     for work in engine.in_chunks([asked], [[range(7)], [range(7, 25)], [range(25, 40)]]):
         assert {batch.trunk for batch in work.batches} <= set(work.shared or [])
         for metric, values in engine.score(work, Clock(), trunks).items():
@@ -375,7 +375,7 @@ def test_tasks_that_share_batches_score_as_they_do_alone(llama: Any, tokenizer: 
     for task in tasks:
         items = items_of(task, task.lm.eval_docs)
         alone.append(engine.score(engine.prepare(task, items, everything=True), Clock()))
-        asked.append(engine.asked(task, items, everything=True))
+        asked.append(engine.workload(task, items, everything=True))
     orders = [np.random.default_rng(n).permutation(len(work.items)) for n, work in enumerate(asked)]
     chunks = [[order[k::2] for order in orders] for k in range(2)]
     for chunk, work in zip(chunks, engine.in_chunks(asked, chunks), strict=True):
@@ -501,7 +501,7 @@ def test_an_item_that_cannot_be_scored_is_said_with_its_task(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_gen_toks": 64}, "max_gen_toks 64 leaves no room in the model's 64 tokens"),
+        ({"max_gen_toks": 64}, "max_gen_toks 64 leaves no tokens for the prompt: the model takes 64"),
         ({"do_sample": True, "temperature": 0.7}, "asks for sampling"),
     ],
 )
@@ -642,7 +642,7 @@ def test_a_task_file_with_a_python_function_is_refused_and_not_run(
 def test_a_python_function_is_run_when_the_configuration_says_so(tmp_path: Path, generation_task: Path) -> None:
     (tmp_path / "code.py").write_text("def first_three(docs):\n    return docs.select(range(3))\n")
     generation_task.write_text(generation_task.read_text() + "process_docs: !function code.first_three\n")
-    assert "say `allow_task_code: true` beside the task" in refused(generation_task)
+    assert "set `allow_task_code: true` beside the task" in refused(generation_task)
     task = open_task(generation_task, allow_task_code=True)
     assert len(items_of(task, task.docs)) == 3
 
@@ -736,10 +736,9 @@ def test_data_files_count_from_the_folder_of_the_task_file(
 def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
     generation_task: Path, key: str, name: str
 ) -> None:
-    known = "exact_match, gold_logprob, gold_prob, bits_per_byte"
-    assert (
-        refused(generation_task, **{key: name}) == f"task generation: {key} {name!r} is not one of its metrics: {known}"
-    )
+    known = "smooth: gold_logprob, gold_prob, bits_per_byte; others: exact_match"
+    message = f"task generation: {key} {name!r} is not one of its metrics ({known})"
+    assert refused(generation_task, **{key: name}) == message
 
 
 def test_the_first_metric_is_the_default_for_both(generation_task: Path) -> None:

@@ -10,10 +10,10 @@ from evomerge.evaluate.prefix_plan import (
     WIDTH,
     Leaf,
     Tokens,
-    by_trunk,
     choose_trunks,
-    common,
-    pack,
+    common_prefix,
+    cut_into_rows,
+    group_by_trunk,
     packed_rows,
     tree_tokens,
 )
@@ -32,7 +32,7 @@ def few_shot(items: int, choices: int, shots: int, length: int, choice: int) -> 
 
 def computed(leaves: list[Leaf], width: int = WIDTH) -> int:
     trunks = choose_trunks(leaves, width)
-    rows = [row for t, s in by_trunk(leaves, trunks).items() for row in packed_rows(s, len(t), width)]
+    rows = [row for t, s in group_by_trunk(leaves, trunks).items() for row in packed_rows(s, len(t), width)]
     return sum(map(len, trunks)) + sum(len(row.tokens) for row in rows)
 
 
@@ -41,7 +41,7 @@ def computed(leaves: list[Leaf], width: int = WIDTH) -> int:
 def test_every_sequence_is_a_path_that_sees_itself_alone(sequences: list[Tokens], width: int) -> None:
     leaves = [Leaf(s, len(s) - 1) for s in sequences]
     found = set()
-    for trunk, group in by_trunk(leaves, choose_trunks(leaves, width)).items():
+    for trunk, group in group_by_trunk(leaves, choose_trunks(leaves, width)).items():
         for row in packed_rows(group, len(trunk), width):
             for sequence, path in row.paths.items():
                 assert trunk + tuple(row.tokens[n] for n in path) == sequence
@@ -65,7 +65,7 @@ def test_a_row_that_takes_everything_is_the_tree_itself(sequences: list[Tokens])
 @settings(max_examples=60, deadline=None)
 def test_rows_are_no_longer_than_they_may_be(sequences: list[Tokens], width: int) -> None:
     ordered = sorted(set(sequences))
-    starts, total = pack(ordered, 0, width)
+    starts, total = cut_into_rows(ordered, 0, width)
     rows = [ordered[a:b] for a, b in pairwise([*starts, len(ordered)])]
     assert total == sum(tree_tokens(row) for row in rows)
     for row in rows:
@@ -74,7 +74,7 @@ def test_rows_are_no_longer_than_they_may_be(sequences: list[Tokens], width: int
 
 @given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20))
 def test_common_is_the_length_of_the_common_prefix(a: list[int], b: list[int]) -> None:
-    length = common(tuple(a), tuple(b))
+    length = common_prefix(tuple(a), tuple(b))
     assert a[:length] == b[:length]
     assert length == min(len(a), len(b)) or a[length] != b[length]
 
@@ -100,7 +100,7 @@ def test_items_without_examples_need_no_trunk_and_are_seldom_cut() -> None:
 def test_a_trunk_ends_before_the_first_token_whose_logits_are_needed() -> None:
     shared = tuple(range(200))
     leaves = [Leaf((*shared, 300 + k, 400 + k), 150 if k == 3 else 201) for k in range(200)]
-    for trunk, group in by_trunk(leaves, choose_trunks(leaves)).items():
+    for trunk, group in group_by_trunk(leaves, choose_trunks(leaves)).items():
         assert all(leaf.first >= len(trunk) for leaf in leaves if leaf.tokens in group)
 
 

@@ -1,4 +1,4 @@
-"""What a model is asked is kept beside the run, and nothing of it is made twice or taken for something else."""
+"""Requests of items are stored in the run folder: read back unchanged, not built twice, not used for other items."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from evomerge.config.schema import TaskConfig
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.prepared_items import ask
+from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.tasks import Task, items_of, open_tasks
 
 DOCS = [{"prompt": f"{a}+{b}=", "answer": a + b, "choices": [a, b + a, "ba"], "gold": 1} for a in "abcde" for b in "ab"]
@@ -50,13 +50,15 @@ def test_what_is_read_back_is_what_was_asked(
 ) -> None:
     task = task_of(tmp_path, kind)
     items = items_of(task, task.docs)
-    made = ask(engine, task, "search", items, everything, tmp_path / "items")
-    monkeypatch.setattr(engine, "asked", None)  # nobody may ask again
-    read = ask(engine, task, "search", items, everything, tmp_path / "items")
+    made = prepared_workload(engine, task, "search", items, everything, tmp_path / "items")
+    monkeypatch.setattr(engine, "workload", None)  # it is not called again
+    read = prepared_workload(engine, task, "search", items, everything, tmp_path / "items")
     for work in (made, read):
         engine.plan(work)
-    for name in ("rows", "prompts", "spans", "gold", "gold_bytes", "own_rows", "own_prompts", "metrics", "items"):
-        assert getattr(read, name) == getattr(made, name), name
+    assert read.complete == made.complete
+    for one, other in zip(read.items, made.items, strict=True):
+        for name in ("item", "rows", "spans", "prompts", "gold", "gold_bytes"):
+            assert getattr(one, name) == getattr(other, name), name
     assert engine.score(read, Clock()) == engine.score(made, Clock())
 
 
@@ -64,22 +66,22 @@ def test_what_is_read_back_is_what_was_asked(
 def test_a_damaged_file_is_made_anew(damage: bytes | None, engine: Engine, tmp_path: Path) -> None:
     task = task_of(tmp_path, "loglikelihood")
     items = items_of(task, task.docs)
-    made = ask(engine, task, "holdout", items, True, tmp_path)
+    made = prepared_workload(engine, task, "holdout", items, True, tmp_path)
     file = tmp_path / "loglikelihood-holdout-all.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.rstrip().rfind(b"\n") + 1] if damage is None else damage)
-    assert ask(engine, task, "holdout", items, True, tmp_path).rows == made.rows
+    assert prepared_workload(engine, task, "holdout", items, True, tmp_path).rows == made.rows
     assert file.read_bytes() == whole
 
 
 def test_other_items_or_another_prompt_are_asked_anew(engine: Engine, tmp_path: Path) -> None:
     task = task_of(tmp_path, "loglikelihood")
     items = items_of(task, task.docs)
-    ask(engine, task, "search", items, True, tmp_path)
-    assert len(ask(engine, task, "search", items[1:], True, tmp_path).items) == len(items) - 1
+    prepared_workload(engine, task, "search", items, True, tmp_path)
+    assert len(prepared_workload(engine, task, "search", items[1:], True, tmp_path).items) == len(items) - 1
     other = task_of(tmp_path, "loglikelihood", doc_to_text="Q: {{prompt}}")
-    first = ask(engine, other, "search", items, True, tmp_path)
-    assert first.instances[0][0].args[0].startswith("Q: ")
+    first = prepared_workload(engine, other, "search", items, True, tmp_path)
+    assert first.items[0].instances[0].args[0].startswith("Q: ")
 
 
 NO_TOKENISING = """

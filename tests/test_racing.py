@@ -1,4 +1,4 @@
-"""Racing: equal candidates are stopped no more often than promised, worse ones soon, whatever the scores."""
+"""Races stop equal candidates with a probability of at most alpha, and worse ones early, for all kinds of scores."""
 
 import itertools
 import math
@@ -378,13 +378,13 @@ def test_metrics_without_a_known_top_get_the_baselines_range_above_their_best() 
     assert ceiling("margin", np.zeros((2, 2))) == 1.0
 
 
-# --- Where to look ---
+# --- The looks of a race ---
 
 
 def work_of(tokens: list[int], prompts: int = 0) -> Workload:
     """Batches of so many tokens, and one generation of so many prompts."""
     nothing = torch.zeros(0, dtype=torch.long)
-    work = Workload(None, [], metrics=False)  # type: ignore[arg-type]
+    work = Workload(None, [], complete=False)  # type: ignore[arg-type]
     work.batches = [
         Batch(torch.zeros(1, n), None, None, (), nothing, nothing, nothing, nothing, n) for n in tokens
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Task files as lm-eval's users have them: old keys, includes, groups, missing splits; and `evaluate` on them all."""
+"""Task files as users of lm-eval write them: old keys, includes, groups, missing splits; and `evaluate` on them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Read and write the configuration file; whatever is wrong with it is said at once, before anything is loaded."""
+"""Read, check and write the configuration file.  All its problems are reported together, before anything is loaded."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
 def method_problems(config: SearchConfig) -> list[str]:
-    """What does not fit the merge method: its name, the number of sources, knobs and bounds."""
+    """The problems with the merge method: its name, the number of sources, the coefficients and their bounds."""
     names = [s.name for s in config.sources]
     problems = [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
     try:
@@ -40,7 +40,9 @@ def method_problems(config: SearchConfig) -> list[str]:
     given = {("space", knob): a for knob, a in config.space.axes(method).items()}
     for source, knobs in config.space.sources.items():
         if source not in names:
-            problems.append(f"space.sources.{source}: there is no source of that name; there are {', '.join(names)}")
+            problems.append(
+                f"space.sources.{source}: there is no source of that name; the sources are {', '.join(names)}"
+            )
         given |= {(f"space.sources.{source}", knob): a for knob, a in knobs.items()}
     for (where, name), bounds in given.items():
         knob = method.knobs.get(name)
@@ -54,7 +56,7 @@ def method_problems(config: SearchConfig) -> list[str]:
             problems.append(f"{where}.{name}: is never searched; give {choices_of(knob)}")
         elif bounds.low < knob.low or bounds.high > knob.high:
             problems.append(
-                f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} leave {knob.low:g} to {knob.high:g}"
+                f"{where}.{name}: bounds {bounds.low:g} to {bounds.high:g} are not within {knob.low:g} to {knob.high:g}"
             )
         elif name == "density" and bounds.low <= 0:
             problems.append(f"{where}.{name}: a density of 0 keeps nothing; the lower bound must be above 0")
@@ -73,7 +75,7 @@ def method_problems(config: SearchConfig) -> list[str]:
 
 
 def type_problems(config: SearchConfig) -> list[str]:
-    """A type to compute in that would round the candidate's values once more."""
+    """The problem with a `compute_dtype` that would round the candidate's values once more."""
     if config.compute_dtype in ("auto", "float32", config.dtype):
         return []
     allowed = " or ".join(dict.fromkeys(("auto", "float32", config.dtype)))
@@ -81,7 +83,7 @@ def type_problems(config: SearchConfig) -> list[str]:
 
 
 def path_problems(config: SearchConfig) -> list[str]:
-    """Models and task files that are not there, and tasks that the search could not tell apart."""
+    """The problems with paths: models and files that do not exist, and tasks that are listed twice."""
     problems = []
     models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
     for where, path in models:
@@ -102,7 +104,10 @@ def path_problems(config: SearchConfig) -> list[str]:
 
 
 def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Turn the file's relative paths into absolute ones; hub ids and lm-eval's task names stay."""
+    """The content of a configuration file with absolute paths; hub ids and names of lm-eval's tasks are unchanged.
+
+    content: parsed YAML, of any types.  folder: to which relative paths are relative.
+    """
 
     def absolute(text: str) -> str:
         try:
@@ -143,9 +148,9 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def with_start(content: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the base, the sources and the method of `start_from` where it does not say them.
+    """The content with the base, the sources and the method of `start_from` where it does not give them itself.
 
-    EvomergeError if that file is no merge, or one that a search cannot vary.
+    EvomergeError if that file is not a recipe or mergekit file, or a search cannot start from it.
     """
     file = content.get("start_from")
     if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
@@ -163,23 +168,25 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def readable(error: dict[str, Any]) -> str:
-    """One pydantic error as a line: YAML path, what is wrong, the value."""
+    """One pydantic error as a line: the YAML path, the problem, the value."""
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key"
     if error["type"] == "missing":
         return f"{where}: missing"
-    if error["loc"][0] == "storage":  # whatever stands there may hold a password
+    if error["loc"][0] == "storage":  # the value may contain a password
         return f"{where}: {message}"
     shown = repr(error.get("input"))
     return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
 
 
 def parse_config(content: Any, origin: Path) -> SearchConfig:
-    """Check parsed YAML as a search configuration; all problems are reported together.
+    """Check parsed YAML as a search configuration.
 
-    origin: the file, named in the error; relative paths count from its folder.
+    origin: the file, named in the error; relative paths are relative to its folder.
+
+    EvomergeError lists all problems, each with its YAML path.
     """
     if not isinstance(content, dict):
         raise EvomergeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
@@ -190,7 +197,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
         problems = method_problems(config) + type_problems(config) + path_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
-        # What is well-formed is checked all the same, so that one run of the command tells everything.
+        # The other keys are checked too, so that one run of the command shows all problems.
         bad = {e["loc"][0] for e in error.errors() if e["loc"]}
         rest = {k: v for k, v in content.items() if k not in bad}
         stand_ins = {"name": "x", "base": str(origin.parent), "method": "", "tasks": [{"task": "x"}]}
@@ -208,14 +215,16 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
 
 
 def load_config(path: Path) -> SearchConfig:
-    """Read a search configuration.  EvomergeError lists every problem with its YAML path."""
+    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path."""
     return parse_config(read_yaml(path), path)
 
 
 def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
-    """The configuration with every hub id as the commit that it stands for, and the table of them.
+    """The configuration with a commit for every hub id, and with the table of these commits in `hub`.
 
-    known: the commits of a search that began already.  EvomergeError if the hub does not give a model.
+    known: the commits with which the search began, if it has begun.
+
+    EvomergeError if the hub does not give a model.
     """
     paths = [config.base, *(source.path for source in config.sources)]
     hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
@@ -230,15 +239,14 @@ def dump_config(config: SearchConfig) -> str:
 
 
 def write_config(path: Path, config: SearchConfig) -> None:
-    """Put the configuration into a file, which only its owner may read if there is a password in it."""
+    """Write the configuration to a file, which only its owner can read if it contains a password."""
     write_text(path, dump_config(config), private=has_password(config.storage))
 
 
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
-    """Where two configurations differ in what decides a study's results, as `key: old -> new` lines.
+    """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, the price and the workers' patience may change, and so may where the work is done (`device`,
-    `batch_tokens` stay part of the results).  Passwords are not shown.
+    The budget, the price, the limits of workers and the table of hub commits may differ.  Passwords are not shown.
     """
     free = {"budget", "price", "workers", "hub"}
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
@@ -256,6 +264,7 @@ def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with keys like `sources.0.path`."""
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
     if isinstance(value, list):

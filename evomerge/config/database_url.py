@@ -1,7 +1,7 @@
-"""Database URLs: the password is never shown, and need not stand in the file.
+"""Database URLs without showing their passwords, which may come from the environment.
 
-`postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@host/db` takes it from the environment when the database is opened; no
-file that evomerge writes has it then.
+`postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@host/db` takes the password from the environment when the database is
+opened; then no file that evomerge writes contains it.
 """
 
 import os
@@ -12,23 +12,23 @@ from urllib.parse import quote
 from evomerge.errors import EvomergeError
 
 VARIABLE = re.compile(r"\$\{([^}]*)\}")
-# A password may hold every sign; so it ends at the last @ before the path, or at the last of all if that is in doubt.
+# A password may contain any character, so it ends at the last @ of the URL.
 LOGIN = re.compile(r"(?P<before>://[^:/?#@]*:)(?P<password>.+)@", re.DOTALL)
 SECRET = re.compile(r"(?P<before>[?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)(?P<password>[^&]*)", re.IGNORECASE)
 
 
 def passwords(url: str) -> list[str]:
-    """What stands in a URL where a password belongs, in its login or its query."""
+    """The parts of a URL that are passwords: in its login or in its query."""
     return [m["password"] for pattern in (LOGIN, SECRET) for m in pattern.finditer(url)]
 
 
 def has_password(url: str | None) -> bool:
-    """Whether a URL, as it is written, gives a password away."""
+    """Whether a URL as written contains a password, not only a variable of the environment."""
     return any(VARIABLE.sub("", password) for password in passwords(url or ""))
 
 
 def masked(url: str) -> str:
-    """A URL that may be shown: without its password; a variable of the environment stays."""
+    """The URL with its passwords replaced by `***`, to be shown; variables of the environment stay."""
 
     def mask(match: re.Match[str]) -> str:
         tail = "@" if match.re is LOGIN else ""
@@ -39,7 +39,7 @@ def masked(url: str) -> str:
 
 
 def expanded(url: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The URL with the variables of the environment in it, each as a URL writes it.
+    """The URL with its variables replaced by their values from the environment, percent-encoded.
 
     EvomergeError names a variable that is not set.
     """

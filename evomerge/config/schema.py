@@ -1,4 +1,4 @@
-"""What a search configuration may say: the keys, their types, their defaults."""
+"""The keys of a search configuration: their types, defaults and the checks of single values."""
 
 import re
 from datetime import timedelta
@@ -12,21 +12,23 @@ from evomerge.sources.config_differences import Allowed
 from evomerge.sources.tensor_names import Component
 
 Granularity = Literal["model", "depth", "group", "layer"]
-GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone
-CHOICE_METRICS = ("margin", "brier")  # they need every choice's
 
 
 class Strict(BaseModel):
+    """A mapping in which unknown keys and numbers that are not finite are errors."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-RESERVED = ("base", "winner")
+RESERVED = ("base", "winner")  # names that a run's tables give to other models
 
 
 class SourceConfig(Strict):
-    """One model to merge.  path: a folder or a hub id.  role: only guides the recommended recipes.
+    """One model to merge.
 
-    name: any but those that a run's tables give the base and the chosen candidate (RESERVED).
+    name: how tables and recipes call it; none of RESERVED.
+    path: a folder or a hub id.
+    role: used only to choose the recommended recipes.
     statistics: a file of `evomerge statistics`, for the methods that need one.
     """
 
@@ -39,14 +41,16 @@ class SourceConfig(Strict):
     @classmethod
     def check_name(cls, name: str) -> str:
         if name in RESERVED:
-            raise ValueError(f"{name!r} is what tables call another model; call the source otherwise")
+            raise ValueError(f"{name!r} is the name of another model in tables; choose another name for the source")
         return name
 
 
 class Axis(Strict):
-    """One knob of the space: bounds (low = high fixes it) and, if it differs from the space's, how fine it is.
+    """One coefficient of the space.
 
-    choice: the name of its only value, for knobs that have names (`rescale: l1`).
+    low, high: its bounds; equal ones fix it.
+    choice: the name of its only value, for coefficients whose values have names (`rescale: l1`).
+    granularity, components: as in `SpaceConfig`; None takes the space's.
     """
 
     low: float
@@ -62,8 +66,8 @@ class Axis(Strict):
         return self
 
 
-def axis(value: object) -> object:
-    """`0.5`, `true` and a name fix a knob, `[0, 1]` bounds it, a mapping says more."""
+def parse_axis(value: object) -> object:
+    """`0.5`, `true` or a name as a fixed coefficient, `[0, 1]` as its bounds; a mapping is returned unchanged."""
     if isinstance(value, str):
         return {"low": 0.0, "high": 0.0, "choice": value}
     if isinstance(value, (bool, int, float)):
@@ -73,15 +77,18 @@ def axis(value: object) -> object:
     return value
 
 
-AxisValue = Annotated[Axis, BeforeValidator(axis)]
+AxisValue = Annotated[Axis, BeforeValidator(parse_axis)]
 
 
 class SpaceConfig(BaseModel):
-    """Which coefficients may move.
+    """Which coefficients are searched.
 
-    granularity: one value for the model, `knots` along the depth with straight lines between, `groups` of layers,
-    or one per layer.  components: those with coefficients of their own; the others share one.  sources: knobs that
-    differ for one source.  Every other key is a knob of the method; one that is not named keeps its default.
+    granularity: `model` is one value for all layers, `depth` a piecewise linear function of the depth with `knots`
+        values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
+    components: those with coefficients of their own; the others share one.
+    sources: for one source, by name: coefficients that differ from the others'.
+
+    Every other key is a coefficient of the method; those that are not named keep their defaults.
     """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -93,7 +100,7 @@ class SpaceConfig(BaseModel):
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self, method: Method) -> dict[str, Axis]:
-        """The knobs that the file names; the name of a choice becomes its number where the method knows it."""
+        """The coefficients that the file names; the name of a value becomes its number if the method has that name."""
         found = dict(self.__pydantic_extra__)
         for name, value in found.items():
             if value.choice is not None and name in method.knobs and value.choice in method.knobs[name].choices:
@@ -105,14 +112,16 @@ class SpaceConfig(BaseModel):
 class TaskConfig(Strict):
     """One lm-eval task.
 
-    task: a YAML file or the name of one of lm-eval's own.  weight: its share in the score.  objective: the metric
-    that the search climbs (default: `metric`); any per-item metric of the task, or a smooth one: of the gold answer
-    its log-probability `gold_logprob`, its probability `gold_prob`, its `bits_per_byte`; of multiple choice the
-    `margin` between the gold choice and the best other, and the `brier` score.  metric: what the verdict is about
-    (default: the task's first).  gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
-
-    num_fewshot, apply_chat_template, fewshot_as_multiturn (with a chat template, examples as turns of their own),
-    limit (the first so many documents): as in lm-eval.  allow_task_code: whether the task's file may run Python.
+    task: a YAML file or the name of one of lm-eval's own tasks.
+    weight: its share in the score.
+    objective: the metric that the search optimises (default: `metric`): one that the task has per item, or one of
+        `evaluate/metrics.py`.  It is checked when the task is opened, since only then its metrics are known.
+    metric: the metric that the verdict compares (default: the task's first).
+    gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
+    num_fewshot, apply_chat_template: as in lm-eval.
+    fewshot_as_multiturn: with a chat template, examples are turns of their own.
+    limit: use only the first documents, this many.
+    allow_task_code: whether the task's file may run Python code.
     """
 
     task: str
@@ -131,8 +140,8 @@ class TaskConfig(Strict):
         return self.task.endswith((".yaml", ".yml"))
 
 
-def share(value: object) -> object:
-    """Refuse what is neither a count, a share nor a split's name; 1.0 and `true` are not taken for one item."""
+def check_share(value: object) -> object:
+    """ValueError if a value is not a count, a share or the name of a split; 1.0 and `true` are not counts."""
     is_count = type(value) is int and value >= 1
     is_share = type(value) is float and 0 < value < 1
     if not is_count and not is_share and value not in ("train", "validation", "test"):
@@ -140,11 +149,11 @@ def share(value: object) -> object:
     return value
 
 
-Share = Annotated[int | float | Literal["train", "validation", "test"], BeforeValidator(share)]
+Share = Annotated[int | float | Literal["train", "validation", "test"], BeforeValidator(check_share)]
 
 
 class SplitsConfig(Strict):
-    """How items are dealt, per task: a count, a share of the items, or the task's own split of that name."""
+    """How the items of each task are dealt: for each split a count, a share, or the name of one of the task's own."""
 
     search: Share = 0.4
     selection: Share = 0.2
@@ -177,8 +186,8 @@ class SamplerConfig(Strict):
     population: int | None = Field(default=None, ge=4)
 
 
-def duration(value: object) -> object:
-    """`8h`, `90m`, `45s` and `1h30m` as seconds."""
+def parse_duration(value: object) -> object:
+    """`8h`, `90m`, `45s` and `1h30m` as seconds; ValueError for other text.  A number is returned unchanged."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", value.strip())
@@ -189,43 +198,50 @@ def duration(value: object) -> object:
 
 
 class BudgetConfig(Strict):
-    """When the search ends, whichever comes first.
+    """When the search ends: at the limit that is reached first.
 
-    trials: finished ones, baselines included.  timeout: from the beginning to the result, over every resume.  target:
-    the best score is as high as this.  patience: so many trials of the sampler have finished since the best one.
+    trials: the number of finished trials, baselines included.
+    timeout: the seconds from the beginning to the result, over every resume.
+    target: a score that the best trial reaches.
+    patience: the number of the sampler's trials that have finished since the best one.
     """
 
     trials: int | None = Field(default=None, ge=1)
-    timeout: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
+    timeout: Annotated[float, BeforeValidator(parse_duration), Field(gt=0)] | None = None
     target: float | None = None
     patience: int | None = Field(default=None, ge=1)
 
     @property
     def most(self) -> int | None:
-        """The number of trials that ends the search: a hundred if nothing else is sure to end it."""
+        """The number of trials that ends the search: 100 if neither `trials`, `timeout` nor `patience` is given."""
         return self.trials or (100 if self.timeout is None and self.patience is None else None)
 
 
 class PriceConfig(Strict):
-    """What an hour of one device costs, and in what: EUR, USD."""
+    """The price of an hour of one device, and its currency (EUR, USD)."""
 
     per_device_hour: float = Field(ge=0)
     currency: str = Field(pattern=r"^[^\s]{1,8}$")
 
 
 class WorkersConfig(Strict):
-    """stuck: a worker that is silent for so long in the midst of a job counts as hung, and is replaced.  trial: the
-    longest that a trial may take, then it has failed (default: any time)."""
+    """Limits of workers.
 
-    stuck: Annotated[float, BeforeValidator(duration), Field(gt=0)] = 300.0
-    trial: Annotated[float, BeforeValidator(duration), Field(gt=0)] | None = None
+    stuck: a worker that sends nothing for so many seconds during a job is replaced.
+    trial: a trial that takes more seconds fails; None is no limit.
+    """
+
+    stuck: Annotated[float, BeforeValidator(parse_duration), Field(gt=0)] = 300.0
+    trial: Annotated[float, BeforeValidator(parse_duration), Field(gt=0)] | None = None
 
 
 class RacingConfig(Strict):
-    """Candidates that fall behind the best so far are stopped before all items are scored.
+    """Races: candidates that are worse than the best so far are stopped before all items are scored.
 
-    alpha: the chance, at most, that a candidate just as good on the search items is stopped, over the random order in
-    which the items come.  informative: items that tell models apart come early.
+    enabled: whether there are races.
+    alpha: the greatest probability that a candidate which is as good on the search items is stopped, over the random
+        order of the items.
+    informative: whether items on which models differ come early.
     """
 
     enabled: bool = True
@@ -233,25 +249,34 @@ class RacingConfig(Strict):
     informative: bool = True
 
 
-def racing(value: object) -> object:
-    """`true` and `false` as well as a mapping."""
+def parse_racing(value: object) -> object:
+    """`true` and `false` as a mapping; a mapping is returned unchanged."""
     if not isinstance(value, (bool, dict, RacingConfig)):
         raise ValueError("give true, false, or what to change: {alpha: 0.05, informative: false}")
     return {"enabled": value} if isinstance(value, bool) else value
 
 
-RacingValue = Annotated[RacingConfig, BeforeValidator(racing)]
+RacingValue = Annotated[RacingConfig, BeforeValidator(parse_racing)]
 
 
 class SearchConfig(Strict):
-    """A whole search.  Relative paths count from the folder of the file (here they are absolute already).
+    """A whole search.  In the file relative paths are relative to its folder; here they are absolute.
 
-    allow_differences: as in a recipe.
-
-    baselines: recipe files of one's own, on the same sources, that the winner must beat too.  start_from: one more, a
-    recipe or a mergekit file, which also gives the base, the sources and the method where they are not said here.
-    dtype: of the candidate's values.  compute_dtype: what forwards are computed in, see merge/compute.py.
-    hub: what each hub id stood for when the search began, as `owner/name@commit`; evomerge writes it.
+    name: of the study and of the run folder.
+    base, sources, method, allow_differences: as in a recipe.
+    space: the coefficients that are searched.
+    tasks, splits: what candidates are scored on.
+    baselines: the user's own recipe files on the same sources, which the winner must beat too.
+    start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
+        the configuration does not.
+    sampler, budget, price, workers, racing: see their classes.
+    seed: of the splits, the sampler, random masks and the bootstrap.
+    device: of the workers; `auto` is an accelerator if there is one.
+    dtype: the type of the candidate's values.
+    compute_dtype: the type that forwards are computed in, see `merge/compute_dtype.py`.
+    batch_tokens: padded tokens per forward, see `evaluate/token_budget.py`.
+    storage: a database URL; None is SQLite in the run folder.
+    hub: hub id -> `owner/name@commit`, the commit that the search began with; evomerge writes it.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")

@@ -1,8 +1,8 @@
-"""A cheap look first: is a candidate's language broken?  One forward over a few prompts, before it is scored.
+"""The canary: find out with one forward over a few prompts, before a candidate is scored, whether it is broken.
 
-Merges break in three ways: weights or logits are not finite; the next token is always the same whatever was said
-(the entropy has collapsed); or greedy text repeats itself without end.  What is normal differs from family to family,
-so the signs of candidates are compared with those of the parents.
+A merge can break a model in three ways: weights or logits are not finite; the next token is the same after every prompt
+(the entropy has collapsed); or greedy text repeats itself without end.  What is normal differs between families of
+models, so a candidate is compared with its parents.
 """
 
 from collections.abc import Sequence
@@ -12,44 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDTH = 48  # tokens of a prompt, its last
+WIDTH = 48  # the last tokens of a prompt that are used
 PROMPTS = 4
-WRITTEN = 16  # tokens that a suspect writes
-COLLAPSED = 0.05  # of the parents' lowest entropy
-SUSPECT = 0.5  # of all predictions are one token
+WRITTEN = 16  # tokens that are generated to find a repetition
+COLLAPSED = 0.05  # an entropy below this share of the parents' lowest one is broken
+SUSPECT = 0.5  # text is generated if one token is more than this share of all predictions
 
 
 class Broken(ArithmeticError):
-    """A candidate is not worth scoring; the message says why."""
+    """A candidate is broken and is not scored; the message says why."""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """entropy: nats of the next token, mean over all positions.  sameness: the share of positions whose likeliest next
-    token is the commonest of all.  repeats: whether every prompt was continued by a repetition without end."""
+    """What the canary measures of a model.
+
+    entropy: the entropy of the next token in nats, averaged over all positions.
+    sameness: the share of positions whose most probable next token is the most frequent one.
+    repeats: whether every prompt was continued by an endless repetition.
+    """
 
     entropy: float
     sameness: float
     repeats: bool = False
 
 
-def prompts(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A few contexts cut to one length, (B, T) token ids; those of other tasks before more of the same."""
+def canary_prompts(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The first PROMPTS contexts that are not empty, cut to one length from the left: (B, T) token ids."""
     chosen = [c for c in contexts if c][:PROMPTS]
     width = min([WIDTH, *map(len, chosen)])
     return torch.tensor([list(c)[-width:] for c in chosen], dtype=torch.long, device=device)
 
 
 @torch.inference_mode()
-def signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
-    """Look at a model.  tokens: (B, T) of `prompts`.  normal: the parents'; who is no suspect writes nothing.
+def measure_signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
+    """Measure a model.
+
+    tokens: (B, T) of `canary_prompts`.
+    normal: what is normal, see `normal_signs`.  Text is generated only from a model whose `sameness` is above SUSPECT
+        and above the normal one, and never if there is no normal.
 
     Broken if a logit is not finite.
     """
     logits = model(tokens, use_cache=False).logits  # (B, T, V)
     if not bool(logits.isfinite().all()):
         raise Broken("a logit is not finite")
-    entropy = float(torch.stack([entropies(row) for row in logits]).mean())  # row by row, as V may be large
+    # Row by row, because float32 copies of all logits are large.
+    entropy = float(torch.stack([entropies(row) for row in logits]).mean())
     counts = logits.argmax(-1).flatten().bincount()
     found = Signs(entropy, float(counts.max()) / float(counts.sum()))
     if normal is None or found.sameness <= max(SUSPECT, normal.sameness):
@@ -66,25 +75,25 @@ def signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """(T,) float64 nats of the distributions that logits (T, V) stand for."""
+    """The entropies in nats, (T,) float64, of the distributions with logits (T, V)."""
     logprob = logits.float().log_softmax(-1)
     return -(logprob.exp() * logprob).sum(-1).double()
 
 
 def endless(tokens: Sequence[int], longest: int = 4) -> bool:
-    """Whether a text is one unit of at most `longest` tokens over and over."""
+    """Whether a text repeats one unit of at most `longest` tokens from its beginning to its end."""
     return any(all(a == b for a, b in zip(tokens, tokens[n:], strict=False)) for n in range(1, longest + 1))
 
 
 def normal_signs(parents: Sequence[Signs]) -> Signs | None:
-    """What is still normal where these are, None if there is none to tell."""
+    """The lowest entropy and the highest sameness of the parents; None without parents."""
     if not parents:
         return None
     return Signs(min(p.entropy for p in parents), max(p.sameness for p in parents))
 
 
 def check_signs(found: Signs, normal: Signs | None) -> None:
-    """Broken if the signs are far outside what is normal."""
+    """Broken if the entropy is far below the normal one or the text repeats itself.  normal: None allows everything."""
     if normal is None:
         return
     if found.entropy < COLLAPSED * normal.entropy:

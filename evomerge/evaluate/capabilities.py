@@ -1,8 +1,9 @@
-"""What a live model can be asked for, found out by asking: packed rows, a shared trunk, generation step by step.
+"""Which kinds of forwards a live model supports: packed rows, a shared trunk, generation with a cache.
 
-Every answer is compared with plain forwards of one sequence each.  How far two roads may differ is not known
-beforehand (a bfloat16 model rounds coarsely), so the measure is how far a road goes astray on which sequences see
-each other: a road is taken if its error is small beside that.
+Each kind is tried on a few random sequences, and its log-probabilities are compared with those of plain forwards of one
+sequence each.  How much rounding may change them is not known beforehand (bfloat16 rounds coarsely).  The scale is the
+error of a forward that is wrong on purpose: packed rows without mask and positions, where sequences attend to each
+other.  A kind of forward is supported if its error is small compared with that.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +18,20 @@ from evomerge.evaluate.kv_cache import empty_cache
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches, run_trunk
 from evomerge.evaluate.prefix_plan import Tokens
 
-TRUNK, CONTEXTS, CHOICES = 5, 2, 3  # lengths and counts of the probe's sequences
-ROUNDING = 1e-4  # mean difference of log-probabilities that is rounding in any type
-ASTRAY = 0.1  # the part of the wrong road's error that a right one may have
+TRUNK, CONTEXTS, CHOICES = 5, 2, 3  # tokens of the probe's trunk, contexts, and choices of each context
+ROUNDING = 1e-4  # a mean difference of log-probabilities that is rounding in any type
+TOLERANCE = 0.1  # the part of the wrong forward's error that a supported kind may have
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """packs: sequences may share a row.  trunks: and stand on a prefix computed before.  steps: a cache of keys and
-    values serves generation.  window: tokens that a row may have for the first two, None if any number."""
+    """What a model supports.
+
+    packs: several sequences in one row.
+    trunks: rows behind a prefix whose keys and values were computed before.
+    steps: generation with a cache of keys and values.
+    window: the tokens that a row may have for the first two, None for any number.
+    """
 
     packs: bool
     trunks: bool
@@ -33,12 +39,15 @@ class Capabilities:
     window: int | None
 
     def reaches(self, longest: int) -> bool:
-        """Whether attention goes back to the start of a row of `longest` tokens."""
+        """Whether attention reaches from the last token of a row of `longest` tokens to the first."""
         return self.window is None or longest <= self.window
 
 
 def window_of(config: Any) -> int | None:
-    """The least window of a model whose attention does not reach back to the start, None if all does."""
+    """The smallest attention window of a model's layers in tokens, None if all layers attend to everything.
+
+    config: of transformers.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
     windows = [getattr(text, "attention_chunk_size", None)] if "chunked_attention" in kinds else []
@@ -49,7 +58,11 @@ def window_of(config: Any) -> int | None:
 
 @torch.inference_mode()
 def probe(model: Any, vocabulary: int, log: Callable[[str], None] = lambda text: None) -> Capabilities:
-    """Try every road on a few tokens.  log: gets a line for each that does not lead where plain forwards do."""
+    """Try every kind of forward on a few tokens.
+
+    vocabulary: the number of token ids.
+    log: gets one line for each kind that the model does not support.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> Tokens:
@@ -60,42 +73,51 @@ def probe(model: Any, vocabulary: int, log: Callable[[str], None] = lambda text:
     rows = [Row(c + choice, len(choice)) for c in contexts for choice in (draw(2 + k) for k in range(CHOICES))]
     plain = torch.cat([logprobs(model, [row], packs=False) for row in rows])  # (M,)
 
-    def right(name: str, road: Callable[[], Tensor], wrong: Callable[[], Tensor], instead: str) -> bool:
+    def supported(
+        problem: str, compute: Callable[[], Tensor], compute_wrong: Callable[[], Tensor], instead: str
+    ) -> bool:
         try:
-            error, astray = (float((found() - plain).abs().mean()) for found in (road, wrong))
-            if error <= max(ROUNDING, ASTRAY * astray):
+            error, scale = (float((found() - plain).abs().mean()) for found in (compute, compute_wrong))
+            if error <= max(ROUNDING, TOLERANCE * scale):
                 return True
             reason = f"differs by {error:.2g} from plain forwards"
-        except Exception as failure:  # whatever an architecture makes of arguments that it does not know
+        except Exception as failure:  # an architecture may fail in any way on arguments that it does not know
             reason = first_line(failure)[:200]
-        log(f"note: {type(model).__name__} {name} ({reason}); {instead}")
+        log(f"note: {type(model).__name__} {problem} ({reason}); {instead}")
         return False
 
-    astray = lambda: logprobs(model, rows, packs=True, blind=True)  # noqa: E731
-    packs = right("does not take packed rows", lambda: logprobs(model, rows, packs=True), astray, "one row a sequence")
-    trunks = packs and right(
+    def wrong() -> Tensor:
+        return logprobs(model, rows, packs=True, masked=False)
+
+    packs = supported(
+        "does not take packed rows", lambda: logprobs(model, rows, packs=True), wrong, "one row a sequence"
+    )
+    trunks = packs and supported(
         "does not take a shared prefix",
         lambda: logprobs(model, rows, packs=True, trunks=[trunk]),
-        astray,
+        wrong,
         "each row computes its own",
     )
-    steps = right(
+    steps = supported(
         "does not generate from a cache of keys and values",
         lambda: torch.cat([stepped_logprobs(model, row) for row in rows]),
-        astray if packs else lambda: plain + 1.0,
+        wrong if packs else lambda: plain + 1.0,
         "lm-eval's own HFLM generates",
     )
     return Capabilities(packs, trunks, steps, window_of(model.config))
 
 
 def logprobs(
-    model: Any, rows: Sequence[Row], packs: bool, trunks: Sequence[Tokens] = (), blind: bool = False
+    model: Any, rows: Sequence[Row], packs: bool, trunks: Sequence[Tokens] = (), masked: bool = True
 ) -> Tensor:
-    """(M,) log-probabilities of the rows' scored tokens.  blind: without mask and positions, which is wrong."""
+    """The log-probabilities of the rows' scored tokens, (M,).
+
+    packs, trunks: see `Plan`.  masked: False leaves out mask and positions, so that sequences attend to each other.
+    """
     plan = Plan(4096, model.device, 1, packs, trunks)
     found: list[tuple[int, Tensor]] = []
     for batch in plan_batches(rows, plan):
-        if blind:
+        if not masked:
             batch.positions = batch.ends = None
         logits = kept_logits(model, batch, run_trunk(model, batch.trunk) if batch.trunk else None).float()
         values = (logits.log_softmax(1)[batch.node, batch.target]).cpu()
@@ -104,7 +126,7 @@ def logprobs(
 
 
 def stepped_logprobs(model: Any, row: Row) -> Tensor:
-    """(M,) the same for one row, left-padded and one token at a time, as generation runs."""
+    """The same for one row, (M,), padded on the left and computed token by token as in generation."""
     pad, tokens = 2, row.tokens
     first = len(tokens) - row.scored
     cache = empty_cache()

@@ -1,4 +1,4 @@
-"""Where a trial's time goes, what it computes, and the place where a long computation may be asked to stop."""
+"""Count the seconds, forwards and tokens of an evaluation, and let it be interrupted between batches."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 class Counts:
     """What was computed so far.
 
-    forwards: calls of the model.  tokens: real ones that went in.  padded: those and the padding beside them.
+    forwards: calls of the model.
+    tokens: tokens without padding.
+    padded: tokens with padding.
     """
 
     forwards: int = 0
@@ -25,17 +27,19 @@ class Counts:
     padded: int = 0
 
     def add(self, tokens: int, padded: int) -> None:
-        """One forward."""
+        """Add one forward."""
         self.forwards += 1
         self.tokens += tokens
         self.padded += padded
 
 
 class Clock:
-    """Seconds by part.
+    """The seconds of each part of an evaluation.
 
-    check: called between batches, may raise to interrupt the work.  step: called after each batch.  counts: added to
-    by every forward.  device: that does the work; a part ends when it has done all it was given.
+    check: called between batches; it may raise to interrupt the work.
+    step: called after each batch.
+    counts: every forward is added to it.
+    device: the device that does the work; a part ends when the device has finished it.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Clock:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Add the time of the block to `part`; blocks do not nest."""
+        """Within the context, the time counts as `part`.  Parts must not be nested."""
         synchronise(self.device)
         start = time.perf_counter()
         try:
@@ -64,7 +68,7 @@ class Clock:
 
 
 def counter(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """A `step` that counts and reports (steps done, total)."""
+    """A `step` for a `Clock` that reports (steps done, total) to `progress`."""
     done = 0
 
     def step() -> None:
@@ -77,11 +81,11 @@ def counter(total: int, progress: Callable[[int, int], None]) -> Callable[[], No
 
 @contextmanager
 def forwards_of(model: Any, counts: Counts) -> Iterator[None]:
-    """While this lasts, the model's forwards are counted; for work that another library does."""
+    """Within the context, the model's forwards are counted; for forwards that another library runs."""
 
     def count(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         tokens = options["input_ids"] if "input_ids" in options else inputs[0]  # (B, T)
-        mask = options.get("attention_mask")  # (B, seen)
+        mask = options.get("attention_mask")  # (B, tokens so far)
         real = int(mask[:, -tokens.shape[1] :].sum()) if mask is not None and mask.ndim == 2 else tokens.numel()
         counts.add(real, tokens.numel())
 

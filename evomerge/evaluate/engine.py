@@ -1,41 +1,41 @@
-"""Score the live model on prepared items: the model runs forwards, everything else was done before."""
+"""The engine: score a live model on workloads.  Everything but the model's forwards is prepared once."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 
-from evomerge.config.schema import GOLD_METRICS
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.capabilities import probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.generation import Stops, generate, plan_generation
+from evomerge.evaluate.item_values import ItemMetrics, formula_values, item_score, lm_eval_values
 from evomerge.evaluate.kv_cache import KeysValues
 from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
-from evomerge.evaluate.metrics import (
-    ItemMetrics,
-    choice_metrics,
-    gold_choice,
-    gold_metrics,
-    item_score,
-    lm_eval_metrics,
-)
+from evomerge.evaluate.metrics import Answer
 from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.token_budget import LEAST, token_budget
-from evomerge.evaluate.workload import Workload, join_workloads
+from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
 
 Trunks = dict[Tokens, KeysValues]
-"""What a candidate has computed of shared prefixes: to be thrown away with the candidate."""
+"""The keys and values of the trunks that one candidate has computed; they are wrong for every other candidate."""
+
+Loglikelihood = tuple[float, bool]
+"""The log-likelihood of a continuation in nats, and whether greedy decoding gives the continuation."""
 
 
 class Engine:
-    """Scores one live model.  Tokenisation follows lm-eval's HFLM, whose methods are used for it.
+    """Scores one live model.  Tokenisation is that of lm-eval's HFLM, whose methods are called.
 
-    model: a causal language model of transformers.  batch_tokens: padded tokens per forward (`auto` asks
-    the device), halved for good when the memory does not hold them.  log: gets a line for all that the model cannot do.
+    model: a causal language model of transformers.
+    tokenizer: its tokenizer.
+    batch_tokens: padded tokens per forward; `auto` is what the device holds.  It is halved for the rest of the run
+        when the memory does not suffice.
+    log: gets one line for everything that the model cannot do.
     """
 
     def __init__(
@@ -57,90 +57,58 @@ class Engine:
         self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
         self.batch_tokens = token_budget(batch_tokens, model)
         self.capabilities = probe(model, self.vocabulary, log)
-        self.unpacked: set[str] = set()  # tasks whose rows are too long to share one
+        self.unpacked: set[str] = set()  # tasks whose rows are longer than the model's window
 
     def prepare(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
-        """Build prompts, token ids and batches of a task's items.
-
-        everything: all of the task's metrics and the gold answer's log-probability; else only the objective.
-        EvomergeError if an item has an empty answer or does not fit the model.
-        """
-        work = self.asked(task, items, everything)
+        """Build prompts, token ids and batches of a task's items; see `workload`."""
+        work = self.workload(task, items, everything)
         self.plan(work)
         return work
 
-    def in_chunks(self, asked: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
-        """Tasks whose items are scored chunk by chunk, all tasks of a chunk in the same batches.
+    def workload(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
+        """Build prompts and token ids of a task's items, without batches.
 
-        chunks: for each of them and each task, the places of its items.  What all chunks begin with is found over all
-        of them, so that a candidate which carries its `Trunks` from chunk to chunk computes it once.
+        everything: all of the task's metrics and the gold answer's log-likelihood; else only the objective.
+
+        EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
+        examples do not fit its documents.
         """
-        works = [
-            join_workloads([work.pick(where) for work, where in zip(asked, chunk, strict=True) if len(where)])
-            for chunk in chunks
-        ]
-        if self.capabilities.trunks:
-            rows = [row.leaf for work in asked for row in work.rows]
-            prompts = [prompt.leaf for work in asked for prompt in work.prompts]
-            shared = [*choose_trunks(rows), *choose_trunks(prompts, ALONE)]
-            for work in works:
-                work.shared = shared
-        for work in works:
-            self.plan(work)
-        return works
-
-    def asked(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
-        """What the model is asked for these items, tokenised, without batches.
-
-        EvomergeError if the task's templates, choices or examples do not fit its documents.
-        """
+        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # before each call: lm-eval draws examples one after another
+        objective = task.own.get(task.objective)
+        only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
-            return self.ask_each(task, items, everything)
+            asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
         except EvomergeError:
             raise
         except Exception as error:  # a template, a choice, an index: each fails in its own way
             raise EvomergeError(
-                f"task {task.name}: its items cannot be asked ({type(error).__name__}: {reason(error)}); do the "
-                "templates fit the documents?"
+                f"task {task.name}: no requests can be built of its items ({type(error).__name__}: {reason(error)}); "
+                "do the templates fit the documents?"
             ) from error
+        return Workload(task, asked, complete=not only_gold)
 
-    def ask_each(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
-        task.lm.set_fewshot_seed(FEWSHOT_SEED)  # lm-eval draws examples in turn: start anew, or each call differs
-        only_gold = not everything and task.objective in GOLD_METRICS and task.kind != "loglikelihood_rolling"
-        work = Workload(task, list(items), metrics=not only_gold)
-        for item in work.items:
-            instances = self.requests.instances(task, item)
-            spans: list[range] = []
-            gold, answer = -1, ""
-            first_row, first_prompt = len(work.rows), len(work.prompts)
-            for instance in [] if only_gold and task.kind == "generate_until" else instances:
-                if instance.request_type == "generate_until":
-                    work.prompts.append(self.requests.prompt(task, *instance.args))
-                    continue
-                if only_gold and task.kind == "multiple_choice" and instance.idx != gold_choice(task, item.doc):
-                    continue
-                new = self.requests.rows(task, instance)
-                spans.append(range(len(work.rows), len(work.rows) + len(new)))
-                work.rows += new
-            if task.kind == "generate_until" and (everything or only_gold):
-                gold = len(work.rows)
-                context, answer = self.requests.gold_pair(task, item, instances[0].args[0])
-                work.rows.append(self.requests.row(task, context, answer))
-            elif task.kind == "multiple_choice":
-                choice = gold_choice(task, item.doc)
-                gold, answer = spans[0 if only_gold else choice].start, instances[choice].args[1]
-            elif task.kind == "loglikelihood":
-                gold, answer = spans[0].start, instances[0].args[1]
-            work.instances.append(instances)
-            work.spans.append(spans)
-            work.gold.append(gold)
-            work.gold_bytes.append(len(answer.encode("utf-8")))
-            work.own_rows.append(range(first_row, len(work.rows)))
-            work.own_prompts.append(range(first_prompt, len(work.prompts)))
-        return work
+    def in_chunks(self, works: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
+        """Workloads of tasks as one planned workload for each chunk of items; all tasks of a chunk share batches.
+
+        chunks: for each chunk and each task, the indices of its items.  Trunks are chosen for the items of all chunks
+        together, so that a candidate which keeps its `Trunks` from chunk to chunk computes each of them once.
+        """
+        joined = [
+            join_workloads([work.pick(where) for work, where in zip(works, chunk, strict=True) if len(where)])
+            for chunk in chunks
+        ]
+        if self.capabilities.trunks:
+            rows = [row.leaf for work in works for row in work.rows]
+            prompts = [prompt.leaf for work in works for prompt in work.prompts]
+            shared = [*choose_trunks(rows), *choose_trunks(prompts, ALONE)]
+            for work in joined:
+                work.shared = shared
+        for work in joined:
+            self.plan(work)
+        return joined
 
     def plan(self, work: Workload) -> None:
-        """Make the batches of a workload for the present budget."""
+        """Make the batches of a workload for the present token budget."""
         work.budget = self.batch_tokens
         too_long = [part for part in work.by_task if not self.capabilities.reaches(part.longest)]
         work.packs = self.capabilities.packs and not too_long
@@ -165,11 +133,12 @@ class Engine:
         return found
 
     def score_parts(self, work: Workload, clock: Clock, trunks: Trunks | None = None) -> list[ItemMetrics]:
-        """`score` for each part of a workload of several tasks.
+        """`score` for each task of a workload.
 
-        trunks: what this very candidate has computed of shared prefixes in other chunks; added to.
-        NotFiniteScore if a log-likelihood is NaN or infinite.  Out of memory, the budget is halved for good and the
-        workload begun anew.
+        trunks: the trunks that the same candidate computed for other chunks; new ones are added.
+
+        NotFiniteScore if a log-likelihood is NaN or infinite.  When the device runs out of memory, the token budget is
+        halved for the rest of the run and the workload is scored from its beginning.
         """
         while True:
             if work.budget != self.batch_tokens:
@@ -185,42 +154,38 @@ class Engine:
                 torch.cuda.empty_cache()
 
     def score_planned(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[ItemMetrics]:
+        """Run the batches of a workload and compute the metrics of each task."""
         lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks) if work.rows else []
-        answers = self.answers(work, clock, trunks) if work.prompts else []
+        texts = self.texts(work, clock, trunks) if work.prompts else []
         found, row, prompt = [], 0, 0
         with clock.time("score"):
             for part in work.by_task:
                 last_row, last_prompt = row + len(part.rows), prompt + len(part.prompts)
-                found.append(self.metrics(part, lls[row:last_row], answers[prompt:last_prompt]))
+                found.append(self.metrics(part, lls[row:last_row], texts[prompt:last_prompt]))
                 row, prompt = last_row, last_prompt
         return found
 
-    def metrics(self, work: Workload, lls: Sequence[tuple[float, bool]], answers: Sequence[str]) -> ItemMetrics:
-        """The metrics of one task from the answers to its requests."""
+    def metrics(self, work: Workload, lls: Sequence[Loglikelihood], texts: Sequence[str]) -> ItemMetrics:
+        """The metrics of one task.
+
+        lls: of each of the task's rows.  texts: the generated text of each of its prompts.
+        """
+        task = work.task
         found: ItemMetrics = {}
-        if work.metrics:
-            texts = iter(answers)
-            for spans, instances in zip(work.spans, work.instances, strict=True):
-                for k, instance in enumerate(instances):
-                    instance.resps = [self.response(instance, spans, k, lls, texts)]
-            found = lm_eval_metrics(work.task, work.items, work.instances)
-            if work.task.kind == "multiple_choice":
-                choices = [[lls[span.start][0] for span in spans] for spans in work.spans]
-                gold = [spans.index(range(g, g + 1)) for spans, g in zip(work.spans, work.gold, strict=True)]
-                found |= choice_metrics(choices, gold)
-        if all(g >= 0 for g in work.gold):
-            found |= gold_metrics([lls[g][0] for g in work.gold], work.gold_bytes)
-        return found
+        answers = [answer_of(task, work.complete, *each) for each in by_item(work.items, lls, texts)]
+        if work.complete:
+            for each in by_item(work.items, lls, texts):
+                respond(*each)
+            instances = [asked.instances for asked in work.items]
+            found = lm_eval_values(task, [asked.item for asked in work.items], instances)
+        computed = {
+            "gold": all(asked.gold is not None for asked in work.items),
+            "choices": work.complete,
+            "generation": work.complete,
+        }
+        return found | formula_values(task, [m for m in task.own.values() if computed[m.needs]], answers)
 
-    def response(self, instance: Any, spans: list[range], k: int, lls: Sequence[tuple[float, bool]], texts: Any) -> Any:
-        """What lm-eval's model would have answered to one request."""
-        if instance.request_type == "generate_until":
-            return next(texts)
-        if instance.request_type == "loglikelihood_rolling":
-            return sum(lls[r][0] for r in spans[k])
-        return lls[spans[k].start]
-
-    def answers(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
+    def texts(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
         """The generated text of every prompt."""
         if self.capabilities.steps:
             count = len(work.prompts)
@@ -229,7 +194,7 @@ class Engine:
                 return [self.text(t, p.until) for t, p in zip(tokens, work.prompts, strict=True)]
         clock.check()
         with clock.time("forward"), forwards_of(self.model, clock.counts):
-            asked = [i for group in work.instances for i in group if i.request_type == "generate_until"]
+            asked = [i for a in work.items for i in a.instances if i.request_type == "generate_until"]
             return list(self.lm.generate_until(asked, disable_tqdm=True))
 
     def text(self, tokens: list[int], until: Sequence[str]) -> str:
@@ -246,8 +211,47 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def by_item(
+    items: Sequence[ItemRequests], lls: Sequence[Loglikelihood], texts: Sequence[str]
+) -> Iterator[tuple[ItemRequests, Sequence[Loglikelihood], Sequence[str]]]:
+    """Each item with the log-likelihoods of its rows and the texts of its prompts.
+
+    lls, texts: of all items, one item after another.
+    """
+    row = prompt = 0
+    for asked in items:
+        last_row, last_prompt = row + len(asked.rows), prompt + len(asked.prompts)
+        yield asked, lls[row:last_row], texts[prompt:last_prompt]
+        row, prompt = last_row, last_prompt
+
+
+def respond(asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[str]) -> None:
+    """Set the answers of an item's lm-eval requests (`resps`) as lm-eval's own model would set them."""
+    left = iter(texts)
+    for k, instance in enumerate(asked.instances):
+        if instance.request_type == "generate_until":
+            instance.resps = [next(left)]
+        elif instance.request_type == "loglikelihood_rolling":
+            instance.resps = [sum(lls[r][0] for r in asked.spans[k])]
+        else:
+            instance.resps = [lls[asked.spans[k].start]]
+
+
+def answer_of(
+    task: Task, complete: bool, asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[str]
+) -> Answer:
+    """What the formulas of metrics read.  complete: whether all requests were answered, or only the gold answer's."""
+    logprobs: list[float] = []
+    gold = 0
+    if complete and task.kind == "multiple_choice" and asked.gold is not None:
+        logprobs = [lls[span.start][0] for span in asked.spans]
+        gold = asked.spans.index(range(asked.gold, asked.gold + 1))
+    gold_logprob = math.nan if asked.gold is None else lls[asked.gold][0]
+    return Answer(asked.item.doc, gold_logprob, asked.gold_bytes, logprobs, gold, "".join(texts))
+
+
 def scores_of(task: Task, metric: str, found: ItemMetrics) -> list[float]:
-    """The item scores of one metric, the higher the better.  EvomergeError if it was not computed."""
+    """The item scores of one metric, the higher the better.  EvomergeError if the metric was not computed."""
     if metric not in found:
         raise EvomergeError(f"task {task.name}: the metric {metric!r} was not computed; there are {', '.join(found)}")
     return [item_score(task, metric, value) for value in found[metric]]

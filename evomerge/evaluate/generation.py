@@ -1,4 +1,4 @@
-"""Greedy generation on the live model: batches by length, rows leave when they are done, stops as lm-eval has them."""
+"""From prompts to generated answers: batches of prompts, greedy decoding on the live model, lm-eval's stop strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from evomerge.evaluate.clock import Clock, Counts
-from evomerge.evaluate.kv_cache import KeysValues, empty_cache, roomy_cache
+from evomerge.evaluate.kv_cache import KeysValues, empty_cache, generation_cache
 from evomerge.evaluate.loglikelihood import Plan, head_only_at, run_trunk
-from evomerge.evaluate.prefix_plan import ALONE, Leaf, Tokens, by_trunk, choose_trunks
+from evomerge.evaluate.prefix_plan import ALONE, Leaf, Tokens, choose_trunks, group_by_trunk
 
-LEAVE = 0.8  # rows go on without those that are done once they are this part of them: leaving copies the others
-NEAR, FILLED = 0.85, 512  # a forward over prompts takes those of near length, once it has this many tokens
-SHORT = 32  # a trunk parts the rows that decode together: a shorter one saves less than that costs
-CACHED = 4  # cached tokens for each token of the budget: keys and values are little beside what a forward holds
+LEAVE = 0.8  # finished rows are dropped once at most this share of the rows still runs: dropping copies the others
+SIMILAR, FILLED = 0.85, 512  # a forward over prompts of FILLED tokens takes only prompts of similar length: this share
+SHORTEST_TRUNK = 32  # rows of different trunks cannot decode together; a shorter trunk saves less than that costs
+CACHED = 4  # cached tokens for each token of the budget: keys and values are small beside a forward's activations
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """context: token ids.  until: stop strings (the end-of-text token's among them).  limit: new tokens at most."""
+    """A prompt to be continued.
+
+    context: its token ids.
+    until: the stop strings, that of the end-of-text token included.
+    limit: the greatest number of new tokens.
+    """
 
     context: Tokens
     until: tuple[str, ...]
@@ -28,17 +33,21 @@ class Prompt:
 
     @property
     def leaf(self) -> Leaf:
-        """What must be computed for it: all tokens, with logits at the last."""
+        """What must be computed: all tokens, with logits at the last one."""
         return Leaf(self.context, len(self.context) - 1)
 
 
 @dataclass
 class GenerationBatch:
-    """Prompts that are generated from together.
+    """Prompts that are continued together.
 
-    inputs, mask: (B, T) left-padded ids behind the trunk, and 1 where a token is real.  parts: the rows of each
-    forward over prompts, and the column where the longest of them begins.  lengths: real tokens of each row.
-    owner: which prompts these are.
+    inputs: (B, W) the token ids behind the trunk, padded on the left.
+    mask: (B, W) 1 where a token is not padding.
+    trunk: the tokens before every row.
+    parts: for each forward over prompts, its rows and the column where the longest of them begins.
+    lengths: the tokens of each row without padding.
+    owner: the numbers of the prompts.
+    until, limit: those of all the prompts, see `Prompt`.
     """
 
     inputs: Tensor
@@ -52,7 +61,10 @@ class GenerationBatch:
 
 
 def plan_generation(prompts: Sequence[Prompt], pad: int, plan: Plan) -> list[GenerationBatch]:
-    """Batches of prompts with the same stops, limit and trunk, the longest first, each forward within the budget."""
+    """Batches of prompts with the same stop strings, limit and trunk, the longest first; forwards keep to the budget.
+
+    pad: the token id of padding.
+    """
     batches = []
     groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -65,8 +77,8 @@ def plan_generation(prompts: Sequence[Prompt], pad: int, plan: Plan) -> list[Gen
         trunks: Sequence[Tokens] = ()
         if plan.packs:
             trunks = choose_trunks(leaves, ALONE) if plan.trunks is None else plan.trunks
-            trunks = [t for t in trunks if len(t) >= SHORT]
-        for trunk, contexts in by_trunk(leaves, trunks).items():
+            trunks = [t for t in trunks if len(t) >= SHORTEST_TRUNK]
+        for trunk, contexts in group_by_trunk(leaves, trunks).items():
             members = [n for c in sorted(contexts, key=lambda c: (-len(c), c)) for n in owners[c]]
             while members:
                 width = len(prompts[members[0]].context) - len(trunk)
@@ -81,7 +93,10 @@ def plan_generation(prompts: Sequence[Prompt], pad: int, plan: Plan) -> list[Gen
 def make_batch(
     rests: list[Tokens], trunk: Tokens, owner: list[int], until: tuple[str, ...], limit: int, pad: int, plan: Plan
 ) -> GenerationBatch:
-    """rests: what comes after the trunk, the longest first."""
+    """One batch of prompts.
+
+    rests: the tokens of each prompt behind the trunk, the longest first.  The others: see `GenerationBatch`.
+    """
     rows, width = len(rests), len(rests[0])
     inputs = torch.full((rows, width), pad, dtype=torch.long)
     mask = torch.zeros(rows, width, dtype=torch.long)
@@ -93,9 +108,9 @@ def make_batch(
     while start < rows:
         longest = len(rests[start])
         end = min(rows, start + max(1, plan.budget // longest)) if plan.packs else rows
-        near = sum(len(rest) >= NEAR * longest for rest in rests[start:end])  # they come in order of length
-        if plan.packs and near * longest >= FILLED:
-            end = start + near
+        similar = sum(len(rest) >= SIMILAR * longest for rest in rests[start:end])  # they are sorted by length
+        if plan.packs and similar * longest >= FILLED:
+            end = start + similar
         parts.append((slice(start, end), width - longest))
         start = end
     lengths = [len(rest) for rest in rests]
@@ -103,10 +118,14 @@ def make_batch(
 
 
 class Stops:
-    """Tells when a row is finished: its text holds a stop string.
+    """Finds out when a row is finished: when its text contains a stop string.
 
-    Decoding every row at every step would cost more than a small model's forward, so a table built once tells
-    which tokens can end a stop string; only rows that produced such a token are decoded, and of them the end.
+    Decoding every row at every step would cost more than a small model's forward.  So a table, built once, has the
+    tokens that can end a stop string; only when a row gets such a token, its last tokens are decoded.
+
+    tokenizer: the model's.
+    vocabulary: V.
+    end_tokens: the ids that end every text.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: set[int]) -> None:
@@ -116,7 +135,7 @@ class Stops:
         self.tables: dict[tuple[str, ...], list[bool]] = {}
 
     def table(self, until: tuple[str, ...]) -> list[bool]:
-        """Token id -> whether its text holds a stop string's last character, or part of a character."""
+        """Token id -> whether its text contains a stop string's last character, or only a part of a character."""
         if until not in self.tables:
             last = {stop[-1] for stop in until if stop} | {"�"}
             self.tables[until] = [
@@ -125,10 +144,13 @@ class Stops:
         return self.tables[until]
 
     def finished(self, tokens: list[int], until: tuple[str, ...]) -> bool:
-        """Whether a stop string ends in the last token.  A token has a character at the least, or part of one."""
+        """Whether a stop string ends in the last token.
+
+        tokens: the new tokens of a row; each has at least one byte of text, which bounds how many must be decoded.
+        """
         if tokens[-1] in self.end_tokens:
             return True
-        reach = max(len(stop.encode("utf-8")) for stop in until) + 2  # the first token's space may be lost
+        reach = max(len(stop.encode("utf-8")) for stop in until) + 2  # decoding may drop the space of the first token
         text = self.tokenizer.decode(tokens[-reach:], skip_special_tokens=False)
         return any(stop in text for stop in until if stop)
 
@@ -143,10 +165,11 @@ def generate(
     packs: bool,
     trunks: dict[Tokens, KeysValues] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every prompt, up to and with the token that completed a stop.
+    """The new tokens of every prompt, the token that completes a stop string included.
 
-    packs: whether the model takes masks of four dimensions; others get masks of two and the plainest cache.
-    trunks: the keys and values of what this very candidate computed before; added to.
+    requests: the number of prompts.
+    packs: whether the model takes masks of four dimensions; others get masks of two and transformers' own cache.
+    trunks: the keys and values of the trunks that the same candidate computed before; new ones are added.
     """
     answers: list[list[int]] = [[] for _ in range(requests)]
     trunks = {} if trunks is None else trunks
@@ -163,27 +186,32 @@ def generate(
 
 
 class Decoding:
-    """The model's side of one batch: keys and values, masks and positions of the rows that still run."""
+    """The model's state while it continues one batch: keys and values, masks and positions of the rows that still run.
+
+    model, packs: see `generate`.
+    batch: the prompts.
+    trunk: the keys and values of the batch's trunk.
+    """
 
     def __init__(self, model: Any, batch: GenerationBatch, packs: bool, trunk: KeysValues | None) -> None:
         self.model = model
         self.packs = packs
         self.batch = batch
         depth = len(batch.trunk)
-        self.seen = depth + batch.inputs.shape[1]  # tokens of every row, padding among them
-        self.positions = depth + (batch.mask.cumsum(1) - 1).clamp_(min=0)  # (B, T), then (B, 1)
+        self.seen = depth + batch.inputs.shape[1]  # tokens of every row so far, padding included
+        self.positions = depth + (batch.mask.cumsum(1) - 1).clamp_(min=0)  # (B, W), then (B, 1)
         self.real = torch.nn.functional.pad(batch.mask, (depth, batch.limit), value=1).bool()  # (B, capacity)
         self.low = torch.finfo(model.dtype).min
         self.newest = batch.inputs[:, -1:]  # (B, 1)
         if packs:
             layers = model.config.get_text_config().num_hidden_layers
-            self.cache = roomy_cache(layers, len(self.real), self.real.shape[1], trunk)
+            self.cache = generation_cache(layers, len(self.real), self.real.shape[1], trunk)
             self.hidden = torch.zeros_like(self.real, dtype=model.dtype).masked_fill_(~self.real, self.low)
         else:
             self.cache = empty_cache()
 
     def first(self) -> Tensor:
-        """(B,) the likeliest token after every prompt."""
+        """Run the forwards over the prompts; the most probable next token of each, (B,)."""
         found = []
         depth = len(self.batch.trunk)
         for part, skipped in self.batch.parts:
@@ -192,7 +220,7 @@ class Decoding:
                 place = torch.arange(self.seen, device=inputs.device)
                 own = place[depth + skipped :, None]  # (W, 1)
                 mask = self.hidden[part, None, None, : self.seen].masked_fill(place > own, self.low)
-                mask.masked_fill_(place == own, 0)  # padding sees itself, or its softmax were over nothing
+                mask.masked_fill_(place == own, 0)  # padding attends to itself: a softmax over nothing is NaN
                 self.write(part, depth + skipped)
             else:
                 mask = self.real[:, : self.seen].long()
@@ -200,7 +228,7 @@ class Decoding:
         return self.advance(torch.cat(found))
 
     def next(self) -> Tensor:
-        """(B,) the likeliest token after every row's newest, which is taken in."""
+        """Run a forward over each row's newest token; the most probable next token of each, (B,)."""
         if self.packs:
             mask = self.hidden[:, None, None, : self.seen + 1]
             self.write(slice(None), self.seen)
@@ -211,26 +239,31 @@ class Decoding:
         return self.advance(best)
 
     def advance(self, best: Tensor) -> Tensor:
+        """Make (B,) tokens the newest ones and return them."""
         self.newest, self.positions = best[:, None], self.positions[:, -1:] + 1
         return best
 
     def write(self, part: slice, column: int) -> None:
-        """Say where the next keys and values go."""
+        """Set where the next keys and values are written."""
         for layer in self.cache.layers:
             layer.part, layer.column = part, column
 
     def likeliest(self, inputs: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Run one forward; the most probable token after the last column, (B,).
+
+        inputs, positions: (B, W).  mask: (B, 1, W, tokens so far) numbers, or (B, tokens so far) of 0 and 1.
+        """
         rows, width = inputs.shape
         last = torch.arange(1, rows + 1, device=inputs.device) * width - 1
         with head_only_at(self.model, last):
             logits: Tensor = self.model(
                 inputs, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
             ).logits
-        reached = logits.shape[:2] == (1, rows)  # and not (rows, width): the head was computed at the last places alone
+        reached = logits.shape[:2] == (1, rows)  # else (rows, width): the model has no separate head module
         return (logits[0] if reached else logits[:, -1]).argmax(1)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Go on with some of the rows alone."""
+        """Drop all other rows.  rows: indices among those that still run."""
         keep = torch.tensor(rows, device=self.newest.device)
         for layer in self.cache.layers:
             layer.keep_rows(keep) if self.packs else layer.batch_select_indices(keep)
@@ -240,6 +273,7 @@ class Decoding:
 
 
 def generate_batch(run: Decoding, batch: GenerationBatch, stops: Stops, clock: Clock) -> list[list[int]]:
+    """The new tokens of every prompt of one batch."""
     table = stops.table(batch.until)
     answers: list[list[int]] = [[] for _ in batch.owner]
     running = list(range(len(batch.owner)))  # rows of this batch that are still in the model's batch
@@ -266,7 +300,10 @@ def generate_batch(run: Decoding, batch: GenerationBatch, stops: Stops, clock: C
 
 
 def count_forwards(counts: Counts, batch: GenerationBatch, step: int, rows: int) -> None:
-    """Count one step's forwards: over the prompts, part by part, and then over one token of each of `rows`."""
+    """Count the forwards of one step: step 0 runs over the prompts, part by part; later ones over a token a row.
+
+    rows: how many rows still run.
+    """
     if step:
         counts.add(rows, rows)
         return

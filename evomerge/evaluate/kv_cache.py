@@ -1,4 +1,7 @@
-"""Keys and values that several rows share, and those of a generation, in transformers' own form of a cache."""
+"""Caches of keys and values for forwards: a trunk that all rows share, and the growing rows of a generation.
+
+They are layers of transformers' own `Cache`, so that the model's code needs no change.
+"""
 
 from typing import Any
 
@@ -7,11 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 KeysValues = list[tuple[Tensor, Tensor]]
-"""Per layer, keys and values (1, heads, T, size) of tokens that many rows begin with."""
+"""Per layer, the keys and values (1, heads, T, head size) of a trunk of T tokens."""
 
 
 class TrunkLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer that shows the trunk before whatever comes, for every row, and keeps nothing."""
+    """Puts a trunk's keys and values before those of every row, and stores nothing new.
+
+    keys, values: (1, heads, T, head size).
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -19,18 +25,21 @@ class TrunkLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return behind(self.keys, key_states), behind(self.values, value_states)
+        return after_trunk(self.keys, key_states), after_trunk(self.values, value_states)
 
 
-def behind(trunk: Tensor, states: Tensor) -> Tensor:
-    """(1, heads, T, size) and (B, heads, W, size) as (B, heads, T + W, size)."""
+def after_trunk(trunk: Tensor, states: Tensor) -> Tensor:
+    """Join (1, heads, T, head size) and (B, heads, W, head size) to (B, heads, T + W, head size)."""
     return torch.cat([trunk.expand(len(states), -1, -1, -1), states], dim=2)
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer with room for every row and token of a generation, so that a new one is written and no old one copied.
+class GenerationLayer(DynamicLayer):  # type: ignore[misc]
+    """Memory for all rows and tokens of a generation, allocated once: a new token copies nothing old.
 
-    shape: (rows, capacity).  part: the rows that the next states belong to.  column: where they go.
+    rows, capacity: the rows of the batch, and the tokens of a row.
+    trunk: keys and values that every row begins with, (1, heads, T, head size).
+    part: which rows the next states belong to; `column`: the position of their first token.  Both are set before a
+        forward.
     """
 
     def __init__(self, rows: int, capacity: int, trunk: tuple[Tensor, Tensor] | None = None) -> None:
@@ -41,7 +50,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self.room(key_states), self.room(value_states)
+            self.keys, self.values = self.allocate(key_states), self.allocate(value_states)
             if self.trunk is not None:
                 depth = self.trunk[0].shape[2]
                 self.keys[:, :, :depth], self.values[:, :, :depth] = self.trunk
@@ -50,8 +59,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.values[self.part, :, self.column : end] = value_states
         return self.keys[self.part, :, :end], self.values[self.part, :, :end]
 
-    def room(self, states: Tensor) -> Tensor:
-        """(rows, heads, capacity, size) zeros: what is masked must be finite all the same."""
+    def allocate(self, states: Tensor) -> Tensor:
+        """Zeros (rows, heads, capacity, head size); attention multiplies masked values by 0, so they must be finite."""
         rows, capacity = self.shape
         return states.new_zeros(rows, states.shape[1], capacity, states.shape[3])
 
@@ -59,20 +68,20 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.column
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget the other rows."""
+        """Drop all other rows.  rows: (B,) indices."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def empty_cache() -> Any:
-    """A cache that grows and forgets nothing, sliding windows or not."""
+    """A cache that keeps all tokens, also where the model has sliding windows."""
     return Cache(layer_class_to_replicate=DynamicLayer)
 
 
 def trunk_cache(trunk: KeysValues) -> Any:
-    """A cache for one packed forward behind a trunk."""
+    """The cache for a forward of packed rows behind a trunk."""
     return Cache(layers=[TrunkLayer(keys, values) for keys, values in trunk])
 
 
-def roomy_cache(layers: int, rows: int, capacity: int, trunk: KeysValues | None) -> Any:
-    """A cache for a generation of some rows, each with `capacity` tokens, its trunk among them."""
-    return Cache(layers=[RoomyLayer(rows, capacity, trunk[k] if trunk else None) for k in range(layers)])
+def generation_cache(layers: int, rows: int, capacity: int, trunk: KeysValues | None) -> Any:
+    """The cache for a generation.  capacity: the tokens of a row, the trunk's included."""
+    return Cache(layers=[GenerationLayer(rows, capacity, trunk[k] if trunk else None) for k in range(layers)])

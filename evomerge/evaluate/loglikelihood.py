@@ -1,4 +1,7 @@
-"""Log-likelihoods of continuations: each distinct token computed once, the head only where a token is scored."""
+"""From rows to log-likelihoods: batches of packed rows and their forwards.
+
+No token is computed twice, and the head is computed only at the positions whose next token is scored.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,25 +13,29 @@ from torch import Tensor
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.kv_cache import KeysValues, empty_cache, trunk_cache
-from evomerge.evaluate.prefix_plan import Leaf, PackedRow, Tokens, by_trunk, choose_trunks, packed_rows
+from evomerge.evaluate.prefix_plan import Leaf, PackedRow, Tokens, choose_trunks, group_by_trunk, packed_rows
 
-LOGITS = 2**27  # logits held at a time: 0.5 GB in float32
+LOGITS = 2**27  # the greatest number of logits of one forward: 0.5 GB in float32
 
 
 class NotFiniteScore(ArithmeticError):
-    """A log-likelihood is NaN or infinite: the argmax of NaN would be choice 0, which looks like a score."""
+    """A log-likelihood is NaN or infinite.  The argmax of NaN would be choice 0, which looks like a valid score."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """tokens: context and continuation.  scored: how many tokens at the end are the continuation."""
+    """A context with its continuation.
+
+    tokens: the token ids of both.
+    scored: the number of tokens at the end that are the continuation.
+    """
 
     tokens: Tokens
     scored: int
 
     @property
     def leaf(self) -> Leaf:
-        """What must be computed for it: all tokens but the last, with logits from `first` on."""
+        """What must be computed: all tokens but the last, with logits from `first` on."""
         return Leaf(self.tokens[:-1], len(self.tokens) - 1 - self.scored)
 
 
@@ -36,10 +43,14 @@ class Row:
 class Batch:
     """One forward.
 
-    inputs: (B, W) token ids, padded on the right.  positions, ends: (B, W) each token's position and where its
-    subtree ends (see `PackedRow`); None for rows of one sequence each.  trunk: the tokens before every row.
-    keep: (K,) where in the flattened (B * W) the logits are needed.  node, target, owner: (M,) for each scored token
-    its place in `keep`, its id and the request it belongs to.  tokens: those of `inputs` that are no padding.
+    inputs: (B, W) token ids, padded on the right.
+    positions, ends: (B, W) the position of each token and the end of its subtree (see `PackedRow`); None where every
+        row is one sequence.
+    trunk: the tokens before every row.
+    keep: (K,) where in the flattened (B * W) inputs the logits are needed.
+    node, target, owner: (M,) for each scored token its index in `keep`, its id, and the number of the row that it
+        belongs to.
+    tokens: how many of the inputs are not padding.
     """
 
     inputs: Tensor
@@ -57,8 +68,11 @@ class Batch:
 class Plan:
     """How rows become batches.
 
-    budget: padded tokens per forward.  packs: whether sequences may share a row.  trunks: prefixes that may be
-    computed before the rows; None chooses them.  vocabulary: bounds how many logits a forward holds.
+    budget: padded tokens per forward.
+    device: the device of the batches' tensors.
+    vocabulary: V, with which the number of a forward's logits is bounded.
+    packs: whether several sequences may share a row.
+    trunks: the prefixes that may be computed before the rows; None chooses them.
     """
 
     budget: int
@@ -69,32 +83,38 @@ class Plan:
 
 
 def plan_batches(rows: Sequence[Row], plan: Plan) -> list[Batch]:
-    """Batches of near lengths, longest first; membership depends on the rows alone, so padding is everybody's.
+    """Batches of rows of similar lengths, the longest first.
 
-    Rows with the same input (all but the last token) share it: the one-token choices of an item, for instance.
+    Which rows share a batch depends only on the rows, not on the model, so the padding is the same for all candidates
+    and their scores are comparable to the bit.  Rows with the same input (all tokens but the last) share it, for
+    instance the choices of an item that have one token.
     """
     owners: dict[Tokens, list[int]] = {}
     leaves = [row.leaf for row in rows]
     for number, leaf in enumerate(leaves):
         owners.setdefault(leaf.tokens, []).append(number)
     if not plan.packs:
-        alone = [single_row(tokens) for tokens in sorted(owners, key=lambda t: (-len(t), t))]
-        return split(alone, (), owners, rows, plan)
+        single = [single_row(tokens) for tokens in sorted(owners, key=lambda t: (-len(t), t))]
+        return split(single, (), owners, rows, plan)
     trunks = choose_trunks(leaves) if plan.trunks is None else plan.trunks
     batches = []
-    for trunk, sequences in by_trunk(leaves, trunks).items():
+    for trunk, sequences in group_by_trunk(leaves, trunks).items():
         batches += split(packed_rows(sequences, len(trunk)), trunk, owners, rows, plan)
     return batches
 
 
 def single_row(tokens: Tokens) -> PackedRow:
+    """A row of one sequence; positions and ends are empty."""
     return PackedRow(list(tokens), [], [], {tokens: list(range(len(tokens)))})
 
 
 def split(
     packed: list[PackedRow], trunk: Tokens, owners: dict[Tokens, list[int]], rows: Sequence[Row], plan: Plan
 ) -> list[Batch]:
-    """Rows, the longest first, as batches within the budget of tokens and of logits (at least one row each)."""
+    """Rows, the longest first, as batches within the budget of tokens and of logits (at least one row each).
+
+    owners: sequence -> the numbers of the `rows` that have it as their input.
+    """
     batches = []
     while packed:
         count = max(1, plan.budget // len(packed[0].tokens))
@@ -116,12 +136,13 @@ def make_batch(
     rows: Sequence[Row],
     device: torch.device,
 ) -> Batch:
+    """One batch of packed rows, the longest first; the other arguments are those of `split`."""
     width = len(packed[0].tokens)
     inputs = torch.zeros(len(packed), width, dtype=torch.long)  # (B, W)
     positions = torch.zeros_like(inputs)
-    ends = torch.arange(1, width + 1).repeat(len(packed), 1)  # padding sees itself, or its softmax were over nothing
-    nodes: dict[int, int] = {}  # place in the flattened batch -> place in `keep`
-    entries: list[tuple[int, int, int]] = []  # (node, target token, request)
+    ends = torch.arange(1, width + 1).repeat(len(packed), 1)  # padding attends to itself: a softmax over nothing is NaN
+    nodes: dict[int, int] = {}  # index in the flattened batch -> index in `keep`
+    entries: list[tuple[int, int, int]] = []  # (node, target token, row)
     for b, row in enumerate(packed):
         size = len(row.tokens)
         inputs[b, :size] = torch.tensor(row.tokens)
@@ -150,10 +171,12 @@ def score_batches(
     clock: Clock,
     trunks: dict[Tokens, KeysValues] | None = None,
 ) -> list[tuple[float, bool]]:
-    """(log-likelihood, whether greedy decoding gives the continuation) of every request.
+    """(log-likelihood in nats, whether greedy decoding gives the continuation) of every row.
 
-    trunks: the keys and values of what this very candidate computed before; added to.  The softmax is in float32
-    whatever the model's type.  NotFiniteScore if a log-likelihood is not finite.
+    requests: the number of rows.
+    trunks: the keys and values of the trunks that the same candidate computed before; new ones are added.
+
+    The softmax is in float32, whatever the model's type.  NotFiniteScore if a log-likelihood is not finite.
     """
     device = model.device
     trunks = {} if trunks is None else trunks
@@ -182,7 +205,7 @@ def score_batches(
 
 
 def kept_logits(model: Any, batch: Batch, trunk: KeysValues | None = None) -> Tensor:
-    """Logits at the places `batch.keep`, (K, V).  trunk: keys and values of the tokens before the rows."""
+    """The logits at the positions `batch.keep`, (K, V).  trunk: keys and values of the tokens before the rows."""
     options: dict[str, Any] = {"use_cache": False}
     if batch.ends is not None:
         depth = len(batch.trunk)
@@ -192,13 +215,17 @@ def kept_logits(model: Any, batch: Batch, trunk: KeysValues | None = None) -> Te
             options |= {"past_key_values": trunk_cache(trunk), "use_cache": True}
     with head_only_at(model, batch.keep):
         logits: Tensor = model(batch.inputs, **options).logits
-    if logits.shape[:2] == batch.inputs.shape:  # the head is out of reach
+    if logits.shape[:2] == batch.inputs.shape:  # the model has no separate head module, so it computed all logits
         return logits.flatten(0, 1)[batch.keep]
     return logits[0]
 
 
 def tree_mask(ends: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, W, depth + W), 0 where a token (third) may see another (last), else the least number of the type."""
+    """The attention mask (B, 1, W, depth + W): 0 where a token (third axis) attends to another one (last axis), else
+    the lowest number of the type.
+
+    ends: (B, W) see `Batch`.  depth: tokens of the trunk, to which all tokens attend.
+    """
     place = torch.arange(ends.shape[1], device=ends.device)
     seen = (place[:, None] >= place) & (place[:, None] < ends[:, None, None, :])  # (B, 1, W, W)
     mask = torch.zeros(*seen.shape[:3], depth + ends.shape[1], dtype=dtype, device=ends.device)
@@ -208,9 +235,9 @@ def tree_mask(ends: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def head_only_at(model: Any, keep: Tensor) -> Iterator[None]:
-    """While this lasts, the head is computed at the places `keep` of the flattened batch alone: (1, K, V).
+    """Within the context, the head is computed only at the positions `keep` of the flattened batch: (1, K, V).
 
-    What a model does to its logits (soft caps, scales) goes on as it is.
+    What a model does to its logits afterwards (soft caps, scales) is unchanged.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -229,7 +256,7 @@ def head_only_at(model: Any, keep: Tensor) -> Iterator[None]:
 
 @torch.inference_mode()
 def run_trunk(model: Any, tokens: Tokens) -> KeysValues:
-    """The keys and values of every layer for a sequence."""
+    """The keys and values of every layer for a trunk.  tokens: its T token ids."""
     cache = empty_cache()
     inputs = torch.tensor([tokens], device=model.device)
     with head_only_at(model, torch.zeros(1, dtype=torch.long, device=model.device)):

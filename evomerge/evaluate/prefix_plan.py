@@ -1,8 +1,12 @@
-"""The prefix tree of a workload: which tokens are computed once for all, and how the rest shares rows.
+"""From sequences of token ids to rows: which tokens are computed once, and which sequences share a row.
 
-Sequences in lexicographic order are the leaves of their prefix tree, from left to right.  A packed row holds the tree
-of consecutive sequences, its nodes in depth-first order, so that a token sees exactly the tokens whose subtree it
-lies in.  What many sequences begin with is not repeated in every row: it is a trunk, computed once before them.
+The sequences are the leaves of their prefix tree; in lexicographic order they are its leaves from left to right.
+
+- A trunk is a prefix of many sequences.  Its keys and values are computed once, before the rows.
+- A packed row holds the prefix tree of some neighbouring sequences (behind their trunk), its nodes in depth-first
+  order.  A token attends to itself and to its ancestors: to exactly those nodes whose subtree it lies in.
+
+This module plans and sees no tensor; `loglikelihood.py` and `generation.py` make batches of the plan.
 """
 
 from collections.abc import Sequence
@@ -11,17 +15,21 @@ from itertools import pairwise
 
 Tokens = tuple[int, ...]
 
-ALONE = 1  # the width of rows that hold one sequence each
-WIDTH = 256  # tokens of a packed row: attention costs its square, a cut between rows the prefix that they share
-WIDTHS = (WIDTH, 224, 192, 160, 128)  # a few rows fill one width better than another
-TOGETHER = 16  # rows that are padded to one length, about
-ROW_COST = WIDTH // 16  # tokens that one more row is worth: full rows need less padding
-TRUNK_GAIN = 0.04  # share of the tokens that a trunk must save to be worth a forward of its own
+ALONE = 1  # as a width: every row holds one sequence
+WIDTH = 256  # tokens of a packed row.  A wider one costs more attention; a narrower one repeats more shared prefixes
+WIDTHS = (WIDTH, 224, 192, 160, 128)  # tried for a plan: which of them leaves the least padding depends on the lengths
+ROWS_PER_BATCH = 16  # about as many rows are padded to one length
+ROW_COST = WIDTH // 16  # the cost of one more row in tokens: fewer and fuller rows need less padding
+TRUNK_GAIN = 0.04  # the share of all tokens that a trunk must save, because it costs a forward of its own
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A sequence of a workload.  first: the first position whose logits are needed, which no trunk may cover."""
+    """A sequence of a workload.
+
+    tokens: its token ids.
+    first: the first position whose logits are needed; no trunk may cover it.
+    """
 
     tokens: Tokens
     first: int
@@ -31,8 +39,10 @@ class Leaf:
 class PackedRow:
     """The prefix tree of some sequences behind a trunk, its nodes in depth-first order.
 
-    tokens, positions: of every node.  ends: where a node's subtree ends, exclusive; node k is seen by those in
-    [k, ends[k]).  paths: sequence -> the nodes of its tokens behind the trunk.
+    tokens: the token id of each node.
+    positions: the position of each node in its sequences.
+    ends: the end of each node's subtree, exclusive: the nodes in [k, ends[k]) attend to node k.
+    paths: sequence -> the nodes of its tokens behind the trunk.
     """
 
     tokens: list[int]
@@ -41,12 +51,12 @@ class PackedRow:
     paths: dict[Tokens, list[int]]
 
 
-def common(a: Tokens, b: Tokens) -> int:
-    """How many tokens two sequences begin with together."""
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """The number of tokens of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
-    while low + 1 < high:  # slices compare at the speed of C
+    while low + 1 < high:  # bisection, since slices are compared in C
         middle = (low + high) // 2
         if a[low:middle] == b[low:middle]:
             low = middle
@@ -56,27 +66,30 @@ def common(a: Tokens, b: Tokens) -> int:
 
 
 def tree_tokens(sequences: Sequence[Tokens]) -> int:
-    """How many nodes the prefix tree of the sequences has: the tokens that must be computed at the least."""
+    """The number of nodes of the sequences' prefix tree: the least number of tokens that must be computed."""
     ordered = sorted(set(sequences))
-    return len(ordered[0]) + sum(len(b) - common(a, b) for a, b in pairwise(ordered)) if ordered else 0
+    return len(ordered[0]) + sum(len(b) - common_prefix(a, b) for a, b in pairwise(ordered)) if ordered else 0
 
 
-def pack(sequences: Sequence[Tokens], depth: int, width: int) -> tuple[list[int], int]:
-    """Cut ordered, distinct sequences into rows.
+def cut_into_rows(sequences: Sequence[Tokens], depth: int, width: int) -> tuple[list[int], int]:
+    """Cut sequences into rows that have the fewest tokens, where each row costs ROW_COST more (dynamic programming).
 
-    Returns where the rows start and how many tokens they hold together, trunk (the first `depth` tokens) aside.  A
-    row takes `width` tokens, or twice what its first sequence needs (ALONE: just that); the cuts are those that
-    repeat the fewest.
+    sequences: distinct, in lexicographic order.
+    depth: the number of their first tokens that are a trunk, which no row repeats.
+    width: the tokens that a row may have; a longer sequence may fill its row up to twice its own length.  ALONE gives
+        every sequence a row of its own.
+
+    Returns the index of the first sequence of each row, and the number of tokens of all rows.
     """
     count = len(sequences)
     own = [len(s) - depth for s in sequences]
-    shared = [0] + [max(common(a, b) - depth, 0) for a, b in pairwise(sequences)]
-    best = [0.0] + [float("inf")] * count  # of the first n sequences
-    cut = [0] * (count + 1)
+    shared = [0] + [max(common_prefix(a, b) - depth, 0) for a, b in pairwise(sequences)]
+    best = [0.0] + [float("inf")] * count  # the least cost of the first n sequences
+    cut = [0] * (count + 1)  # where the last row of the first n sequences starts
     for start in range(count):
-        size, room = own[start], own[start] if width == ALONE else max(width, 2 * own[start])
+        size, most = own[start], own[start] if width == ALONE else max(width, 2 * own[start])
         for end in range(start + 1, count + 1):
-            if size > room:
+            if size > most:
                 break
             cost = best[start] + size + ROW_COST
             if cost < best[end]:
@@ -92,42 +105,47 @@ def pack(sequences: Sequence[Tokens], depth: int, width: int) -> tuple[list[int]
 
 
 def choose_trunks(leaves: Sequence[Leaf], width: int = WIDTH) -> list[Tokens]:
-    """The prefixes worth computing before the rows: none, one for all the sequences, or one for each branch."""
+    """The prefixes that are worth a forward of their own: none, one for all sequences, or one for each branch.
+
+    width: the tokens that a row may have.
+    """
     firsts: dict[Tokens, int] = {}
     for leaf in leaves:
         firsts[leaf.tokens] = min(leaf.first, firsts.get(leaf.tokens, leaf.first))
     ordered = sorted(firsts)
     if not ordered:
         return []
-    total = pack(ordered, 0, width)[1]
+    total = cut_into_rows(ordered, 0, width)[1]
     gain = max(TRUNK_GAIN * total, ROW_COST)
 
     def divide(low: int, high: int, depth: int) -> tuple[float, list[Tokens]]:
-        """The tokens computed for the sequences of a range that share `depth` tokens, and their trunks."""
+        """The trunks for a range of sequences that share `depth` tokens, and the tokens computed with them."""
         inside = ordered[low:high]
-        plain = pack(inside, 0, width)[1]
+        plain = cut_into_rows(inside, 0, width)[1]
         least = tree_tokens(inside)
         choice: tuple[float, list[Tokens]] = (plain, [])
         if plain - least < gain:
             return choice
         trunk = min([depth, *(firsts[s] for s in inside)])
         if trunk:
-            cost = float(trunk + pack(inside, trunk, width)[1])
+            cost = float(trunk + cut_into_rows(inside, trunk, width)[1])
             if cost + gain <= plain:
                 choice = (cost, [inside[0][:trunk]])
         if choice[0] - least >= 2 * gain and depth < len(inside[-1]):
-            edges = [low] + [k for k in range(low + 1, high) if common(ordered[k - 1], ordered[k]) <= depth] + [high]
-            branches = [divide(a, b, common(ordered[a], ordered[b - 1])) for a, b in pairwise(edges)]
+            edges = (
+                [low] + [k for k in range(low + 1, high) if common_prefix(ordered[k - 1], ordered[k]) <= depth] + [high]
+            )
+            branches = [divide(a, b, common_prefix(ordered[a], ordered[b - 1])) for a, b in pairwise(edges)]
             cost = sum([c for c, _ in branches])
             if len(branches) > 1 and cost + gain <= choice[0]:
                 choice = (cost, [t for _, trunks in branches for t in trunks])
         return choice
 
-    return divide(0, len(ordered), common(ordered[0], ordered[-1]))[1]
+    return divide(0, len(ordered), common_prefix(ordered[0], ordered[-1]))[1]
 
 
-def by_trunk(leaves: Sequence[Leaf], trunks: Sequence[Tokens]) -> dict[Tokens, list[Tokens]]:
-    """Trunk -> the distinct sequences that stand on it, in order; () has those without one."""
+def group_by_trunk(leaves: Sequence[Leaf], trunks: Sequence[Tokens]) -> dict[Tokens, list[Tokens]]:
+    """Trunk -> the distinct sequences that begin with it, in lexicographic order; () has those without a trunk."""
     allowed: dict[Tokens, int] = {}
     for leaf in leaves:
         allowed[leaf.tokens] = min(leaf.first, allowed.get(leaf.tokens, leaf.first))
@@ -140,16 +158,19 @@ def by_trunk(leaves: Sequence[Leaf], trunks: Sequence[Tokens]) -> dict[Tokens, l
 
 
 def packed_rows(sequences: Sequence[Tokens], depth: int, width: int | None = None) -> list[PackedRow]:
-    """Ordered, distinct sequences that share their first `depth` tokens, as rows, the longest first.
+    """Pack sequences into rows, the longest row first.
 
-    width: what a row may take; None tries several and keeps the one that leaves the least, padding included.
+    sequences: distinct, in lexicographic order.
+    depth: the number of their first tokens that are a trunk.
+    width: the tokens that a row may have; None tries WIDTHS and keeps the plan with the fewest tokens and padding.
     """
     best: tuple[float, list[tuple[int, int]]] = (float("inf"), [])
     for tried in WIDTHS if width is None else (width,):
-        starts, _ = pack(sequences, depth, tried)
+        starts, _ = cut_into_rows(sequences, depth, tried)
         cuts = list(pairwise([*starts, len(sequences)]))
         sizes = sorted((tree_tokens(sequences[a:b]) - depth for a, b in cuts), reverse=True)
-        padded = sum(sizes[k] * len(sizes[k : k + TOGETHER]) for k in range(0, len(sizes), TOGETHER))
+        batches = [sizes[k : k + ROWS_PER_BATCH] for k in range(0, len(sizes), ROWS_PER_BATCH)]
+        padded = sum(batch[0] * len(batch) for batch in batches)
         if padded < best[0]:
             best = (padded, cuts)
     rows = [packed_row(sequences[a:b], depth) for a, b in best[1]]
@@ -157,11 +178,12 @@ def packed_rows(sequences: Sequence[Tokens], depth: int, width: int | None = Non
 
 
 def packed_row(sequences: Sequence[Tokens], depth: int) -> PackedRow:
+    """The prefix tree of sequences behind a trunk of `depth` tokens; see `packed_rows`."""
     row = PackedRow([], [], [], {})
     before: Tokens = ()
     path: list[int] = []
     for sequence in sequences:
-        path = path[: max(common(before, sequence) - depth, 0)]
+        path = path[: max(common_prefix(before, sequence) - depth, 0)]
         for position in range(depth + len(path), len(sequence)):
             path.append(len(row.tokens))
             row.tokens.append(sequence[position])

@@ -1,7 +1,7 @@
-"""What a model is asked, kept in a folder: prompts, choices, targets and token ids, one item a line.
+"""The requests of items as files, one item a line: prompts, choices, targets and token ids.
 
-A resumed run reads them back and tokenises nothing.  The first line of a file is a hash of all that its content
-depends on; a file that does not match, or is damaged, is written anew.
+A resumed run reads them and tokenises nothing.  The first line of a file has a hash of everything that the content
+depends on; a file that is damaged or has another hash is written again.
 """
 
 import hashlib
@@ -17,18 +17,20 @@ from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.generation import Prompt
 from evomerge.evaluate.loglikelihood import Row
 from evomerge.evaluate.tasks import Item, Split, Task
-from evomerge.evaluate.workload import Workload
+from evomerge.evaluate.workload import ItemRequests, Workload
 from evomerge.files import written_aside
 
 
-def ask(engine: Engine, task: Task, split: Split, items: Sequence[Item], everything: bool, folder: Path) -> Workload:
-    """`engine.asked` for the items of a split, from the folder if it is there."""
+def prepared_workload(
+    engine: Engine, task: Task, split: Split, items: Sequence[Item], everything: bool, folder: Path
+) -> Workload:
+    """`engine.workload` for the items of a split; read from `folder` if its file is there, else built and written."""
     what = "all" if everything else "objective"
     file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)}-{split}-{what}.jsonl"
     key = items_key(engine, task, items, everything)
     found = read(file, key, task, items)
     if found is None:
-        found = engine.asked(task, items, everything)
+        found = engine.workload(task, items, everything)
         write(file, key, split, found)
     return found
 
@@ -45,62 +47,59 @@ def items_key(engine: Engine, task: Task, items: Sequence[Item], everything: boo
         backend.to_str() if backend is not None else tokenizer.get_vocab(),
         [tokenizer.chat_template, engine.lm.max_length, engine.lm.prefix_token_id, engine.lm.eot_token_id],
         [__version__, *map(importlib.metadata.version, ("lm_eval", "transformers"))],
+        *([name, metric.needs] for name, metric in sorted(task.added.items())),
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write(file: Path, key: str, split: Split, work: Workload) -> None:
+    """Write the requests of a workload of one task."""
     with written_aside(file) as aside, aside.open("w", encoding="utf-8") as out:
-        out.write(json.dumps({"key": key, "metrics": work.metrics, "items": len(work.items)}) + "\n")
-        for number, item in enumerate(work.items):
-            rows, prompts = work.own_rows[number], work.own_prompts[number]
+        out.write(json.dumps({"key": key, "metrics": work.complete, "items": len(work.items)}) + "\n")
+        for asked in work.items:
             line = {
-                "item": item.id,
+                "item": asked.item.id,
                 "task": work.task.name,
                 "split": split,
-                "target": str(work.task.lm.doc_to_target(item.doc)),
-                "requests": [[i.request_type, i.idx, list(i.args)] for i in work.instances[number]],
-                "rows": [[work.rows[r].tokens, work.rows[r].scored] for r in rows],
-                "spans": [[s.start - rows.start, s.stop - rows.start] for s in work.spans[number]],
-                "gold": work.gold[number] - rows.start if work.gold[number] >= 0 else None,
-                "gold_bytes": work.gold_bytes[number],
-                "prompts": [[p.context, p.until, p.limit] for p in (work.prompts[k] for k in prompts)],
+                "target": str(work.task.lm.doc_to_target(asked.item.doc)),
+                "requests": [[i.request_type, i.idx, list(i.args)] for i in asked.instances],
+                "rows": [[row.tokens, row.scored] for row in asked.rows],
+                "spans": [[span.start, span.stop] for span in asked.spans],
+                "gold": asked.gold,
+                "gold_bytes": asked.gold_bytes,
+                "prompts": [[p.context, p.until, p.limit] for p in asked.prompts],
             }
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read(file: Path, key: str, task: Task, items: Sequence[Item]) -> Workload | None:
-    """What `write` wrote of these items under this key, else None."""
+    """What `write` wrote for these items under this key; None if the file is absent, damaged or has another key."""
     try:
         with file.open(encoding="utf-8") as lines:
             head = json.loads(next(lines))
             if head["key"] != key:
                 return None
-            found = Workload(task, list(items), metrics=head["metrics"])
-            for item, line in zip(items, lines, strict=True):
-                add(found, item, json.loads(line))
-            return found
+            asked = [read_item(task, item, json.loads(line)) for item, line in zip(items, lines, strict=True)]
+            return Workload(task, asked, complete=head["metrics"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
         return None
 
 
-def add(work: Workload, item: Item, line: dict[str, Any]) -> None:
-    """One line as the next item of a workload."""
+def read_item(task: Task, item: Item, line: dict[str, Any]) -> ItemRequests:
+    """The requests of one item.  ValueError if the line is that of another item."""
     from lm_eval.api.instance import Instance
 
     if line["item"] != item.id:
         raise ValueError(f"item {item.id} is not the next one")
-    rows, prompts = len(work.rows), len(work.prompts)
-    work.rows += [Row(tuple(tokens), scored) for tokens, scored in line["rows"]]
-    work.prompts += [Prompt(tuple(context), tuple(until), limit) for context, until, limit in line["prompts"]]
-    work.own_rows.append(range(rows, len(work.rows)))
-    work.own_prompts.append(range(prompts, len(work.prompts)))
-    work.spans.append([range(rows + start, rows + stop) for start, stop in line["spans"]])
-    work.gold.append(-1 if line["gold"] is None else rows + line["gold"])
-    work.gold_bytes.append(line["gold_bytes"])
-    work.instances.append(
-        [
-            Instance(kind, item.doc, tuple(arguments), idx, metadata=(work.task.name, 0, 1))
+    return ItemRequests(
+        item,
+        instances=[
+            Instance(kind, item.doc, tuple(arguments), idx, metadata=(task.name, 0, 1))
             for kind, idx, arguments in line["requests"]
-        ]
+        ],
+        rows=[Row(tuple(tokens), scored) for tokens, scored in line["rows"]],
+        spans=[range(start, stop) for start, stop in line["spans"]],
+        prompts=[Prompt(tuple(context), tuple(until), limit) for context, until, limit in line["prompts"]],
+        gold=line["gold"],
+        gold_bytes=line["gold_bytes"],
     )

@@ -1,22 +1,33 @@
-"""Racing: stop a candidate when the items seen so far show that its mean lies below the incumbent's.
+"""Racing: stop a candidate when the items seen so far show that its mean is below the incumbent's.
 
-The items of all tasks form one population.  The candidate's value is sum_i w_i s_i, the incumbent's is known in
-full, and what is asked is the sign of Delta = sum_i w_i d_i with d_i the paired difference on item i.  Items are
-drawn without replacement, item i with probability u_i / (sum of u over the items left): a random order that is drawn
-once and is the same for every candidate.
+It is a sequential test by betting.  The items of all tasks are one population, drawn without replacement in a random
+order that is fixed before the first race and is the same for every candidate.
 
-After the k-th draw, with R_k the sum of u over the items left before it and a any guess of the differences that was
-made before it,
+    i       an item; k counts the draws
+    N       the number of items of all tasks
+    w_i     the weight of item i: the weighted mean of the tasks' means is sum_i w_i s_i
+    s_i     the candidate's score on item i, the higher the better, clipped at the item's ceiling
+    d_i     the candidate's score minus the incumbent's on item i
+    Delta   sum_i w_i d_i, the difference of the two models' values: the question is whether it is below 0
+    u_i     the draw weight: item i is drawn with probability u_i / (sum of u over the items left)
+    R_k     the sum of u over the items that are left before draw k
+    a_i     a guess of d_i that was made before draw k: the prediction from the items seen so far
+    Z_k     an estimate of Delta by draw k
+    U_k     an upper bound of Z_k that is known before draw k, since no score exceeds its ceiling
+    f_k     the bet, chosen before draw k from the draws before it, 0 <= f_k < 1
+    K_k     the capital after draw k
+    alpha   the greatest probability that a candidate with Delta >= 0 is stopped
+
+With item i drawn k-th,
 
     Z_k = R_k w_i (d_i - a_i) / u_i + sum_{left} w a + sum_{seen} w d          E[Z_k | past] = Delta
 
-(Des Raj 1956; with a = 0 the weighted estimate of Shekhar, Xu, Lipton, Liang and Ramdas 2023, a being their control
-variate).  No score exceeds its ceiling, so Z_k has an upper bound U_k that is known before the draw, and
+    K_k = prod_{j <= k} (1 - f_j Z_j / U_j)
 
-    K_k = prod_j (1 - f_j Z_j / U_j),   0 <= f_j < 1 chosen before the draw
-
-is a nonnegative supermartingale if Delta >= 0: by Ville's inequality it ever reaches 1 / alpha with a chance of at
-most alpha, however often one looks (Waudby-Smith and Ramdas 2020, 2024).  The chance is over the random order.
+Z is the estimate of Des Raj (1956); with a = 0 it is the weighted estimate of Shekhar, Xu, Lipton, Liang and Ramdas
+(2023), whose control variate is a.  K is a nonnegative supermartingale if Delta >= 0.  So, by Ville's inequality, it
+ever reaches 1 / alpha with a probability of at most alpha, however often it is tested (Waudby-Smith and Ramdas 2020,
+2024).  The probability is over the random order.
 """
 
 import hashlib
@@ -27,27 +38,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.evaluate.metrics import find_metric
+
 Vector = NDArray[np.float64]
 
 ALPHA = 0.02
-LOOKS = 40  # chunks: finer ones stop a little sooner, coarser ones make fuller batches
-FEWEST = 8  # items of a chunk: fewer make poor batches and tell little
-FLOOR = 0.3  # share of the draws that ignores how informative an item is: no u is tiny, whoever the incumbent is
-CAP = 0.95  # items above this quantile of w (ceiling - incumbent) / u would make every bet small; see `bounded`
-LARGEST_BET = 0.98  # one item at its ceiling then costs a factor of 50, not everything
-PRIOR_ITEMS, PRIOR_MEAN, PRIOR_SQUARE = 4.0, 0.5, 0.05  # the first bets are bold: most candidates are worse
-PREDICTORS = 32  # finished candidates that a prediction uses, the latest
-RIDGE = 10.0  # the penalty of a prediction, as so many items of typical differences
-ROUNDING = 1e-12  # of all that is at stake: a smaller bound or gap is not told from zero
-TOPS = dict.fromkeys(("gold_prob", "acc", "acc_norm", "acc_bytes", "exact_match"), 1.0) | dict.fromkeys(
-    ("gold_logprob", "brier", "brier_score", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), 0.0
-)
-"""The highest item score (the higher the better) that a metric can give."""
+LOOKS = 40  # chunks of even size: smaller chunks stop a little earlier, larger ones make fuller batches
+FEWEST = 8  # items of a chunk: fewer make small batches and little evidence
+FLOOR = 0.3  # the share of u that does not depend on how informative an item is, so that no u is close to 0
+CAP = 0.95  # the quantile of w (ceiling - incumbent) / u that bounds every item's part in U; see `bounded`
+LARGEST_BET = 0.98  # with it one item at its ceiling divides the capital by 50; with 1 the capital would be 0
+PRIOR_ITEMS, PRIOR_MEAN, PRIOR_SQUARE = 4.0, 0.5, 0.05  # the first bets are large, since most candidates are worse
+PREDICTORS = 32  # how many finished candidates a prediction uses, the latest ones
+RIDGE = 10.0  # the penalty of a prediction: that of so many items with typical differences
+ROUNDING = 1e-12  # the share of the sums' size below which a bound or a difference counts as 0
 
 
 @dataclass(frozen=True)
 class Order:
-    """One random order of all items.  items: (N,) their indices.  weights, draws: (N,) w and u, by index."""
+    """One random order of all items.
+
+    items: (N,) the indices of the items in the order of the draws.
+    weights, draws: (N,) w and u, by index.
+    """
 
     items: NDArray[np.intp]
     weights: Vector
@@ -56,7 +69,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A candidate's value from the share `fraction` of its items; `error` is the standard error before shrinking."""
+    """An estimate of a candidate's value.
+
+    value: the estimate.
+    fraction: the share of the items that were scored.
+    error: the standard error of the estimate before it is shrunk.
+    """
 
     value: float
     fraction: float
@@ -64,20 +82,23 @@ class Estimate:
 
 
 def item_weights(weights: Mapping[str, float], counts: Mapping[str, int]) -> Vector:
-    """(N,) w of the items, task after task in the order of `counts`: the weighted mean of the tasks' means."""
+    """The weights w of all items, (N,), one task after another in the order of `counts`.
+
+    weights: of each task.  counts: the number of items of each task.
+    """
     total = sum(weights[task] for task in counts)
     return np.concatenate([np.full(n, weights[task] / total / n) for task, n in counts.items()])
 
 
 def ceiling(metric: str, baselines: NDArray[np.float64]) -> float:
-    """The highest score that counts for an item of a task.
+    """The ceiling of a task's item scores: the bound of the metric if it has one (`metrics.py`).
 
-    baselines: (B, n) their scores.  A metric without a known top gets their highest score plus their range; the test
-    is then about scores clipped to that.
+    baselines: (baselines, items) their scores.  For a metric without a bound the ceiling is their highest score plus
+    their range; the test is then about scores clipped at that.
     """
-    top = TOPS.get(metric.split(",")[0])
-    if top is not None:
-        return top
+    known = find_metric(metric.split(",")[0])
+    if known is not None and (best := known.score_bounds[1]) is not None:
+        return best
     highest, lowest = float(baselines.max()), float(baselines.min())
     return highest + (highest - lowest or abs(highest) or 1.0)
 
@@ -85,43 +106,53 @@ def ceiling(metric: str, baselines: NDArray[np.float64]) -> float:
 def race_order(
     ids: Sequence[str], weights: Vector, seed: int, baselines: NDArray[np.float64] | None, ceiling: Vector
 ) -> Order:
-    """The order of a study's items, from its seed and the items' ids.
+    """The random order of a study's items.  Its randomness comes only from the seed and the items' ids.
 
-    baselines: (B, N) their scores, which make informative items likely to come early; None draws by weight alone.
-    Item i gets the key E_i / u_i with E_i exponential, a hash of seed and id; keys in ascending order are successive
-    draws in proportion to u (Efraimidis and Spirakis 2006).
+    ids: of the N items.
+    weights, ceiling: (N,).
+    baselines: (baselines, N) their scores, with which informative items are likely to come early; None draws in
+        proportion to the weights.
+
+    Item i gets the key E_i / u_i, where E_i is exponential and a hash of seed and id.  The items by ascending key are
+    successive draws in proportion to u (Efraimidis and Spirakis 2006).
     """
     draws = weights if baselines is None else weights * informativeness(baselines, ceiling)
     keys = np.array([exponential(seed, i) for i in ids])
-    keys = np.divide(keys, draws, out=np.full(len(keys), np.inf), where=draws > 0)  # those without weight come last
+    keys = np.divide(keys, draws, out=np.full(len(keys), np.inf), where=draws > 0)  # items without weight come last
     return Order(np.argsort(keys, kind="stable"), weights, draws)
 
 
 def informativeness(baselines: NDArray[np.float64], ceiling: Vector) -> Vector:
-    """(N,) how much an item can tell, mean 1: what the baselines leave to be gained on it, mixed with FLOOR."""
-    room = np.maximum(0.0, ceiling - baselines).mean(axis=0)
-    mean = room.mean()
-    return FLOOR + (1 - FLOOR) * room / mean if mean > 0 else np.ones(len(room))
+    """How informative each item is, (N,), with mean 1: how far the baselines are below its ceiling, mixed with FLOOR.
+
+    baselines: (baselines, N) their scores.
+    """
+    gap = np.maximum(0.0, ceiling - baselines).mean(axis=0)
+    mean = gap.mean()
+    return FLOOR + (1 - FLOOR) * gap / mean if mean > 0 else np.ones(len(gap))
 
 
 def exponential(seed: int, name: str) -> float:
-    """An exponential variable that is a function of seed and name alone."""
+    """An exponential random number that depends only on seed and name."""
     number = int.from_bytes(hashlib.sha256(f"race\0{seed}\0{name}".encode()).digest()[:8], "big")
     return -math.log((number + 1) / (2**64 + 1))
 
 
 def chunks(order: Order, size: int | None = None) -> list[NDArray[np.intp]]:
-    """The order in pieces of `size` items (default: LOOKS pieces, of FEWEST items at least); one look after each."""
+    """The order in chunks of `size` items (default: LOOKS chunks, of FEWEST items at least)."""
     size = size or max(FEWEST, -(-len(order.items) // LOOKS))
     return [order.items[k : k + size] for k in range(0, len(order.items), size)]
 
 
 class Race:
-    """One candidate against the incumbent.
+    """The test of one candidate against the incumbent.
 
-    incumbent: (N,) its item scores.  ceiling: (N,) the highest score an item can have; higher ones count as that.
-    history: (H, N) scores of other candidates that were evaluated in full.  They predict the differences (ridge
-    regression on the items seen) and tell how candidates vary.  A poor prediction costs time, never validity.
+    order: the order of the items.
+    incumbent: (N,) the incumbent's item scores.
+    ceiling: (N,) the highest score that counts for each item; higher scores are clipped.
+    history: (C, N) the scores of other candidates that were evaluated in full.  The differences are predicted from
+        them (ridge regression on the items seen).  A poor prediction makes the test slower, never invalid.
+    alpha: see the module.
     """
 
     def __init__(
@@ -132,7 +163,7 @@ class Race:
         history: NDArray[np.float64] | None = None,
         alpha: float = ALPHA,
     ) -> None:
-        at = order.items  # from here on everything stands in the order of the race
+        at = order.items  # from here on all arrays are in the order of the draws
         self.w, u = order.weights[at], order.draws[at]
         self.ceiling = ceiling[at]
         self.incumbent = np.minimum(incumbent[at], self.ceiling)
@@ -144,14 +175,17 @@ class Race:
         recent = np.empty((0, len(at))) if history is None else history[-PREDICTORS:, at]
         self.gaps = np.minimum(recent, self.ceiling) - self.incumbent
         self.threshold = -math.log(alpha)
-        self.scores = np.empty(0)  # (seen,) as they came
-        self.d = np.empty(0)  # (seen,) differences, clipped
+        self.scores = np.empty(0)  # (seen,) not clipped
+        self.d = np.empty(0)  # (seen,) clipped
         self.capital = 0.0  # log K
         self.moments = PRIOR_ITEMS * np.array([PRIOR_MEAN, PRIOR_SQUARE])  # sums of -x and x^2, x = Z / U
         self.stopped = False
 
     def observe(self, scores: Vector) -> bool:
-        """Take the scores of the next items of the order; whether the candidate is to be stopped."""
+        """Take the scores of the next items of the order, (n,); whether the candidate is to be stopped.
+
+        ValueError if a score is not finite or there are more scores than items.
+        """
         seen, last = len(self.d), len(self.d) + len(scores)
         if last > len(self.w) or not np.isfinite(scores).all():
             raise ValueError(f"items {seen} to {last} of {len(self.w)}: one finite score for each of the next items")
@@ -167,14 +201,15 @@ class Race:
         tiny = ROUNDING * (self.w @ self.bound + np.cumsum(self.w[:last] * np.abs(self.d))[seen:])  # (n,)
         x = np.minimum(1.0, np.divide(z, top, out=np.zeros_like(z), where=top > tiny))
         capital = self.capital + np.cumsum(np.log1p(-self.bets(x) * x))
-        beaten = after + tail_sums(self.w * self.bound)[seen + 1 : last + 1] < -tiny  # whatever the items left say
+        # Even with all items left at their ceilings the candidate would be worse.
+        beaten = after + tail_sums(self.w * self.bound)[seen + 1 : last + 1] < -tiny
         lost = (after < -tiny) & (beaten | (capital >= self.threshold))
         self.capital = float(capital[-1]) if count else self.capital
         self.stopped = bool(lost.any()) and last < len(self.w)
         return self.stopped
 
     def predict(self) -> Vector:
-        """(N,) differences of all items, by ridge regression of those seen on those of the finished candidates."""
+        """The differences of all items, (N,), predicted by ridge regression on those of finished candidates."""
         seen, scale = len(self.d), float(np.mean(self.gaps**2)) if self.gaps.size else 0.0
         if not seen or not scale:
             return np.zeros(len(self.w))
@@ -184,19 +219,20 @@ class Race:
         return found
 
     def bounded(self, guess: Vector) -> Vector:
-        """Guesses (N,) for which no residual w (d - a) / u can exceed the cap.
+        """Guesses a, (N,), raised where a residual w (d - a) / u could otherwise exceed the cap.
 
-        An item with much to gain and a small u sets the bound for all.  A guess that credits it beforehand with all of
-        that gain but the cap lowers the bound, for the price of some variance.
+        One item with a large possible gain and a small u would make U large for all draws and every bet small.  A
+        higher guess for that item lowers U; it adds some variance.
         """
-        room = np.divide(self.cap, self.ratio, out=np.full(len(guess), np.inf), where=self.ratio > 0)
-        allowed: Vector = np.maximum(np.minimum(guess, self.bound), self.bound - room)
+        most = np.divide(self.cap, self.ratio, out=np.full(len(guess), np.inf), where=self.ratio > 0)
+        allowed: Vector = np.maximum(np.minimum(guess, self.bound), self.bound - most)
         return allowed
 
     def bets(self, x: Vector) -> Vector:
-        """(n,) f for each of the new draws from the draws before it: mean over mean square of -Z / U, with a prior.
+        """The bets f of the new draws, (n,): the mean of -Z / U over its mean square in the draws before, with a prior.
 
-        The approximate Kelly bet of Waudby-Smith and Ramdas (2024).  Outliers count as -1 here and in full in K.
+        x: (n,) Z / U of the new draws; values below -1 count as -1 in the bets, and in full in K.
+        Source: the approximate Kelly bet of Waudby-Smith and Ramdas (2024).
         """
         x = np.maximum(x, -1.0)
         sums = np.cumsum(np.vstack([self.moments, np.stack([-x, x * x], axis=1)]), axis=0)  # (n + 1, 2), before each
@@ -205,21 +241,21 @@ class Race:
         return fractions
 
     def estimate(self) -> Estimate:
-        """The candidate's value, for the sampler to learn from.
+        """The estimate of the candidate's value, for the sampler.
 
-        Delta's estimate is shrunk as a normal mean is by a normal prior (Efron and Morris 1975),
+        Delta's estimate is shrunk like a normal mean with a normal prior (Efron and Morris 1975),
 
             Delta' = (tau^2 Delta + error^2 m) / (tau^2 + error^2),
 
         with m and tau^2 the mean and variance of the history's differences from the incumbent.  With fewer than
-        three of them, m = 0 and tau^2 = max(0, Delta^2 - error^2).  No estimate is above the incumbent's value: a
-        stopped candidate is below it.  After the last item the value is exact.
+        three of them, m = 0 and tau^2 = max(0, Delta^2 - error^2).  An estimate is never above the incumbent's value,
+        because a stopped candidate is below it.  After the last item the value is exact.
         """
         total, seen = len(self.w), len(self.d)
         if seen == total:
             return Estimate(math.fsum(self.w * self.scores), 1.0, 0.0)
         delta, error = self.difference()
-        gaps = self.gaps @ self.w  # (H,)
+        gaps = self.gaps @ self.w  # (C,)
         if len(gaps) >= 3:
             mean, variance = float(gaps.mean()), float(gaps.var(ddof=1))
         else:
@@ -229,11 +265,12 @@ class Race:
         return Estimate(self.value + min(0.0, delta), seen / total, error)
 
     def difference(self) -> tuple[float, float]:
-        """Delta's estimate from the items seen and its standard error (with one item, the estimate itself).
+        """The estimate of Delta from the items seen, and its standard error (with one item: the size of the estimate).
 
-        The mean of Z_k with weights 1 / ((N - k)(N - k + 1)), where a is the prediction from all items seen.  Without a
-        history a = 0, and the estimate is unbiased at any fixed number of items, the plain mean of the differences if
-        all u are equal.  With one it is a regression estimate (Sarndal, Swensson and Wretman 1992), nearly unbiased.
+        It is the mean of the Z_k with weights 1 / ((N - k)(N - k + 1)), where a is the prediction from all items seen.
+        Without a history a = 0, and the estimate is unbiased for a fixed number of items; with equal u it is the mean
+        of the differences.  With a history it is a regression estimate (Sarndal, Swensson and Wretman 1992), which is
+        nearly unbiased.
         """
         total, seen = len(self.w), len(self.d)
         guess = self.predict()
@@ -250,5 +287,5 @@ class Race:
 
 
 def tail_sums(x: Vector) -> Vector:
-    """(n + 1,) sums from each place to the end."""
+    """The sums from each index to the end, (n + 1,); the last one is 0."""
     return np.append(np.cumsum(x[::-1])[::-1], 0.0)

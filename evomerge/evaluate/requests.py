@@ -1,22 +1,58 @@
-"""From items to token ids: lm-eval's requests, tokenised and cut as its HFLM would."""
+"""From items to token ids: lm-eval's requests, tokenised and cut to the model's length as its HFLM does it."""
 
 from typing import Any
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.generation import Prompt
 from evomerge.evaluate.loglikelihood import Row
-from evomerge.evaluate.metrics import gold_choice
 from evomerge.evaluate.tasks import Item, Task
+from evomerge.evaluate.workload import ItemRequests
 
 
 class Requests:
-    """Builds what a model is asked.  lm: lm-eval's HFLM on the model, whose tokenisation is used."""
+    """Builds the requests of items.
+
+    lm: lm-eval's HFLM on the model, whose tokenisation is used.
+    """
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
 
+    def of_item(self, task: Task, item: Item, only_gold: bool, with_gold: bool) -> ItemRequests:
+        """What the model is asked about one item.
+
+        only_gold: only the gold answer's log-likelihood, not what lm-eval's metrics need.
+        with_gold: of a generation item also the gold answer's log-likelihood; other kinds of task have it anyway.
+
+        EvomergeError if an answer is empty or does not fit the model.
+        """
+        instances = self.instances(task, item)
+        rows: list[Row] = []
+        spans: list[range] = []
+        prompts: list[Prompt] = []
+        gold, answer = None, ""
+        for instance in [] if only_gold and task.kind == "generate_until" else instances:
+            if instance.request_type == "generate_until":
+                prompts.append(self.prompt(task, *instance.args))
+                continue
+            if only_gold and task.kind == "multiple_choice" and instance.idx != gold_choice(task, item.doc):
+                continue
+            new = self.rows(task, instance)
+            spans.append(range(len(rows), len(rows) + len(new)))
+            rows += new
+        if task.kind == "generate_until" and with_gold:
+            gold = len(rows)
+            context, answer = self.gold_pair(task, item, instances[0].args[0])
+            rows.append(self.row(task, context, answer))
+        elif task.kind == "multiple_choice":
+            choice = gold_choice(task, item.doc)
+            gold, answer = spans[0 if only_gold else choice].start, instances[choice].args[1]
+        elif task.kind == "loglikelihood":
+            gold, answer = spans[0].start, instances[0].args[1]
+        return ItemRequests(item, instances, rows, spans, prompts, gold, len(answer.encode("utf-8")))
+
     def instances(self, task: Task, item: Item) -> list[Any]:
-        """lm-eval's requests for one item.  EvomergeError if a chat template is asked for and there is none."""
+        """lm-eval's requests for one item.  EvomergeError if the tokenizer lacks the chat template that it needs."""
         template = None
         if task.chat:
             if self.lm.tokenizer.chat_template is None:
@@ -56,7 +92,7 @@ class Requests:
         return [self.cut(task, *make_disjoint_window(w)) for w in windows]
 
     def row(self, task: Task, context: str, continuation: str) -> Row:
-        """Tokens of context and continuation, split between them as lm-eval splits."""
+        """Tokens of context and continuation, split between them as lm-eval splits them."""
         if context == "":
             tokens = self.lm.tok_encode(continuation, add_special_tokens=False)
             prefix = self.lm.prefix_token_id
@@ -66,7 +102,10 @@ class Requests:
         return self.cut(task, *self.lm._encode_pair(context, continuation))
 
     def cut(self, task: Task, context: list[int], continuation: list[int]) -> Row:
-        """A row no longer than the model takes; what is too much goes from the left."""
+        """A row that is not longer than the model's input; a context that is too long loses its first tokens.
+
+        EvomergeError if the continuation is empty or longer than the model's input.
+        """
         if not continuation:
             raise EvomergeError(f"task {task.name}: an item has an empty answer, which has no log-likelihood")
         if len(continuation) > self.lm.max_length:
@@ -89,8 +128,8 @@ class Requests:
     def gold_pair(self, task: Task, item: Item, context: str) -> tuple[str, str]:
         """The prompt of a generation item and its gold answer as a continuation.
 
-        A `gold` template that starts with white space stands as it is; else the task's delimiter comes first, which
-        a chat template replaces.
+        The task's delimiter comes before the answer, except with a chat template, and before a `gold` template that
+        starts with white space.
         """
         from lm_eval.utils import apply_template
 
@@ -101,11 +140,14 @@ class Requests:
             if task.lm.config.doc_to_choice is not None:
                 answer = task.lm.doc_to_choice(item.doc)[answer]
             answer = str(answer[0] if isinstance(answer, list) else answer)
-        stands = task.chat or (task.gold is not None and answer[:1].isspace())
-        return context, ("" if stands else task.lm.config.target_delimiter) + answer
+        without = task.chat or (task.gold is not None and answer[:1].isspace())
+        return context, ("" if without else task.lm.config.target_delimiter) + answer
 
     def prompt(self, task: Task, context: str, options: dict[str, Any]) -> Prompt:
-        """A generation request with lm-eval's stops and limits.  EvomergeError if it asks for sampling."""
+        """A generation request with lm-eval's stop strings and limits.
+
+        EvomergeError if it asks for sampling, has no stop strings or no prompt, or leaves the prompt no tokens.
+        """
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         options = normalize_gen_kwargs(options, self.lm.max_gen_toks)
@@ -113,17 +155,34 @@ class Requests:
             raise EvomergeError(f"task {task.name}: asks for sampling; only greedy generation gives scores to rely on")
         end = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
         limit = int(options["max_gen_toks"])
-        room = self.lm.max_length - limit
-        if room <= 0:
+        longest = self.lm.max_length - limit
+        if longest <= 0:
             raise EvomergeError(
-                f"task {task.name}: max_gen_toks {limit} leaves no room in the model's {self.lm.max_length} tokens"
+                f"task {task.name}: max_gen_toks {limit} leaves no tokens for the prompt: the model takes "
+                f"{self.lm.max_length}"
             )
         stops = handle_stop_sequences(options.get("until"), eos=end)
         if limit < 1 or not all(isinstance(stop, str) for stop in stops):
             raise EvomergeError(
                 f"task {task.name}: generation_kwargs needs stop strings in `until` and a `max_gen_toks` above 0"
             )
-        tokens = self.lm.tok_encode(context)[-room:]
+        tokens = self.lm.tok_encode(context)[-longest:]
         if not tokens:
-            raise EvomergeError(f"task {task.name}: an item has an empty prompt, which nothing can be written after")
+            raise EvomergeError(f"task {task.name}: an item has an empty prompt, after which no text can be generated")
         return Prompt(tuple(tokens), tuple(stops), limit)
+
+
+def gold_choice(task: Task, doc: dict[str, Any]) -> int:
+    """The index of the gold choice of a multiple-choice document (the first, if it has several).
+
+    EvomergeError if it is not one of the choices (lm-eval would count the item as wrong for every model).
+    """
+    gold = task.lm.doc_to_text(doc) if task.lm.multiple_input else task.lm.doc_to_target(doc)
+    if isinstance(gold, list) and gold:
+        gold = gold[0]
+    choices = list(task.lm.doc_to_choice(doc))
+    if gold in choices and not isinstance(gold, int):
+        return choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise EvomergeError(f"task {task.name}: the gold answer {gold!r} is not among its {len(choices)} choices")
+    return gold

@@ -1,4 +1,4 @@
-"""Score one model on whole tasks, as `lm_eval` would: the road of `evomerge evaluate`."""
+"""Score one model on whole tasks as `lm_eval` does, for `evomerge evaluate`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,18 @@ from typing import Any, Literal
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.metrics import ItemMetrics, MetricFailed, aggregate
+from evomerge.evaluate.item_values import ItemMetrics, MetricFailed, aggregate
 from evomerge.evaluate.tasks import Task, items_of
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """metrics: aggregated by lm-eval's own aggregation.  items: how many were scored.  raw: per-item values."""
+    """The result of one task.
+
+    items: how many items were scored.
+    metrics: each metric over all items, by lm-eval's own aggregation.
+    raw: each metric's value for every item.
+    """
 
     task: str
     items: int
@@ -30,9 +35,13 @@ def evaluate_model(
     clock: Clock,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TaskResult]:
-    """Every metric of every task on the items that lm-eval would take (the first `limit` of them).
+    """Every metric of every task on the items that lm-eval evaluates.
 
-    progress: called with the batches done and their total.  EvomergeError if a task cannot be scored.
+    batch_tokens: see `Engine`.
+    limit: the greatest number of items of a task, None for all.
+    progress: called with the number of batches done and their total.
+
+    EvomergeError if a task cannot be scored.
     """
     engine = Engine(model, tokenizer, batch_tokens)
     prepared = []

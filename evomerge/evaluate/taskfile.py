@@ -1,4 +1,4 @@
-"""lm-eval's task files: read before lm-eval sees them; what runs Python does so by consent alone."""
+"""Read lm-eval's task files, and check them before lm-eval does: Python code runs only if the user allows it."""
 
 import difflib
 import json
@@ -12,19 +12,21 @@ from evomerge.errors import EvomergeError, first_line
 from evomerge.files import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
-ALLOW = "read it, and say `allow_task_code: true` beside the task (on the command line --allow-task-code) if it may"
-INCLUDES = 16
+ALLOW = "read it; if it may run, set `allow_task_code: true` beside the task (on the command line --allow-task-code)"
+INCLUDES = 16  # the greatest number of files of one task
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
-# What `load_dataset` takes of a task file only by consent: where to write, whose code to run, how many processes.
+# Options of `load_dataset` that need the user's permission: where to write, whose code to run, how many processes.
 DATA_OPTIONS = ("trust_remote_code", "cache_dir", "download_config", "storage_options", "num_proc")
 
 
 def prepare_libraries() -> None:
-    """lm-eval and datasets report every step; here a person sees one progress bar.
+    """Change three settings of lm-eval and datasets for this process.
 
-    And lm-eval compiles a template for each document, whenever it is scored: a millisecond, more than its forward on
-    a small model.  A compiled template is kept.  Templates of task files run in Jinja's sandbox: in lm-eval's own
-    environment a template can reach every object of Python.
+    - Templates of task files run in Jinja's sandbox: in lm-eval's own environment a template reaches every object of
+      Python.
+    - A compiled template is kept: lm-eval compiles one for each document whenever the document is scored, which takes a
+      millisecond, more than the document's forward on a small model.
+    - Their progress bars and log lines are off; evomerge shows one progress bar.
     """
     import datasets
     from jinja2.sandbox import SandboxedEnvironment
@@ -44,11 +46,12 @@ def prepare_libraries() -> None:
 
 
 def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
-    """The task in a YAML file, and whether it runs Python.  Data files that it names count from the YAML's own folder.
+    """The tasks of a YAML file, and whether the file runs Python code.
 
-    allow_code: whether it may name Python functions, which lie beside it, and scripts of metrics.
+    path: the file; the data files that it names are relative to its folder.
+    allow_code: whether the file may name Python functions (in files beside it) and scripts of metrics.
 
-    EvomergeError if the file or its data are missing or broken, or if it wants to run Python code.
+    EvomergeError if the file or its data are missing or broken, or if it needs code that is not allowed.
     """
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -62,13 +65,13 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
         raise EvomergeError(f"{where}: runs Python code (`{what}`); {ALLOW}")
     try:
         content = load_yaml(path, resolve_func=allow_code)
-    except Exception as error:  # with consent, a file may import anything, which may raise anything
+    except Exception as error:  # a file that may run code can raise anything
         raise EvomergeError(f"{path}: not a task file ({reason(error)})") from error
     if not isinstance(content.get("task"), str):
         several = content.get("group") is not None or isinstance(content.get("task"), list)
         what = "is a group or a list of tasks; give the files of its tasks, or their folder" if several else ""
         raise EvomergeError(f"{path}: {what or 'has no `task:` name'}")
-    content.pop("group", None)  # beside a task, the old word for `tag`, by which lm-eval now takes it for a group
+    content.pop("group", None)  # beside `task`, the old name of `tag`; lm-eval now takes the file for a group
     if not allow_code:
         refuse_metric_scripts(content, path)
     kwargs = content.get("dataset_kwargs") or {}
@@ -76,33 +79,39 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
         raise EvomergeError(f"{path}: dataset_kwargs must be a mapping, found {kwargs!r:.60}")
     if kwargs.get("data_files") is not None:
         content["dataset_kwargs"] = {**kwargs, "data_files": local_data(kwargs["data_files"], path)}
-    refuse_everything(content.get("dataset_path"), kwargs, path)
+    refuse_whole_folders(content.get("dataset_path"), kwargs, path)
     try:
         tasks = list(TaskManager(include_defaults=False).load(content)["tasks"].values())
         for make in [make for task in tasks for ensemble in task._filters for make in ensemble.filters]:
-            make()  # lm-eval would find out after the first answer
+            make()  # fails here on wrong arguments; lm-eval calls it only after the first answer
         return tasks, bool(code)
-    except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
+    except Exception as error:  # lm-eval and datasets raise many types
         why = missing_split(content, error) or f"lm-eval cannot open this task ({reason(error)})"
         raise EvomergeError(f"{path}: {why}") from error
 
 
 def missing_split(content: dict[str, Any], error: Exception) -> str | None:
-    """What to say if an error is about a split that the task names and its data lack; None if it is not."""
+    """The message for an error about a split that the task names and the data lack; None for other errors.
+
+    content: the task file.
+    """
     wanted = error.args[0] if isinstance(error, KeyError) and error.args else None
     key = next((k for k in SPLIT_KEYS if wanted is not None and content.get(k) == wanted), None)
     if key is None:
         return None
     files = (content.get("dataset_kwargs") or {}).get("data_files")
-    there = f"; it has {', '.join(map(str, files))}" if isinstance(files, dict) else ""
-    return f"{key}: the data set has no split {wanted!r}{there}"
+    listed = f"; it has {', '.join(map(str, files))}" if isinstance(files, dict) else ""
+    return f"{key}: the data set has no split {wanted!r}{listed}"
 
 
 def code_in(path: Path, root: Path, seen: set[Path]) -> list[tuple[Path, str]]:
-    """Where a task file, or one that it includes, names Python code: the file and the key or tag.
+    """Where a task file, or a file that it includes, names Python code: pairs of the file and the key or tag.
 
-    root: the folder of the task file, which itself may include what it likes; a file that it includes may take others
-    from this folder and its own alone.  EvomergeError if one of them cannot be read, or includes itself.
+    root: the folder of the task file.  The task file may include any file; an included file may include only files of
+        this folder and of its own.
+    seen: the files read so far; this one is added.
+
+    EvomergeError if a file cannot be read or includes itself, or there are more than INCLUDES files.
     """
     if path in seen:
         raise EvomergeError(f"{path}: includes itself, or is included twice")
@@ -133,14 +142,17 @@ def code_in(path: Path, root: Path, seen: set[Path]) -> list[tuple[Path, str]]:
 
 
 def is_tagged(content: Any) -> bool:
-    """Whether some text in plain data had lm-eval's `!function` before it."""
+    """Whether any text in YAML content had lm-eval's tag `!function`."""
     if isinstance(content, dict):
         return any(is_tagged(x) for pair in content.items() for x in pair)
     return any(map(is_tagged, content)) if isinstance(content, list) else isinstance(content, Tagged)
 
 
 def refuse_metric_scripts(content: dict[str, Any], path: Path) -> None:
-    """A metric that lm-eval does not have would be run as a script of Hugging Face's `evaluate`, local ones too."""
+    """EvomergeError if a task names a metric that lm-eval does not have.
+
+    lm-eval would run it as a script of Hugging Face's `evaluate`, also a local one.
+    """
     import lm_eval.api.metrics  # noqa: F401 (fills the registry)
     from lm_eval.api.registry import metric_registry
 
@@ -155,9 +167,13 @@ def refuse_metric_scripts(content: dict[str, Any], path: Path) -> None:
             )
 
 
-def refuse_everything(dataset: Any, kwargs: dict[str, Any], path: Path) -> None:
-    """`datasets` reads all files below the current folder where it is told a format and no files; and it takes the name
-    of a folder for all that is in it."""
+def refuse_whole_folders(dataset: Any, kwargs: dict[str, Any], path: Path) -> None:
+    """EvomergeError if `datasets` would read all files below the current folder.
+
+    It does so when it gets a format without files, or the name of a folder that contains the current one.
+
+    dataset, kwargs: the task's `dataset_path` and `dataset_kwargs`.  path: the task file, named in the error.
+    """
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
 
     if isinstance(dataset, str) and dataset in FORMATS and not (kwargs.get("data_files") or kwargs.get("data_dir")):
@@ -165,11 +181,18 @@ def refuse_everything(dataset: Any, kwargs: dict[str, Any], path: Path) -> None:
     for key, folder in (("dataset_path", dataset), ("dataset_kwargs.data_dir", kwargs.get("data_dir"))):
         here = Path.cwd()
         if isinstance(folder, str) and os.path.isdir(folder) and here.is_relative_to(os.path.realpath(folder)):
-            raise EvomergeError(f"{path}: {key} is {folder!r}, in which the current folder lies; name a folder of data")
+            raise EvomergeError(
+                f"{path}: {key} is {folder!r}, which contains the current folder; name a folder of data"
+            )
 
 
 def local_data(data_files: Any, task_file: Path) -> Any:
-    """Data file names as absolute paths.  EvomergeError if one is missing or is not one JSON object a line."""
+    """`data_files` of a task file with absolute paths.
+
+    data_files: a name, a list of names, or a mapping of splits to them; URLs are returned unchanged.
+
+    EvomergeError if a file is missing, or a .jsonl file has a line that is not JSON.
+    """
     if isinstance(data_files, dict):
         return {split: local_data(files, task_file) for split, files in data_files.items()}
     if isinstance(data_files, list):
@@ -189,7 +212,7 @@ def local_data(data_files: Any, task_file: Path) -> Any:
 
 
 def load_named(name: str) -> list[Any]:
-    """One of lm-eval's own tasks or groups.  EvomergeError with near names if there is none of that name."""
+    """The tasks of one of lm-eval's own tasks or groups.  EvomergeError with similar names if there is none."""
     from lm_eval.tasks import TaskManager
 
     prepare_libraries()
@@ -202,12 +225,12 @@ def load_named(name: str) -> list[Any]:
         )
     try:
         return list(manager.load(name)["tasks"].values())
-    except Exception as error:  # lm-eval and datasets raise whatever went wrong inside them
+    except Exception as error:  # lm-eval and datasets raise many types
         raise EvomergeError(f"task {name!r}: lm-eval cannot open it ({reason(error)})") from error
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong first; `datasets` wraps it in an error that says nothing."""
+    """The first line of an exception's first cause; `datasets` wraps causes in errors that say nothing."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)

@@ -1,27 +1,32 @@
-"""lm-eval tasks, opened once: their documents dealt to the splits, their metrics named and checked."""
+"""Open lm-eval tasks, check the metrics that a configuration names, and deal the documents to the three splits."""
 
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.config.schema import CHOICE_METRICS, GOLD_METRICS, Share, SplitsConfig, TaskConfig
+from evomerge.config.schema import Share, SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.metrics import KINDS, METRICS, Metric, added_metric, added_names
 from evomerge.evaluate.taskfile import load_file, load_named
 
 Split = Literal["search", "selection", "holdout"]
-SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # dealt in this order: the holdout comes first
-FEWSHOT_SEED = 1234  # lm-eval's default, so that few-shot prompts are the same
+SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt
+FEWSHOT_SEED = 1234  # lm-eval's default, so that few-shot prompts are those of lm-eval
 NAME_LENGTH = 120
-LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "brier")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One document of a task.  id: a hash of task and document."""
+    """One document of a task.
+
+    id: a hash of the task's name and the document.
+    doc: the document, as lm-eval's task gives it.
+    """
 
     id: str
     doc: dict[str, Any]
@@ -29,12 +34,19 @@ class Item:
 
 @dataclass
 class Task:
-    """An lm-eval task with what the search asks of it.
+    """An lm-eval task with its settings in a configuration.
 
-    objective, metric: the metric that trials climb, and the one the verdict is about.
-    lm: lm-eval's own task object, which builds prompts, filters answers and scores them.  chat, multiturn: whether
-    prompts go through the chat template, and few-shot examples as turns of their own.  limit: documents at most.
-    code: whether the task's file runs Python of its own, by consent.
+    name: lm-eval's name of the task.
+    weight: the task's share in the score.
+    objective: the metric that the search maximises (or minimises).
+    metric: the metric that the verdict compares.
+    gold: a Jinja template of the gold answer of a generation task, if it is not `doc_to_target`.
+    lm: lm-eval's own task object, which builds prompts, filters answers and scores them.
+    chat: whether prompts go through the chat template.
+    multiturn: whether the chat template gets few-shot examples as turns of their own.
+    limit: the greatest number of documents, None for all.
+    code: whether the task's file runs its own Python code (the configuration allows it).
+    added: the metrics of other packages that the objective or the metric names.
     """
 
     name: str
@@ -47,40 +59,50 @@ class Task:
     multiturn: bool = False
     limit: int | None = None
     code: bool = False
+    added: dict[str, Metric] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
+        """lm-eval's `output_type`: multiple_choice, generate_until, loglikelihood or loglikelihood_rolling."""
         return str(self.lm.OUTPUT_TYPE)
 
     @property
     def metrics(self) -> list[str]:
-        """lm-eval's metrics of the task, the first one first."""
+        """The names of the task's metrics in lm-eval, in the order of the task file."""
         return list(self.lm._metric_fn_list)
 
-    @property
-    def smooth(self) -> list[str]:
-        """The metrics of our own that the task has."""
-        if self.kind == "loglikelihood_rolling":
-            return []
-        return [*GOLD_METRICS, *(CHOICE_METRICS if self.kind == "multiple_choice" else ())]
+    @cached_property
+    def own(self) -> dict[str, Metric]:
+        """The metrics that evomerge computes for this kind of task, by name: those with a formula."""
+        return {m.name: m for m in METRICS.values() if self.kind in KINDS.get(m.needs, ())} | self.added
 
     @property
     def docs(self) -> Iterable[dict[str, Any]]:
-        """The documents that lm-eval evaluates."""
+        """The documents that lm-eval evaluates, `limit` at most."""
         return islice(self.lm.eval_docs, self.limit)
 
     @property
     def filters(self) -> list[str]:
+        """The names of lm-eval's filters, in the order in which they are applied."""
         return [f.name for f in self.lm._filters]
 
     def higher_is_better(self, metric: str) -> bool:
-        if metric in self.smooth:
-            return metric not in LOWER_IS_BETTER
-        return bool(self.lm.higher_is_better().get(metric.split(",")[0], metric not in LOWER_IS_BETTER))
+        """The direction of a metric.
+
+        Metrics with a formula have that of the table; others that of the task, or if it gives none, of the table.
+        """
+        if metric in self.own:
+            return self.own[metric].higher_is_better
+        plain = metric.split(",")[0]
+        default = METRICS[plain].higher_is_better if plain in METRICS else True
+        return bool(self.lm.higher_is_better().get(plain, default))
 
 
 def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
-    """Open tasks (groups become their tasks, sharing the weight).  EvomergeError if one is unknown or broken."""
+    """Open tasks; a group becomes its tasks, which share the weight.
+
+    EvomergeError if a task is unknown or broken, or two have the same name.
+    """
     opened: list[Task] = []
     for config in configs:
         if config.is_file:
@@ -102,7 +124,7 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
 
 
 def task_files(name: str) -> list[str]:
-    """A folder as the task files in it; anything else as it is."""
+    """The task files in a folder; if `name` is not a folder, only `name`.  EvomergeError if the folder has none."""
     folder = Path(name)
     if not folder.is_dir():
         return [name]
@@ -112,25 +134,48 @@ def task_files(name: str) -> list[str]:
 
 
 def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
-    """Fill in the default metric and refuse metrics that the task does not have."""
+    """The task with its objective and metric; the default is lm-eval's first metric.
+
+    EvomergeError if the task does not have one of them; the message lists those that it has.
+    """
     chat, multiturn = config.apply_chat_template, config.fewshot_as_multiturn
     task = Task(str(lm_task.config.task), weight, "", "", config.gold, lm_task, chat, multiturn, config.limit)
     if len(task.name) > NAME_LENGTH or not task.name.isprintable():
         raise EvomergeError(f"{config.task}: {task.name[:60]!r} cannot be a task's name")
     metric = config.metric or (task.metrics[0] if task.metrics else "")
-    allowed = list(dict.fromkeys([*task.metrics, *task.smooth]))
     for key, name in (("metric", metric), ("objective", config.objective or metric)):
         plain, _, filter_name = name.partition(",")
-        if plain not in allowed or (filter_name and filter_name not in task.filters):
-            raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics: {', '.join(allowed)}")
+        if plain not in task.metrics and plain not in task.own and (found := added_metric(plain)) is not None:
+            add_metric(task, found)
+        if plain not in {*task.metrics, *task.own} or (filter_name and filter_name not in task.filters):
+            raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)})")
     if config.gold and task.kind == "multiple_choice":
         raise EvomergeError(f"task {task.name}: `gold` is for generation; a multiple-choice task knows its gold choice")
     task.metric, task.objective = metric, config.objective or metric
     return task
 
 
+def add_metric(task: Task, metric: Metric) -> None:
+    """Give a task the metric of another package.  EvomergeError if this kind of task does not have what it needs."""
+    if task.kind not in KINDS[metric.needs]:
+        raise EvomergeError(
+            f"task {task.name}: {metric.name} needs a task of the kind {' or '.join(KINDS[metric.needs])}; "
+            f"this one is {task.kind}"
+        )
+    task.added[metric.name] = metric
+    task.__dict__.pop("own", None)  # `own` is computed again with it
+
+
+def listed(task: Task) -> str:
+    """The metrics that a task has: smooth ones, others, and those that other packages add."""
+    names = dict.fromkeys([*task.metrics, *(n for n in task.own if n not in task.added)])
+    smooth = [n for n in names if n in METRICS and METRICS[n].smooth]
+    groups = {"smooth": smooth, "others": [n for n in names if n not in smooth], "of other packages": added_names()}
+    return "; ".join(f"{title}: {', '.join(found)}" for title, found in groups.items() if found)
+
+
 def items_of(task: Task, docs: Iterable[dict[str, Any]]) -> list[Item]:
-    """Documents as items, in the data's order; a document that is there twice counts once."""
+    """Documents as items in the order of the data; of equal documents only the first."""
     found: dict[str, Item] = {}
     for doc in docs:
         content = json.dumps(doc, sort_keys=True, default=str, ensure_ascii=False)
@@ -142,8 +187,11 @@ def items_of(task: Task, docs: Iterable[dict[str, Any]]) -> list[Item]:
 def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]:
     """Deal a task's items to the three splits; no item is in two of them.
 
-    Counts and shares are dealt from the split that lm-eval would evaluate, in the order of a seeded hash of the
-    item, so the deal does not depend on the order of the data.  EvomergeError if there are too few items.
+    splits: for each split a count, a share, or the name of one of the task's own splits.
+    seed: of the deal.
+
+    Counts and shares are dealt from the documents that lm-eval evaluates, in the order of a seeded hash of the item, so
+    the deal does not depend on the order of the data.  EvomergeError if there are too few items.
     """
     wanted: dict[Split, Share] = {name: getattr(splits, name) for name in SPLITS}
     dealt: dict[Split, list[Item]] = {}
@@ -173,7 +221,7 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
 
 
 def own_split(task: Task, name: str) -> Iterable[dict[str, Any]]:
-    """The documents of the task's own train, validation or test split."""
+    """The documents of the task's own `train`, `validation` or `test` split.  EvomergeError if it has no such split."""
     docs = {"train": task.lm.training_docs, "validation": task.lm.validation_docs, "test": task.lm.test_docs}[name]()
     if docs is None:
         raise EvomergeError(f"task {task.name}: has no {name} split of its own; give a number of items instead")

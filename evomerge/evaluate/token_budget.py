@@ -1,4 +1,4 @@
-"""How many tokens one forward may have."""
+"""The token budget: how many padded tokens one forward may have on this device."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,20 @@ import torch
 from evomerge.evaluate.loglikelihood import LOGITS, Plan, Row, kept_logits, plan_batches
 from evomerge.files import write_text
 
-ON_CPU = 4096  # more does not make a processor faster
+ON_CPU = 4096  # larger batches are not faster on a processor
 LEAST, MOST = 64, 65536
 TRIED = 1024  # tokens of the forward whose memory is measured
-SHARE = 0.5  # of the free memory: blocks of unequal sizes leave gaps
+SHARE = 0.5  # the part of the free memory that is used: blocks of unequal sizes leave gaps
 
 
 def token_budget(wanted: int | Literal["auto"], model: Any, reserved: int = 0, folder: Path | None = None) -> int:
-    """`auto` is what the accelerator's free memory holds, by the memory that one forward takes, as a power of two.
+    """The number of padded tokens per forward.
 
-    reserved: bytes of it that somebody else will need.  folder: where the measured number is kept, so that every worker
-    of a run and every resume on the same kind of device makes the same batches, whose scores have the same bits.
+    wanted: a number, or `auto`: on an accelerator the greatest power of two whose forward fits into the free memory,
+        by the memory that one measured forward takes; ON_CPU on a CPU.
+    reserved: bytes of the free memory that are needed for something else.
+    folder: where the measured number is kept, so that every worker of a run and every resume on the same kind of
+        device makes the same batches, whose scores have the same bits.
     """
     if wanted != "auto":
         return wanted
@@ -41,14 +44,17 @@ def token_budget(wanted: int | Literal["auto"], model: Any, reserved: int = 0, f
 
 
 def fitting_tokens(free: int, bytes_a_token: float) -> int:
-    """How many tokens fit into so many bytes, beside the logits in float32 and what is made of them."""
-    room = free - 4 * 4 * LOGITS
-    most = max(LEAST, min(MOST, int(SHARE * room / max(1.0, bytes_a_token))))
+    """The number of tokens, a power of two, that fit into `free` bytes beside the logits.
+
+    The logits take four float32 tensors of LOGITS elements: they themselves and what is computed from them.
+    """
+    left = free - 4 * 4 * LOGITS
+    most = max(LEAST, min(MOST, int(SHARE * left / max(1.0, bytes_a_token))))
     return 1 << (most.bit_length() - 1)
 
 
 def kept_budget(file: Path) -> int | None:
-    """The number in a file; None if there is none."""
+    """The number that a file holds; None if the file is absent or damaged."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -58,7 +64,7 @@ def kept_budget(file: Path) -> int | None:
 
 @torch.inference_mode()
 def measured_forward(model: Any) -> float:
-    """Bytes of the device that a forward takes for a token."""
+    """The bytes of device memory that a forward takes for each of its tokens."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rows = [Row(tuple((k + t) % vocabulary for t in range(129)), 1) for k in range(TRIED // 128)]
     (batch,) = plan_batches(rows, Plan(TRIED, model.device, vocabulary, packs=False))

@@ -1,55 +1,80 @@
-"""What a live model is asked: items with their requests, token ids and batches, of one task or of several."""
+"""What a model is asked: the requests of each item as token ids, and the batches that answer them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
 from evomerge.evaluate.generation import GenerationBatch, Prompt
 from evomerge.evaluate.loglikelihood import Batch, Row
 from evomerge.evaluate.prefix_plan import Tokens
 from evomerge.evaluate.tasks import Item, Task
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class ItemRequests:
+    """What a model is asked about one item.
+
+    item: the item.
+    instances: lm-eval's requests for it.
+    rows: the sequences whose log-likelihoods are computed: those of the requests and of the gold answer.
+    spans: for each log-likelihood request, which of `rows` belong to it; a rolling request has several.
+    prompts: one for each generation request.
+    gold: which of `rows` is the gold answer, None if there is none.
+    gold_bytes: the length of the gold answer in UTF-8.
+    """
+
+    item: Item
+    instances: list[Any]
+    rows: list[Row]
+    spans: list[range]
+    prompts: list[Prompt]
+    gold: int | None
+    gold_bytes: int
 
 
 @dataclass
 class Workload:
-    """A task's items, ready to be scored any number of times.
+    """The items of one task, or of several (`parts`), with the batches that answer their requests.
 
-    metrics: whether lm-eval's metrics are computed, or only the gold answer's log-probability.
-    instances: per item, lm-eval's requests.  spans: per item and request, its range among all rows.
-    gold: per item, the row of its gold answer, -1 if there is none.  gold_bytes: the answer's length in UTF-8.
-    own_rows, own_prompts: per item, its range among all rows and all prompts.
-    shared: prefixes that batches may stand on; None lets them choose.  budget: the one the batches are made for.
-    packs: whether sequences may share rows.  parts: see `together`.
+    task: the task; of several the first.
+    items: what the model is asked about each item; of several tasks one task after another.
+    complete: whether all requests are answered, or only the gold answer's log-likelihood is computed.
+    parts: one workload for each task, if there are several.
+    shared: the trunks that batches may begin with; None lets the planner choose them.
+    budget: the padded tokens per forward that the batches are made for.
+    packs: whether several sequences share a row.
+    batches, generations: the forwards, empty before `Engine.plan`.
     """
 
     task: Task
-    items: list[Item]
-    metrics: bool
-    instances: list[list[Any]] = field(default_factory=list)
-    spans: list[list[range]] = field(default_factory=list)
-    gold: list[int] = field(default_factory=list)
-    gold_bytes: list[int] = field(default_factory=list)
-    own_rows: list[range] = field(default_factory=list)
-    own_prompts: list[range] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    prompts: list[Prompt] = field(default_factory=list)
+    items: list[ItemRequests]
+    complete: bool
+    parts: list["Workload"] = field(default_factory=list)
     shared: list[Tokens] | None = None
     budget: int = 0
     packs: bool = False
     batches: list[Batch] = field(default_factory=list)
     generations: list[GenerationBatch] = field(default_factory=list)
-    parts: list["Workload"] = field(default_factory=list)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows of all items, one item after another."""
+        return [row for asked in self.items for row in asked.rows]
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of all items, one item after another."""
+        return [prompt for asked in self.items for prompt in asked.prompts]
 
     @property
     def steps(self) -> int:
-        """How many batches an evaluation of this workload runs."""
+        """The number of batches."""
         return len(self.batches) + len(self.generations)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence."""
         return max([len(r.tokens) for r in self.rows] + [len(p.context) + p.limit for p in self.prompts])
 
     @property
@@ -58,35 +83,13 @@ class Workload:
         return self.parts or [self]
 
     def pick(self, chosen: Sequence[int]) -> "Workload":
-        """Some of the items, in this order, without batches."""
-        found = Workload(self.task, [self.items[i] for i in chosen], self.metrics)
-        for i in chosen:
-            shift = len(found.rows) - self.own_rows[i].start
-            found.instances.append(self.instances[i])
-            found.spans.append([range(s.start + shift, s.stop + shift) for s in self.spans[i]])
-            found.gold.append(self.gold[i] + shift if self.gold[i] >= 0 else -1)
-            found.gold_bytes.append(self.gold_bytes[i])
-            found.own_rows.append(taken(self.rows, self.own_rows[i], found.rows))
-            found.own_prompts.append(taken(self.prompts, self.own_prompts[i], found.prompts))
-        return found
-
-
-def taken(every: list[T], own: range, kept: list[T]) -> range:
-    """Add a range of one list to another; where it stands there."""
-    kept += every[own.start : own.stop]
-    return range(len(kept) - len(own), len(kept))
+        """The items at these places, in this order, without batches."""
+        return Workload(self.task, [self.items[i] for i in chosen], self.complete)
 
 
 def join_workloads(parts: Sequence[Workload]) -> Workload:
-    """Workloads that run in the same batches, without batches yet.
-
-    It holds their rows, prompts and requests one after another; what belongs to single items is in `parts`.
-    """
+    """Workloads of single tasks as one that runs in the same batches, without batches yet."""
     if len(parts) == 1:
         return parts[0]
-    whole = Workload(parts[0].task, [i for p in parts for i in p.items], any(p.metrics for p in parts))
-    whole.instances = [group for p in parts for group in p.instances]
-    whole.rows = [row for p in parts for row in p.rows]
-    whole.prompts = [prompt for p in parts for prompt in p.prompts]
-    whole.parts = list(parts)
-    return whole
+    items = [asked for part in parts for asked in part.items]
+    return Workload(parts[0].task, items, any(part.complete for part in parts), list(parts))

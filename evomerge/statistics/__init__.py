@@ -1,1 +1,1 @@
-"""The command that gathers what `fisher` and `regmean` need to know of a source."""
+"""`evomerge statistics`: what the methods `fisher` and `regmean` need to know about a source (`gather.py`)."""

@@ -1,8 +1,8 @@
 """Gather statistics of a source on its own items: squared gradients for `fisher`, input Gram matrices for `regmean`.
 
-The Fisher information is the empirical one: gradients of the log-likelihood of the gold answer, not of answers drawn
-from the model.  It needs no sampling, so the same items give the same file, and one backward pass an item; what it
-lacks against the true one (Kunstner et al. 2019) is that a model sure of the gold answer has small gradients.
+The Fisher information is the empirical one: from gradients of the log-likelihood of the gold answer, not of answers
+drawn from the model.  It needs no sampling, so the same items give the same file, and one backward pass for each item.
+Unlike the true Fisher information it is small where the model is sure of the gold answer (Kunstner et al. 2019).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +34,11 @@ Rows = Sequence[Sequence[Row]]
 
 
 def choose_items(tasks: Sequence[Task], count: int, search: SearchConfig | None) -> dict[str, list[Item]]:
-    """The first `count` items of each task: of the search split that `search` deals, or else of the task's training
-    split, or of the one that lm-eval evaluates if it has none."""
+    """The first `count` items of each task.
+
+    search: a configuration, of whose search split the items are; None takes the task's training split, or, if it has
+        none, the documents that lm-eval evaluates.
+    """
     chosen = {}
     for task in tasks:
         if search is not None:
@@ -56,10 +59,16 @@ def gather_statistics(
     out: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write the statistics file of the model in `folder` (an adapter on `base`) over the chosen items.
+    """Gather the statistics of a model over the chosen items and write them to a file.
 
-    live: the model in float32 and its tokenizer, as `open_live_model` gives them.  progress: called with the number
-    of items done.  EvomergeError if the statistics are not finite.
+    kind: `fisher` or `regmean`.
+    folder: the model, or an adapter on `base`.
+    live: the model in float32 and its tokenizer, as `open_live_model` gives them.
+    chosen: task -> items.
+    out: the file.
+    progress: called with the number of items done.
+
+    EvomergeError if the statistics are not finite.
     """
     model, tokenizer = live
     bank = Bank(open_models(base or folder, {}))
@@ -83,7 +92,7 @@ def gather_statistics(
 
 
 def log_likelihood(model: Any, rows: Sequence[Row]) -> Tensor:
-    """The summed log-likelihood of the rows' scored tokens, with its graph; rows go through the model one by one."""
+    """The sum of the log-likelihoods of the rows' scored tokens, for autograd; one forward for each row."""
     total = torch.zeros((), device=model.device)
     plan = Plan(budget=1, device=model.device, vocabulary=1, packs=False)
     for row in rows:
@@ -120,7 +129,7 @@ def fisher(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) 
 
 @contextmanager
 def squared_gradients(model: Any, squares: Mapping[str, Tensor]) -> Iterator[None]:
-    """While this lasts, every gradient of the model is squared, added to `squares` and freed."""
+    """Within the context, every gradient of the model is squared, added to `squares` and freed."""
 
     def add(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -201,12 +210,15 @@ def grams(
 
 
 def gram_room(device: torch.device) -> int:
-    """Bytes for Gram matrices: half of what is free."""
+    """The bytes that Gram matrices may take: half of the free memory."""
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()) // 2
 
 
 def fitting_groups(layers: Sequence[tuple[Any, str]], room: int) -> list[list[tuple[Any, str]]]:
-    """The layers in their order, in groups whose Gram matrices fit into `room` bytes; a larger one is alone."""
+    """The layers in their order, in groups whose Gram matrices fit into `room` bytes.
+
+    layers: (module, checkpoint name).  A layer whose matrix is larger than `room` is a group of its own.
+    """
     groups: list[list[tuple[Any, str]]] = [[]]
     taken = 0
     for module, name in layers:
@@ -221,7 +233,7 @@ def fitting_groups(layers: Sequence[tuple[Any, str]], room: int) -> list[list[tu
 
 @contextmanager
 def watched(layers: Sequence[tuple[Any, str]], found: dict[str, Tensor]) -> Iterator[None]:
-    """While this lasts, the inputs of the layers are added to their Gram matrices in `found`."""
+    """Within the context, the inputs of the layers are added to their Gram matrices in `found`."""
 
     def watch(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def add(module: Any, inputs: tuple[Tensor, ...]) -> None:

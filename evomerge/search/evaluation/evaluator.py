@@ -12,12 +12,12 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Broken, Signs, check_signs, prompts, signs
+from evomerge.evaluate.canary import Broken, Signs, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks, scores_of
+from evomerge.evaluate.item_values import ItemMetrics
 from evomerge.evaluate.loglikelihood import NotFiniteScore
-from evomerge.evaluate.metrics import ItemMetrics
-from evomerge.evaluate.prepared_items import ask
+from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
 from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.token_budget import token_budget
@@ -100,9 +100,10 @@ class Evaluator:
         """What each task asks on the split; kept in the run's folder."""
         items = self.task_set.split(split)
         if self.cache is None:
-            return [self.engine.asked(t, items[t.name], everything) for t in self.task_set.tasks]
+            return [self.engine.workload(t, items[t.name], everything) for t in self.task_set.tasks]
         folder = self.cache / "items"
-        return [ask(self.engine, t, split, items[t.name], everything, folder) for t in self.task_set.tasks]
+        tasks = self.task_set.tasks
+        return [prepared_workload(self.engine, t, split, items[t.name], everything, folder) for t in tasks]
 
     def joined(self, works: Sequence[Workload]) -> Workload:
         """Workloads of single tasks as one."""
@@ -157,7 +158,7 @@ class Evaluator:
             work = self.prepared(split, everything)
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
-            work = self.joined([self.engine.asked(t, only[t.name], everything) for t in tasks])
+            work = self.joined([self.engine.workload(t, only[t.name], everything) for t in tasks])
         clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
@@ -172,9 +173,9 @@ class Evaluator:
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(recipe, clock)
         if self.prompts is None:
-            self.prompts = prompts(contexts(work.by_task), self.bank.device)
+            self.prompts = canary_prompts(contexts(work.by_task), self.bank.device)
         with clock.time("canary"), forwards_of(self.model, self.counts):
-            seen = signs(self.model, self.prompts, normal)
+            seen = measure_signs(self.model, self.prompts, normal)
             check_signs(seen, normal)
         if race_setup is None or race is None:
             return Outcome(self.objectives(work, clock, None), clock.seconds, seen)

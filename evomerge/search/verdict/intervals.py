@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.evaluate.metrics import find_metric
+
 ItemScores = Mapping[str, Sequence[float]]
 """Task name -> one score per item, the higher the better."""
 
@@ -22,11 +24,11 @@ Range = tuple[float, float]
 """The least and the greatest score that an item can have."""
 
 DRAWS = 10_000
+ROUNDING = 1e-6  # by which a float32 score may lie beyond a bound
 DRAWN_AT_ONCE = 1 << 21  # random numbers in memory: 16 MB, however many items there are
 LEVEL = 0.05  # one-sided error rate of each end of an interval
 ENOUGH = 100  # items of a task whose scores have no bounds: an error of 3% of the items is then seen 19 times in 20
 STANDARD_ERRORS = 1.645 + 0.842  # a gain of so many is shown at LEVEL four times in five: z(0.95) + z(0.80)
-BOUNDED: Mapping[str, Range] = {"brier": (-2.0, 0.0), "brier_score": (-2.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ def score_range(metric: str, tables: Sequence[Sequence[float]]) -> Range | None:
     low, high = min(map(min, tables)), max(map(max, tables))
     if low >= 0.0 and high <= 1.0:
         return 0.0, 1.0
-    if metric in BOUNDED:
-        return BOUNDED[metric]
+    known = find_metric(metric.split(",")[0])
+    worst, best = known.score_bounds if known else (None, None)
+    if worst is not None and best is not None and worst - ROUNDING <= low and high <= best + ROUNDING:
+        return worst, best
     return (low, high) if len(tables[0]) >= ENOUGH else None
 
 

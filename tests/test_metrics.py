@@ -1,0 +1,202 @@
+"""The table of metrics: every entry is complete and computes, and other packages can add objectives."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval_tasks import metrics, write_task
+from models import write_llama
+
+from evomerge.config.schema import TaskConfig
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.item_values import MetricFailed
+from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
+from evomerge.evaluate.racing import ceiling
+from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.search.verdict.intervals import score_range
+
+DOCS = [{"q": f"{a}+{b}=", "a": a + b, "c": [b, a + b, "ab"], "g": 1} for a in "abcd" for b in "ef1"]
+KINDS_OF_TASK: dict[str, dict[str, Any]] = {
+    "multiple_choice": {
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "c",
+        "doc_to_target": "g",
+        "metric_list": metrics("acc", "acc_norm", "acc_bytes", "brier_score"),
+    },
+    "generate_until": {
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": metrics("exact_match"),
+    },
+    "loglikelihood": {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "metric_list": metrics("perplexity", "acc")},
+    "loglikelihood_rolling": {
+        "doc_to_text": "",
+        "doc_to_target": "{{q}}{{a}}",
+        "metric_list": metrics("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = write_llama(tmp_path_factory.mktemp("models") / "llama")
+    return Engine(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), 256)
+
+
+def open_kind(folder: Path, kind: str, **config: Any) -> Task:
+    file = write_task(folder, kind, DOCS, output_type=kind, **KINDS_OF_TASK[kind])
+    (task,) = open_tasks([TaskConfig(task=str(file), **config)])
+    return task
+
+
+def scored(engine: Engine, task: Task, everything: bool) -> dict[str, list[float]]:
+    """The item scores of everything that is computed."""
+    found = engine.score(engine.prepare(task, items_of(task, task.docs), everything), Clock())
+    return {metric: scores_of(task, metric, found) for metric in found}
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
+def test_an_entry_is_complete_and_agrees_with_itself(metric: Metric) -> None:
+    assert (metric.formula is None) == (metric.needs == "lm_eval")
+    assert metric.needs == "lm_eval" or metric.needs in KINDS
+    if metric.worst is not None and metric.best is not None:
+        assert (metric.best > metric.worst) == metric.higher_is_better
+    worst, best = metric.score_bounds
+    assert worst is None or best is None or worst < best
+
+
+def test_the_directions_are_those_of_lm_eval() -> None:
+    import lm_eval.api.metrics  # noqa: F401 (fills the registry)
+    from lm_eval.api.registry import higher_is_better_registry
+
+    ours = {m.name: m.higher_is_better for m in METRICS.values() if m.needs == "lm_eval"}
+    assert ours == {name: higher_is_better_registry[name] for name in ours}
+
+
+def test_every_metric_of_the_table_computes_within_its_bounds(engine: Engine, tmp_path: Path) -> None:
+    seen = set()
+    for kind in KINDS_OF_TASK:
+        for name, scores in scored(engine, open_kind(tmp_path, kind), everything=True).items():
+            worst, best = METRICS[name].score_bounds
+            assert all((worst is None or worst <= s) and (best is None or s <= best) for s in scores), (kind, name)
+            assert len(scores) == len(DOCS)
+            assert len(set(scores)) > 2 or not METRICS[name].smooth, (kind, name)
+            seen.add(name)
+    assert seen == set(METRICS)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.needs in KINDS])
+def test_an_objective_alone_scores_as_beside_all_other_metrics(name: str, engine: Engine, tmp_path: Path) -> None:
+    for kind in KINDS[METRICS[name].needs]:
+        task = open_kind(tmp_path, kind, objective=name)
+        alone, beside = (scored(engine, task, everything)[name] for everything in (False, True))
+        assert alone == pytest.approx(beside, rel=1e-4), kind
+
+
+# Objectives of other packages
+
+
+CODE = """
+from evomerge.evaluate.metrics import Metric
+
+def overlap(answer):
+    return len(set(answer.text) & set(answer.doc["a"])) / len(set(answer.text) | set(answer.doc["a"]))
+
+overlap_metric = Metric("overlap", "generation", True, 0.0, 1.0, False, overlap)
+surprise = Metric("surprise", "gold", False, None, 0.0, True, lambda answer: -answer.gold_logprob)
+lead = Metric("lead", "choices", True, None, None, True, lambda answer: answer.logprobs[answer.gold])
+failing = Metric("failing", "gold", True, None, None, True, lambda answer: answer.doc["nothing"])
+unlike = Metric("another", "gold", True, None, None, True, lambda answer: 0.0)
+nothing = 3
+"""
+POINTS = {
+    "overlap": "added_objectives:overlap_metric",
+    "surprise": "added_objectives:surprise",
+    "lead": "added_objectives:lead",
+    "failing": "added_objectives:failing",
+    "unlike": "added_objectives:unlike",
+    "nothing": "added_objectives:nothing",
+    "missing": "added_objectives:missing",
+}
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed distribution that adds objectives: a module and its metadata on the path."""
+    folder = tmp_path / "installed"
+    info = folder / "added_objectives-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "added_objectives.py").write_text(CODE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: added-objectives\nVersion: 1.0\n")
+    lines = [f"{name} = {value}\n" for name, value in POINTS.items()]
+    (info / "entry_points.txt").write_text("[evomerge.objectives]\n" + "".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.usefixtures("distribution")
+def test_an_installed_package_adds_objectives(engine: Engine, tmp_path: Path) -> None:
+    generating = open_kind(tmp_path, "generate_until", objective="overlap", metric="surprise")
+    alone, everything = (scored(engine, generating, e) for e in (False, True))
+    assert alone["overlap"] == everything["overlap"]
+    assert all(0 <= x <= 1 for x in alone["overlap"])
+    assert everything["surprise"] == everything["gold_logprob"]
+    choosing = open_kind(tmp_path, "multiple_choice", objective="lead")
+    found = scored(engine, choosing, everything=False)
+    assert found["lead"] == found["gold_logprob"]
+    alone = scored(engine, open_kind(tmp_path, "loglikelihood", objective="surprise"), everything=False)
+    assert set(alone) == {"gold_logprob", "gold_prob", "bits_per_byte", "surprise"}
+
+
+@pytest.mark.usefixtures("distribution")
+def test_the_bounds_of_an_added_objective_reach_races_and_intervals() -> None:
+    import numpy as np
+
+    assert ceiling("overlap", np.zeros((2, 3))) == 1.0
+    assert math.copysign(1.0, ceiling("surprise", np.full((2, 3), -5.0))) == 1.0
+    assert score_range("surprise", [[-1.0, -2.0]]) is None
+    assert find_metric("no_such_name") is None
+
+
+@pytest.mark.usefixtures("distribution")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unlike", "needs the name 'unlike', a formula, and one of gold, choices, generation as `needs`"),
+        ("nothing", "is not an evomerge.evaluate.metrics.Metric"),
+        ("missing", "cannot be loaded (AttributeError: "),
+    ],
+)
+def test_an_unusable_entry_point_is_named_with_its_package(name: str, reason: str, tmp_path: Path) -> None:
+    start = f"objective '{name}': the entry point {POINTS[name]} of added-objectives {reason}"
+    with pytest.raises(EvomergeError, match=re.escape(start)):
+        open_kind(tmp_path, "loglikelihood", objective=name)
+
+
+@pytest.mark.usefixtures("distribution")
+def test_an_added_objective_needs_a_task_that_has_what_it_reads(tmp_path: Path) -> None:
+    message = "task loglikelihood: overlap needs a task of the kind generate_until; this one is loglikelihood"
+    with pytest.raises(EvomergeError, match=message):
+        open_kind(tmp_path, "loglikelihood", objective="overlap")
+
+
+@pytest.mark.usefixtures("distribution")
+def test_a_formula_that_fails_costs_one_candidate(engine: Engine, tmp_path: Path) -> None:
+    task = open_kind(tmp_path, "loglikelihood", objective="failing")
+    with pytest.raises(MetricFailed, match="task loglikelihood: the metric failing fails on an answer \\(KeyError: "):
+        scored(engine, task, everything=False)
+
+
+@pytest.mark.usefixtures("distribution")
+def test_a_misspelt_objective_gets_the_names_of_all_there_are(tmp_path: Path) -> None:
+    added = ", ".join(sorted(POINTS))
+    listed = f"smooth: gold_logprob, gold_prob, bits_per_byte; others: exact_match; of other packages: {added}"
+    message = f"task generate_until: objective 'gold_logprop' is not one of its metrics ({listed})"
+    with pytest.raises(EvomergeError, match=re.escape(message)):
+        open_kind(tmp_path, "generate_until", objective="gold_logprop")
