@@ -225,7 +225,14 @@ def load_recipe(path: Path) -> Recipe:
     Relative model paths are taken from the recipe's folder.  Checkpoints that the file names by a pattern are plain
     sources from here on, so the recipe says what was merged, whatever the run writes later.
     """
-    content = read_yaml(path)
+    return parse_recipe(read_yaml(path), path)
+
+
+def parse_recipe(content: Any, path: Path) -> Recipe:
+    """Check the content of a recipe file, see `load_recipe`.
+
+    path: the file, named in errors; relative model paths are taken from its folder.
+    """
     try:
         recipe = Recipe.model_validate(content, context=path.parent)
     except ValidationError as error:
