@@ -59,7 +59,7 @@ _PACKAGES = ("evaluate", "merge", "search")
 """Public functions that have the names of packages."""
 
 
-def __getattr__(name: str) -> Any:
+def _load(name: str) -> Any:
     """Load a public name when it is first used (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -68,6 +68,10 @@ def __getattr__(name: str) -> Any:
         found.__dict__ = import_module(f"{__name__}.{name}").__dict__
     globals()[name] = found
     return found
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:
