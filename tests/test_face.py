@@ -162,7 +162,9 @@ def test_a_run_tells_its_verdict_trials_and_recipe(searched: SimpleNamespace, tm
 
 
 @pytest.mark.parametrize("notebook", [False, True], ids=["script", "notebook"])
-def test_an_interrupt_leaves_a_run_that_resumes(notebook: bool, tiny_family: Path, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_a_run_that_resumes(
+    notebook: bool, tiny_family: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """In a notebook an event loop runs already in the thread that calls."""
     content, folder = content_of(tmp_path, tiny_family, budget={"trials": 8}), tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)
@@ -190,6 +192,7 @@ def test_an_interrupt_leaves_a_run_that_resumes(notebook: bool, tiny_family: Pat
     assert len(resumed.trials) == 8
     assert resumed.verdict is not None
     assert run.trials == resumed.trials
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_users_function_raises_ends_the_search_and_loses_nothing(tiny_family: Path, tmp_path: Path) -> None:
@@ -323,6 +326,14 @@ def test_a_live_model_scores_as_its_folder_and_keeps_its_mode(
     assert in_memory.seconds["forward"] > 0
     with pytest.raises(EvomergeError, match="needs its tokenizer"):
         evomerge.evaluate(model, task)
+    for wrong, words in (
+        ({"limit": 0}, "limit: must be at least 1, found 0"),
+        ({"num_fewshot": -1}, "num_fewshot: .* greater than or equal to 0"),
+        ({"dtype": "float8"}, "dtype: 'float8' is not one of float32, bfloat16, float16"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype: 'bfloat16' is not one of auto, float32"),
+    ):
+        with pytest.raises(EvomergeError, match=words):
+            evomerge.evaluate(tiny_family / "sort", task, show=False, **wrong)  # type: ignore[arg-type]
 
 
 def test_an_inspection_is_typed_and_prints_as_the_command(tiny_family: Path, tmp_path: Path) -> None:
@@ -336,10 +347,10 @@ def test_an_inspection_is_typed_and_prints_as_the_command(tiny_family: Path, tmp
     printed = run_cli("inspect", tiny_family / "base", tiny_family / "rev", tiny_family / "add").stdout
     numbers = r"[\d.]+%|[+-]\d\.\d\d|\d+ layers|can be merged"
     assert re.findall(numbers, str(found)) == re.findall(numbers, printed)
-    stranger = evomerge.inspect(tiny_family / "base", [write_llama(tmp_path / "one")])
-    assert not stranger.mergeable
-    assert stranger.cosines == {}
-    assert "problem: one: hidden_size is 16" in repr(stranger)
+    other = evomerge.inspect(tiny_family / "base", write_llama(tmp_path / "one"))
+    assert not other.mergeable
+    assert other.cosines == {}
+    assert "problem: one: hidden_size is 16" in repr(other)
 
 
 # --- The page ---

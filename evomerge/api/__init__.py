@@ -7,3 +7,7 @@
 
 `inspect` is in report/inspection.py.  With `show`, these functions print what the command prints.
 """
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn when a worker process is started

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from pydantic import ValidationError
+
 from evomerge.config.schema import TaskConfig
 from evomerge.errors import EvomergeError
 
@@ -89,6 +91,9 @@ def evaluate(
     computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
     if computing is None:
         raise EvomergeError(f"compute_dtype: {compute_dtype!r} is not one of auto, float32, {values}")
+    for name, number, least in (("limit", limit, 1), ("batch_tokens", batch_tokens, 64)):
+        if number is not None and number < least:
+            raise EvomergeError(f"{name}: must be at least {least}, found {number}")
     names = [tasks] if isinstance(tasks, (str, Path)) else tasks
     configs = task_configs(names, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
     if isinstance(model, (str, Path)):
@@ -130,7 +135,11 @@ def task_configs(
 
     options = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
     files = [file for name in names for file in task_files(str(name))]
-    return [TaskConfig.model_validate({**options, "task": file, "allow_task_code": code}) for file in files]
+    try:
+        return [TaskConfig.model_validate({**options, "task": file, "allow_task_code": code}) for file in files]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EvomergeError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from error
 
 
 def gather_statistics(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,7 +77,7 @@ class Run:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """folder: an existing run folder.  Raises EvomergeError if it is not one."""
+        """Open a run folder, see `open_run`."""
         self.files: RunFolder = open_run_folder(Path(folder))
 
     def __repr__(self) -> str:
@@ -132,11 +132,15 @@ class Run:
         parameter.  Raises EvomergeError if the study cannot be read."""
         import pandas as pd
 
-        rows = []
-        for trial in self.trials:
-            row = {name: value for name, value in vars(trial).items() if name != "params"}
-            rows.append(row | {f"params_{name}": value for name, value in trial.params.items()})
-        return pd.DataFrame(rows)
+        trials = self.trials
+        columns: dict[str, list[object]] = {
+            field.name: [getattr(trial, field.name) for trial in trials]
+            for field in fields(Trial)
+            if field.name != "params"
+        }
+        for name in dict.fromkeys(name for trial in trials for name in trial.params):
+            columns[f"params_{name}"] = [trial.params.get(name) for trial in trials]
+        return pd.DataFrame(columns)
 
     def export(
         self,

@@ -1,4 +1,4 @@
-"""Commands on models: merge them, make them again, look at them, score them."""
+"""Commands on models: merge, reproduce, inspect and score them, gather statistics."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Commands on a search: start it, go on with it, look at it, take home what it found."""
+"""Commands on a search: start it, resume it, show it, export what it found."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn

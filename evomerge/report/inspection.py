@@ -74,16 +74,17 @@ class Inspection:
         return table
 
 
-def inspect(base: str | Path, sources: Sequence[str | Path]) -> Inspection:
+def inspect(base: str | Path, sources: str | Path | Sequence[str | Path]) -> Inspection:
     """Tell whether models can be merged, and what to expect, as `evomerge inspect` does.
 
     base: the base model: a folder or a hub id.
-    sources: fine-tunes or LoRA adapters of it; each is called by the last part of its path.
+    sources: fine-tunes or LoRA adapters of it, or one of these; each is called by the last part of its path.
 
     Raises EvomergeError if a model cannot be opened, or two sources have the same name.
     """
-    folders = {Path(s).name: locate(str(s)) for s in sources}
-    if len(folders) < len(sources):
+    given = [sources] if isinstance(sources, (str, Path)) else sources
+    folders = {Path(s).name: locate(str(s)) for s in given}
+    if len(folders) < len(given):
         raise EvomergeError("two of the sources have the same folder name; give each its own")
     models = open_models(locate(str(base)), folders, strict=False)
     names = list(models.base.tensors)
