@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    recipe: "Recipe | Mapping[str, Any] | str | Path",
+    recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     out: str | Path | None = None,
     model: "PreTrainedModel | None" = None,
@@ -51,7 +51,7 @@ def merge(
     return loaded
 
 
-def read_merge(recipe: "Recipe | Mapping[str, Any] | str | Path") -> tuple[Recipe, list[str]]:
+def read_merge(recipe: Recipe | Mapping[str, Any] | str | Path) -> tuple[Recipe, list[str]]:
     """A recipe from any of its forms, see `merge`, and notes on what was passed over in it."""
     if isinstance(recipe, Recipe):
         return recipe, []
