@@ -73,7 +73,7 @@ def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path:
     assert trials_of(tmp_path / "run")[0][3] == pytest.approx(best[3], abs=1e-5)
 
 
-def test_the_exported_folder_opens_and_its_card_tells_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:
+def test_the_exported_folder_opens_and_its_card_says_how_to_make_it_again(finished: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "merged"
@@ -169,7 +169,7 @@ def test_evaluate_prints_lm_evals_metrics_and_writes_items(tiny_family: Path, tm
     assert result["metrics"]["acc"] == sum(result["per_item"]["acc"]) / 20
 
 
-def test_inspect_tells_distances_and_refuses_strangers(tiny_family: Path, tmp_path: Path) -> None:
+def test_inspect_shows_distances_and_refuses_another_architecture(tiny_family: Path, tmp_path: Path) -> None:
     done = run_cli("inspect", tiny_family / "base", tiny_family / "rev", tiny_family / "add")
     assert done.returncode == 0
     assert "can be merged" in done.stdout
@@ -272,8 +272,8 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         ("a bug", None),
     ],
 )
-def test_what_a_disk_says_through_a_library_is_told_in_one_line(said: str, told: str | None) -> None:
-    from evomerge.cli import disk_trouble
+def test_a_disk_error_that_a_library_wraps_is_one_line(said: str, told: str | None) -> None:
+    from evomerge.cli import disk_message
 
     try:
         try:
@@ -281,7 +281,7 @@ def test_what_a_disk_says_through_a_library_is_told_in_one_line(said: str, told:
         except OSError as error:
             raise RuntimeError("a library's own") from error
     except RuntimeError as error:
-        found = disk_trouble(error)
+        found = disk_message(error)
     assert (found is None) if told is None else (found is not None and told in found)
 
 

@@ -1,4 +1,11 @@
-"""The command line: parse, call, print.  A wrong input is one message and exit code 2; a bug is a traceback."""
+"""The command line: parses arguments, calls evomerge's public functions, prints.
+
+    options.py    the options that several commands share
+    searching.py  commands on a search
+    models.py     commands on models
+
+A wrong input ends with one message and exit code 2, a bug with a traceback.
+"""
 
 import sys
 
@@ -20,18 +27,18 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if message := disk_trouble(error):
+        if message := disk_message(error):
             print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
         raise
 
 
 def printable(text: str) -> str:
-    """A message that may quote a file, without what would move a terminal's cursor or colour it."""
+    """A message without characters that move a terminal's cursor or change its colours; it may quote any file."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-TROUBLES = {
+DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "disk is full": "the disk is full",
     "No space left on device": "the disk is full",
     "os error 28": "the disk is full",
@@ -41,12 +48,12 @@ TROUBLES = {
 }
 
 
-def disk_trouble(error: BaseException) -> str | None:
-    """Libraries wrap what a disk says each in their own error; the person needs one message."""
+def disk_message(error: BaseException) -> str | None:
+    """The message for an error of the disk, also where a library has wrapped it in its own; None for other errors."""
     seen: BaseException | None = error
     while seen is not None:
-        for sign, trouble in TROUBLES.items():
-            if sign in str(seen):
-                return f"{trouble}; nothing that was finished is lost. Mend that and run the command again"
+        for words, meaning in DISK_ERRORS.items():
+            if words in str(seen):
+                return f"{meaning}; nothing that was finished is lost. Mend that and run the command again"
         seen = seen.__cause__ or seen.__context__
     return None

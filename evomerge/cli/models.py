@@ -1,18 +1,12 @@
-"""Commands on models: merge them, make them again, look at them, score them."""
+"""Commands on models: merge, reproduce, inspect and score them, gather statistics."""
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from evomerge.actions import write_model, write_outputs
-from evomerge.cli.options import Chat, Device, Fewshot, Mergekit, Multiturn, Out, TaskCode, app
-from evomerge.errors import EvomergeError
-
-if TYPE_CHECKING:
-    from evomerge.config.schema import TaskConfig
+from evomerge.cli.options import Chat, Device, Fewshot, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -23,11 +17,10 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
-    from evomerge.merge.mergekit.load_merge import load_merge
+    from evomerge.api.merge import merge as merge_models
 
-    loaded, notes = load_merge(recipe)
-    print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
-    write_outputs(loaded, out, mergekit, "", device)
+    refuse_nothing(out, mergekit)
+    merge_models(recipe, out=out, mergekit=mergekit, device=device)
 
 
 @app.command(epilog="Example: evomerge reproduce merged/recipe.yaml --out again/ --check merged/")
@@ -38,25 +31,12 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.merge.output.compare import model_differences
-    from evomerge.merge.recipe.pinned_inputs import check_fingerprints
-    from evomerge.merge.recipe.recipe import load_recipe
+    from evomerge.api.merge import reproduce as make_again
 
-    loaded = load_recipe(recipe)
-    if check is not None and not (check / "config.json").is_file():
-        raise EvomergeError(f"{check}: not a model folder (it has no config.json)")
-    check_fingerprints(loaded)
-    made = write_model(loaded, out, "", device)
-    if found := [
-        f"{n}: not the bytes that the recipe records" for n, d in loaded.outputs.items() if made.outputs.get(n) != d
-    ]:
-        print("\n".join(found))
-    if check is not None:
-        found += (lines := [f"{d.name}: {d.what}" for d in model_differences(check, out)])
-        print("\n".join(lines) if lines else f"the bytes agree: {check} and {out}")
-    elif loaded.outputs and not found:
-        print("the bytes agree with the recipe's SHA-256 sums")
-    if found:
+    found = make_again(recipe, out, check, device)
+    for line in found.lines(out, check):
+        print(line)
+    if not found.is_same:
         raise typer.Exit(1)
 
 
@@ -66,26 +46,13 @@ def inspect(
     sources: Annotated[list[str], typer.Argument(help="Fine-tunes or LoRA adapters of it.")],
 ) -> None:
     """Tell whether these models can be merged, and what to expect."""
-    from evomerge.report.inspection import print_inspection
-    from evomerge.sources.locate import locate
-    from evomerge.sources.open_models import open_models
+    from evomerge.report.inspection import inspect as inspect_models
+    from evomerge.report.progress import console
 
-    names = {f"{Path(s).name}": locate(s) for s in sources}
-    if len(names) < len(sources):
-        raise EvomergeError("two of the sources have the same folder name; give each its own")
-    models = open_models(locate(base), names, strict=False)
-    if not print_inspection(models):
+    found = inspect_models(base, sources)
+    console.print(found)
+    if not found.mergeable:
         raise typer.Exit(2)
-
-
-def task_configs(names: list[str], fewshot: int | None, chat: bool, multiturn: bool, code: bool) -> list["TaskConfig"]:
-    """The tasks that a command line names, with what it says of them, in a configuration's words."""
-    from evomerge.config.schema import TaskConfig
-    from evomerge.evaluate.tasks import task_files
-
-    said = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
-    files = [file for name in names for file in task_files(name)]
-    return [TaskConfig.model_validate({**said, "task": file, "allow_task_code": code}) for file in files]
 
 
 @app.command(epilog="Example: evomerge evaluate merged/ --tasks evals/tiny/rev.yaml --tasks evals/tiny/sort.yaml")
@@ -109,43 +76,25 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
-    from typing import get_args
-
-    from evomerge.device import TORCH_DTYPES, resolve_device, use
-    from evomerge.evaluate.clock import Clock
-    from evomerge.evaluate.standalone import evaluate_model
-    from evomerge.evaluate.tasks import open_tasks
+    from evomerge.api.evaluate import evaluate as score
     from evomerge.files import write_text
-    from evomerge.merge.live import open_live_model
-    from evomerge.merge.recipe.recipe import Dtype
-    from evomerge.report.progress import Steps
-    from evomerge.report.terminal import print_results
-    from evomerge.sources.locate import locate
 
-    values = next((k for k in get_args(Dtype) if k == dtype), None)
-    if values is None:
-        raise EvomergeError(f"--dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
-    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
-    if computing is None:
-        raise EvomergeError(f"--compute-dtype: {compute_dtype!r} is not one of auto, float32, {values}")
-    where = resolve_device(device)
-    use(where)
-    opened = open_tasks(task_configs(tasks, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
-    live, tokenizer = open_live_model(locate(model), locate(base) if base else None, values, where, computing)
-    computed = str(live.dtype).removeprefix("torch.")
-    print(f"weights in {values}, computed in {computed}")
-    clock, steps = Clock(device=where), Steps("scoring")
-    try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, steps.step)
-    finally:
-        steps.close()
-    print_results(results, clock)
+    found = score(
+        model,
+        tasks,
+        base=base,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        allow_task_code=allow_task_code,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        batch_tokens=batch_tokens,
+        device=device,
+    )
     if output is not None:
-        content = {
-            r.task: {"items": r.items, "metrics": r.metrics, "compute_dtype": computed, "per_item": r.raw}
-            for r in results
-        }
-        write_text(output, json.dumps(content, indent=2, default=str) + "\n")
+        write_text(output, json.dumps(found.as_dict(), indent=2, default=str) + "\n")
 
 
 @app.command(epilog="Example: evomerge statistics --kind fisher --model models/math --task math.yaml --out math.fisher")
@@ -168,30 +117,8 @@ def statistics(
     device: Device = "auto",
 ) -> None:
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
-    from typing import get_args
+    from evomerge.api.evaluate import gather_statistics, task_configs
 
-    from evomerge.config.config_file import load_config
-    from evomerge.device import resolve_device, use
-    from evomerge.evaluate.tasks import open_tasks
-    from evomerge.merge.live import open_live_model
-    from evomerge.merge.methods.method import Statistics
-    from evomerge.report.progress import Bar
-    from evomerge.sources.locate import locate
-    from evomerge.statistics.gather import choose_items, gather_statistics
-
-    if (wanted := next((k for k in get_args(Statistics) if k == kind), None)) is None:
-        raise EvomergeError(f"--kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
-    if out.exists():
-        raise EvomergeError(f"{out}: exists already; choose another name")
-    opened = open_tasks(task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code))
-    chosen = choose_items(opened, items, load_config(search) if search else None)
-    folder, below = locate(model), locate(base) if base else None
-    where = resolve_device(device)
-    use(where)
-    live = open_live_model(folder, below, "float32", where)
-    bar = Bar("gathering", sum(map(len, chosen.values())), "items")
-    try:
-        gather_statistics(wanted, folder, below, live, opened, chosen, out, bar.update)
-    finally:
-        bar.close()
+    configs = task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
+    gather_statistics(kind, model, out, configs, base, items, search, device)
     print(f"wrote {out}")

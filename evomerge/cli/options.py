@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from evomerge import __version__
+from evomerge.errors import EvomergeError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -63,3 +64,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(f"evomerge {__version__}")
         raise typer.Exit
+
+
+def refuse_nothing(out: Path | None, mergekit: Path | None) -> None:
+    """EvomergeError if a command is to write neither a model nor a file for mergekit."""
+    if out is None and mergekit is None:
+        raise EvomergeError("say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit")

@@ -1,12 +1,10 @@
-"""Commands on a search: start it, go on with it, look at it, take home what it found."""
+"""Commands on a search: start it, resume it, show it, export what it found."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from evomerge.actions import export_recommended, run_search, write_outputs
 from evomerge.cli.options import (
     ExportTo,
     Mergekit,
@@ -19,8 +17,13 @@ from evomerge.cli.options import (
     Until,
     Workers,
     app,
+    refuse_nothing,
 )
 from evomerge.errors import EvomergeError
+
+if TYPE_CHECKING:
+    from evomerge.api.run import Run
+    from evomerge.api.search import SearchStopped
 
 
 @app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
@@ -37,36 +40,25 @@ def search(
     out: ExportTo = None,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.config.config_file import load_config, pin
-    from evomerge.files import refuse_full
-    from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.run import refuse_existing
-    from evomerge.search.samplers.registry import sampler_kind
-    from evomerge.search.workers.worker_options import parse_worker_options
+    from evomerge.api.search import SearchStopped
+    from evomerge.api.search import search as start
 
-    loaded = with_budget(load_config(config), trials, timeout, target, patience)
-    limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
-    folder = run or Path("runs") / loaded.name
-    refuse_existing(folder)
-    sampler_kind(loaded.sampler.name)
-    if out is not None:
-        refuse_full(out)
-    # What the file alone shows is said before seconds go into imports, the rest before there is a run folder.
-    from evomerge.merge.output.load_check import check_loads
-    from evomerge.merge.recipe.layout import build_layout
-    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
-    from evomerge.search.inputs import create_run
-    from evomerge.search.models import open_config_models
-
-    loaded = pin(loaded, {})
-    models = open_config_models(loaded)
-    for note in check_loads(build_layout(models), models.base):
-        print(f"note: {note}", file=sys.stderr)
-    task_set = open_task_set(loaded)
-    check_statistics(loaded, models, task_set)
-    created = create_run(loaded, task_set, config, folder)
-    print(f"run folder: {folder}", flush=True)
-    run_search(created, limits, worker_options, out)
+    try:
+        found = start(
+            config,
+            run=run,
+            trials=trials,
+            timeout=timeout,
+            until=until,
+            target=target,
+            patience=patience,
+            workers=workers,
+            ray=ray,
+            out=out,
+        )
+    except SearchStopped as stopped:
+        leave(stopped)
+    show_export(found, out)
 
 
 @app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
@@ -85,23 +77,37 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
-    from evomerge.config.config_file import write_config
-    from evomerge.files import refuse_full
-    from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.inputs import check_unchanged
-    from evomerge.search.run import open_run
-    from evomerge.search.workers.worker_options import parse_worker_options
+    from evomerge.api.search import SearchStopped
+    from evomerge.api.search import resume as go_on
 
-    worker_options = parse_worker_options(workers, ray)
-    opened = open_run(run)
-    if out is not None:
-        refuse_full(out)
-    config = check_unchanged(opened, accept_changes)
-    changed = with_budget(config, trials, timeout, target, patience)
-    limits = limits_of(changed.budget, until)
-    if changed is not config:
-        write_config(opened.config_file, changed)
-    run_search(opened, limits, worker_options, out)
+    try:
+        found = go_on(
+            run,
+            trials=trials,
+            timeout=timeout,
+            until=until,
+            target=target,
+            patience=patience,
+            workers=workers,
+            ray=ray,
+            out=out,
+            accept_changes=accept_changes,
+        )
+    except SearchStopped as stopped:
+        leave(stopped)
+    show_export(found, out)
+
+
+def leave(stopped: "SearchStopped") -> NoReturn:
+    """Say how to go on after a signal, and end with the signal's exit code."""
+    print(f"stopped by {stopped.name}; nothing finished is lost. Go on with: evomerge resume {stopped.folder}")
+    raise typer.Exit(128 + stopped.number)
+
+
+def show_export(run: "Run", out: Path | None) -> None:
+    """Name the command that writes the model, unless the search has written it."""
+    if out is None:
+        print(f"export: evomerge export {run.folder} --out merged/")
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -168,16 +174,11 @@ def export(
     mergekit: Mergekit = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
-    from evomerge.search.run import open_run
-    from evomerge.search.verdict.recommended import recipe_of_trial
+    from evomerge.api.run import open_run
 
     opened = open_run(run)
-    if trial is None:
-        export_recommended(opened, out, mergekit)
-        return
-    recipe = recipe_of_trial(opened, trial)
-    results = f"Trial {trial} of the search; not judged on the holdout.\n"
-    write_outputs(recipe, out, mergekit, results, opened.config().device)
+    refuse_nothing(out, mergekit)
+    opened.export(out, mergekit=mergekit, trial=trial)
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")

@@ -247,7 +247,14 @@ def load_recipe(path: Path) -> Recipe:
     Relative paths of models start from the recipe's folder.  Checkpoints that the file names by a pattern become one
     source each, so the recipe states what is merged, whatever the training run writes later.
     """
-    content = read_yaml(path)
+    return parse_recipe(read_yaml(path), path)
+
+
+def parse_recipe(content: Any, path: Path) -> Recipe:
+    """Check the content of a recipe file, see `load_recipe`.
+
+    path: the file, named in errors; relative model paths are taken from its folder.
+    """
     try:
         recipe = Recipe.model_validate(content, context=path.parent)
     except ValidationError as error:

@@ -121,7 +121,7 @@ class Limits:
 def with_budget(
     config: SearchConfig,
     trials: int | None = None,
-    timeout: str | None = None,
+    timeout: str | float | None = None,
     target: float | None = None,
     patience: int | None = None,
 ) -> SearchConfig:

@@ -1,0 +1,190 @@
+"""Score a model on tasks, and gather what `fisher` and `regmean` need to know of one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import ValidationError
+
+from evomerge.config.schema import TaskConfig
+from evomerge.errors import EvomergeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from evomerge.evaluate.standalone import TaskResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model.
+
+    tasks: task -> its result: `items`, how many were scored; `metrics`, metric -> its mean over the items, by lm-eval's
+        own aggregation; `raw`, metric -> one value per item.
+    compute_dtype: the type in which the model computed.
+    seconds: part of the work -> wall-clock seconds.
+    """
+
+    tasks: "dict[str, TaskResult]"
+    compute_dtype: str
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The scores as JSON has them: task -> items, metrics, compute_dtype, per_item."""
+        return {
+            name: {"items": r.items, "metrics": r.metrics, "compute_dtype": self.compute_dtype, "per_item": r.raw}
+            for name, r in self.tasks.items()
+        }
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    tasks: str | Path | Sequence[str | Path],
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    base: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
+    allow_task_code: bool = False,
+    dtype: str = "float32",
+    compute_dtype: str = "auto",
+    batch_tokens: int | None = None,
+    device: str = "auto",
+    show: bool = True,
+) -> Evaluation:
+    """Score one model with the search's own engine, as `evomerge evaluate` does; the numbers are lm-eval's.
+
+    model: a model or a LoRA adapter, by folder or hub id, or a transformers model in memory, which is scored where it
+        lies and as it is: `base`, `dtype`, `compute_dtype` and `device` have no meaning for it.
+    tasks: task files, folders of them, or names of lm-eval's tasks; or one of these.
+    tokenizer: of a model in memory.
+    base: the base model, if `model` is an adapter.
+    limit: score only the first items of each task.
+    num_fewshot: examples in the prompt; by default as many as the task says.
+    apply_chat_template: put the prompts into the tokenizer's chat template.
+    fewshot_as_multiturn: with a chat template, examples as turns of their own.
+    allow_task_code: let the task files run Python code of their own.
+    dtype: the type of the weights: float32, bfloat16 or float16.
+    compute_dtype: the type to compute in: auto, float32, or the same as `dtype`.
+    batch_tokens: padded tokens per forward; by default what the device holds.
+    device: where to compute: auto, cpu, cuda, cuda:1, ...
+    show: whether to print progress and the table of scores.
+
+    Raises EvomergeError if the model or a task cannot be opened, or a task cannot be scored.
+    """
+    from evomerge.device import TORCH_DTYPES, resolve_device, use
+    from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.standalone import evaluate_model
+    from evomerge.evaluate.tasks import open_tasks
+    from evomerge.merge.live import open_live_model
+    from evomerge.merge.recipe.recipe import Dtype
+    from evomerge.report.progress import Steps
+    from evomerge.report.terminal import print_results
+    from evomerge.sources.locate import locate
+
+    values = next((k for k in get_args(Dtype) if k == dtype), None)
+    if values is None:
+        raise EvomergeError(f"dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
+    if computing is None:
+        raise EvomergeError(f"compute_dtype: {compute_dtype!r} is not one of auto, float32, {values}")
+    for name, number, least in (("limit", limit, 1), ("batch_tokens", batch_tokens, 64)):
+        if number is not None and number < least:
+            raise EvomergeError(f"{name}: must be at least {least}, found {number}")
+    names = [tasks] if isinstance(tasks, (str, Path)) else tasks
+    configs = task_configs(names, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
+    if isinstance(model, (str, Path)):
+        where = resolve_device(device)
+        use(where)
+        opened = open_tasks(configs)
+        folder = locate(str(base)) if base else None
+        live, tokenizer = open_live_model(locate(str(model)), folder, values, where, computing)
+        weights = values
+    else:
+        if tokenizer is None:
+            raise EvomergeError("tokenizer: a model in memory needs its tokenizer beside it")
+        opened, live, where = open_tasks(configs), model, model.device
+        weights = str(live.dtype).removeprefix("torch.")
+    computed = str(live.dtype).removeprefix("torch.")
+    if show:
+        print(f"weights in {weights}, computed in {computed}")
+    clock, steps = Clock(device=where), Steps("scoring") if show else None
+    progress = steps.step if steps else lambda done, total: None
+    modes = [(module, module.training) for module in live.modules()]
+    live.eval()
+    try:
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress)
+    finally:
+        for module, training in modes:
+            module.training = training
+        if steps:
+            steps.close()
+    if show:
+        print_results(results, clock)
+    return Evaluation({r.task: r for r in results}, computed, dict(clock.seconds))
+
+
+def task_configs(
+    names: Sequence[str | Path], fewshot: int | None, chat: bool, multiturn: bool, code: bool
+) -> list[TaskConfig]:
+    """The tasks of the given names, as a configuration would say them.  A folder stands for the task files in it."""
+    from evomerge.evaluate.tasks import task_files
+
+    options = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
+    files = [file for name in names for file in task_files(str(name))]
+    try:
+        return [TaskConfig.model_validate({**options, "task": file, "allow_task_code": code}) for file in files]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EvomergeError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from error
+
+
+def gather_statistics(
+    kind: str,
+    model: str,
+    out: Path,
+    tasks: list[TaskConfig],
+    base: str | None,
+    items: int,
+    search: Path | None,
+    device: str,
+) -> None:
+    """Write the statistics file that the methods `fisher` and `regmean` need of a source.
+
+    kind: fisher or regmean.
+    model, base: the source, and its base if it is an adapter: folders or hub ids.
+    out: the safetensors file to write; it must be new.
+    tasks: whose gold answers the statistics are gathered on.
+    items: of each task, at most.
+    search: a search configuration; only items of its search split are taken.
+
+    Raises EvomergeError if an argument is wrong or a model or task cannot be opened.
+    """
+    from evomerge.config.config_file import load_config
+    from evomerge.device import resolve_device, use
+    from evomerge.evaluate.tasks import open_tasks
+    from evomerge.merge.live import open_live_model
+    from evomerge.merge.methods.method import Statistics
+    from evomerge.report.progress import Bar
+    from evomerge.sources.locate import locate
+    from evomerge.statistics.gather import choose_items
+    from evomerge.statistics.gather import gather_statistics as gather
+
+    if (wanted := next((k for k in get_args(Statistics) if k == kind), None)) is None:
+        raise EvomergeError(f"kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
+    if out.exists():
+        raise EvomergeError(f"{out}: exists already; choose another name")
+    opened = open_tasks(tasks)
+    chosen = choose_items(opened, items, load_config(search) if search else None)
+    folder, below = locate(model), locate(base) if base else None
+    where = resolve_device(device)
+    use(where)
+    live = open_live_model(folder, below, "float32", where)
+    bar = Bar("gathering", sum(map(len, chosen.values())), "items")
+    try:
+        gather(wanted, folder, below, live, opened, chosen, out, bar.update)
+    finally:
+        bar.close()

@@ -1,0 +1,182 @@
+"""Merge a recipe: into a model folder, into a live model, or into a file for mergekit."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints, pin
+from evomerge.merge.recipe.recipe import Recipe, load_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    model: "PreTrainedModel | None" = None,
+    mergekit: str | Path | None = None,
+    device: str = "auto",
+    show: bool = True,
+) -> Recipe:
+    """Merge models as a recipe says: into a folder as `evomerge merge` does, or into a model in memory.
+
+    recipe: a `Recipe`, a recipe file or a mergekit file, or the content of one as a dict, whose relative paths count
+        from the working directory.
+    out: the folder to write the model to; it must be new or empty.
+    model: a transformers model to overwrite in place.  It must have the architecture and the shapes of the result, and
+        the recipe's dtype or float32; it then holds the same values as the folder would.
+    mergekit: a file to write the merge to as a mergekit configuration.
+    device: where to compute a folder: auto, cpu, cuda, cuda:1, ...; a live model is merged on its own device.
+    show: whether to print progress and notes.
+
+    Returns the recipe; if `out` is given, with the SHA-256 sums of all inputs and outputs.
+    Raises EvomergeError if the recipe is wrong, the models do not fit together, or the result cannot be written.
+    """
+    loaded, notes = read_merge(recipe)
+    if show:
+        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    if model is None:
+        return write_merge(loaded, out, mergekit, device, show)
+    if out is not None or mergekit is not None:
+        raise EvomergeError("give `model` alone: it is overwritten in memory, nothing is written to files")
+    from evomerge.merge.into_model import merge_into_model
+
+    loaded = pin(loaded, {})
+    merge_into_model(loaded, model, print if show else None)
+    return loaded
+
+
+def read_merge(recipe: Recipe | Mapping[str, Any] | str | Path) -> tuple[Recipe, list[str]]:
+    """A recipe from any of its forms, see `merge`, and notes on what was passed over in it."""
+    if isinstance(recipe, Recipe):
+        return recipe, []
+    from evomerge.merge.mergekit.load_merge import is_mergekit, load_merge
+    from evomerge.merge.mergekit.parse_mergekit import parse_mergekit
+    from evomerge.merge.mergekit.to_recipe import to_recipe
+
+    if not isinstance(recipe, Mapping):
+        return load_merge(Path(recipe))
+    content, origin = plain(recipe), Path("recipe")
+    return (
+        to_recipe(parse_mergekit(content, origin), origin)
+        if is_mergekit(content)
+        else (parse_recipe(content, origin), [])
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value of Python as a YAML file would give it: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_merge(
+    recipe: Recipe, out: str | Path | None, mergekit: str | Path | None, device: str, show: bool, results: str = ""
+) -> Recipe:
+    """Write what was asked for: a model folder, a file for mergekit, or both.
+
+    results: a section of Markdown for the model's card.
+    """
+    if out is None and mergekit is None:
+        raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
+    if mergekit is not None:
+        from evomerge.files import write_text
+        from evomerge.merge.mergekit.from_recipe import dump_mergekit
+
+        text, notes = dump_mergekit(recipe)
+        write_text(Path(mergekit), text)
+        if show:
+            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+            print(f"wrote {mergekit}")
+    return recipe if out is None else write_model(recipe, Path(out), device, show, results)
+
+
+def write_model(recipe: Recipe, out: Path, device: str, show: bool = True, results: str = "") -> Recipe:
+    """Merge a recipe into a new folder; returns the recipe with all SHA-256 sums."""
+    from evomerge.device import resolve_device, use
+    from evomerge.merge.output.export import export, total_bytes
+    from evomerge.merge.output.model_card import model_card
+    from evomerge.merge.recipe.open_bank import open_bank
+    from evomerge.report.progress import Bar
+
+    def log(line: str) -> None:
+        if show:
+            print(line)
+
+    def note(line: str) -> None:
+        if show:
+            print(f"note: {line}", file=sys.stderr)
+
+    recipe = pin(recipe, {})
+    where = resolve_device(device)
+    use(where)
+    bank = open_bank(recipe, where, capacity=0, log=log)  # a merge reads every tensor once: nothing is worth holding
+    for line in bank.models.compatibility.notes:
+        note(line)
+    started = time.monotonic()
+    bar = Bar("merging", total_bytes(recipe, bank), "MB") if show else None
+    progress: Callable[[int], None] = bar.update if bar else lambda done: None
+    try:
+        signed = export(recipe, bank, out, lambda r: model_card(r, results), progress, note=note)
+    finally:
+        if bar:
+            bar.close()
+    log(f"wrote {out} in {time.monotonic() - started:.1f} s")
+    return signed
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """An exported model made again.
+
+    changed: files whose SHA-256 is not the one that the recipe records.
+    recorded: whether the recipe records any.
+    differences: tensors and files that differ from a folder, as lines of text.
+    """
+
+    changed: list[str]
+    recorded: bool
+    differences: list[str]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether every byte that was compared is the same."""
+        return not self.changed and not self.differences
+
+    def lines(self, out: Path, check: Path | None) -> list[str]:
+        """What was found, in words.  out, check: the folders that were compared, see `reproduce`."""
+        found = [f"{name}: not the bytes that the recipe records" for name in self.changed]
+        if check is not None:
+            found += self.differences or [f"the bytes agree: {check} and {out}"]
+        elif self.recorded and not found:
+            found.append("the bytes agree with the recipe's SHA-256 sums")
+        return found
+
+
+def reproduce(recipe: Path, out: Path, check: Path | None, device: str) -> Reproduction:
+    """Make an exported model again in the folder `out` and compare it with its recipe.
+
+    recipe: the recipe.yaml of an exported model.
+    check: a model folder to compare with as well, byte by byte.
+
+    Raises EvomergeError if the inputs are not those that the recipe records.
+    """
+    from evomerge.merge.output.compare import model_differences
+
+    loaded = load_recipe(recipe)
+    if check is not None and not (check / "config.json").is_file():
+        raise EvomergeError(f"{check}: not a model folder (it has no config.json)")
+    check_fingerprints(loaded)
+    made = write_model(loaded, out, device)
+    changed = [name for name, digest in loaded.outputs.items() if made.outputs.get(name) != digest]
+    found = [f"{d.name}: {d.what}" for d in model_differences(check, out)] if check is not None else []
+    return Reproduction(changed, bool(loaded.outputs), found)

@@ -1,0 +1,246 @@
+"""Search: start a run or resume one, with the same checks, run folder and limits as the command line."""
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from evomerge.api.merge import plain
+from evomerge.api.run import Run, Trial, reader_of_trials
+from evomerge.config.config_file import load_config, parse_config, pin, write_config
+from evomerge.config.schema import SearchConfig
+from evomerge.files import refuse_full
+from evomerge.search.budget.limits import Limits, limits_of, with_budget
+from evomerge.search.interrupt import Interrupted, StopSignal
+from evomerge.search.run import Run as RunFolder
+from evomerge.search.run import only_driver, refuse_existing
+from evomerge.search.samplers.registry import sampler_kind
+from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
+
+if TYPE_CHECKING:
+    from evomerge.report.terminal import SearchView
+
+OnTrial = Callable[[Trial], None]
+
+
+class SearchStopped(KeyboardInterrupt):
+    """The user stopped the search; everything that was finished is in its run.
+
+    name, number: of the signal, SIGINT or SIGTERM.
+    folder: the run folder.
+    """
+
+    def __init__(self, name: str, number: int, folder: Path) -> None:
+        super().__init__(f"stopped by {name}; nothing finished is lost. Go on with: evomerge.resume({str(folder)!r})")
+        self.name = name
+        self.number = number
+        self.folder = folder
+
+
+def search(
+    config: SearchConfig | Mapping[str, Any] | str | Path,
+    *,
+    run: str | Path | None = None,
+    trials: int | None = None,
+    timeout: str | float | None = None,
+    until: str | None = None,
+    target: float | None = None,
+    patience: int | None = None,
+    workers: int | str | None = None,
+    ray: str | None = None,
+    out: str | Path | None = None,
+    on_trial: OnTrial | None = None,
+    show: bool = True,
+) -> Run:
+    """Start a search and wait for its verdict, as `evomerge search` does.
+
+    config: a configuration file, its content as a dict (relative paths count from the working directory), or a
+        `SearchConfig`.
+    run: the run folder (default: runs/NAME).
+    trials: end after this many trials, the baselines included.
+    timeout: have the result after this much time, in seconds or as `8h`, `90m`, `1h30m`.
+    until: have the result at this local time, `07:00`.
+    target: end when the best score is this high or higher.
+    patience: end when this many sampled trials in a row brought no better score.
+    workers: how many workers; `auto`: one on each accelerator (default: 1, with `ray` auto).
+    ray: put the workers on a Ray cluster: its address, or `local` to start one.
+    out: at the end write the recommended model into this folder; it must be new or empty.
+    on_trial: called with each trial when it has finished, in the order in which they finish.  What it raises ends the
+        search, which can be resumed.
+    show: whether to print progress and the result: a live view in a terminal, plain lines elsewhere.
+
+    Returns the run.  Raises EvomergeError for wrong input, before a run folder is made, and when ten trials in a row
+    fail; KeyboardInterrupt after Ctrl-C, which leaves a run that can be resumed.
+    """
+    loaded, origin = read_config(config)
+    loaded = with_budget(loaded, trials, timeout, target, patience)
+    limits, worker_options = limits_of(loaded.budget, until), options_of(workers, ray)
+    folder = Path(run) if run is not None else Path("runs") / loaded.name
+    refuse_existing(folder)
+    sampler_kind(loaded.sampler.name)
+    if out is not None:
+        refuse_full(Path(out))
+    # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.
+    from evomerge.merge.output.load_check import check_loads
+    from evomerge.merge.recipe.layout import build_layout
+    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.inputs import create_run
+    from evomerge.search.models import open_config_models
+
+    loaded = pin(loaded, {})
+    models = open_config_models(loaded)
+    for note in check_loads(build_layout(models), models.base):
+        if show:
+            print(f"note: {note}", file=sys.stderr)
+    task_set = open_task_set(loaded)
+    check_statistics(loaded, models, task_set)
+    created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
+    if show:
+        print(f"run folder: {folder}", flush=True)
+    return search_in(created, limits, worker_options, out, on_trial, show)
+
+
+def resume(
+    run: Run | str | Path,
+    *,
+    trials: int | None = None,
+    timeout: str | float | None = None,
+    until: str | None = None,
+    target: float | None = None,
+    patience: int | None = None,
+    workers: int | str | None = None,
+    ray: str | None = None,
+    out: str | Path | None = None,
+    accept_changes: bool = False,
+    on_trial: OnTrial | None = None,
+    show: bool = True,
+) -> Run:
+    """Resume a search that was stopped, or go on with a larger budget after its end, as `evomerge resume` does.
+
+    run: a `Run` or its folder.
+    accept_changes: go on although the configuration or a model has changed.
+
+    The other arguments, the result and what is raised are those of `search`; limits that are not given stay as they
+    are in the run, `until` excepted.
+    """
+    worker_options = options_of(workers, ray)
+    files = (run if isinstance(run, Run) else Run(run)).files
+    if out is not None:
+        refuse_full(Path(out))
+    from evomerge.search.inputs import check_unchanged
+
+    config = check_unchanged(files, accept_changes)
+    changed = with_budget(config, trials, timeout, target, patience)
+    limits = limits_of(changed.budget, until)
+    if changed is not config:
+        write_config(files.config_file, changed)
+    return search_in(files, limits, worker_options, out, on_trial, show)
+
+
+def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[SearchConfig, Path | None]:
+    """A checked configuration from any of its forms, and the file that it comes from, if it comes from one."""
+    if isinstance(config, (str, Path)):
+        return load_config(Path(config)), Path(config)
+    content = config.model_dump(by_alias=True, exclude_none=True) if isinstance(config, SearchConfig) else config
+    return parse_config(plain(content), Path("configuration")), None
+
+
+def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:
+    return parse_worker_options(None if workers is None else str(workers), ray)
+
+
+def search_in(
+    run: RunFolder, limits: Limits, workers: WorkerOptions, out: str | Path | None, on_trial: OnTrial | None, show: bool
+) -> Run:
+    """Search in a run folder to the verdict, write the report, and the model if `out` is given."""
+    from evomerge.report.html import write_report
+    from evomerge.report.status import read_status
+    from evomerge.report.terminal import SearchView, print_status
+    from evomerge.search.loop import search as search_loop
+    from evomerge.search.monitor.monitor import Monitor
+
+    view, stop = SearchView() if show else None, Stop()
+    where = None if out is None else Path(out)
+
+    def work() -> None:
+        with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
+            search_loop(run, monitor, stop, workers, where)
+            monitor.phase("report")
+            write_report(run)
+
+    is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
+    with only_driver(run), stop.installed() if is_main else nullcontext():
+        try:
+            outside_a_loop(work)
+        except Interrupted as interrupt:
+            number = stop.received or signal.SIGINT
+            raise SearchStopped(str(interrupt), number, run.folder) from None
+        finally:
+            if view is not None:
+                view.close()
+    found = Run(run.folder)
+    if show:
+        print_status(read_status(run), timing=False)
+        print(f"report: {run.report_file}")
+    if where is not None:
+        found.export(where, show=show)
+    return found
+
+
+class Stop(StopSignal):
+    """A `StopSignal` whose second SIGINT raises KeyboardInterrupt in an interactive session, where it must not kill."""
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        super().receive(number, frame)
+        if number == signal.SIGINT and hasattr(sys, "ps1"):
+            signal.signal(number, signal.default_int_handler)
+
+
+def outside_a_loop(work: Callable[[], None]) -> None:
+    """Do the work, which runs an event loop of its own; where one runs already, as in a notebook, in another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        work()
+        return
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(work).result()
+
+
+class SearchListener:
+    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function."""
+
+    def __init__(self, run: RunFolder, view: "SearchView | None", on_trial: OnTrial | None) -> None:
+        self.run = run
+        self.view = view
+        self.on_trial = on_trial
+        self.read: Callable[[int], Trial] | None = None
+
+    def phase(self, text: str) -> None:
+        if self.view is not None:
+            self.view.phase(text)
+
+    def say(self, text: str) -> None:
+        if self.view is not None:
+            self.view.say(text)
+
+    def step(self, done: int, total: int) -> None:
+        if self.view is not None:
+            self.view.step(done, total)
+
+    def trial(self, number: int, *progress: Any, **more: Any) -> None:
+        if self.view is not None:
+            self.view.trial(number, *progress, **more)
+        if self.on_trial is not None:
+            self.read = self.read or reader_of_trials(self.run)
+            self.on_trial(self.read(number))
+
+    def show(self, snapshot: Any) -> None:
+        if self.view is not None:
+            self.view.show(snapshot)
