@@ -16,9 +16,10 @@ from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations, load_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.search.evaluation.evaluator import finite, open_config_models
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_policy import LOOKS
-from evomerge.search.evaluation.settled_dtype import COMPUTE, settle
+from evomerge.search.evaluation.score_checks import finite_scores
+from evomerge.search.evaluation.settled_dtype import COMPUTE, settle_compute_dtype
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.run import open_run
 from evomerge.search.storage.item_scores import evaluation_key
@@ -119,7 +120,9 @@ def test_where_races_look_is_kept_with_the_study(done: Path) -> None:
 
 def settled(study: optuna.Study, config: Any, **changes: Any) -> tuple[str, list[str]]:
     said: list[str] = []
-    found = settle(study, config.model_copy(update=changes), open_config_models(config), "cpu", said.append)
+    found = settle_compute_dtype(
+        study, config.model_copy(update=changes), open_config_models(config), "cpu", said.append
+    )
     return found.compute_dtype, said
 
 
@@ -137,7 +140,7 @@ def test_a_study_keeps_the_type_it_began_with_and_says_what_is_faster_here(
     monkeypatch.setattr(settled_dtype, "measure", lambda *_: {"float32": 1.0, "bfloat16": 0.25})
     chosen, said = settled(study, config)
     assert chosen == "float32"
-    assert "goes on so" in said[0]
+    assert "keeps to it" in said[0]
     assert "bfloat16 is faster" in said[0]
     chosen, said = settled(study, config, compute_dtype="bfloat16")
     assert (chosen, study.user_attrs[COMPUTE]["dtype"], len(said)) == ("bfloat16", "bfloat16", 1)
@@ -155,6 +158,6 @@ def test_a_type_that_cannot_hold_the_values_is_refused(tiny_family: Path, tmp_pa
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e39])
 def test_a_score_that_is_not_finite_breaks_the_candidate(wrong: float, tiny_family: Path, tmp_path: Path) -> None:
     (task, _) = open_task_set(load_config(write_config(tmp_path, tiny_family))).tasks
-    assert finite(task, "gold_logprob", {"gold_logprob": [-1.0, -2.0]}) == [-1.0, -2.0]
+    assert finite_scores(task, "gold_logprob", {"gold_logprob": [-1.0, -2.0]}) == [-1.0, -2.0]
     with pytest.raises(NotFiniteScore, match="gold_logprob of an item is"):
-        finite(task, "gold_logprob", {"gold_logprob": [-1.0, wrong]})
+        finite_scores(task, "gold_logprob", {"gold_logprob": [-1.0, wrong]})

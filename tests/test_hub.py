@@ -14,7 +14,7 @@ from evomerge.config.config_file import load_config, pin
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.export import differences
 from evomerge.merge.recipe.recipe import load_recipe
-from evomerge.search.evaluation.evaluator import open_config_models
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.run import check_unchanged, create_run
 from evomerge.search.space.baselines import given

@@ -8,7 +8,8 @@ from searches import ROOT, SKILLS, write_config
 
 from evomerge.config.config_file import load_config
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
+from evomerge.search.evaluation.evaluator import Evaluator
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.task_set import open_task_set
 
 # Mean log-probability of the right answer, in nats, on 100 items of each skill that no training saw.  With all weights
@@ -44,7 +45,7 @@ def skills(evaluator: Evaluator, weights: dict[str, float]) -> dict[str, float]:
             RecipeSource(name=s.name, path=s.path, parameters={"weight": weights[s.name]}) for s in config.sources
         ],
     )
-    scores = evaluator.task_set.of(evaluator.evaluate(recipe, "holdout", everything=False).scores, "objective")
+    scores = evaluator.task_set.scores_of(evaluator.evaluate(recipe, "holdout", everything=False).scores, "objective")
     return {skill: float(np.mean(scores[f"tiny_{skill}"])) for skill in SKILLS}
 
 

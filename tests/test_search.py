@@ -18,7 +18,7 @@ from searches import finished_search, run_cli, trials_of, verdict_of, write_conf
 
 from evomerge.config.config_file import load_config
 from evomerge.errors import EvomergeError
-from evomerge.search.evaluation.evaluator import open_config_models
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
 from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe

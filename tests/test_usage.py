@@ -18,7 +18,8 @@ from evomerge.merge.live import open_live_model
 from evomerge.report.progress import seconds_text
 from evomerge.report.status import read_status
 from evomerge.report.usage_text import count_text, usage_text
-from evomerge.search.budget.usage import Elapsed, Meter, Stopwatch, Usage, nvml_counter, used_by
+from evomerge.search.budget.meter import Meter, nvml_counter
+from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import open_run
 from evomerge.search.storage.study import record_of
@@ -45,9 +46,9 @@ def test_a_usage_is_read_back_and_unknown_energy_is_no_zero(used: Usage) -> None
 def test_a_stopwatch_goes_on_from_earlier_sessions_and_counts_the_devices_that_are_held() -> None:
     times = iter([100.0, 110.0, 110.0, 110.0, 125.0])
     watch = Stopwatch(devices=2, clock=lambda: next(times))
-    watch.go_on(Elapsed(1000.0, 3000.0))
+    watch.add_earlier(Elapsed(1000.0, 3000.0))
     assert watch.elapsed == Elapsed(1010.0, 3020.0)
-    watch.hold(4)
+    watch.set_devices(4)
     assert watch.elapsed == Elapsed(1025.0, 3080.0)
 
 

@@ -37,7 +37,7 @@ def write_config(bench: Bench, name: str, sizes: dict[str, int]) -> Path:
 def searched(bench: Bench) -> None:
     """The tiny family's search, and two of its trials once more."""
     from evomerge.cli import main
-    from evomerge.search.evaluation.evaluator import open_config_models
+    from evomerge.search.evaluation.model_files import open_config_models
     from evomerge.search.repeat import repeat
     from evomerge.search.run import open_run
     from evomerge.search.space.space import build_space
@@ -96,7 +96,7 @@ def a_worker(driver: "subprocess.Popen[bytes]") -> int:
     while driver.poll() is None:
         found = []
         for child in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split():
-            if b"evomerge.search.workers.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"evomerge.search.workers.process_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
         if len(found) > 1:
             return found[0]

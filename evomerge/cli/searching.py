@@ -42,7 +42,7 @@ def search(
     from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.recipe.layout import build_layout
     from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.evaluation.evaluator import open_config_models
+    from evomerge.search.evaluation.model_files import open_config_models
     from evomerge.search.evaluation.task_set import check_statistics, open_task_set
     from evomerge.search.run import create_run, refuse_existing
     from evomerge.search.workers.options import parse_worker_options

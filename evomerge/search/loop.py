@@ -13,18 +13,19 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Signs, normal_signs
 from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.budget.limits import now
-from evomerge.search.budget.reserve import SPLITS, ReservedTime, export_seconds
+from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.budget.usage import stored_usage
-from evomerge.search.evaluation.evaluator import open_config_models, reason
-from evomerge.search.evaluation.full_evaluations import Evaluations
+from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.jobs import Failure, Outcome, RaceLooksJob, Result, TrialJob
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, may_race, must_choose_looks, rivals
 from evomerge.search.evaluation.race_setup import RaceSetup
-from evomerge.search.evaluation.settled_dtype import settle
+from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
+from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.failures import FAILURES_IN_A_ROW, explain_failures, failures_in_a_row
 from evomerge.search.interrupt import StopSignal, stoppable
-from evomerge.search.monitor.monitor import Monitor, told
+from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run, claim
 from evomerge.search.space.baselines import Baseline, baselines
 from evomerge.search.space.greedy_soup import GREEDY, GreedySoup, greedy_soup
@@ -35,7 +36,8 @@ from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of
 from evomerge.search.storage.study_lease import Lease, lease
 from evomerge.search.verdict.finals import finish, search_score
 from evomerge.search.verdict.verdict import Verdict
-from evomerge.search.workers.options import WorkerOptions, device_kind, make_workers
+from evomerge.search.workers.make_workers import device_kind, make_workers
+from evomerge.search.workers.options import WorkerOptions
 from evomerge.search.workers.pool import Pool, run_all
 
 BEAT = 5.0  # seconds between signs of life in the study
@@ -69,18 +71,16 @@ async def drive(
         study = SearchStudy(stored, build_space(config, models))
         monitor.restore(study.trials, stored.user_attrs)
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
-        config = settle(stored, config, models, device_kind(worker_options, config), monitor.say)
-        monitor.compute_dtype = config.compute_dtype
+        config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         if len(workers) > 1:
             monitor.phase(f"starting {len(workers)} workers")
         study.workers = len(workers)
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
-        monitor.workers = pool.states
-        monitor.stopwatch.hold(len(workers))
+        monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
         driver = Driver(run, study, Evaluations(stored, task_set, pool, monitor), pool, monitor, export)
         try:
-            await stoppable(stop, pool.open(), monitor.beat)
+            await stoppable(stop, pool.open(), monitor.refresh)
             return await stoppable(stop, driver.search(), lambda: signs_of_life(monitor, holder))
         finally:
             await pool.close()
@@ -90,7 +90,7 @@ async def drive(
 
 def signs_of_life(monitor: Monitor, holder: Lease) -> None:
     """For people, and for other drivers that would like the study."""
-    monitor.beat()
+    monitor.refresh()
     holder.beat_in_time()
 
 
@@ -112,8 +112,7 @@ class Driver:
         self.pool = pool
         self.monitor = monitor
         self.known = baselines(study.space)
-        items = {split: sum(map(len, self.task_set.split(split).values())) for split in SPLITS}
-        self.reserved = ReservedTime(study, self.known, items, export)
+        self.reserved = ReservedTime(study, self.known, self.task_set.item_counts, export)
         self.failures = failures_in_a_row(study)
         self.soup: GreedySoup | None = None
         self.cooking = False
@@ -144,7 +143,7 @@ class Driver:
     def ended(self) -> str | None:
         """Why no trial may begin any more, None if one may."""
         limits, monitor = self.monitor.limits, self.monitor
-        monitor.reserved = self.reserved.seconds(self.pool.size) if limits.timed else 0.0
+        monitor.reserve(self.reserved.seconds(self.pool.size) if limits.timed else 0.0)
         in_hand = self.study.count - monitor.progress.trials
         return limits.reached(monitor.progress, monitor.stopwatch.elapsed.seconds, now(), monitor.reserved, in_hand)
 
@@ -207,7 +206,7 @@ class Driver:
         record["seconds"] = {**seconds, **times}
         record |= stored_usage(replace(result.used, seconds=total), self.monitor.stopwatch)
         state = self.study.finish(trial, value, record)
-        self.run.log(f"trial {trial.number} {state.name.lower()} value={value} {told(record)}".rstrip())
+        self.run.log(f"trial {trial.number} {state.name.lower()} value={value} {remark(record)}".rstrip())
         self.storing = time.perf_counter() - scored
         self.monitor.trial(trial.number, value, record, trial.baseline)
         self.failures = self.failures + 1 if isinstance(result, Failure) else 0

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from evomerge.errors import EvomergeError
-from evomerge.search.evaluation.evaluator import Evaluator, open_config_models
-from evomerge.search.evaluation.full_evaluations import StoredEvaluations
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_policy import make_race_setup
+from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.loop import healthy, value_of
 from evomerge.search.run import Run
@@ -58,7 +59,7 @@ def repeat(run: Run, number: int) -> Repeated:
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
     before, after = (
         objective_scores(trial),
-        {t: np.array(s) for t, s in task_set.of(result.scores, "objective").items()},
+        {t: np.array(s) for t, s in task_set.scores_of(result.scores, "objective").items()},
     )
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
     items = sum(int(np.isfinite(s).sum()) for s in before.values())

@@ -20,7 +20,7 @@ from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, read_json, sha256, write_text
-from evomerge.search.evaluation.evaluator import model_folders
+from evomerge.search.evaluation.model_files import model_folders
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.verdict.verdict import what_is_wrong

@@ -1,34 +1,32 @@
-"""What a search used up: time, forwards, tokens, memory, energy; of a trial and of the whole run."""
+"""What a search has used: time, forwards, tokens, memory, energy; of one trial and of the whole run."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 from optuna.trial import FrozenTrial
 
-from evomerge.device import synchronise
-from evomerge.evaluate.clock import Counts
 from evomerge.search.storage.item_scores import EVALUATIONS
 from evomerge.search.storage.study import record_of
 
-USED = "used"  # key of a trial's record and of a stored evaluations's entry: the `Usage` of that work
-ELAPSED = "elapsed"  # key beside it: the `Elapsed` of the run when that work was stored
+USED = "used"  # key in the record of a trial and in a stored evaluation: the `Usage` of that work
+ELAPSED = "elapsed"  # key next to it: the `Elapsed` of the run when that work was stored
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What some work took.
+    """What some work has used.
 
-    seconds: by the wall.  worker_seconds: that workers computed.  device_seconds: that they held their devices, whether
-    they computed, waited or loaded a model.  forwards: calls of the model.  tokens: real ones that went into it.
-    padded: those and their padding.  peak_bytes: the most memory of one worker (of the device; without an accelerator
-    of the process since it began, memory-mapped files included).  joules: of the devices, None where they do not tell.
+    seconds: wall time.
+    worker_seconds: time in which workers computed, added up over workers.
+    device_seconds: time in which workers held their devices: computing, waiting, or loading a model.
+    forwards: calls of the model.
+    tokens: tokens that the model read, without padding.
+    padded: the same with padding.
+    peak_bytes: the most memory of one worker: of its accelerator, or without one of its process since the process
+        began, with memory-mapped files.
+    joules: energy of the devices; None where they do not tell.
     """
 
     seconds: float = 0.0
@@ -41,7 +39,7 @@ class Usage:
     joules: float | None = None
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Both, one after the other."""
+        """The sum of two pieces of work."""
         measured = [j for j in (self.joules, other.joules) if j is not None]
         return Usage(
             self.seconds + other.seconds,
@@ -55,28 +53,30 @@ class Usage:
         )
 
     def as_dict(self) -> dict[str, float | int]:
-        """Plain numbers; what is not known is left out."""
+        """Plain numbers by name; unknown ones are left out."""
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Usage":
-        """What `as_dict` gave; keys that it lacks are zero, others are passed over."""
+        """Read what `as_dict` returned: missing keys are zero, unknown ones are ignored."""
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in content.items() if k in known})
 
 
 @dataclass(frozen=True)
 class Elapsed:
-    """How long a run has taken over all its sessions.  seconds: by the wall.  device_seconds: devices were held."""
+    """How long a run has taken over all its sessions.  seconds: wall time.  device_seconds: see `Usage`."""
 
     seconds: float = 0.0
     device_seconds: float = 0.0
 
 
 class Stopwatch:
-    """Counts a run's time from where earlier sessions left off, by the monotonic clock.
+    """Measures the time of a run over all its sessions, by the monotonic clock.
 
-    What it says is stored with every result, so a session that is killed loses what came after the last one.
+    The elapsed time is stored with every result; a session that is killed loses the time after its last result.
+
+    devices: how many devices are held.
     """
 
     def __init__(self, devices: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -87,120 +87,34 @@ class Stopwatch:
 
     @property
     def elapsed(self) -> Elapsed:
+        """The time of all sessions so far."""
         passed = self.clock() - self.since
         return Elapsed(self.before.seconds + passed, self.before.device_seconds + passed * self.devices)
 
-    def go_on(self, earlier: Elapsed) -> None:
-        """Add what earlier sessions took."""
+    def add_earlier(self, earlier: Elapsed) -> None:
+        """Add the time of earlier sessions."""
         self.before = Elapsed(
             self.before.seconds + earlier.seconds, self.before.device_seconds + earlier.device_seconds
         )
 
-    def hold(self, devices: int) -> None:
-        """From now on this many devices are held."""
+    def set_devices(self, devices: int) -> None:
+        """Count this many devices as held from now on."""
         self.before, self.since, self.devices = self.elapsed, self.clock(), devices
 
 
-class Meter:
-    """Measures one job in the worker that does it: `with Meter(counts, device) as meter: ...`, then `meter.used`.
-
-    counts: that the job's forwards are added to.  What is used before an error counts too.
-    """
-
-    def __init__(self, counts: Counts, device: torch.device) -> None:
-        self.counts = counts
-        self.device = device
-        self.used = Usage()
-
-    def __enter__(self) -> "Meter":
-        self.before = replace(self.counts)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.energy = energy_counter(self.device)
-        self.started_at = self.energy()
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        synchronise(self.device)
-        seconds = time.perf_counter() - self.started
-        first, last = self.started_at, self.energy()
-        self.used = Usage(
-            seconds,
-            seconds,
-            seconds,
-            self.counts.forwards - self.before.forwards,
-            self.counts.tokens - self.before.tokens,
-            self.counts.padded - self.before.padded,
-            peak_memory(self.device),
-            None if first is None or last is None else last - first,
-        )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's since its peak was reset, else the process's since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # ru_maxrss would remember the process that this one was started from
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-Joules = Callable[[], float | None]
-COUNTERS: dict[str, Joules] = {}
-
-
-def energy_counter(device: torch.device) -> Joules:
-    """Reads how many joules a device has used since its driver was loaded; None where it does not tell.
-
-    NVML counts the whole device, so two workers on one device each see the energy of both.  Processors are left out:
-    their counters are the machine's and need root.
-    """
-    if device.type != "cuda":
-        return lambda: None
-    if str(device) not in COUNTERS:
-        COUNTERS[str(device)] = nvml_counter(device)
-    return COUNTERS[str(device)]
-
-
-def nvml_counter(device: torch.device) -> Joules:
-    """The energy counter of a CUDA device, if nvidia-ml-py is installed and the device has one (Volta and later)."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        # Not by number: CUDA_VISIBLE_DEVICES renumbers devices for torch, not for NVML.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # whatever a driver answers, a search goes on without its energy
-        return lambda: None
-
-    def joules() -> float | None:
-        try:
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
-        except pynvml.NVMLError:
-            return None
-
-    return joules
-
-
 def entries(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """All that a study keeps of finished work: trials' records, and what was evaluated outside of trials."""
+    """The records of all finished work in a study: trials, and evaluations of models that are not trials."""
     yield from map(record_of, trials)
     yield from (entry for name, entry in attributes.items() if name.startswith(EVALUATIONS))
 
 
 def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usage:
-    """What a run has used so far.  attributes: the study's.
+    """What a run has used so far.
 
-    Forwards, tokens and energy are the sums over trials and other evaluations; time by the wall and of the devices is
-    the run's own, which also has what lies between them.
+    Forwards, tokens and energy are sums over trials and other evaluations.  Wall time and device time are the run's
+    own, which also include the time between evaluations.
+
+    attributes: the study's.
     """
     every = list(entries(trials, attributes))
     total = Usage()
@@ -211,5 +125,5 @@ def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usa
 
 
 def stored_usage(used: Usage, stopwatch: Stopwatch) -> dict[str, Any]:
-    """What goes into a trial's record or a stored evaluations's entry."""
+    """The two keys that a trial's record or a stored evaluation gets."""
     return {USED: used.as_dict(), ELAPSED: {k: round(v, 3) for k, v in asdict(stopwatch.elapsed).items()}}

@@ -1,4 +1,7 @@
-"""The monitor of a running search: what has happened so far, kept small, shown and written at most once a second."""
+"""The monitor: collects what a running search reports and shows it to the user.
+
+At most once a second it makes a `Snapshot`, which the terminal draws and which is written into the run folder.
+"""
 
 import math
 import time
@@ -10,32 +13,43 @@ from typing import Any, Protocol
 from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import PriceConfig, SearchConfig
-from evomerge.search.budget.limits import Limits, Progress, now
+from evomerge.search.budget.limits import Limits, SearchProgress, now
 from evomerge.search.budget.usage import USED, Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.snapshot import LastFailure, Snapshot, WorkerState, thinned, write_snapshot
 from evomerge.search.run import Run
 from evomerge.search.storage.study import FINISHED, in_full, is_whole, record_of
 
-EVERY = 1.0  # seconds between two snapshots
-RECENT = 30  # trials that the rate is about
+SNAPSHOT_SECONDS = 1.0  # between two snapshots
+RECENT = 30  # trials from which the rate is computed
 FAILURES = 5  # that are shown
 
 
 class Listener(Protocol):
-    """Who shows the run to a person."""
+    """Shows a search to its user, see `SearchView`."""
 
-    def phase(self, text: str) -> None: ...
-    def say(self, text: str) -> None: ...
-    def step(self, done: int, total: int) -> None: ...
-    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None: ...
-    def show(self, snapshot: Snapshot) -> None: ...
+    def phase(self, text: str) -> None:
+        """A new phase of the search begins."""
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+
+    def step(self, done: int, total: int) -> None:
+        """Batches of the phase that are done, and their total."""
+
+    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None:
+        """A trial has finished.  total: trials of the whole search, if limited.  value: None if the trial failed."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """The latest state of the search."""
 
 
 class Monitor:
-    """Told by the driver what happens; tells the listener, and whoever reads the run folder.
+    """Gets the reports of the driver; passes them on to a listener and to the snapshot in the run folder.
 
-    workers: the driver sets it to a function that gives every worker's state.  reserved: seconds kept for the verdict.
-    Used as a context, it writes at the end how the run ended.
+    As a context manager it writes at the end how the run ended.
+
+    limits: of this session.
+    listener: shows the search in the terminal.
     """
 
     def __init__(self, run: Run, config: SearchConfig, limits: Limits, listener: Listener) -> None:
@@ -44,8 +58,8 @@ class Monitor:
         self.limits = limits
         self.listener = listener
         self.stopwatch = Stopwatch()
-        self.progress = Progress()
-        self.workers: Callable[[], Sequence[WorkerState]] = tuple
+        self.progress = SearchProgress()
+        self.worker_states: Callable[[], Sequence[WorkerState]] = tuple
         self.reserved = 0.0
         self.compute_dtype: str | None = None
         self.used = Usage()
@@ -71,44 +85,60 @@ class Monitor:
         self.publish()
 
     def restore(self, trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> None:
-        """Take over what the study knows when it is opened.  attributes: the study's."""
+        """Take over the trials of earlier sessions.  attributes: the study's."""
         self.used = used_by(trials, attributes)
-        self.stopwatch.go_on(Elapsed(self.used.seconds, self.used.device_seconds))
+        self.stopwatch.add_earlier(Elapsed(self.used.seconds, self.used.device_seconds))
         for trial in trials:
             if trial.state in FINISHED:
                 name = trial.user_attrs.get("baseline")
                 self.note(trial.number, trial.value if in_full(trial) else None, record_of(trial), name)
 
+    def attach_workers(self, states: Callable[[], Sequence[WorkerState]], devices: int, compute_dtype: str) -> None:
+        """Show the workers from now on, and count the time for which they hold their devices.
+
+        states: returns the state of every worker.
+        devices: how many devices the workers hold.
+        compute_dtype: the type in which they compute forwards.
+        """
+        self.worker_states = states
+        self.compute_dtype = compute_dtype
+        self.stopwatch.set_devices(devices)
+
+    def reserve(self, seconds: float) -> None:
+        """Show how much of the time is kept for judging the finalists."""
+        self.reserved = seconds
+
     def phase(self, text: str) -> None:
-        """What the driver begins to do."""
+        """A new phase of the search begins."""
         self.now_doing, self.batches = text, None
         self.listener.phase(text)
         self.publish()
 
     def say(self, text: str) -> None:
-        """A line for the person and for the log."""
+        """Show one line and write it into the log."""
         self.run.log(text)
         self.listener.say(text)
 
     def step(self, done: int, total: int) -> None:
-        """Batches of the phase in hand."""
+        """Batches of the phase that are done, and their total."""
         self.batches = done, total
         self.listener.step(done, total)
-        self.beat()
+        self.refresh()
 
     def trial(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
-        """A finished trial with its stored record.  value: what the sampler was told, None if it failed."""
+        """A trial has finished.  value: what the sampler was told; None if the trial failed.  record: as stored."""
         self.note(number, value if is_whole(record) else None, record, baseline)
         self.spend(Usage.from_dict(record.get(USED, {})))
         self.finished_at.append(time.monotonic())
-        self.listener.trial(number, self.limits.trials, value, self.progress.best, told(record) or baseline or "")
-        self.beat()
+        self.listener.trial(number, self.limits.trials, value, self.progress.best, remark(record) or baseline or "")
+        self.refresh()
 
     def spend(self, used: Usage) -> None:
-        """Count work that has just been stored."""
+        """Add what some work has used."""
         self.used += used
 
     def note(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
+        """Count a finished trial.  value: None unless it was scored on all items."""
         before = self.progress.best
         self.progress.add(number, value, sampled=baseline is None)
         if baseline is not None:
@@ -122,20 +152,21 @@ class Monitor:
             reason = str(record.get("reason") or record.get("broken"))
             self.failures.append(LastFailure(number, reason, "broken" in record))
 
-    def beat(self) -> None:
-        """Publish, unless that was just done.  The driver calls it every second or more often, come what may."""
-        if time.monotonic() - self.published >= EVERY:
+    def refresh(self) -> None:
+        """Publish a snapshot if the last one is a second old.  The driver calls this several times a second."""
+        if time.monotonic() - self.published >= SNAPSHOT_SECONDS:
             self.publish()
 
     def publish(self) -> None:
+        """Write a snapshot into the run folder and show it."""
         self.published = time.monotonic()
         snapshot = self.snapshot()
         write_snapshot(self.run.folder, snapshot)
         self.listener.show(snapshot)
 
     def snapshot(self) -> Snapshot:
+        """The state of the search at this moment."""
         progress, limits = self.progress, self.limits
-        rate, left = self.per_minute(), self.left()
         elapsed = self.stopwatch.elapsed
         used = self.used.as_dict() | {
             "seconds": round(elapsed.seconds, 1),
@@ -160,31 +191,31 @@ class Monitor:
             since_best=progress.since_best,
             target=limits.target,
             patience=limits.patience,
-            per_minute=rate,
-            left=left,
+            per_minute=self.per_minute(),
+            left=self.seconds_left(),
             reserved=self.reserved,
-            workers=tuple(self.workers()),
+            workers=tuple(self.worker_states()),
             failures=tuple(self.failures),
             used=used,
             price=price_of(elapsed.device_seconds, self.config.price),
         )
 
     def per_minute(self) -> float | None:
-        """Trials a minute, over the latest of this session."""
+        """Trials per minute, over the latest trials of this session; None before there are two."""
         if len(self.finished_at) < 2:
             return None
         return 60 * (len(self.finished_at) - 1) / max(time.monotonic() - self.finished_at[0], 1e-9)
 
-    def left(self) -> float | None:
-        """Seconds until the limits of trials and of time; the result comes by then."""
+    def seconds_left(self) -> float | None:
+        """Seconds until the result, by the limits of trials and of time; None without such a limit."""
         left = self.limits.left(self.stopwatch.elapsed.seconds, now())
         if self.limits.trials is not None and (rate := self.per_minute()):
             left = min(left, (self.limits.trials - self.progress.trials) * 60 / rate + self.reserved)
         return max(0.0, left) if left < math.inf else None
 
 
-def told(record: Mapping[str, Any]) -> str:
-    """What a person should know of a trial beside its value."""
+def remark(record: Mapping[str, Any]) -> str:
+    """Why a trial was not scored on all items; empty if it was."""
     if "partial" in record:
         return f"stopped after {record['partial']:.0%} of the items"
     if "broken" in record:
@@ -193,5 +224,5 @@ def told(record: Mapping[str, Any]) -> str:
 
 
 def price_of(device_seconds: float, price: PriceConfig | None) -> tuple[float, str] | None:
-    """What holding devices costs, and in what; None if the configuration names no price."""
+    """The price of device time as (amount, currency); None if the configuration names no price."""
     return None if price is None else (device_seconds / 3600 * price.per_device_hour, price.currency)

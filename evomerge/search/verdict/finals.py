@@ -8,7 +8,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Split
 from evomerge.files import write_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
-from evomerge.search.evaluation.full_evaluations import Evaluations, digest
+from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.run import Run
 from evomerge.search.samplers.cmaes import CmaEsSampler
@@ -101,8 +101,8 @@ async def finish(
     judged = {f.name: (f, scores) for f, scores in zip(meets, their_scores, strict=True) if scores is not None}
     metrics = {task.name: task.metric for task in task_set.tasks}
     verdict = judge(
-        task_set.of(chosen_scores, "metric"),
-        [Rival(f.name, f.kind, task_set.of(scores, "metric")) for f, scores in judged.values()],
+        task_set.scores_of(chosen_scores, "metric"),
+        [Rival(f.name, f.kind, task_set.scores_of(scores, "metric")) for f, scores in judged.values()],
         metrics,
         task_set.weights,
         seed,

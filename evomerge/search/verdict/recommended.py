@@ -6,7 +6,7 @@ from optuna.trial import TrialState
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
-from evomerge.search.evaluation.evaluator import open_config_models
+from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.space import build_space
 

@@ -1,0 +1,40 @@
+"""The models of a configuration: where their files lie, how they are opened, and whether the files have changed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.sources.locate import locate, stamp
+from evomerge.sources.models import Models, open_models
+
+
+def model_folders(config: SearchConfig) -> dict[str, Path]:
+    """The folders of the base (`base`) and of each source on this machine, by name."""
+    return {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+
+
+def open_config_models(config: SearchConfig) -> Models:
+    """Open and check the models of a configuration.  EvomergeError lists all that does not fit together."""
+    folders = model_folders(config)
+    return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
+
+
+def file_stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """What tells that a model's file is still the same one, by model and file name, see `stamp`.  Takes microseconds."""
+    return {name: stamp(folder) for name, folder in folders.items()}
+
+
+def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:
+    """EvomergeError if the stamps of the models' files differ from those of before."""
+    names = [
+        f"{m}/{f}"
+        for m in before
+        for f in sorted(before[m].keys() | now[m].keys())
+        if before[m].get(f) != now[m].get(f)
+    ]
+    if names:
+        raise EvomergeError(
+            f"{', '.join(names)}: changed while the search runs, so trials would not be comparable. Put the old files "
+            "back, or start a new run; `evomerge resume` says what differs"
+        )
