@@ -136,7 +136,7 @@ def test_status_report_and_card_tell_it(finished: Path, tmp_path: Path) -> None:
     assert told in run_cli("status", finished).stdout
     assert told in (finished / "report.html").read_text()
     assert run_cli("export", finished, "--out", tmp_path / "merged").returncode == 0
-    assert f"The search took 8 trials: {told}." in (tmp_path / "merged" / "README.md").read_text()
+    assert f"The search ran 8 trials and used: {told}." in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_an_export_needs_no_study(finished: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_export_needs_no_study(finished: Path, tmp_path: Path) -> None:
         (finished / "config.yaml").read_text() + "storage: postgresql://nobody@127.0.0.1:1/x\n"
     )
     assert run_cli("export", finished, "--out", tmp_path / "merged").returncode == 0
-    assert "The search took" not in (tmp_path / "merged" / "README.md").read_text()
+    assert "The search ran" not in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_numbers_are_said_as_a_person_says_them() -> None:
@@ -153,6 +153,6 @@ def test_numbers_are_said_as_a_person_says_them() -> None:
     assert [seconds_text(x) for x in (5, 600, 12_000)] == ["5s", "10m", "3h 20m"]
     used = Usage(7200, 5400, 7200, 10, 1000, 1200, 2 * 10**9, 7.2e6)
     assert usage_text(used, price_of(7200, PriceConfig(per_device_hour=2.5, currency="EUR"))) == (
-        "2h 0m by the clock, 2h 0m of devices (75% of it at work), 1.0k tokens in 10 forwards, "
-        "2.0GB of memory at most, 2 kWh, 5.00 EUR"
+        "2h 0m wall time, 2h 0m device time (75% of it computing), 1.0k tokens in 10 forwards, "
+        "peak memory 2.0GB, 2 kWh, 5.00 EUR"
     )

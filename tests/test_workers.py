@@ -1,4 +1,4 @@
-"""All kinds of workers behave alike: the same scores, and no job is lost when a worker dies, hangs or has other files."""
+"""All kinds of workers behave alike: the same scores, and no job is lost when a worker dies or hangs."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""What `evomerge inspect` shows: anatomy, compatibility, and how far the sources are from the base."""
+"""The output of `evomerge inspect`: size and compatibility of the models, and how far the sources are from the base."""
 
 import numpy as np
 from rich.table import Table
@@ -10,7 +10,7 @@ from evomerge.sources.models import Models
 
 
 def print_inspection(models: Models) -> bool:
-    """Print the findings; whether the models can be merged."""
+    """Print what was found; return whether the models can be merged."""
     base = models.base
     names = list(base.tensors)
     parameters = sum(int(np.prod(t.shape)) for t in base.tensors.values())
@@ -31,8 +31,11 @@ def print_inspection(models: Models) -> bool:
 
 
 def distance_table(models: Models) -> Table:
-    """Per source: the length of its task vector as a share of the base, by component, and the cosine between
-    task vectors (near 0: the skills hardly touch; near 1: they are the same change)."""
+    """The table of distances, one row per source.
+
+    Columns `|d|/|b|`: the norm of the task vector d divided by the norm of the base b, by component.
+    Columns `cos`: the cosine between two task vectors; near 0 the two changes are independent, near 1 they are alike.
+    """
     sources = list(models.sources)
     components = sorted({place(n).component for n in models.base.tensors})
     squares = {(s, c): 0.0 for s in sources for c in components}

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: read only, at any time, also while the search runs."""
+"""The status of a run, read from its folder and its study; can be read at any time, also while the search runs."""
 
 import math
 from dataclasses import dataclass, field
@@ -19,10 +19,16 @@ PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run.
+    """The status of a run.
 
-    best: the best finished trial.  seconds: mean per finished trial.  timing: mean seconds per part of a trial;
-    `other` is what no part accounts for.  used: by the whole run.
+    trials: all of them, also those that run.
+    best: the best trial that was scored on all items; None if there is none.
+    seconds: mean time of a finished trial.
+    timing: mean seconds of each part of a trial; `other` is the rest.
+    verdict: the content of verdict.json; None if there is none yet.
+    baselines: names of the trials that are baselines, by number.
+    used: by the whole run.
+    compute_dtype: the type in which forwards are computed; None in old runs.
     """
 
     config: SearchConfig
@@ -36,26 +42,28 @@ class Status:
     compute_dtype: str | None = None
 
     def count(self, state: TrialState) -> int:
+        """How many trials are in a state."""
         return sum(t.state == state for t in self.trials)
 
     def noted(self, note: str) -> list[FrozenTrial]:
-        """The trials that are `partial` (stopped by the race) or `broken`."""
+        """The trials whose record has this key: `partial` (stopped by a race) or `broken`."""
         return [t for t in self.trials if note in record_of(t)]
 
     @property
     def evaluated(self) -> float:
-        """The share of the items that a trial was scored on, on average."""
+        """The mean share of the items on which a trial was scored."""
         partial = [float(record_of(t)["partial"]) for t in self.noted("partial")]
         full = sum(map(in_full, self.trials))
         return (sum(partial) + full) / (len(partial) + full) if partial else 1.0
 
     @property
     def finished(self) -> int:
+        """How many trials have finished."""
         return self.count(TrialState.COMPLETE) + self.count(TrialState.FAIL)
 
     @property
     def endings(self) -> str:
-        """How many trials did not end as they should."""
+        """How many trials were stopped early, broken or failed, in words."""
         partial, broken = len(self.noted("partial")), len(self.noted("broken"))
         text = f", {partial} stopped early ({self.evaluated:.0%} of all items scored)" if partial else ""
         failed = self.count(TrialState.FAIL)
@@ -63,12 +71,12 @@ class Status:
 
     @property
     def price(self) -> tuple[float, str] | None:
-        """What the devices cost so far, and in what."""
+        """The price of device time so far as (amount, currency)."""
         return price_of(self.used.device_seconds, self.config.price)
 
     @property
     def left(self) -> float | None:
-        """Seconds of search left by the budget, None if it cannot be told yet."""
+        """Seconds until a limit of the configuration is reached; None if unknown or if there is a verdict."""
         finished = [t for t in self.trials if t.state in FINISHED]
         limits = limits_of(self.config.budget)
         left = limits.left(self.used.seconds, now())
@@ -78,7 +86,7 @@ class Status:
 
 
 def read_status(run: Run) -> Status:
-    """The status of a run.  EvomergeError if its study cannot be read."""
+    """Read the status of a run.  EvomergeError if its study cannot be read."""
     config = run.config()
     study = run.study()
     trials = study.get_trials(deepcopy=False)
@@ -102,8 +110,10 @@ def read_status(run: Run) -> Status:
 
 
 def mean_timing(trials: list[FrozenTrial]) -> dict[str, float]:
-    """Mean seconds per part over trials; the first is left out, it warms caches up, and so is one that ran nothing
-    because its scores were known (the greedy soup's)."""
+    """Mean seconds of each part of a trial.
+
+    Two trials are left out: the first one, which fills caches, and the greedy soup's, whose scores were known before.
+    """
     records = [record_of(t).get("seconds", {}) for t in trials[1:]]
     records = [r for r in records if "forward" in r]
     if not records:

@@ -177,9 +177,8 @@ class Evaluator:
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
-            return Outcome(
-                {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}, clock.seconds
-            )
+            scores = {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}
+        return Outcome(scores, clock.seconds)
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""

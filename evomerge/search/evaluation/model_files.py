@@ -21,7 +21,7 @@ def open_config_models(config: SearchConfig) -> Models:
 
 
 def file_stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """What tells that a model's file is still the same one, by model and file name, see `stamp`.  Takes microseconds."""
+    """Stamps of the models' files by model and file name: a file that was changed or replaced has another one."""
     return {name: stamp(folder) for name, folder in folders.items()}
 
 

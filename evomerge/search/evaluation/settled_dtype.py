@@ -1,4 +1,4 @@
-"""The type in which a study computes forwards: settled once, kept in the study, used by all workers and every resume."""
+"""The type in which a study computes forwards: settled once and kept, the same for all workers and every resume."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -40,8 +40,8 @@ def settle_compute_dtype(
     chosen = recorded or here
     if chosen != here:
         say(
-            f"note: this study computes in {chosen} and keeps to it, so that its scores stay comparable; on this machine "
-            f"{here} is faster{ratio_text(seconds, chosen, here)}"
+            f"note: this study computes in {chosen} and keeps to it, so that its scores stay comparable; on this "
+            f"machine {here} is faster{ratio_text(seconds, chosen, here)}"
         )
     elif chosen != config.dtype:
         say(

@@ -37,6 +37,7 @@ class TaskSet:
         """The items of a split by task."""
         return {t.name: self.items[t.name][split] for t in self.tasks}
 
+    @cached_property
     def item_counts(self) -> dict[Split, int]:
         """How many items each split has, all tasks together."""
         return {split: sum(len(self.items[t.name][split]) for t in self.tasks) for split in get_args(Split)}

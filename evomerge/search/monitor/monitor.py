@@ -36,8 +36,13 @@ class Listener(Protocol):
     def step(self, done: int, total: int) -> None:
         """Batches of the phase that are done, and their total."""
 
-    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None:
-        """A trial has finished.  total: trials of the whole search, if limited.  value: None if the trial failed."""
+    def trial(
+        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
+    ) -> None:
+        """A trial has finished.
+
+        done: how many trials have finished.  total: of the whole search, if limited.  value: None if the trial failed.
+        """
 
     def show(self, snapshot: Snapshot) -> None:
         """The latest state of the search."""
@@ -130,7 +135,8 @@ class Monitor:
         self.note(number, value if is_whole(record) else None, record, baseline)
         self.spend(Usage.from_dict(record.get(USED, {})))
         self.finished_at.append(time.monotonic())
-        self.listener.trial(number, self.limits.trials, value, self.progress.best, remark(record) or baseline or "")
+        shown = remark(record) or baseline or ""
+        self.listener.trial(number, self.progress.trials, self.limits.trials, value, self.progress.best, shown)
         self.refresh()
 
     def spend(self, used: Usage) -> None:

@@ -123,7 +123,7 @@ class RayWorker:
         return result
 
     async def ask(self, answer: Any, progress: BatchProgress) -> Any:
-        """Wait for an actor's answer and ask for its state meanwhile.  WorkerDied if the actor or its machine is gone."""
+        """Wait for an answer of the actor, asking for its state meanwhile.  WorkerDied if the actor is gone."""
         waiting = asyncio.wrap_future(answer.future())
         try:
             while not waiting.done():
