@@ -1,5 +1,6 @@
 """What a search used: counted where it happens, added up over trials, told in the end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ def opened(tiny_family: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("steps", [True, False], ids=["own generation", "lm-eval's"])
-def test_every_forward_is_counted_with_its_tokens(opened: tuple[Any, Any], steps: bool) -> None:
+def test_every_forward_is_counted_with_its_tokens(
+    opened: tuple[Any, Any], steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is counted by the plan of the batches is what a hook on the model sees."""
     model, tokenizer = opened
     (task,) = open_tasks([TaskConfig(task=str(ROOT / "evals" / "tiny" / "rev.yaml"))])
     engine = Engine(model, tokenizer, 128)
     if not steps:
-        object.__setattr__(engine.capabilities, "steps", False)
+        monkeypatch.setattr(engine, "capabilities", replace(engine.capabilities, steps=False))
     work = engine.prepare(task, items_of(task, task.docs)[:12], everything=True)
     assert work.rows
     assert work.prompts

@@ -29,7 +29,7 @@ from evomerge.search.monitor.snapshot import (
 )
 
 FULL = Snapshot(
-    "night",
+    "small",
     "ties of 3 sources, cma-es",
     phase="searching",
     step=(3, 9),
@@ -85,7 +85,7 @@ def test_a_snapshot_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
 def test_the_view_shows_all_there_is_to_know() -> None:
     text = shown(FULL)
     for words in (
-        "night  ties of 3 sources", "searching (3 of 9 batches)", "40 of 100 trials, 7 stopped early, 1 failed",
+        "small  ties of 3 sources", "searching (3 of 9 batches)", "40 of 100 trials, 7 stopped early, 1 failed",
         "12.0 trials per minute, 5m left (60s of it for judging the finalists)",
         "best 0.7500 by trial 31, target 0.9, 9 trials since (ends at 20)",
         "worker 0  cuda:0  trial 41    since 3s", "worker 1  cuda:1  restarting  since 2s  1 restarts",

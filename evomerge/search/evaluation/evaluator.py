@@ -172,7 +172,7 @@ class Evaluator:
             work = self.prepared(split, everything)
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
-            work = self.joined([self.engine.asked(t, only[t.name], everything) for t in tasks])
+            work = self.join([self.engine.asked(t, only[t.name], everything) for t in tasks])
         clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
@@ -224,10 +224,10 @@ class Evaluator:
         """All items of a split as one workload, built once.  everything: for all metrics, not the objective alone."""
         key = (split, everything)
         if key not in self.workloads:
-            self.workloads[key] = self.joined(self.asked(split, everything))
+            self.workloads[key] = self.join(self.task_workloads(split, everything))
         return self.workloads[key]
 
-    def asked(self, split: Split, everything: bool) -> list[Workload]:
+    def task_workloads(self, split: Split, everything: bool) -> list[Workload]:
         """One workload per task with all its items of a split, read from the cache where it has them."""
         items = self.task_set.split(split)
         if self.cache is None:
@@ -235,7 +235,7 @@ class Evaluator:
         folder = self.cache / "items"
         return [ask(self.engine, t, split, items[t.name], everything, folder) for t in self.task_set.tasks]
 
-    def joined(self, works: Sequence[Workload]) -> Workload:
+    def join(self, works: Sequence[Workload]) -> Workload:
         """Join workloads of single tasks into one and plan its batches."""
         whole = join_workloads(works)
         self.engine.plan(whole)

@@ -112,16 +112,16 @@ def even_looks(order: Order) -> Looks:
     return Looks(tuple(ends.tolist()), tuple((ends / ends[-1]).tolist()))
 
 
-def choose_looks(race_setup: RaceSetup, engine: Engine, asked: Sequence[Workload], whole: Workload) -> Looks:
+def choose_looks(race_setup: RaceSetup, engine: Engine, works: Sequence[Workload], whole: Workload) -> Looks:
     """Choose after how many items a race should look, see `place_looks`.
 
-    asked: the workload of each task.  whole: all of them as one.
+    works: the workload of each task.  whole: all of them as one.
     """
 
     def pieces_of(ends: Sequence[int]) -> list[Workload]:
         return [
             race_chunk.work
-            for race_chunk in build_race_chunks(replace(race_setup, looks=Looks(tuple(ends), ())), engine, asked)
+            for race_chunk in build_race_chunks(replace(race_setup, looks=Looks(tuple(ends), ())), engine, works)
         ]
 
     cost = Cost.on(engine.model.device.type, engine.batch_tokens)
@@ -142,11 +142,13 @@ class RaceChunk:
     where: list[NDArray[np.intp]]
 
 
-def build_race_chunks(race_setup: RaceSetup, engine: Engine, asked: Sequence[Workload]) -> list[RaceChunk]:
-    """Build the chunks of a race setup.  asked: the workload of each task."""
+def build_race_chunks(race_setup: RaceSetup, engine: Engine, works: Sequence[Workload]) -> list[RaceChunk]:
+    """Build the chunks of a race setup.  works: the workload of each task."""
     pieces = np.split(race_setup.order.items, race_setup.looks.ends[:-1])
     ends = np.cumsum(list(race_setup.sizes.values()))
     starts = ends - list(race_setup.sizes.values())
     split = [[p[(first <= p) & (p < end)] for first, end in zip(starts, ends, strict=True)] for p in pieces]
-    works = engine.in_chunks(asked, [[w - s for w, s in zip(row, starts, strict=True)] for row in split])
-    return [RaceChunk(p, work, [w for w in row if len(w)]) for p, work, row in zip(pieces, works, split, strict=True)]
+    chunk_works = engine.in_chunks(works, [[w - s for w, s in zip(row, starts, strict=True)] for row in split])
+    return [
+        RaceChunk(p, work, [w for w in row if len(w)]) for p, work, row in zip(pieces, chunk_works, split, strict=True)
+    ]

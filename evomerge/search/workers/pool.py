@@ -47,6 +47,7 @@ class PoolMember:
 
     def set_state(self, state: State, trial: int | None = None) -> None:
         """A new state begins now."""
+        self.restarts += state == "restarting"
         self.state, self.trial, self.since = state, trial, time.monotonic()
 
 
@@ -122,7 +123,6 @@ class Pool:
                 result = await self.wait_for(member.worker, work, self.max_silence, self.max_job_time)
             except (WorkerDied, JobTimeout) as end:
                 self.log(f"{title}: worker {member.number} {end}")
-                member.restarts += 1
                 self.begin_start(member, "restarting")
                 if isinstance(end, JobTimeout):
                     return Failure(str(end))
