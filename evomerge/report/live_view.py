@@ -82,7 +82,8 @@ def render(snapshot: Snapshot, age: float = 0.0, ended: str | None = None) -> Re
         parts.append(bar)
     else:
         parts.append(trials_text(s))
-    parts.append(Text(", ".join(rate_and_time_left(s, age, ended)), style="dim"))
+    if ended is None and (speed := ", ".join(rate_and_time_left(s, age))):
+        parts.append(Text(speed, style="dim"))
     if s.best is not None:
         named = f" ({s.best_name})" if s.best_name else ""
         aim = f", target {s.target:g}" if s.target is not None else ""
@@ -116,11 +117,11 @@ def trials_text(s: Snapshot) -> Text:
     return Text(", ".join([f"{s.trials}{of} trials", *endings]))
 
 
-def rate_and_time_left(s: Snapshot, age: float, ended: str | None) -> Iterator[str]:
+def rate_and_time_left(s: Snapshot, age: float) -> Iterator[str]:
     """Trials per minute and time left, where they are known."""
     if s.per_minute is not None:
         yield f"{s.per_minute:.1f} trials per minute"
-    if s.left is not None and ended is None:
+    if s.left is not None:
         yield f"{seconds_text(max(0.0, s.left - age))} left" + (
             f" ({seconds_text(s.reserved)} of it for judging the finalists)" if s.reserved else ""
         )

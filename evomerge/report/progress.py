@@ -56,7 +56,7 @@ class Bar:
 
 
 class Steps:
-    """Shows the batches of one phase of a search; the bar appears with the first batch."""
+    """Shows the batches of one step; the bar appears with the first batch."""
 
     def __init__(self, title: str) -> None:
         self.title = title

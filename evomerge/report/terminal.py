@@ -14,7 +14,7 @@ from rich.table import Table
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import TaskResult
 from evomerge.report.live_view import NO_SNAPSHOT, render, watch
-from evomerge.report.progress import Steps, console, seconds_text
+from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
@@ -29,15 +29,16 @@ class SearchView:
         self.screen = Console(highlight=False)
         self.live: Live | None = None
         self.snapshot: Snapshot | None = None
-        self.steps = Steps("")
+        self.current_phase = ""
+        self.last_line = 0.0
         self.started = time.monotonic()
         self.finished = 0  # trials of this phase
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
         if not self.screen.is_terminal:
-            self.steps.close()
-            self.steps, self.started, self.finished = Steps(text), time.monotonic(), 0
+            self.current_phase, self.started, self.finished = text, time.monotonic(), 0
+            self.last_line = self.started
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
@@ -45,9 +46,11 @@ class SearchView:
         self.screen.print(text, markup=False, soft_wrap=True)
 
     def step(self, done: int, total: int) -> None:
-        """Batches of the phase that are done, and their total."""
-        if not self.screen.is_terminal:
-            self.steps.step(done, total)
+        """Batches of one model that are done, and their total; without a terminal a line every few seconds."""
+        now = time.monotonic()
+        if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            print(f"{self.current_phase}: {done} of {total} batches of one model", flush=True)
 
     def trial(
         self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
@@ -83,8 +86,7 @@ class SearchView:
         return render(self.snapshot, time.time() - self.snapshot.beat, self.snapshot.ended)
 
     def close(self) -> None:
-        """Remove bar and live view."""
-        self.steps.close()
+        """Stop the live view."""
         if self.live is not None:
             self.live.stop()
             self.live = None

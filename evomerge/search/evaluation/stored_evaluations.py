@@ -108,4 +108,4 @@ class Evaluations(StoredEvaluations):
         before = Usage.from_dict(self.study.user_attrs.get(key, {}).get(USED, {}))
         stored = stored_usage(before + used, self.monitor.stopwatch)
         self.study.set_user_attr(key, {"items": self.items(split), "scores": packed, **took, **stored})
-        self.monitor.spend(used)
+        self.monitor.add_used(used)

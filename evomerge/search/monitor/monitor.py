@@ -34,7 +34,7 @@ class Listener(Protocol):
         """Show one line."""
 
     def step(self, done: int, total: int) -> None:
-        """Batches of the phase that are done, and their total."""
+        """Batches of one model that are done, and their total."""
 
     def trial(
         self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
@@ -74,10 +74,10 @@ class Monitor:
         self.failures: deque[LastFailure] = deque(maxlen=FAILURES)
         self.finished_at: deque[float] = deque(maxlen=RECENT)
         self.title = f"{config.method} of {len(config.sources)} sources, {config.sampler.name}"
-        self.now_doing = "starting"
+        self.current_phase = "starting"
         self.batches: tuple[int, int] | None = None
         self.ended: str | None = None
-        self.published = -math.inf
+        self.published_at = -math.inf
 
     def __enter__(self) -> "Monitor":
         self.publish()
@@ -96,7 +96,7 @@ class Monitor:
         for trial in trials:
             if trial.state in FINISHED:
                 name = trial.user_attrs.get("baseline")
-                self.note(trial.number, trial.value if in_full(trial) else None, record_of(trial), name)
+                self.count_trial(trial.number, trial.value if in_full(trial) else None, record_of(trial), name)
 
     def attach_workers(self, states: Callable[[], Sequence[WorkerState]], devices: int, compute_dtype: str) -> None:
         """Show the workers from now on, and count the time for which they hold their devices.
@@ -115,7 +115,7 @@ class Monitor:
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
-        self.now_doing, self.batches = text, None
+        self.current_phase, self.batches = text, None
         self.listener.phase(text)
         self.publish()
 
@@ -125,25 +125,25 @@ class Monitor:
         self.listener.say(text)
 
     def step(self, done: int, total: int) -> None:
-        """Batches of the phase that are done, and their total."""
+        """Batches of one model that are done, and their total."""
         self.batches = done, total
         self.listener.step(done, total)
         self.refresh()
 
     def trial(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
         """A trial has finished.  value: what the sampler was told; None if the trial failed.  record: as stored."""
-        self.note(number, value if is_whole(record) else None, record, baseline)
-        self.spend(Usage.from_dict(record.get(USED, {})))
+        self.count_trial(number, value if is_whole(record) else None, record, baseline)
+        self.add_used(Usage.from_dict(record.get(USED, {})))
         self.finished_at.append(time.monotonic())
         shown = remark(record) or baseline or ""
         self.listener.trial(number, self.progress.trials, self.limits.trials, value, self.progress.best, shown)
         self.refresh()
 
-    def spend(self, used: Usage) -> None:
+    def add_used(self, used: Usage) -> None:
         """Add what some work has used."""
         self.used += used
 
-    def note(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
+    def count_trial(self, number: int, value: float | None, record: Mapping[str, Any], baseline: str | None) -> None:
         """Count a finished trial.  value: None unless it was scored on all items."""
         before = self.progress.best
         self.progress.add(number, value, sampled=baseline is None)
@@ -160,12 +160,12 @@ class Monitor:
 
     def refresh(self) -> None:
         """Publish a snapshot if the last one is a second old.  The driver calls this several times a second."""
-        if time.monotonic() - self.published >= SNAPSHOT_SECONDS:
+        if time.monotonic() - self.published_at >= SNAPSHOT_SECONDS:
             self.publish()
 
     def publish(self) -> None:
         """Write a snapshot into the run folder and show it."""
-        self.published = time.monotonic()
+        self.published_at = time.monotonic()
         snapshot = self.snapshot()
         write_snapshot(self.run.folder, snapshot)
         self.listener.show(snapshot)
@@ -182,7 +182,7 @@ class Monitor:
             name=self.config.name,
             title=self.title,
             compute_dtype=self.compute_dtype,
-            phase=self.now_doing,
+            phase=self.current_phase,
             step=self.batches,
             ended=self.ended,
             trials=progress.trials,

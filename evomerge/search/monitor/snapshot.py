@@ -51,7 +51,7 @@ class Snapshot:
     pid, host: of the driver.
     beat: when this snapshot was made, in seconds since the epoch.
     phase: what the search does now.
-    step: batches of the phase that are done, and their total.
+    step: batches of one model that are done in this phase, and their total.
     ended: why the search ended; None while it runs.
 
     trials: how many have finished.
