@@ -86,13 +86,13 @@ def done(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_search(write_config(tmp_path_factory.mktemp("computing"), tiny_family, **changes))
 
 
-def test_the_study_the_trials_and_whoever_looks_say_what_computed(done: Path) -> None:
+def test_the_study_the_trials_and_the_reports_say_what_computed(done: Path) -> None:
     study = open_run(done).study()
     assert study.user_attrs[COMPUTE]["dtype"] == "float32"
     assert {record_of(t)["compute_dtype"] for t in study.trials} == {"float32"}
     assert json.loads((done / "state.json").read_text())["compute_dtype"] == "float32"
-    assert "bfloat16, computed in float32" in (done / "report.html").read_text()
-    assert "computed in float32 with values of bfloat16" in run_cli("status", done).stdout
+    assert "weights in bfloat16, computed in float32" in (done / "report.html").read_text()
+    assert "weights in bfloat16, computed in float32" in run_cli("status", done).stdout
 
 
 def test_a_trial_is_repeated_in_the_type_that_computed_it(done: Path) -> None:

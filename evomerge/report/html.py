@@ -74,7 +74,7 @@ def summary(status: Status) -> str:
     """Method, sampler, seed, trials and types in one line."""
     config = status.config
     sources = f"{config.method} of {len(config.sources)} sources"
-    types = f"; weights in {config.dtype}, forwards in {status.compute_dtype}" if status.compute_dtype else ""
+    types = f"; weights in {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
     searched = f"{config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
     return f"{sources}; {searched}{types}"
 

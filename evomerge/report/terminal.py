@@ -99,7 +99,7 @@ def print_status(status: Status, timing: bool) -> None:
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
     if status.compute_dtype is not None:
-        console.print(f"forwards computed in {status.compute_dtype}, weights in {config.dtype}")
+        console.print(f"weights in {config.dtype}, computed in {status.compute_dtype}")
     planned = f" of {config.budget.most}" if config.budget.most else ""
     running = status.count(TrialState.RUNNING)
     console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} running")
