@@ -84,9 +84,9 @@ def test_time_ends_nothing_before_there_is_a_candidate() -> None:
 
 def test_whichever_limit_comes_first() -> None:
     limits = Limits(seconds=100.0, deadline=Deadline(Moment(START.wall + 50, START.steady + 50)))
-    assert limits.left(10.0, START) == 50.0
-    assert limits.left(80.0, START) == 20.0
-    assert Limits(trials=4).left(80.0, START) == float("inf")
+    assert limits.seconds_left(10.0, START) == 50.0
+    assert limits.seconds_left(80.0, START) == 20.0
+    assert Limits(trials=4).seconds_left(80.0, START) == float("inf")
     assert [Limits(trials=1).timed, Limits(seconds=1.0).timed, Limits(deadline=Deadline(START)).timed] == [0, 1, 1]
 
 
@@ -94,7 +94,7 @@ def test_whichever_limit_comes_first() -> None:
 def test_a_clock_that_is_set_gives_no_more_time(jump: float, passed: float) -> None:
     """The deadline is a wall time and as long by the monotonic clock; the first of the two ends the search."""
     deadline = Deadline(Moment(START.wall + 3600, START.steady + 3600))
-    left = deadline.left(Moment(START.wall + passed + jump, START.steady + passed))
+    left = deadline.seconds_left(Moment(START.wall + passed + jump, START.steady + passed))
     assert left <= 3600 - passed + 1e-6  # seconds since the epoch have seven digits to spare
     assert left == pytest.approx(3600 - passed - max(0.0, jump))
 

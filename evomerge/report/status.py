@@ -75,11 +75,11 @@ class Status:
         return price_of(self.used.device_seconds, self.config.price)
 
     @property
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until a limit of the configuration is reached; None if unknown or if there is a verdict."""
         finished = [t for t in self.trials if t.state in FINISHED]
         limits = limits_of(self.config.budget)
-        left = limits.left(self.used.seconds, now())
+        left = limits.seconds_left(self.used.seconds, now())
         if limits.trials is not None and self.seconds:
             left = min(left, (limits.trials - len(finished)) * self.seconds)
         return max(0.0, left) if left < math.inf and self.verdict is None else None

@@ -109,8 +109,8 @@ def print_status(status: Status, timing: bool) -> None:
         console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}")
     if status.seconds:
         console.print(f"rate: {60 / status.seconds:.1f} trials per minute ({status.seconds:.2f} s each)")
-    if status.left is not None:
-        console.print(f"time left: about {seconds_text(status.left)}")
+    if status.seconds_left is not None:
+        console.print(f"time left: about {seconds_text(status.seconds_left)}")
     if status.used.seconds:
         console.print(f"used: {usage_text(status.used, status.price)}")
     if timing:

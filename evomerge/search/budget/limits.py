@@ -67,7 +67,7 @@ class Deadline:
 
     at: Moment
 
-    def left(self, moment: Moment) -> float:
+    def seconds_left(self, moment: Moment) -> float:
         """Seconds until then, negative afterwards."""
         return min(self.at.wall - moment.wall, self.at.steady - moment.steady)
 
@@ -94,13 +94,13 @@ class Limits:
         """Whether there is a time by which the result must exist."""
         return self.seconds is not None or self.deadline is not None
 
-    def left(self, elapsed: float, moment: Moment) -> float:
+    def seconds_left(self, elapsed: float, moment: Moment) -> float:
         """Seconds until the result must exist; infinite without such a time.  elapsed: seconds of the run so far."""
         times = [math.inf]
         if self.seconds is not None:
             times.append(self.seconds - elapsed)
         if self.deadline is not None:
-            times.append(self.deadline.left(moment))
+            times.append(self.deadline.seconds_left(moment))
         return min(times)
 
     def reached(
@@ -122,7 +122,7 @@ class Limits:
             return f"trial {progress.best_number} reached {progress.best:.4f}, the target is {self.target:g}"
         if self.patience is not None and progress.since_best >= self.patience:
             return f"{progress.since_best} trials since the best one"
-        left = self.left(elapsed, moment)
+        left = self.seconds_left(elapsed, moment)
         if left <= reserve:
             return f"{max(0.0, left):.0f} s are left, and judging the finalists may take {reserve:.0f} s"
         return None

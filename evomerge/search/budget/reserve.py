@@ -31,7 +31,7 @@ from evomerge.sources.models import Models
 
 FIXED = 5.0  # seconds for drawing the report and syncing files
 PER_TRIAL = 0.002  # seconds for reading a trial from the study and drawing it
-SAFETY = 1.3
+SAFETY = 1.3  # factor on all measured times
 UNMEASURED = 4.0  # how many times as long all metrics of an item may take as its objective, until it was measured
 LATEST = 20  # trials whose times are used
 RENEW = 30.0  # seconds between two estimates

@@ -8,4 +8,6 @@
 - `settled_dtype.py`: the type in which a study computes forwards.
 - `race_setup.py`: what all races of a search share; `race_policy.py`: which candidate races, and against which trials.
 - `stored_evaluations.py`: scores of models that are not trials, kept in the study.
+
+Shape letter of this package: N items of the search split.
 """

@@ -214,7 +214,7 @@ class Monitor:
 
     def seconds_left(self) -> float | None:
         """Seconds until the result, by the limits of trials and of time; None without such a limit."""
-        left = self.limits.left(self.stopwatch.elapsed.seconds, now())
+        left = self.limits.seconds_left(self.stopwatch.elapsed.seconds, now())
         if self.limits.trials is not None and (rate := self.per_minute()):
             left = min(left, (self.limits.trials - self.progress.trials) * 60 / rate + self.reserved)
         return max(0.0, left) if left < math.inf else None
