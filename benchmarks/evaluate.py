@@ -33,8 +33,8 @@ from evomerge.evaluate.workload import Workload
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
 
 WORDS = "the cat saw a small red house near our old river and they were glad of it when rain came down again".split()
 LETTERS = "abcdefgh"  # for tokenizers of single characters

@@ -28,14 +28,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from evomerge.merge.bank.bank import Bank
-from evomerge.merge.kernels.compiled import Compiled, user_cache
+from evomerge.merge.kernels.compiled import Compiled
+from evomerge.merge.kernels.compiler import user_cache
 from evomerge.merge.materialise import materialise
 from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.methods import METHODS
 from evomerge.merge.output.shards import open_writer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
 
 SOURCES = ["one", "two", "three"]
 CASES = {
@@ -294,7 +295,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, {args.device}, {args.model}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folders = write_models(Path(folder), args.model, device=args.device)
-        compiled = Compiled(user_cache(), lambda line: print(line, file=sys.stderr))
+        compiled = Compiled(user_cache("kernels"), lambda line: print(line, file=sys.stderr))
         print("method            kernels   x floor     median    beyond sources and live model")
         for method in [] if args.no_compiled else args.methods:
             print(measure(method, folders, compiled, args), flush=True)

@@ -20,9 +20,9 @@ import torch
 
 from evomerge.evaluate.clock import Clock
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_setup import build_race_setup, choose_looks
 from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import objective_scores

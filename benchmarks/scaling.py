@@ -60,10 +60,8 @@ class Ours:
     def __init__(self, folder: Path, dimensions: int, workers: int, seed: int) -> None:
         space = space_of(dimensions)
         config = space.config.model_copy(update={"seed": seed, "sampler": SamplerConfig(sigma0=STEP)})
-        self.study = SearchStudy(
-            open_study(sqlite_url(folder / "study.db"), "x", create=True), replace(space, config=config)
-        )
-        self.study.workers = workers
+        stored = open_study(sqlite_url(folder / "study.db"), "x", create=True)
+        self.study = SearchStudy(stored, replace(space, config=config), workers)
         self.hand: dict[int, Begun] = {}
 
     def begin(self) -> tuple[int, Point]:

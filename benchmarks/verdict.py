@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.search.verdict import intervals as module
-from evomerge.search.verdict.intervals import DRAWS, Interval, Range, intervals, of_differences, score_range
+from evomerge.search.verdict.intervals import DRAWS, Interval, Range, intervals, ranges_of_differences, score_range
 from evomerge.search.verdict.verdict import Rival, judge
 
 Scores = NDArray[np.float64]
@@ -90,7 +90,7 @@ def coverage(kind: str, count: int, tasks: int, differences: bool, repeats: int)
             if any(r is None for r in ranges.values()):
                 return f"{'no interval: fewer than 100 items a task':>52s}"
             found += intervals(
-                [split(table, tasks)], of_differences(ranges) if differences else ranges, WEIGHTS[tasks], 0
+                [split(table, tasks)], ranges_of_differences(ranges) if differences else ranges, WEIGHTS[tasks], 0
             )
         lows, highs = (np.array([getattr(f, end) for f in found]) for end in ("low", "high"))
         low, high = plain(np.array(tables).T, rng)
@@ -173,7 +173,7 @@ def main() -> None:
 
 def items_for(gain: float, changed: float) -> int:
     """How many items show a gain in accuracy, if two models differ on a share of them."""
-    return int(np.ceil((module.POWER / gain) ** 2 * (changed - gain**2)))
+    return int(np.ceil((module.STANDARD_ERRORS / gain) ** 2 * (changed - gain**2)))
 
 
 if __name__ == "__main__":

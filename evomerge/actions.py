@@ -64,7 +64,7 @@ def export_recommended(run: Any, out: Path | None, mergekit: Path | None) -> Non
 def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results: str, device: str) -> None:
     """What was asked for: a model folder, a file for mergekit, or both."""
     from evomerge.files import write_text
-    from evomerge.merge.mergekit.write import dump_mergekit
+    from evomerge.merge.mergekit.from_recipe import dump_mergekit
 
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit")
@@ -80,11 +80,11 @@ def write_outputs(recipe: Any, out: Path | None, mergekit: Path | None, results:
 def write_model(recipe: Any, out: Path, results: str, device: str) -> Any:
     """Merge a recipe into a new folder with a progress bar; the recipe with all its SHA-256 sums."""
     from evomerge.device import resolve_device, use
-    from evomerge.merge.output.card import model_card
     from evomerge.merge.output.export import export as export_model
     from evomerge.merge.output.export import total_bytes
-    from evomerge.merge.recipe.nested import open_bank
-    from evomerge.merge.recipe.recipe import pin
+    from evomerge.merge.output.model_card import model_card
+    from evomerge.merge.recipe.open_bank import open_bank
+    from evomerge.merge.recipe.pinned_inputs import pin
     from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})

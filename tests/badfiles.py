@@ -25,15 +25,15 @@ from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.merge.live import load_live_model
 from evomerge.merge.measure.prepare import load
-from evomerge.merge.mergekit.read import load_merge
-from evomerge.merge.output.card import model_card
+from evomerge.merge.mergekit.load_merge import load_merge
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
 from evomerge.report.html import explanation
 from evomerge.report.verdict_text import results_section
 from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 SECONDS = 5.0  # of the processor, so that a paused machine is no hang

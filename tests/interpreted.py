@@ -14,12 +14,14 @@ from models import write_adapter, write_family
 from test_kernels import KEYS, PLANS, RANKED, WEIGHTS, chance
 from torch import Tensor
 
-from evomerge.merge.kernels.call import Call, call_of, piecewise_call
+from evomerge.merge.kernels.call import Call, call_of
 from evomerge.merge.kernels.launch import Launcher
+from evomerge.merge.kernels.operands import Operands
+from evomerge.merge.kernels.piecewise import piecewise_call
 from evomerge.merge.materialise import materialise
 from evomerge.merge.measure.measurements import no_levels
 from evomerge.merge.methods.plan import Blend, SparseBlend
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 
 Case = tuple[str, Call, tuple[int, ...]]
@@ -54,39 +56,47 @@ def cases() -> Iterator[Case]:
             base, sources = operands(shape)
             planes = planes_for(plan, base)
             used = sources[: len(planes)] if planes else sources
-            if (call := call_of(plan, base, used, planes, KEYS)) is not None:
-                yield f"{name} {shape}", call, shape
+            if isinstance(plan, Blend | SparseBlend):
+                yield f"{name} {shape}", call_of(plan, Operands(base, used, planes, KEYS)), shape
     base, sources = operands((300, 7))
     for elect in (None, "weighted", "plain"):
         for normalize in (False, True):
             for alone in (None, (1.1, 1.2, 1.3)):
                 plan = SparseBlend(WEIGHTS, "magnitude", None, (0.3, 0.9, 0.0), alone=alone, elect=elect)
                 plan = replace(plan, normalize=normalize, scale=1.3)
-                yield f"{elect} {normalize} {alone}", call_of(plan, base, sources, (), KEYS), base.shape
+                yield f"{elect} {normalize} {alone}", call_of(plan, Operands(base, sources, (), KEYS)), base.shape
     ranked = SparseBlend(WEIGHTS, "rank", chances=(*RANKED[:2], chance(0.9)), elect="weighted", normalize=True)
     levels = planes_for(ranked, base)
-    yield "a plane that is one number", call_of(ranked, base, sources, [*levels[:2], no_levels(base)], KEYS), base.shape
-    yield "a source that is the base", call_of(PLANS["trim"], base, [base, *sources[1:]], (), KEYS), base.shape
-    yield "the base alone", call_of(PLANS["arithmetic"], base, [base] * 3), base.shape
-    yield "nothing", call_of(Blend((0.0,)), base, sources[:1]), base.shape
+    yield (
+        "a plane that is one number",
+        call_of(ranked, Operands(base, sources, [*levels[:2], no_levels(base)], KEYS)),
+        base.shape,
+    )
+    yield (
+        "a source that is the base",
+        call_of(PLANS["trim"], Operands(base, [base, *sources[1:]], (), KEYS)),
+        base.shape,
+    )
+    yield "the base alone", call_of(PLANS["arithmetic"], Operands(base, [base] * 3)), base.shape
+    yield "nothing", call_of(Blend((0.0,)), Operands(base, sources[:1])), base.shape
     turned, turned_sources = operands((7, 300))
-    yield "turned", call_of(PLANS["trim"], turned.T, [x.T for x in turned_sources], (), KEYS), base.shape
+    yield "turned", call_of(PLANS["trim"], Operands(turned.T, [x.T for x in turned_sources], (), KEYS)), base.shape
     for types in ((torch.float32,) * 2, (torch.bfloat16,) * 3, (torch.float16,) * 9, (torch.bfloat16,) * 13):
         base, sources = operands((1024,), types)
         n = len(sources)
         weights = tuple(0.1 * i - 0.4 for i in range(n))
-        yield f"{n} sources", call_of(Blend(weights, of_task_vectors=True), base, sources), base.shape
+        yield f"{n} sources", call_of(Blend(weights, of_task_vectors=True), Operands(base, sources)), base.shape
         plan = SparseBlend(weights, "magnitude", floors=(0.4,) * n, elect="weighted", normalize=True)
-        yield f"{n} sparse", call_of(plan, base, sources), base.shape
+        yield f"{n} sparse", call_of(plan, Operands(base, sources)), base.shape
     for broken in (torch.nan, -torch.nan, torch.inf, -torch.inf):
         base, sources = operands((40, 50))
         sources[1] = sources[1].clone()
         sources[1][3, 4] = broken
         for name in ("arithmetic", "trim", "drop"):
-            yield f"{name} with {broken}", call_of(PLANS[name], base, sources, (), KEYS), base.shape
+            yield f"{name} with {broken}", call_of(PLANS[name], Operands(base, sources, (), KEYS)), base.shape
     base, sources = operands((999,))
     tiny = [x.float() * 1e-39 for x in (base, *sources)]
-    yield "denormals", call_of(PLANS["arithmetic"], tiny[0], tiny[1:]), base.shape
+    yield "denormals", call_of(PLANS["arithmetic"], Operands(tiny[0], tiny[1:])), base.shape
 
 
 def equal(x: Tensor, y: Tensor) -> bool:
@@ -116,14 +126,14 @@ def main() -> None:
 def far_elements() -> bool:
     """A random mask's words beyond 2^32 elements: a table that says the tensor began so far before."""
     from evomerge.merge.kernels import triton_kernels
-    from evomerge.merge.kernels.call import low_word, with_high_word
     from evomerge.merge.kernels.elementwise import sparse_blend
-    from evomerge.merge.kernels.launch import blocks_of, described, kernel_of, settings_of
+    from evomerge.merge.kernels.launch import blocks_of, kernel_of, kind_and_row, settings_of
+    from evomerge.merge.kernels.random_masks import low_word, with_high_word
 
     base, sources = operands((3000,), (torch.float32,) * 4)
-    call = call_of(PLANS["drop"], base, sources, (), KEYS)
+    call = call_of(PLANS["drop"], Operands(base, sources, (), KEYS))
     out, expected = torch.empty(3000), torch.empty(3000)
-    kind, row = described(0, out, call)
+    kind, row = kind_and_row(0, out, call)
     assert kind is not None
     start = (5 << 32) + 7 * kind.block
     at = [x - 4 * start if x else 0 for x in (*row[1:3], *row[5:])]

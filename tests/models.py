@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from evomerge.merge.measure.statistics_file import Origin
-from evomerge.sources.locate import model_fingerprint
+from evomerge.sources.fingerprint import model_fingerprint
 
 VOCABULARY = ["<pad>", "<s>", "</s>", *" \n=+.?", *"abcdefghijklmnopqrstu", *"0123456789"]  # 40 tokens
 HIDDEN, INNER, LAYERS, HEADS = 16, 24, 2, 2

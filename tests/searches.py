@@ -74,8 +74,6 @@ def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
 def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = None) -> Started:
     """`run_cli` without waiting.  terminal: the file descriptor that the child's output goes to instead of a file."""
     import lm_eval.models.huggingface  # noqa: F401 (imported here, they are there in every child)
-    import plotly.graph_objects
-    import plotly.io  # noqa: F401
     import torch
     import transformers  # noqa: F401
 

@@ -17,11 +17,11 @@ from evomerge.errors import EvomergeError
 from evomerge.files import write_text
 from evomerge.merge.live import candidate_model, destinations, open_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, dump_recipe
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.adapter import peft_config as decisions
-from evomerge.sources.architecture import Names
+from evomerge.sources.adapter.parameter_names import ParameterNames
 from evomerge.sources.checkpoint import open_checkpoint
 
 peft = pytest.importorskip("peft", reason="compares with peft, which is not installed")
@@ -180,19 +180,19 @@ def test_an_adapter_on_single_experts_is_merged_into_them(tmp_path: Path) -> Non
 @pytest.mark.parametrize("stored", ["model.language_model.", "language_model.model.", "model.", ""])
 def test_a_layer_is_found_under_the_name_of_another_version(stored: str, prefix: str) -> None:
     name = "layers.1.self_attn.q_proj.weight"
-    names = Names(None, {f"{stored}{name}": (16, 16), f"vision_tower.{name}": (16, 16)})
-    found = names.find(f"{prefix}{name}")
+    names = ParameterNames(None, {f"{stored}{name}": (16, 16), f"vision_tower.{name}": (16, 16)})
+    found = names.parts_of(f"{prefix}{name}")
     assert found is not None
     assert [part.tensor for part in found] == [f"{stored}{name}"]
 
 
 def test_a_name_that_two_layers_could_have_is_none_of_them() -> None:
-    names = Names(None, {"model.layers.0.weight": (1,), "language_model.layers.0.weight": (1,)})
-    assert names.find("transformer.layers.0.weight") is None
+    names = ParameterNames(None, {"model.layers.0.weight": (1,), "language_model.layers.0.weight": (1,)})
+    assert names.parts_of("transformer.layers.0.weight") is None
 
 
 @pytest.mark.parametrize("turned", [None, True, False])
-def test_of_an_unknown_architecture_a_square_layer_needs_a_word(turned: bool | None, tmp_path: Path) -> None:
+def test_a_square_layer_of_an_unknown_architecture_needs_fan_in_fan_out(turned: bool | None, tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "novel", "architectures": ["Novel"]}))
@@ -288,7 +288,7 @@ UNTIED: dict[str, tuple[bool, dict[str, bool]]] = {  # whether base and sources 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 @pytest.mark.parametrize(("base_tied", "tied"), UNTIED.values(), ids=UNTIED)
-def test_a_trained_head_is_merged_whoever_is_tied(
+def test_a_trained_head_is_merged_whichever_model_is_tied(
     base_tied: bool, tied: dict[str, bool], method: str, tmp_path: Path
 ) -> None:
     base = write_llama(tmp_path / "base", tied=base_tied)
@@ -362,7 +362,7 @@ def test_pefts_defaults_are_merged(tmp_path: Path) -> None:
         ("use_bdlora", {"a": 1}, "block-diagonal"),
         ("arrow_config", {"a": 1}, "routes between several adapters"),
         ("monteclora_config", {"a": 1}, "its weights are sampled"),
-        ("megatron_config", {"a": 1}, "Megatron's parallel ones"),
+        ("megatron_config", {"a": 1}, "Megatron's parallel layers"),
         ("layer_replication", [[0, 2]], "layers are not the base model's"),
         ("init_lora_weights", "novel", "which may change the base model too"),
         ("some_new_setting", 3, "a setting of a newer PEFT"),

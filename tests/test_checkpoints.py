@@ -16,11 +16,11 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import load_recipe
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.config_differences import compare_settings
-from evomerge.sources.models import open_models
+from evomerge.sources.config_differences import compare_configs
+from evomerge.sources.open_models import open_models
 from evomerge.sources.quantised import packed_tensor
+from evomerge.sources.tensor_names import is_computed_buffer
 
 Q = "model.layers.0.self_attn.q_proj"
 U8, I8, I32, F8 = torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn
@@ -236,7 +236,7 @@ def llama(**settings: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_equal_meaning_is_no_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert compare_settings(ours, theirs) == []
+    assert compare_configs(ours, theirs) == []
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_equal_meaning_is_no_difference(ours: dict[str, Any], theirs: dict[str, 
 def test_what_gives_weights_another_meaning_is_found(
     ours: dict[str, Any], theirs: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
-    found = {(d.key, d.kind) for d in compare_settings(ours, theirs)}
+    found = {(d.key, d.kind) for d in compare_configs(ours, theirs)}
     assert set(expected) <= found
     if ours["model_type"] != "qwen3":  # whose sliding window changes the layers' types, too
         assert found == set(expected)
@@ -296,4 +296,4 @@ def test_another_rope_base_is_refused_unless_the_recipe_allows_it_by_name(tmp_pa
 def test_a_difference_of_another_name_cannot_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allow_differences"):
         SearchConfig.model_validate({"allow_differences": ["hidden_size"]})
-    assert not is_computed("model.layers.0.self_attn.q_proj.bias")
+    assert not is_computed_buffer("model.layers.0.self_attn.q_proj.bias")

@@ -144,7 +144,7 @@ def test_a_mergekit_file_is_merged_and_a_recipe_becomes_one(tmp_path: Path) -> N
     first, second = tmp_path / "first", tmp_path / "second"
     done = run_cli("merge", tmp_path / "mergekit.yml", "--out", first)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "note: int8_mask: means nothing to ties; passed over, as mergekit does\n"
+    assert done.stderr == "note: int8_mask: has no effect in ties; ignored, as in mergekit\n"
     done = run_cli("merge", first / "recipe.yaml", "--mergekit", tmp_path / "again.yml")
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'again.yml'}\n"), done.stderr
     assert run_cli("merge", tmp_path / "again.yml", "--out", second).returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.merge.kernels.compiler import Kept, run_compiler
+from evomerge.merge.kernels.compiler import FileCache, run_compiler
 
 SHELL = ["sh", "-c"]
 
@@ -120,18 +120,18 @@ def make(text: str) -> Callable[[Path], None]:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Kept:
-    found = Kept(tmp_path / "cache" / "evomerge" / "kernels", lambda line: None)
+def kept(tmp_path: Path) -> FileCache:
+    found = FileCache(tmp_path / "cache" / "evomerge" / "kernels", lambda line: None)
     found.file("x.so", make("first"))
     return found
 
 
-def again(kept: Kept) -> str:
+def again(kept: FileCache) -> str:
     """What is used when the file is asked for the next time."""
-    return Kept(kept.wanted, lambda line: None).file("x.so", make("second")).read_text()
+    return FileCache(kept.wanted, lambda line: None).file("x.so", make("second")).read_text()
 
 
-def test_a_kept_file_is_made_once_and_belongs_to_its_user_alone(kept: Kept):
+def test_a_kept_file_is_made_once_and_belongs_to_its_user_alone(kept: FileCache):
     assert again(kept) == "first"
     assert kept.wanted.stat().st_mode & 0o777 == 0o700
     assert (kept.wanted / "x.so").stat().st_mode & 0o077 == 0
@@ -166,14 +166,14 @@ def of_somebody_else(file: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [torn, changed, writable, linked, without_digest, of_somebody_else])
-def test_a_file_that_cannot_be_trusted_is_made_again(spoil: Callable[[Path], None], kept: Kept):
+def test_a_file_that_cannot_be_trusted_is_made_again(spoil: Callable[[Path], None], kept: FileCache):
     spoil(kept.wanted / "x.so")
     assert again(kept) == "second"
     assert not (kept.wanted / "x.so").is_symlink()
     assert again(kept) == "second"
 
 
-def test_a_folder_of_this_user_is_closed_to_others(kept: Kept):
+def test_a_folder_of_this_user_is_closed_to_others(kept: FileCache):
     for folder in (kept.wanted, kept.wanted.parent):
         folder.chmod(0o777)
     assert again(kept) == "first"
@@ -182,10 +182,10 @@ def test_a_folder_of_this_user_is_closed_to_others(kept: Kept):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 @pytest.mark.parametrize("which", ["kernels", "evomerge"])
-def test_a_folder_of_somebody_else_is_not_used(which: str, kept: Kept):
+def test_a_folder_of_somebody_else_is_not_used(which: str, kept: FileCache):
     os.chown(kept.wanted if which == "kernels" else kept.wanted.parent, 12345, -1)
     lines: list[str] = []
-    other = Kept(kept.wanted, lines.append)
+    other = FileCache(kept.wanted, lines.append)
     file = other.file("x.so", make("second"))
     assert file.read_text() == "second"
     assert file.parent != kept.wanted

@@ -16,14 +16,14 @@ from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations, load_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_policy import LOOKS
 from evomerge.search.evaluation.score_checks import finite_scores
-from evomerge.search.evaluation.settled_dtype import COMPUTE, settle_compute_dtype
+from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
 from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.storage.item_scores import evaluation_key
-from evomerge.search.storage.study import record_of
+from evomerge.search.storage.study import COMPUTE, record_of
 
 CPU = torch.device("cpu")
 

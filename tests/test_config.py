@@ -13,7 +13,7 @@ from evomerge.config.config_file import config_differences, dump_config, load_co
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import is_named
+from evomerge.merge.methods.knobs import is_named
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 DEFAULT = object()

@@ -1,5 +1,6 @@
 """Methods over tensors that linear algebra or data make: what they promise, and the files that they need."""
 
+import gc
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,17 +30,20 @@ from evomerge.evaluate.tasks import deal, items_of, open_tasks
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels import derived
 from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.kernels.regression import regression_mean
 from evomerge.merge.kernels.spectral import isotropic, singular_parts
 from evomerge.merge.live import destinations, load_live_model, open_live_model
 from evomerge.merge.materialise import materialise_tensor
-from evomerge.merge.measure.statistics_file import read_origin
+from evomerge.merge.measure.statistics_file import Origin, read_origin
 from evomerge.merge.methods.plan import FisherBlend
-from evomerge.merge.output.card import model_card
-from evomerge.merge.output.export import differences, export
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
-from evomerge.sources.models import open_models
-from evomerge.statistics.gather import choose_items, fisher, gather_statistics, grams
+from evomerge.sources.open_models import open_models
+from evomerge.statistics.gather import choose_items, fisher, gather_statistics, gram_shape, grams, linear_layers
+from evomerge.statistics.gather import write_statistics as write_statistics_file
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 CPU = torch.device("cpu")
@@ -149,7 +153,7 @@ def test_derived_tensors_are_made_once_and_survive_in_a_folder(
 
     monkeypatch.setattr(derived, "derive", lambda *_: pytest.fail("made again"))
     again = bank_of(folders, cache)
-    monkeypatch.setattr("evomerge.merge.bank.bank.derive", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("evomerge.merge.bank.derived_tensors.derive", lambda *_: pytest.fail("made again"))
     assert torch.equal(merged(recipe, again, MATRIX), first)
     assert not torch.equal(merged(recipe.model_copy(update={"parameters": {"lambda": 0.5}}), again, MATRIX), first)
     monkeypatch.undo()
@@ -188,7 +192,7 @@ def test_fisher_weighs_each_element_by_its_information(data: st.DataObject):
     weights = tuple(data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])) for _ in range(count))
     scales = tuple(data.draw(st.sampled_from([1.0, 1e3, 0.25])) for _ in range(count))
     out = torch.empty(size)
-    execute(FisherBlend(weights, scales, 1e-6), out, base, sources, information)
+    execute(FisherBlend(weights, scales, 1e-6), out, Operands(base, sources, information))
     exact = [w * (f.double() * s).clamp(1e-6) for w, f, s in zip(weights, information, scales, strict=True)]
     assert oracle.fisher(base, sources, exact).allows(out).all()
 
@@ -196,7 +200,7 @@ def test_fisher_weighs_each_element_by_its_information(data: st.DataObject):
 def test_without_information_fisher_is_the_weighted_mean():
     out = torch.empty(3)
     sources, nothing = [torch.full((3,), 1.0), torch.full((3,), 4.0)], [torch.zeros(3)] * 2
-    execute(FisherBlend((2.0, 1.0), (1.0, 1.0), 1e-6), out, torch.zeros(3), sources, nothing)
+    execute(FisherBlend((2.0, 1.0), (1.0, 1.0), 1e-6), out, Operands(torch.zeros(3), sources, nothing))
     assert out.tolist() == pytest.approx([2.0, 2.0, 2.0])
 
 
@@ -278,9 +282,10 @@ def test_gram_matrices_are_those_of_the_layers_inputs(tmp_path: Path):
     folder = write_llama(tmp_path / "model")
     model = load_live_model(folder, torch.float32, CPU)
     rows = rows_of(model, AutoTokenizer.from_pretrained(folder))
-    found, transposed = grams(model, Bank(open_models(folder, {})), rows, silent)
+    shapes, matrices = grams(model, linear_layers(model, Bank(open_models(folder, {}))), rows, silent)
+    found = dict(zip(shapes, matrices, strict=True))
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in found.items()} == shapes
     assert found.keys() == {n for n in llama_shapes() if "proj" in n or n == "lm_head.weight"}
-    assert transposed == []
     assert all(torch.equal(g, g.T) for g in found.values())
     block = model.model.layers[0]
     inputs = [
@@ -290,6 +295,46 @@ def test_gram_matrices_are_those_of_the_layers_inputs(tmp_path: Path):
     for name in ("q_proj", "k_proj", "v_proj"):
         assert torch.allclose(found[f"model.layers.0.self_attn.{name}.weight"], expected, rtol=1e-6)
     assert not model.model.layers[0].self_attn.q_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("room", [1, 1 << 30])
+def test_one_group_of_gram_matrices_is_in_memory_at_a_time(room: int, tmp_path: Path):
+    folder = write_llama(tmp_path / "model")
+    model = load_live_model(folder, torch.float32, CPU)
+    rows = rows_of(model, AutoTokenizer.from_pretrained(folder))
+    layers = linear_layers(model, Bank(open_models(folder, {})))
+    sizes = {gram_shape(x) for x in layers.values()}
+    alive: list[int] = []
+
+    def count(done: int) -> None:
+        gc.collect()
+        alive.append(sum(type(x) is Tensor and x.dtype == torch.float64 and x.shape in sizes for x in gc.get_objects()))
+
+    def rest(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(out, "pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()  # noqa: SIM118
+
+    origin = Origin("regmean", {"rev": ["1"]}, {"model.safetensors": "0"}, transposed=["ä"])
+    shapes, matrices = grams(model, layers, rows, count, room)
+    write_statistics_file(tmp_path / "out.regmean", shapes, matrices, origin, folder)
+    groups = len(layers) if room == 1 else 1
+    assert len(alive) == len(rows) * groups
+    assert max(alive) == len(layers) // groups
+
+    tensors, metadata = rest(tmp_path / "out.regmean")
+    save_file(tensors, tmp_path / "whole.regmean", metadata)
+    assert (tmp_path / "out.regmean").read_bytes() == (tmp_path / "whole.regmean").read_bytes()
+    assert metadata == origin.metadata()
+
+
+def test_a_layer_that_no_item_reaches_has_no_matrix(tmp_path: Path):
+    folder = write_llama(tmp_path / "model")
+    model = load_live_model(folder, torch.float32, CPU)
+    rows = rows_of(model, AutoTokenizer.from_pretrained(folder))
+    layers = linear_layers(model, Bank(open_models(folder, {})))
+    shapes, matrices = grams(model, layers | {"a": torch.nn.Linear(3, 2), "z": torch.nn.Linear(3, 2)}, rows, silent, 1)
+    assert shapes.keys() == layers.keys()
+    assert len(list(matrices)) == len(layers)
 
 
 def write_gathered(
@@ -357,6 +402,16 @@ def refused(recipe: Recipe, folders: dict[str, Path]) -> str:
 
 def test_statistics_of_the_other_kind_are_refused(family: dict[str, Path]):
     assert "holds regmean statistics, but fisher ones" in refused(recipe_over(family, "fisher", "regmean"), family)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "regmean"])
+def test_a_bank_that_merged_without_statistics_merges_with_them(kind: str, family: dict[str, Path]):
+    bank, recipe = bank_of(family), recipe_over(family, kind, kind)
+    for _ in range(2):  # the second time with the operands of the first
+        plain = merged(recipe_over(family, "task_arithmetic", weight=0.5), bank, MATRIX)
+    found = merged(recipe, bank, MATRIX)
+    assert torch.equal(found, merged(recipe, bank_of(family), MATRIX))
+    assert not torch.equal(found, plain)
 
 
 def test_statistics_of_another_model_are_refused(family: dict[str, Path]):
@@ -451,7 +506,7 @@ def test_a_merge_of_trained_models_opens_and_is_made_again(method: str, tiny_fam
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.tensor([[5, 9, 11]])).logits.isfinite().all()
     export(load_recipe(tmp_path / "out" / "recipe.yaml"), bank_of(folders), tmp_path / "again", model_card)
-    assert differences(tmp_path / "out", tmp_path / "again") == []
+    assert model_differences(tmp_path / "out", tmp_path / "again") == []
 
 
 def test_reproduce_names_a_statistics_file_that_changed(tiny_family: Path, files: Path, tmp_path: Path):

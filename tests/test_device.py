@@ -23,16 +23,16 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import Room, Share, device_capacity, group_limits, pinned_capacity
 from evomerge.merge.bank.transfer import Transfers, pinned_size
 from evomerge.merge.materialise import materialise
-from evomerge.merge.measure import reductions
+from evomerge.merge.measure import gram, ranks, sums
 from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.run import Run
 from evomerge.search.workers import make_workers as module
-from evomerge.search.workers.options import WorkerOptions
 from evomerge.search.workers.process_worker import one_device
 from evomerge.search.workers.worker import WorkerSetup
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.search.workers.worker_options import WorkerOptions
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
 from evomerge.statistics.gather import fitting_groups
 
 CPU = torch.device("cpu")
@@ -75,8 +75,8 @@ def test_a_candidate_is_the_same_whatever_the_bank_may_hold(method: str, capacit
     for _ in range(2):
         found = merged(bank, recipe)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
-    assert sum(x.nbytes for x in bank.held.values()) == bank.room.taken <= capacity
-    assert not bank.recent
+    assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
+    assert not bank.tensors.in_use
     assert bank.transfers is not None
     assert not bank.transfers.coming
 
@@ -93,7 +93,7 @@ def test_capacity_is_exact_when_threads_share_a_bank(folders: dict[str, Path]):
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, bank.names * 8))
-        assert sum(x.nbytes for x in bank.held.values()) == bank.room.taken <= capacity
+        assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
 
 
 def test_a_room_never_gives_more_than_it_has():
@@ -139,7 +139,7 @@ def test_an_interrupted_merge_leaves_nothing_behind(folders: dict[str, Path]):
         materialise(recipe, bank, out, stop)
     assert bank.transfers is not None
     assert not bank.transfers.coming
-    assert not bank.recent
+    assert not bank.tensors.in_use
 
 
 def test_ranks_are_counted_and_sent_like_sources(folders: dict[str, Path], tmp_path: Path):
@@ -153,19 +153,19 @@ def test_ranks_are_counted_and_sent_like_sources(folders: dict[str, Path], tmp_p
         found = merged(bank, recipe)
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
         assert any(key[0] == "levels" for key in sent)
-        assert sum(x.nbytes for x in bank.held.values()) == bank.room.taken <= capacity
+        assert sum(x.nbytes for x in bank.tensors.held.values()) == bank.room.taken <= capacity
 
 
 def test_an_adapter_is_held_as_its_factors_where_not_all_fits(folders: dict[str, Path]):
     small, large = bank_of(folders, 20_000), bank_of(folders, 10_000_000)
     model = small.models.sources["lora"]
-    touched = [n for n in small.names if model.touches(n)]
+    touched = [n for n in small.names if model.may_differ(n)]
     for bank in (small, large):
         for name in touched:
             assert torch.equal(bank.source("lora", name), model.read(name))
-    assert not [key for key in small.held if key[0] == "lora"]
+    assert not [key for key in small.tensors.held if key[0] == "lora"]
     assert len(small.changes) == len(touched)
-    assert {key[1] for key in large.held if key[0] == "lora"} == set(touched)
+    assert {key[1] for key in large.tensors.held if key[0] == "lora"} == set(touched)
 
 
 def test_what_was_derived_is_looked_up_before_its_operands_are_read(
@@ -183,8 +183,8 @@ def test_what_was_derived_is_looked_up_before_its_operands_are_read(
     monkeypatch.setattr(bank, "source", lambda s, n: read.append(n) or original(s, n))
     again = merged(bank, recipe)
     assert all(torch.equal(first[n], again[n]) for n in first)
-    assert bank.made
-    assert not {n for _, n, *_ in bank.made} & set(read)
+    assert bank.derived_tensors.kept
+    assert not {n for _, n, *_ in bank.derived_tensors.kept} & set(read)
 
 
 def test_what_is_on_its_way_and_in_use_stays_within_the_window():
@@ -316,8 +316,8 @@ def test_a_part_of_a_trial_ends_when_the_device_has_done_it(monkeypatch: pytest.
 @pytest.mark.parametrize("n", [1, 5, 16, 17, 64, 100, 128, 777, 64 * 17 + 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_with_few_launches_have_the_same_bits(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reductions, "LANES", 16)
-    monkeypatch.setattr(reductions, "SEGMENT", 64)
+    monkeypatch.setattr(sums, "LANES", 16)
+    monkeypatch.setattr(sums, "SEGMENT", 64)
     generator = torch.Generator().manual_seed(n)
     scale = 10.0 ** torch.randint(-20, 10, (3, n), generator=generator)
     x = [row.to(dtype) for row in torch.randn((3, n), generator=generator) * scale]
@@ -326,14 +326,12 @@ def test_sums_with_few_launches_have_the_same_bits(n: int, dtype: torch.dtype, m
     def part(where: slice) -> Tensor:
         return terms[:, where]
 
-    assert np.array_equal(reductions.summed(n, part, 3), reductions.summed_abreast(n, part, 3))
-    assert np.array_equal(reductions.gram_matrix(x), reductions.gram_matrix_abreast(x))
+    assert np.array_equal(sums.summed(n, part, 3), sums.summed_abreast(n, part, 3))
+    assert np.array_equal(gram.gram_matrix(x), gram.gram_matrix_abreast(x))
     exact = [
         row.bfloat16() for row in torch.randn((3, n), generator=generator)
     ]  # whose differences' products are exact
-    assert np.array_equal(
-        reductions.gram_matrix(exact[1:], exact[0]), reductions.gram_matrix_abreast(exact[1:], exact[0])
-    )
+    assert np.array_equal(gram.gram_matrix(exact[1:], exact[0]), gram.gram_matrix_abreast(exact[1:], exact[0]))
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 300), (3, 1)])
@@ -341,5 +339,5 @@ def test_ranks_by_scatter_are_those_by_sorting(shape: tuple[int, ...]):
     generator = torch.Generator().manual_seed(1)
     base, source = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
     rows = (source.float() - base.float()).abs().reshape(1 if len(shape) == 1 else shape[0], -1)
-    found = reductions.levels_by_scatter(rows, torch.int32, 16).reshape(shape)
-    assert torch.equal(found, reductions.rank_levels(source, base))
+    found = ranks.levels_by_scatter(rows, torch.int32, 16).reshape(shape)
+    assert torch.equal(found, ranks.rank_levels(source, base))

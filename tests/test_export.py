@@ -41,14 +41,16 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
-from evomerge.merge.output.export import differences, export, output_tensors, total_bytes
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export, output_specs, total_bytes
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.output.shards import plan_shards
 from evomerge.merge.recipe.coefficients import Coefficient
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_fingerprints, load_recipe
-from evomerge.sources.adapter.change import low_rank_product
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
+from evomerge.sources.adapter.tensor_change import low_rank_product
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 
 logging.disable_progress_bar()
 
@@ -200,7 +202,7 @@ def test_a_sharded_export_holds_the_same_tensors(family: dict[str, Path], tmp_pa
     files = sorted(shards.glob("*.safetensors"))
     assert len(files) > 3
     assert [f.name for f in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    assert [d for d in differences(whole, shards) if not d.name.endswith(".json")] == []
+    assert [d for d in model_differences(whole, shards) if not d.name.endswith(".json")] == []
     index = json.loads((shards / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_in(whole).values())
     assert AutoModelForCausalLM.from_pretrained(shards).dtype == torch.bfloat16
@@ -211,7 +213,7 @@ def test_a_sharded_export_holds_the_same_tensors(family: dict[str, Path], tmp_pa
 def test_a_shard_is_within_its_limit_or_a_single_tensor(limit: int, tmp_path_factory: pytest.TempPathFactory):
     folders = write_family(tmp_path_factory.mktemp("shards"), ["one"])
     recipe, bank = recipe_for(folders), bank_of(folders)
-    shards = list(plan_shards(output_tensors(recipe, bank), limit).values())
+    shards = list(plan_shards(output_specs(recipe, bank), limit).values())
     size = {name: info.bytes // 2 for name, info in bank.models.base.tensors.items()}  # float32 in, bfloat16 out
     assert [name for shard in shards for name in shard] == bank.names
     assert all(len(shard) == 1 or sum(size[n] for n in shard) <= limit for shard in shards)
@@ -226,14 +228,14 @@ def test_the_same_recipe_twice_gives_the_same_bytes(method: str, family: dict[st
     second = exported(family, load_recipe(first / "recipe.yaml"), tmp_path / "second")
     assert {f.name for f in first.iterdir()} == {f.name for f in second.iterdir()}
     assert all(f.read_bytes() == (second / f.name).read_bytes() for f in first.iterdir() if f.name != "recipe.yaml")
-    assert differences(first, second) == []
+    assert model_differences(first, second) == []
 
 
 def test_another_seed_gives_another_dare(family: dict[str, Path], tmp_path: Path):
     recipe = recipe_for(family, "dare_linear", density=0.5)
     first = exported(family, recipe, tmp_path / "first")
     second = exported(family, recipe.model_copy(update={"seed": 8}), tmp_path / "second")
-    assert {d.name for d in differences(first, second)} == set(tensors_in(first))
+    assert {d.name for d in model_differences(first, second)} == set(tensors_in(first))
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
@@ -246,7 +248,7 @@ def test_a_flipped_byte_is_found_in_its_tensor(tensor: str, family: dict[str, Pa
     begin, end = json.loads(content[8 : 8 + header])[tensor]["data_offsets"]
     content[8 + header + end - 1] ^= 1
     file.write_bytes(content)
-    (found,) = differences(first, second)
+    (found,) = model_differences(first, second)
     assert (found.name, found.what) == (tensor, f"1 of {end - begin} bytes differ".replace("1024", "1,024"))
 
 
@@ -258,7 +260,7 @@ def test_differences_tell_of_types_of_missing_tensors_and_of_other_files(family:
     del weights["lm_head.weight"]
     write_weights(second, weights)
     (second / "tokenizer.json").unlink()
-    found = {d.name: d.what for d in differences(first, second)}
+    found = {d.name: d.what for d in model_differences(first, second)}
     assert found == {
         "lm_head.weight": f"only in {first}",
         "model.norm.weight": f"torch.bfloat16 ({HIDDEN},) and torch.float32 ({HIDDEN},)",

@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from evomerge.cli import main
 from evomerge.errors import EvomergeError
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.output.model_card import model_card
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe
 
 TEXT = {
@@ -170,11 +170,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[dict[str, list[int]]], str]] 
     ),
     "dense layers after sparse ones": (
         "deepseek_v3", TEXT | LATENT | {"first_k_dense_replace": 2}, [{"base": [0, 4]}, {"one": [0, 2]}],
-        "transformers would not load this model as it is meant",
+        "transformers would not load this model correctly",
     ),
     "layers scaled by their number": (
         "gpt2", STACKS["gpt2"][0] | {"scale_attn_by_inverse_layer_idx": True}, [{"base": [0, 2]}, {"one": [0, 2]}],
-        "base has layers whose place decides what they compute (scale_attn_by_inverse_layer_idx)",
+        "base has layers whose position decides what they compute (scale_attn_by_inverse_layer_idx)",
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ def change(folders: Mapping[str, Path], **changes: Tensor | None) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
-    "missing": ({UP: None}, f"1 tensor(s) are missing, random numbers would stand there: {UP}"),
+    "missing": ({UP: None}, f"1 tensor(s) are missing, transformers would fill them with random numbers: {UP}"),
     "misshapen": ({UP: torch.zeros(20, 16)}, f"1 tensor(s) have another shape: {UP}, (20, 16) for (24, 16)"),
 }
 
@@ -284,5 +284,5 @@ def test_a_search_whose_models_would_not_load_is_refused_before_there_is_a_run_f
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert f"1 tensor(s) are missing, random numbers would stand there: {UP}" in capsys.readouterr().err
+    assert f"1 tensor(s) are missing, transformers would fill them with random numbers: {UP}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -12,11 +12,11 @@ from models import write_llama
 from evomerge.cli import main
 from evomerge.config.config_file import load_config, pin
 from evomerge.errors import EvomergeError
-from evomerge.merge.output.export import differences
+from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.task_set import TaskSet
-from evomerge.search.run import check_unchanged, create_run
+from evomerge.search.inputs import check_unchanged, create_run
+from evomerge.search.models import open_config_models
 from evomerge.search.space.baselines import given
 from evomerge.search.space.space import build_space
 from evomerge.sources.locate import locate, pinned, snapshot
@@ -75,9 +75,9 @@ def test_an_exported_model_is_reproduced_from_the_commit_that_it_was_made_of(hub
     for name in ("base", "one"):
         hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
     assert command("reproduce", "merged/recipe.yaml", "--out", "again", "--check", "merged") == 0
-    assert differences(tmp_path / "merged", tmp_path / "again") == []
+    assert model_differences(tmp_path / "merged", tmp_path / "again") == []
     assert command("merge", "r.yaml", "--out", "newer") == 0
-    assert differences(tmp_path / "merged", tmp_path / "newer") != []
+    assert model_differences(tmp_path / "merged", tmp_path / "newer") != []
 
 
 def write_search(folder: Path) -> Path:
@@ -104,7 +104,7 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
     base = hub.push("me/base", write_llama(tmp_path / "base"))
     one = hub.push("me/one", write_llama(tmp_path / "one", 1))
     file, task_set = write_search(tmp_path), TaskSet([], {})
-    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)  # no task is asked here
+    monkeypatch.setattr("evomerge.search.inputs.open_task_set", lambda config: task_set)  # no task is asked here
     run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     kept = yaml.safe_load(run.config_file.read_text())
     assert kept["base"] == f"me/base@{base}"
@@ -126,7 +126,7 @@ def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, mon
     for name in ("base", "one", "two"):
         hub.push(f"me/{name}", write_llama(tmp_path / name))
     file, task_set = write_search(tmp_path), TaskSet([], {})
-    monkeypatch.setattr("evomerge.search.run.open_task_set", lambda config: task_set)
+    monkeypatch.setattr("evomerge.search.inputs.open_task_set", lambda config: task_set)
     run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")
     file.write_text(file.read_text().replace("me/one", "me/two"))
     with pytest.raises(EvomergeError, match=r"sources.0.path: me/one@\w+ -> me/two@\w+"):

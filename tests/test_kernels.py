@@ -13,17 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merge.bank.bank import mask_key, mask_keys
 from evomerge.merge.kernels import compiled as compile_module
-from evomerge.merge.kernels.call import piece_size
 from evomerge.merge.kernels.compiled import Compiled, Variant
 from evomerge.merge.kernels.derived import threads
 from evomerge.merge.kernels.elementwise import SparseForm, signed_word
-from evomerge.merge.kernels.execute import execute, random_mask
-from evomerge.merge.measure import reductions
+from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.operands import Operands
+from evomerge.merge.kernels.piecewise import piece_size
+from evomerge.merge.kernels.random_masks import mask_key, mask_keys, random_mask
+from evomerge.merge.measure import sums
+from evomerge.merge.measure.gram import gram_matrix
+from evomerge.merge.measure.magnitudes import Magnitudes
 from evomerge.merge.measure.measurements import no_levels
-from evomerge.merge.measure.reductions import Magnitudes, gram_matrix
-from evomerge.merge.methods.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend, chance, kept_count
+from evomerge.merge.methods.density import chance, kept_count
+from evomerge.merge.methods.plan import Blend, Chance, Clip, Plan, SliceBlend, SparseBlend
 
 WEIGHTS = (0.3, -0.7, 1.1)
 CHANCES = tuple(map(chance, (0.5, 0.2, 0.9)))
@@ -73,7 +76,7 @@ def run(
         ]
     if isinstance(plan, Clip) or (isinstance(plan, SparseBlend) and plan.keep == "importance"):
         sources = sources[:1]
-    largest = execute(plan, out, base, sources, [x.to(base.device) for x in planes], KEYS, compiled, piece)
+    largest = execute(plan, out, Operands(base, sources, [x.to(base.device) for x in planes], KEYS), compiled, piece)
     assert torch.equal(largest.cpu(), out.float().abs().amax().cpu() if out.numel() else torch.zeros(()))
     return out
 
@@ -139,7 +142,7 @@ def test_a_mask_does_not_hide_a_broken_source(name: str, broken: float):
     assert isinstance(plan, SparseBlend)
     count = len(plan.weights)
     planes = {"rank": [torch.zeros(2, 50, dtype=torch.uint8)] * 3, "importance": [torch.ones(2, 1)]}.get(plan.keep, [])
-    assert not execute(plan, out, base, sources[:count], planes, KEYS).isfinite()
+    assert not execute(plan, out, Operands(base, sources[:count], planes, KEYS)).isfinite()
 
 
 def test_slices_have_coefficients_of_their_own():
@@ -166,7 +169,7 @@ def compiled() -> Compiled:
     lines: list[str] = []
     found = Compiled(Path(__file__).resolve().parent.parent / ".cache" / "kernels", lines.append)
     flat = torch.zeros(2).bfloat16()
-    found.kernel(Variant.of_blend(flat, flat, [flat] * 3))
+    found.kernel(Variant.of(flat, flat, [flat] * 3))
     if found.reasons:
         pytest.skip(f"nothing can be compiled here: {lines}")
     return found
@@ -229,7 +232,7 @@ def test_compiled_kernels_take_planes_that_are_one_number(compiled: Compiled):
     plan = SparseBlend(WEIGHTS, "rank", chances=(*RANKED[:2], CHANCES[2]), elect="weighted", normalize=True)
     outs = [torch.empty_like(base) for _ in range(2)]
     for out, kernels in zip(outs, (compiled, None), strict=True):
-        execute(plan, out, base, sources, [ranks, ranks, no_levels(base)], KEYS, kernels)
+        execute(plan, out, Operands(base, sources, [ranks, ranks, no_levels(base)], KEYS), kernels)
     assert torch.equal(*outs)
 
 
@@ -285,7 +288,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     lines: list[str] = []
     compiled = Compiled(tmp_path, lines.append)
     flat = torch.zeros(2)
-    assert compiled.kernel(Variant.of_blend(flat, None, [flat])) is None
+    assert compiled.kernel(Variant.of(flat, None, [flat])) is None
     assert "/nowhere/g++" in lines[0]
     assert list(tmp_path.iterdir()) == []
 
@@ -319,7 +322,7 @@ def test_a_variant_that_cannot_be_compiled_leaves_the_others(tmp_path: Path, mon
     flat = torch.zeros(100)
     compiled = Compiled(tmp_path, lambda _: None)
     for count in (1, 2, 1):
-        assert compiled.kernel(Variant.of_blend(flat, None, [flat] * count)) is None
+        assert compiled.kernel(Variant.of(flat, None, [flat] * count)) is None
     assert tried == [1, 2]
 
 
@@ -463,7 +466,7 @@ def test_a_threshold_is_the_kth_largest_magnitude(kind: str, size: int, dtype: t
 
 
 def test_a_threshold_sees_past_the_first_chunk(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reductions, "CHUNK", 1000)
+    monkeypatch.setattr(sums, "CHUNK", 1000)
     source, base = spread(5003, "normal"), torch.zeros(5003)
     source[-1] = 100.0
     sizes = task_vector(source, base)
@@ -493,17 +496,17 @@ def test_the_gram_matrix_agrees_with_float64(dtype: torch.dtype):
 
 @pytest.mark.parametrize(("lanes", "segment"), [(1, 4), (3, 7), (8, 8), (1 << 15, 1 << 22)])
 def test_a_gram_matrix_adds_up_lane_by_lane(monkeypatch: pytest.MonkeyPatch, lanes: int, segment: int):
-    monkeypatch.setattr(reductions, "LANES", lanes)
-    monkeypatch.setattr(reductions, "SEGMENT", segment)
+    monkeypatch.setattr(sums, "LANES", lanes)
+    monkeypatch.setattr(sums, "SEGMENT", segment)
     x = torch.randn(30, generator=torch.Generator().manual_seed(0))
     expected = 0.0
     for begin in range(0, 30, segment):
         part = [float(v) ** 2 for v in x[begin : begin + segment].double()]
-        sums = [sum(part[lane::lanes]) for lane in range(min(lanes, len(part)))]
-        while len(sums) > 1:
-            half, odd = divmod(len(sums), 2)
-            sums = [a + b for a, b in zip(sums[:half], sums[half + odd :], strict=True)] + sums[half:][:odd]
-        expected += sums[0]
+        added = [sum(part[lane::lanes]) for lane in range(min(lanes, len(part)))]
+        while len(added) > 1:
+            half, odd = divmod(len(added), 2)
+            added = [a + b for a, b in zip(added[:half], added[half + odd :], strict=True)] + added[half:][:odd]
+        expected += added[0]
     assert gram_matrix([x])[0, 0] == expected
 
 

@@ -19,13 +19,15 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise, materialise_tensor
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
-from evomerge.merge.output.export import differences, export
-from evomerge.merge.recipe.layout import Slice
-from evomerge.merge.recipe.nested import open_bank
-from evomerge.merge.recipe.recipe import Recipe, check_fingerprints, load_recipe
-from evomerge.sources.anatomy import at_layer, place
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
+from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints
+from evomerge.merge.recipe.recipe import Recipe, load_recipe
+from evomerge.merge.recipe.slices import Slice
 from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.tensor_names import name_in_layer, tensor_role
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Folders = Mapping[str, Path]
@@ -69,7 +71,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def layer(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     """One layer's tensors under the names of layer 0."""
-    return {at_layer(n, 0): t for n, t in tensors.items() if place(n).layer == number}
+    return {name_in_layer(n, 0): t for n, t in tensors.items() if tensor_role(n).layer == number}
 
 
 def same(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> bool:
@@ -83,7 +85,7 @@ def test_one_source_per_slice_stacks_the_layers_of_several_models(models: Folder
     found = merged(recipe_of(models, [{"one": [0, 2]}, {"two": [1, 4]}, {"one": [1, 2]}]))
     one, two = weights(models["one"]), weights(models["two"])
     expected = [(one, 0), (one, 1), (two, 1), (two, 2), (two, 3), (one, 1)]
-    assert max(place(n).layer or 0 for n in found) == 5
+    assert max(tensor_role(n).layer or 0 for n in found) == 5
     for number, (source, at) in enumerate(expected):
         assert same(layer(found, number), layer(source, at)), number
     assert torch.equal(found[EMBEDDING], one[EMBEDDING])
@@ -112,9 +114,9 @@ def test_each_layer_is_what_the_method_makes_of_the_layers_that_its_slice_names(
     by_hand = {n: write_llama(tmp_path / n, layers=3) for n in chosen}
     for name, folder in by_hand.items():
         have = weights(models[name])
-        built = {n: have[n] for n in have if place(n).layer is None}
+        built = {n: have[n] for n in have if tensor_role(n).layer is None}
         for i, at in enumerate(rows[name]):
-            built |= {at_layer(n, i): t.clone() for n, t in layer(have, at).items()}
+            built |= {name_in_layer(n, i): t.clone() for n, t in layer(have, at).items()}
         save_file(built, folder / "model.safetensors", metadata={"format": "pt"})
     plain = {
         "method": method, "dtype": "float32", "base": {"path": str(by_hand["base"])}, "parameters": knobs,
@@ -183,8 +185,8 @@ def test_any_frankenmerge_is_a_list_of_copied_layers(parts: list[tuple[str, int,
     name = "model.layers.0.mlp.up_proj.weight"
     for number, (source, at) in enumerate(expected):
         out = torch.empty(bank.layout.tensors[name].shape)
-        materialise_tensor(recipe, bank, at_layer(name, number), out)
-        assert torch.equal(out, bank.models.sources[source].read(at_layer(name, at)))
+        materialise_tensor(recipe, bank, name_in_layer(name, number), out)
+        assert torch.equal(out, bank.models.sources[source].read(name_in_layer(name, at)))
 
 
 def test_components_of_two_models_are_put_together_by_weights_of_one_and_zero(models: Folders):
@@ -196,7 +198,7 @@ def test_components_of_two_models_are_put_together_by_weights_of_one_and_zero(mo
     found = merged(Recipe.model_validate(content))
     one, base = weights(models["one"]), weights(models["base"])
     for name, tensor in found.items():
-        assert torch.equal(tensor, (one if place(name).component == "attention" else base)[name]), name
+        assert torch.equal(tensor, (one if tensor_role(name).component == "attention" else base)[name]), name
 
 
 # --- What is written ---
@@ -224,7 +226,7 @@ def test_what_is_scored_is_what_is_written_and_can_be_made_again(
     assert opened.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False).shape[1] > 3
     again = load_recipe(tmp_path / "out" / "recipe.yaml")
     export(again, open_bank(again), tmp_path / "again", model_card, shard_bytes=5000)
-    assert differences(tmp_path / "out", tmp_path / "again") == []
+    assert model_differences(tmp_path / "out", tmp_path / "again") == []
 
 
 def test_a_candidate_overwrites_every_weight_of_the_live_model(models: Folders):
@@ -295,8 +297,8 @@ def test_slices_that_the_models_do_not_have_are_refused(
 
 BAD: dict[str, tuple[list[dict[str, list[int]]], dict[str, Any], str]] = {
     "unequal ranges": ([{"one": [0, 2], "two": [0, 3]}], {}, "equally long, here are one 2, two 3"),
-    "backwards": ([{"one": [2, 1]}], {}, "layers.one: [2, 1] is no range"),
-    "negative": ([{"one": [-1, 1]}], {}, "layers.one: [-1, 1] is no range"),
+    "backwards": ([{"one": [2, 1]}], {}, "layers.one: [2, 1] is not a range"),
+    "negative": ([{"one": [-1, 1]}], {}, "layers.one: [-1, 1] is not a range"),
     "nobody": ([{"one": [0, 1]}, {}], {}, "layers: names no model"),
     "a stranger": ([{"one": [0, 1]}, {"six": [0, 1]}], {}, "slices.1.layers: 'six' is not one of base, one"),
     "no base for ties": (

@@ -119,7 +119,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
         patience = Patience(lambda: None, lambda line: None)
         study = open_study(server.url, "s", create=True, patience=patience)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "machine", lambda: "far")
+            patch.setattr(module, "machine_id", lambda: "far")
             held = lease(open_study(server.url, "s", create=True, patience=patience), every=0.5)
 
         def outage() -> None:
@@ -139,7 +139,7 @@ def test_a_holder_elsewhere_that_beats_keeps_the_study_also_over_an_outage(monke
 
 def suspended(url: str, told: Connection) -> None:
     """A driver elsewhere that is stopped for a while, and what each of its writes says afterwards."""
-    module.machine = lambda: "far"  # type: ignore[assignment]
+    module.machine_id = lambda: "far"  # type: ignore[assignment]
     study = SearchStudy(open_study(url, "s", create=True), space_of(sampler="random"))
     begun = study.begin(None)
     held = lease(study.stored, every=0.1)

@@ -11,16 +11,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.merge.bank.bank import mask_keys
 from evomerge.merge.kernels import elementwise
 from evomerge.merge.kernels.derived import threads
-from evomerge.merge.kernels.execute import random_mask
-from evomerge.merge.measure import reductions
+from evomerge.merge.kernels.random_masks import mask_keys, random_mask
+from evomerge.merge.measure import sums
+from evomerge.merge.measure.divergence import divergences
+from evomerge.merge.measure.magnitudes import Magnitudes
 from evomerge.merge.measure.measurements import Measurements
-from evomerge.merge.measure.reductions import Magnitudes, divergences, rank_levels
+from evomerge.merge.measure.ranks import rank_levels
 from evomerge.merge.methods.breadcrumbs import band
 from evomerge.merge.methods.della import rank_chance
-from evomerge.merge.methods.plan import Chance, SparseBlend, chance
+from evomerge.merge.methods.density import chance
+from evomerge.merge.methods.plan import Chance, SparseBlend
 from evomerge.merge.methods.rescale import EXPECTED, L1, NONE, gain
 
 SHAPES: list[tuple[int, ...]] = [(), (1,), (257,), (31, 40), (5, 6, 7), (3, 2, 2, 5), (0,), (4, 0), (0, 0)]
@@ -85,7 +87,7 @@ sizes_of = {
 @pytest.mark.parametrize("n", [1, 2, 500, 40_000])
 @pytest.mark.parametrize("chunk", [333, 1 << 17])
 def test_the_kth_largest_is_the_kth_of_a_sort(kind: str, n: int, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reductions, "CHUNK", chunk)
+    monkeypatch.setattr(sums, "CHUNK", chunk)
     values = torch.tensor(sizes_of[kind](n, np.random.default_rng(n)), dtype=torch.float32).abs()
     ordered = values.sort(descending=True).values
     found = Magnitudes.of(n, lambda part: values[part])
@@ -136,7 +138,7 @@ def test_a_row_of_any_length_has_levels():
 def test_levels_do_not_depend_on_how_many_rows_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch):
     base, source = tensors((37, 50), 1, torch.bfloat16)
     whole = rank_levels(source, base)
-    monkeypatch.setattr(reductions, "CHUNK", 120)
+    monkeypatch.setattr(sums, "CHUNK", 120)
     assert torch.equal(rank_levels(source, base), whole)
 
 
@@ -260,9 +262,9 @@ def test_ranks_and_counts_do_not_depend_on_chunks_and_sums_hardly(monkeypatch: p
     found = tensors((30, 71), 3)
     before = everything(measure(*found))
     for chunk, lanes, segment in [(29, 64, 64), (100, 70, 500), (2129, 2130, 2131), (5000, 64, 200)]:
-        monkeypatch.setattr(reductions, "CHUNK", chunk)
-        monkeypatch.setattr(reductions, "LANES", lanes)
-        monkeypatch.setattr(reductions, "SEGMENT", segment)
+        monkeypatch.setattr(sums, "CHUNK", chunk)
+        monkeypatch.setattr(sums, "LANES", lanes)
+        monkeypatch.setattr(sums, "SEGMENT", segment)
         now = everything(measure(*found))
         assert now[3:5] == before[3:5]
         assert now[7:9] == before[7:9]
@@ -273,7 +275,7 @@ def test_ranks_and_counts_do_not_depend_on_chunks_and_sums_hardly(monkeypatch: p
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 13, 100])
 def test_a_total_by_halving_counts_every_lane_once(size: int):
     lanes = 2.0 ** torch.arange(size).double() if size < 50 else torch.arange(size).double()
-    assert reductions.total(lanes.clone().repeat(2, 1)).tolist() == [lanes.sum().item()] * 2
+    assert sums.total(lanes.clone().repeat(2, 1)).tolist() == [lanes.sum().item()] * 2
 
 
 # --- What is asked twice ---
@@ -282,10 +284,10 @@ def test_a_total_by_halving_counts_every_lane_once(size: int):
 def test_what_no_knob_changes_is_measured_once():
     measured = measure(*tensors((30, 40), 3))
     before = everything(measured)
-    kept = dict(measured.kept)
+    kept = dict(measured.cache)
     assert everything(measured) == before
-    assert measured.kept.keys() == kept.keys()  # however many candidates ask, no more is held
-    assert all(measured.kept[k] is kept[k] for k in kept)
+    assert measured.cache.keys() == kept.keys()  # however many candidates ask, no more is held
+    assert all(measured.cache[k] is kept[k] for k in kept)
 
 
 # --- Random masks by rank ---

@@ -18,15 +18,15 @@ from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
 from evomerge.merge.bank.bank import Bank
-from evomerge.merge.mergekit.read import load_merge
-from evomerge.merge.mergekit.write import dump_mergekit
-from evomerge.merge.output.card import model_card
+from evomerge.merge.mergekit.from_recipe import dump_mergekit
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.output.export import export
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.output.model_card import model_card
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.embedding_rows import vocabulary_tensors
 from evomerge.sources.tokenizer import read_vocabulary
-from evomerge.sources.vocabulary import vocabulary_tensors
 
 MERGEKIT = os.environ.get("EVOMERGE_MERGEKIT")
 pytestmark = [

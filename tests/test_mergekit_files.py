@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from models import LAYERS, llama_shapes, write_adapter, write_family, write_llama
 
 from evomerge.errors import EvomergeError
+from evomerge.merge.mergekit.coefficient_from_values import shortest_coefficient, value_from_entries
+from evomerge.merge.mergekit.from_recipe import dump_mergekit
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.mergekit.mergekit_methods import MERGEKIT
-from evomerge.merge.mergekit.parse import parse
-from evomerge.merge.mergekit.read import load_merge, to_recipe
-from evomerge.merge.mergekit.values import coefficient, value_of
-from evomerge.merge.mergekit.write import dump_mergekit
+from evomerge.merge.mergekit.parse_mergekit import parse_mergekit
+from evomerge.merge.mergekit.to_recipe import to_recipe
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
-from evomerge.merge.recipe.coefficients import Part, named_parts
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.output.model_card import model_card
+from evomerge.merge.recipe.coefficients import FilteredValue, filtered_values
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import place, relative_depth
+from evomerge.sources.tensor_names import coefficient_layer, tensor_role
 
 TENSORS = list(llama_shapes())
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -58,7 +59,7 @@ def recipe_of(folder: Path, **content: Any) -> Recipe:
 
 
 def weights(recipe: Recipe, *names: str) -> list[tuple[float, ...]]:
-    return [recipe.knobs(place(name), LAYERS).each["weight"] for name in names]
+    return [recipe.knobs(tensor_role(name), LAYERS).each["weight"] for name in names]
 
 
 # --- Values ---
@@ -100,9 +101,9 @@ numbers = st.integers(0, 3).map(float)
     values=st.fixed_dictionaries(dict.fromkeys(TENSORS, numbers)), filters=st.lists(st.text("lmn.01_ay", min_size=1))
 )
 def test_a_coefficient_has_the_values_it_was_made_of(values: dict[str, float], filters: list[str]):
-    found = coefficient(values, filters, LAYERS)
-    parts = named_parts(found) or [Part(value=found)]  # type: ignore[arg-type]
-    assert {n: value_of(parts, n, LAYERS, relative_depth) for n in TENSORS} == values
+    found = shortest_coefficient(values, filters, LAYERS)
+    parts = filtered_values(found) or [FilteredValue(value=found)]  # type: ignore[arg-type]
+    assert {n: value_from_entries(parts, n, LAYERS, coefficient_layer) for n in TENSORS} == values
 
 
 gradients = numbers | st.lists(numbers, min_size=1, max_size=4)
@@ -135,7 +136,7 @@ def test_every_tensor_has_the_value_that_mergekit_gives_it(own: dict[str, Any], 
     common = common | {"weight": [*as_list(common.get("weight", 0.5)), {"value": 2.0}]}
     recipe = recipe_of(folder, models=[{"model": "one", "parameters": own}], parameters=common)
     for name in TENSORS:
-        t = float(place(name).layer or 0)  # of two layers
+        t = float(tensor_role(name).layer or 0)  # of two layers
         expected = [mergekits_value(s["weight"], name, t) for s in (own, common) if "weight" in s]
         first = next(v for v in expected if v is not None)
         assert weights(recipe, name)[0][0] == pytest.approx(first, abs=1e-12), name
@@ -204,7 +205,7 @@ PASSED_OVER: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "key"), PASSED_OVER.values(), ids=PASSED_OVER)
 def test_a_key_that_mergekit_does_not_know_is_passed_over_and_said(changes: dict[str, Any], key: str, folder: Path):
     recipe, notes = load_merge(written(folder, merge(**changes)))
-    assert notes == [f"{key}: mergekit has no key of that name; passed over, as mergekit does"]
+    assert notes == [f"{key}: mergekit has no key of that name; ignored, as in mergekit"]
     assert recipe.sources[0].parameters == {"weight": 1.0}
 
 
@@ -274,17 +275,17 @@ def test_later_documents_use_the_merges_of_earlier_ones(folder: Path):
 
 
 BAD_DOCUMENTS = {
-    "two ends": (f"{FIRST}---\nname: other\n{LAST.replace('first', 'base')}", "which merge is the last?"),
+    "two ends": (f"{FIRST}---\nname: other\n{LAST.replace('first', 'base')}", "which merge is the result?"),
     "a name twice": (f"{FIRST}---\n{FIRST}", "two documents have the name 'first'"),
     "two without a name": (f"{LAST}---\n{LAST}", "two documents have no name"),
     "a circle": (f"{FIRST.replace('one', 'first')}---\n{LAST}", "the merge 'first' needs itself"),
-    "no merge": (f"{FIRST}---\nweight: 1\n", "document 2 is no configuration of mergekit"),
+    "no merge": (f"{FIRST}---\nweight: 1\n", "document 2 is not a configuration of mergekit"),
     "a merge as the base of task vectors": (
         f"{FIRST}---\n{LAST.replace('slerp', 'ties').replace('t: ', 'weight: ')}",
         "base_model: the merge 'first' cannot be the base of ties; merge it into a checkpoint first",
     ),
     "an adapter on a merge": (
-        f"{FIRST}---\n{LAST.replace('three', 'first+lora')}", "an adapter on a merge of this file cannot be read"
+        f"{FIRST}---\n{LAST.replace('three', 'first+lora')}", "an adapter on a merge of this file is not supported"
     ),
 }  # fmt: skip
 
@@ -317,7 +318,7 @@ def test_slices_are_the_recipes_slices_and_gradients_run_along_each(folder: Path
     recipe = recipe_of(folder, models=None, slices=SLICES, parameters={"weight": [0.1, 0.2]})
     assert [part.layers for part in recipe.slices] == [{"one": (0, 2), "base": (0, 2)}, {"two": (1, 2), "base": (1, 2)}]
     one, two = (source.parameters["weight"] for source in recipe.sources)
-    knobs = {n: recipe.knobs(place(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
+    knobs = {n: recipe.knobs(tensor_role(n), 3).each["weight"] for n in (EMBEDDING, Q0, Q1, Q1.replace("1", "2"), HEAD)}
     assert [knobs[n][0] for n in (EMBEDDING, Q0, Q1)] == [0.1, 0.1, 0.2], one
     assert [knobs[n][1] for n in (Q1.replace("1", "2"), HEAD)] == [0.6, 0.3], two  # a single layer is at the end
 
@@ -416,7 +417,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty gradient": ({"parameters": {"weight": []}}, "weight: must be given for one; lm_head.weight has no"),
     "another architecture": (
         {"models": [{"model": {"model": "one", "override_architecture": "X"}}]},
-        "models.0.model.override_architecture: a model is read as what its config.json says",
+        "models.0.model.override_architecture: not supported; a model has the architecture that its config.json names",
     ),
     "a wrong key beside a filter": (
         {"parameters": {"weight": [{"filtre": "mlp", "value": 1}]}},
@@ -426,10 +427,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown dtype": ({"dtype": "int8"}, "dtype: 'int8' is not one of float32"),
     "token rules": (
         {"tokenizer": {"source": "base", "tokens": {"<s>": {"source": "one"}}}},
-        "tokenizer.tokens: rules for single tokens cannot be read",
+        "tokenizer.tokens: rules for single tokens are not supported",
     ),
     "a tokenizer of another model": ({"tokenizer_source": "./three"}, "three is not one of the models"),
-    "a template by an unknown name": ({"chat_template": "alpaca"}, "chat_template: 'alpaca' is no template"),
+    "a template by an unknown name": ({"chat_template": "alpaca"}, "chat_template: 'alpaca' is not a template"),
     "slices of other lengths": (
         {
             "models": None,
@@ -449,7 +450,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a base of its own": (
         {"models": None, "slices": [{"base_model": "two", "sources": [{"model": "one", "layer_range": [0, 1]}]}]},
-        "slices.0.base_model: one base model for the whole merge",
+        "slices.0.base_model: only one base model for the whole merge",
     ),
     "two tokenizers": ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer: give it or tokenizer_source"),
     "required parameter missing": (
@@ -538,7 +539,7 @@ def test_whatever_a_file_holds_nothing_but_a_readable_error_comes_out(
 ):
     with suppress(EvomergeError):
         file = folder / "file.yml"
-        to_recipe(parse(merge(**changes) if whole is None else whole, file), file)
+        to_recipe(parse_mergekit(merge(**changes) if whole is None else whole, file), file)
 
 
 # --- The way back ---
@@ -556,8 +557,10 @@ coefficients = (
         {"default": per_layer}, optional=dict.fromkeys(("attention", "mlp", "norm", "head"), per_layer)
     )
     | st.builds(
-        lambda parts, rest: [*parts, Part(value=rest)],
-        st.lists(st.builds(Part, filter=st.sampled_from(["mlp", "1.self", "norm"]), value=per_layer), max_size=2),
+        lambda parts, rest: [*parts, FilteredValue(value=rest)],
+        st.lists(
+            st.builds(FilteredValue, filter=st.sampled_from(["mlp", "1.self", "norm"]), value=per_layer), max_size=2
+        ),
         per_layer,
     )
 )
@@ -582,7 +585,7 @@ def test_there_and_back_every_tensor_keeps_its_coefficients(
     assert (back.base, back.dtype, notes) == (recipe.base, recipe.dtype, [])
     assert [(s.name, s.path) for s in back.sources] == [(s.name, s.path) for s in sources]
     for name in TENSORS:
-        theirs, ours = back.knobs(place(name), LAYERS), recipe.knobs(place(name), LAYERS)
+        theirs, ours = back.knobs(tensor_role(name), LAYERS), recipe.knobs(tensor_role(name), LAYERS)
         assert (theirs.each, theirs.shared) == (ours.each, ours.shared), name
 
 
@@ -596,7 +599,7 @@ def test_every_method_comes_back_with_its_knobs(method: str, folder: Path):
     }
     recipe = Recipe(method=method, base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
     back, _ = round_trip(recipe, folder)
-    assert back.knobs(place(Q1), LAYERS) == recipe.knobs(place(Q1), LAYERS)
+    assert back.knobs(tensor_role(Q1), LAYERS) == recipe.knobs(tensor_role(Q1), LAYERS)
 
 
 def test_slices_come_back(folder: Path):
@@ -608,7 +611,7 @@ def test_slices_come_back(folder: Path):
     assert back == recipe
 
 
-def test_what_mergekit_has_no_words_for_is_refused(folder: Path):
+def test_what_mergekit_cannot_express_is_refused(folder: Path):
     base, inner = Model(path=str(folder / "base")), RecipeSource(name="one", path=str(folder / "one"))
     nested = Recipe(method="linear", base=base, sources=[inner])
     with pytest.raises(EvomergeError, match="mergekit cannot merge merges: twice has a recipe of its own"):

@@ -17,22 +17,25 @@ from models import write_family, write_statistics
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
-from evomerge.merge.bank.bank import Bank, mask_keys
-from evomerge.merge.kernels.call import Keys
+from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels.derived import derive
 from evomerge.merge.kernels.elementwise import variance
-from evomerge.merge.kernels.execute import execute, random_mask
+from evomerge.merge.kernels.execute import execute
+from evomerge.merge.kernels.operands import Keys, Operands
+from evomerge.merge.kernels.random_masks import mask_keys, random_mask
 from evomerge.merge.materialise import materialise_tensor
+from evomerge.merge.measure.divergence import divergences
 from evomerge.merge.measure.measurements import Measurements
-from evomerge.merge.measure.reductions import divergences
 from evomerge.merge.measure.statistics_file import StatisticsFile
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.della import rank_chance
-from evomerge.merge.methods.plan import Chance, Derived, Knob, Knobs, Plan, SparseBlend, chance
+from evomerge.merge.methods.density import chance
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.plan import Chance, Derived, Plan, SparseBlend
 from evomerge.merge.methods.rescale import RESCALE
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import place
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 DTYPES = list(TORCH_DTYPES.values())
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -70,7 +73,7 @@ def merge(name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], dtyp
     plan = METHODS[name].plan(knobs, measured)
     out = torch.empty(base.shape, dtype=dtype)
     operands = derive(plan, "tensor", base, sources) if isinstance(plan, Derived) else sources
-    execute(plan, out, base, operands, measured.planes(plan), keys_of(len(sources)))
+    execute(plan, out, Operands(base, operands, measured.planes(plan), keys_of(len(sources))))
     return out
 
 
@@ -88,7 +91,7 @@ def truth(
     statistics: Sequence[StatisticsFile] = (),
 ) -> oracle.Merged | oracle.Elected:
     each, shared = knobs.each, knobs.shared
-    is_layer_matrix = base.ndim == 2 and place(tensor).component not in ("embedding", "head")
+    is_layer_matrix = base.ndim == 2 and tensor_role(tensor).component not in ("embedding", "head")
     match name:
         case "tsv" if is_layer_matrix:
             return oracle.tsv(base, sources, each["weight"], shared["lambda"])
@@ -396,7 +399,7 @@ def test_every_tensor_of_a_model_on_disk_agrees_with_the_paper(name: str, dtype:
         keys = mask_keys(5, tensor, list(sources))
         expected = truth(
             name,
-            recipe.knobs(place(tensor), bank.layers),
+            recipe.knobs(tensor_role(tensor), bank.layers),
             base,
             [bank.source(s, tensor) for s in sources],
             keys,
@@ -712,7 +715,7 @@ def test_one_source_varies_nowhere_so_sce_selects_nothing():
 def test_a_source_without_weight_still_has_its_vote_in_a_plain_election():
     base, out = torch.zeros(1), torch.empty(1)
     sources = [torch.tensor([1.0]), torch.tensor([-2.0])]
-    execute(SparseBlend((1.0, 0.0), elect="plain", normalize=True), out, base, sources)
+    execute(SparseBlend((1.0, 0.0), elect="plain", normalize=True), out, Operands(base, sources))
     assert out.item() == 0.0
 
 

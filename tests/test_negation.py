@@ -9,8 +9,8 @@ from searches import ROOT, SKILLS, write_config
 from evomerge.config.config_file import load_config
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
 
 # Mean log-probability of the right answer, in nats, on 100 items of each skill that no training saw.  With all weights
 # KEPT the four have -1.58 (rev), -2.66 (sort), -2.28 (count) and -2.57 (add).  With one weight REMOVED its skill was

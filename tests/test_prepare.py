@@ -14,8 +14,8 @@ from evomerge.merge.measure import prepare as prepare_module
 from evomerge.merge.measure.prepare import by_file, measure_sources
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
 
 MEASURED = [name for name, method in METHODS.items() if method.measures]
 NAMES = ["one", "two"]
@@ -55,7 +55,7 @@ def test_a_merge_from_kept_measurements_is_the_same(method: str, family: dict[st
     sources = NAMES[: METHODS[method].sources[1]]
     assert measure_sources(first, method, sources, tmp_path / "cache", inputs_of(family)) == len(first.names)
     assert measure_sources(again, method, sources, tmp_path / "cache", inputs_of(family)) == 0
-    assert first.kept.keys() == again.kept.keys()
+    assert first.measurement_cache.keys() == again.measurement_cache.keys()
     for bank in (first, again):
         out = merged(family, bank, method)
         assert all(torch.equal(out[n], fresh[n]) for n in fresh)
@@ -94,6 +94,6 @@ def test_threads_do_not_change_what_is_measured(family: dict[str, Path], tmp_pat
         bank = bank_of(family)
         with threads(count):
             measure_sources(bank, "slerp", NAMES, tmp_path / str(count), inputs_of(family))
-        grams.append({k: v for k, v in bank.kept.items() if k[0] == "gram"})
+        grams.append({k: v for k, v in bank.measurement_cache.items() if k[0] == "gram"})
     assert grams[0].keys() == grams[1].keys()
     assert all(np.array_equal(grams[0][k], grams[1][k]) for k in grams[0])

@@ -18,21 +18,13 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knob
-from evomerge.merge.recipe.coefficients import Coefficient, Part
-from evomerge.merge.recipe.recipe import (
-    Model,
-    Recipe,
-    RecipeSource,
-    check_fingerprints,
-    check_layers,
-    dump_recipe,
-    load_recipe,
-    with_fingerprints,
-)
-from evomerge.sources.anatomy import COMPONENTS, Place, place
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.merge.methods.knobs import Knob
+from evomerge.merge.recipe.coefficients import Coefficient, FilteredValue
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints, with_fingerprints
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import COMPONENTS, TensorRole, tensor_role
 
 # --- Round trip ---
 
@@ -52,11 +44,11 @@ def coefficients(knob: Knob) -> st.SearchStrategy[Coefficient]:
     number = st.floats(low, high) | st.integers(math.ceil(low), int(high)).map(float)
     per_layer = number | st.lists(number, min_size=1, max_size=4)
     per_component = st.dictionaries(st.sampled_from(COMPONENTS), per_layer, max_size=3)
-    named = st.builds(Part, filter=st.text(min_size=1, max_size=6), value=per_layer)
+    named = st.builds(FilteredValue, filter=st.text(min_size=1, max_size=6), value=per_layer)
     return (
         per_layer
         | st.builds(lambda parts, rest: parts | {"default": rest}, per_component, per_layer)
-        | st.builds(lambda parts, rest: [*parts, Part(value=rest)], st.lists(named, max_size=3), per_layer)
+        | st.builds(lambda parts, rest: [*parts, FilteredValue(value=rest)], st.lists(named, max_size=3), per_layer)
     )
 
 
@@ -408,7 +400,7 @@ def recipe_with(method: str = "ties", sources: int = 2, **parameters: Coefficien
     [
         ([0.1, 0.2, 0.3], "parameters.weight: has 3 values, but the base model has 2 layers"),
         ({"mlp": [0.1], "default": 1.0}, "parameters.weight: has 1 values, but the base model has 2 layers"),
-        ([Part(filter="mlp", value=[0.1]), Part(value=1.0)], "parameters.weight: has 1 values"),
+        ([FilteredValue(filter="mlp", value=[0.1]), FilteredValue(value=1.0)], "parameters.weight: has 1 values"),
     ],
 )
 def test_a_list_must_have_a_number_for_each_layer(weight: Coefficient, line: str):
@@ -430,7 +422,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 
 
 def weight_at(recipe: Recipe, tensor: str) -> tuple[float, ...]:
-    return recipe.knobs(place(tensor), LAYERS).each["weight"]
+    return recipe.knobs(tensor_role(tensor), LAYERS).each["weight"]
 
 
 def test_a_list_gives_each_layer_its_number_and_the_ends_the_nearest():
@@ -461,11 +453,11 @@ def test_a_linear_average_may_say_the_decay_that_means_nothing():
 
 def test_the_first_part_whose_name_fits_decides():
     weight = [
-        Part(filter="layers.0.mlp", value=0.1),
-        Part(filter="mlp", value=[0.2, 0.3]),
-        Part(filter=HEAD, value=0.4),
+        FilteredValue(filter="layers.0.mlp", value=0.1),
+        FilteredValue(filter="mlp", value=[0.2, 0.3]),
+        FilteredValue(filter=HEAD, value=0.4),
     ]
-    recipe = recipe_with(weight=[*weight, Part(value=[0.5, 0.6])])
+    recipe = recipe_with(weight=[*weight, FilteredValue(value=[0.5, 0.6])])
     expected = {
         EMBEDDING: 0.5,
         "model.layers.0.self_attn.q_proj.weight": 0.5,
@@ -480,14 +472,14 @@ def test_the_first_part_whose_name_fits_decides():
 
 def test_all_components_named_need_no_default():
     recipe = recipe_with(weight={c: float(i) for i, c in enumerate(COMPONENTS)})
-    found = [recipe.knobs(Place(0, c), LAYERS).each["weight"][0] for c in COMPONENTS]
+    found = [recipe.knobs(TensorRole(0, c), LAYERS).each["weight"][0] for c in COMPONENTS]
     assert found == list(range(len(COMPONENTS)))
 
 
 def test_a_source_overrides_the_common_value_and_silence_means_the_default():
     sources = [RecipeSource(name="a", path="/a", parameters={"weight": 0.25}), RecipeSource(name="b", path="/b")]
     recipe = Recipe(method="ties", base=Model(path="/base"), sources=sources, parameters={"weight": 0.75})
-    knobs = recipe.knobs(place(HEAD), LAYERS)
+    knobs = recipe.knobs(tensor_role(HEAD), LAYERS)
     assert knobs.each == {"weight": (0.25, 0.75), "density": (1.0, 1.0)}
     assert knobs.shared == {"lambda": 1.0, "normalize": 1.0}
 
@@ -499,7 +491,7 @@ def test_every_method_takes_its_least_and_most_sources_and_its_knobs_by_layer(me
     parameters: dict[str, Coefficient] = {k: True if k in named else [0.25, 0.75] for k in knobs if k not in excluded}
     least, most = METHODS[method].sources
     for count in {least, most or least + 1}:
-        found = recipe_with(method, count, **parameters).knobs(place(FINAL_NORM), LAYERS)
+        found = recipe_with(method, count, **parameters).knobs(tensor_role(FINAL_NORM), LAYERS)
         assert found.each == {k: (0.75,) * count for k, v in knobs.items() if v.each}
         expected = {
             k: v.default if k in excluded else 1.0 if k in named else 0.75 for k, v in knobs.items() if not v.each
@@ -512,13 +504,13 @@ def test_every_method_takes_its_least_and_most_sources_and_its_knobs_by_layer(me
 def test_rescale_is_a_name_or_a_truth_value(given: Coefficient, means: float, tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", method="della", parameters={"weight": 1, "rescale": given})
     recipe = load_recipe(file)
-    assert recipe.knobs(place(FINAL_NORM), LAYERS).shared["rescale"] == means
+    assert recipe.knobs(tensor_role(FINAL_NORM), LAYERS).shared["rescale"] == means
     assert f"rescale: {str(given).lower()}" in dump_recipe(recipe)
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path):
     file = written(tmp_path / "recipe.yaml", method="ram", parameters={"epsilon": "1e-5"})
-    assert load_recipe(file).knobs(place(FINAL_NORM), LAYERS).shared == {"epsilon": 1e-5}
+    assert load_recipe(file).knobs(tensor_role(FINAL_NORM), LAYERS).shared == {"epsilon": 1e-5}
 
 
 # --- Fingerprints ---

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.merge.kernels.compiled import Compiled
-from evomerge.merge.measure import reductions
+from evomerge.merge.measure import sums
 from evomerge.merge.measure.scan import Scan
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,7 +75,7 @@ def test_compiled_passes_give_the_same_bits(
 @pytest.mark.parametrize("sizes", [(29, 64, 64), (100, 70, 500), (2129, 2130, 2131), (5000, 64, 200), (7, 3000, 9000)])
 def test_sums_have_the_order_of_the_lanes(scan: Scan, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
     for name, size in zip(("CHUNK", "LANES", "SEGMENT"), sizes, strict=True):
-        monkeypatch.setattr(reductions, name, size)
+        monkeypatch.setattr(sums, name, size)
     rng = np.random.default_rng(0)
     base, *sources = (numbers("noise", (130, 71), rng) for _ in range(3))
     assert answers(scan, base, sources) == answers(IN_TORCH, base, sources)

@@ -17,17 +17,18 @@ from pyarrow import parquet
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
+from evomerge.config.schema import Granularity
 from evomerge.errors import EvomergeError
-from evomerge.search.evaluation.model_files import open_config_models
+from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
 from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe
-from evomerge.search.space.space import Space, build_space, spread
+from evomerge.search.space.space import Space, axis_values, build_space, spread
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
 from evomerge.search.storage.study import SearchStudy, in_full, record_of
-from evomerge.sources.anatomy import Place, place
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import TensorRole, tensor_role
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +58,15 @@ def test_components_have_coefficients_of_their_own(family: Path, tmp_path: Path)
     space = space_of(family, tmp_path, space={"weight": [0, 1], "components": ["attention", "mlp"]})
     point = middle(space) | {"weight.rev.attention": 0.9}
     knobs = space.recipe(point).knobs
-    assert knobs(Place(0, "attention"), 2).each["weight"] == (0.9, 0.5)
-    assert knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
-    assert knobs(Place(None, "embedding"), 2).each["weight"] == (0.5, 0.5)
+    assert knobs(TensorRole(0, "attention"), 2).each["weight"] == (0.9, 0.5)
+    assert knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert knobs(TensorRole(None, "embedding"), 2).each["weight"] == (0.5, 0.5)
 
 
 def test_a_fixed_knob_is_no_axis_but_is_in_the_recipe(family: Path, tmp_path: Path) -> None:
     space = space_of(family, tmp_path, method="ties", space={"weight": [0, 1], "density": 0.3, "lambda": [0.5, 1.5]})
     assert sorted(space.axes) == ["lambda", "weight.add", "weight.rev"]
-    assert space.recipe(middle(space)).knobs(Place(0, "mlp"), 2).each["density"] == (0.3, 0.3)
+    assert space.recipe(middle(space)).knobs(TensorRole(0, "mlp"), 2).each["density"] == (0.3, 0.3)
 
 
 @pytest.mark.parametrize(("given", "written"), [(False, "none"), (True, "expected"), ("l1", "l1")])
@@ -75,7 +76,7 @@ def test_a_choice_is_written_into_the_recipe_by_name(given: object, written: str
     assert len(space.axes) == 6
     recipe = space.recipe(middle(space))
     assert recipe.parameters["rescale"] == written
-    assert recipe.knobs(Place(0, "mlp"), 2).each["epsilon"] == (0.125, 0.125)
+    assert recipe.knobs(TensorRole(0, "mlp"), 2).each["epsilon"] == (0.125, 0.125)
 
 
 def test_one_source_may_have_bounds_of_its_own(family: Path, tmp_path: Path) -> None:
@@ -99,11 +100,27 @@ def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> Non
     assert max(lengths) - min(lengths) <= 1
 
 
+@given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(1, 7), st.integers(0, 5))
+def test_axis_values_is_the_inverse_of_spread(values: list[float], stride: int, rest: int) -> None:
+    """Of the granularity `depth`, where every knot lies on a layer."""
+    count = len(values)
+    cases: tuple[tuple[Granularity, list[float], int], ...] = (
+        ("model", values[:1], count + rest),
+        ("depth", values, (count - 1) * stride + 1),
+        ("group", values, count + rest),
+        ("layer", values, count),
+    )
+    for granularity, own, layers in cases:
+        along = spread(own, granularity, layers)
+        known = dict(enumerate(along if isinstance(along, list) else [along] * layers))
+        assert axis_values(known, granularity, len(own), layers) == pytest.approx(own, abs=1e-12), granularity
+
+
 def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
     found = {b.name: b for b in baselines(space_of(family, tmp_path))}
     assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.8", "dare_ties 0.5"]
-    assert found["rev"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
-    assert found["uniform"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
+    assert found["rev"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (1.0, 0.0)
+    assert found["uniform"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.5, 0.5)
     assert found["dare_ties 0.5"].point is None
     assert found["dare_ties 0.5"].recipe.method == "dare_ties"
 
@@ -135,7 +152,7 @@ def test_roles_bring_the_blend_of_specialists_and_generalists(family: Path, tmp_
         {"name": n, "path": str(family / n), "role": r} for n, r in (("rev", "specialist"), ("add", "generalist"))
     ]
     found = {b.name: b for b in baselines(space_of(family, tmp_path, sources=sources))}
-    assert found["specialists 0.65"].recipe.knobs(Place(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
+    assert found["specialists 0.65"].recipe.knobs(TensorRole(0, "mlp"), 2).each["weight"] == (0.65, 0.35)
 
 
 MERGEKIT_FILE = """
@@ -185,7 +202,7 @@ def test_a_start_that_the_space_cannot_express_is_a_recipe_of_its_own(
 ) -> None:
     first = baselines(start(family, tmp_path, rev, space=space))[0]
     assert (first.name, first.point) == ("mine", None)
-    assert first.recipe.knobs(place("lm_head.weight"), 2).each["weight"][1] == 0.25
+    assert first.recipe.knobs(tensor_role("lm_head.weight"), 2).each["weight"][1] == 0.25
 
 
 @pytest.mark.parametrize("changes", [
@@ -213,7 +230,7 @@ def drive(space: Space, database: Path, trials: int, reopen_every: int | None) -
     points = []
     while len(study.trials) < trials:
         if reopen_every and points and len(points) % reopen_every == 0:
-            study.begin(None)  # a trial in hand when the process dies
+            study.begin(None)  # a trial that runs when the process dies
             study = SearchStudy(open_study(sqlite_url(database), "s", create=True), space)
         begun = study.begin(None)
         points.append(dict(begun.params))

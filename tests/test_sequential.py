@@ -19,18 +19,12 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.methods import METHODS
-from evomerge.merge.output.card import model_card
 from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe import nested
-from evomerge.merge.recipe.nested import open_bank
-from evomerge.merge.recipe.recipe import (
-    Recipe,
-    check_fingerprints,
-    dump_recipe,
-    leaves,
-    load_recipe,
-    without_fingerprints,
-)
+from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.pinned_inputs import check_fingerprints, without_fingerprints
+from evomerge.merge.recipe.recipe import Recipe, dump_recipe, load_recipe, models_on_disk
 from evomerge.sources.checkpoint import open_checkpoint
 
 Folders = dict[str, Path]
@@ -139,24 +133,24 @@ def test_nothing_but_single_tensors_is_held_when_there_is_no_room(family: Folder
     """Without capacity every nested tensor is merged once per outer tensor, and let go before the next."""
     recipe = three_in_a_row(family, "ties", "ties")
     reads: list[str] = []
-    read = nested.Nested.read
+    read = nested.NestedMerge.read
 
-    def counted(self: nested.Nested, name: str) -> Tensor:
+    def counted(self: nested.NestedMerge, name: str) -> Tensor:
         reads.append(name)
         return read(self, name)
 
-    monkeypatch.setattr(nested.Nested, "read", counted)
+    monkeypatch.setattr(nested.NestedMerge, "read", counted)
     bank = open_bank(recipe, capacity=0)
     expected = open_bank(recipe)
     places = {n: torch.empty(t.shape, dtype=torch.bfloat16) for n, t in bank.layout.tensors.items()}
     again = {n: torch.empty_like(t) for n, t in places.items()}
     materialise(recipe, bank, places)
     assert sorted(reads) == sorted(bank.names)
-    assert not [key for key in bank.held if key[0] == "ab"]
-    assert len(bank.recent) <= 1
+    assert not [key for key in bank.tensors.held if key[0] == "ab"]
+    assert len(bank.tensors.in_use) <= 1
     source = bank.models.sources["ab"]
-    assert isinstance(source, nested.Nested)
-    assert not source.bank.kept
+    assert isinstance(source, nested.NestedMerge)
+    assert not source.bank.measurement_cache
     materialise(recipe, expected, again)
     assert same(places, again)
 
@@ -197,7 +191,7 @@ def test_a_source_has_a_path_or_a_recipe(source: dict[str, Any]):
     if "recipe" in source:
         source = source | {"recipe": inner}
     recipe = content("linear", Path("/base"), {}) | {"sources": [{"name": "ab", **source}]}
-    with pytest.raises(ValueError, match="needs a `path` or a `recipe`, one of them"):
+    with pytest.raises(ValueError, match="needs a `path` or a `recipe`, and not both"):
         Recipe.model_validate(recipe)
 
 
@@ -239,7 +233,7 @@ def test_relative_paths_count_from_the_file_at_any_depth(tmp_path: Path):
     outer = content("linear", Path("./base"), {"in": content("linear", Path("./base"), {"deep": inner})})
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(outer).replace("path: base", "path: ./base").replace("path: one", "path: ./one"))
-    found = {name: model.path for name, model in leaves(load_recipe(file))}
+    found = {name: model.path for name, model in models_on_disk(load_recipe(file))}
     base, one = str(tmp_path / "base"), str(tmp_path / "one")
     assert found == {"base": base, "in/base": base, "in/deep/base": base, "in/deep/one": one}
 
@@ -247,10 +241,10 @@ def test_relative_paths_count_from_the_file_at_any_depth(tmp_path: Path):
 def test_every_leaf_is_signed_and_checked(family: Folders, tmp_path: Path):
     recipe = three_in_a_row(family)
     full = export(recipe, open_bank(recipe), tmp_path / "out", model_card)
-    assert {name: bool(model.sha256) for name, model in leaves(full)} == dict.fromkeys(
+    assert {name: bool(model.sha256) for name, model in models_on_disk(full)} == dict.fromkeys(
         ["base", "ab/base", "ab/one", "ab/two", "three"], True
     )
-    assert not any(model.sha256 for _, model in leaves(without_fingerprints(full)))
+    assert not any(model.sha256 for _, model in models_on_disk(without_fingerprints(full)))
     check_fingerprints(full)
     (family["two"] / "tokenizer_config.json").write_text("{}")
     with pytest.raises(EvomergeError) as caught:

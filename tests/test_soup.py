@@ -1,4 +1,4 @@
-"""The greedy soup: the rule itself, and its place among a real search's baselines."""
+"""The greedy soup: how its ingredients are chosen, and its place among the baselines of a real search."""
 
 import asyncio
 import shutil
@@ -18,14 +18,14 @@ from evomerge.report.status import read_status
 from evomerge.search.run import open_run
 from evomerge.search.space.greedy_soup import GREEDY, greedy
 
-# --- The rule ---
+# --- The choice of ingredients ---
 
 names = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6, unique=True)
 finite = st.integers(-3, 3).map(float) | st.floats(allow_nan=False)
 
 
-class Judge:
-    """Any function of a set of sources: scores are drawn when they are first asked for, and kept."""
+class Scorer:
+    """A scoring function: the score of a set of sources is drawn at the first call and kept."""
 
     def __init__(self, data: st.DataObject) -> None:
         self.data = data
@@ -48,19 +48,19 @@ class Judge:
 
 @given(names, st.data())
 def test_the_soup_is_never_worse_than_the_best_source(sources: list[str], data: st.DataObject) -> None:
-    judge = Judge(data)
-    soup = asyncio.run(greedy(sources, judge))
+    scorer = Scorer(data)
+    soup = asyncio.run(greedy(sources, scorer))
     assert set(soup) <= set(sources)
     assert len(set(soup)) == len(soup)
-    assert judge.score(soup) >= max(judge.alone(name) for name in sources)
+    assert scorer.score(soup) >= max(scorer.alone(name) for name in sources)
 
 
 @given(names, st.data())
 def test_sources_are_tried_once_each_from_the_best_to_the_worst(sources: list[str], data: st.DataObject) -> None:
-    judge = Judge(data)
-    soup = asyncio.run(greedy(sources, judge))
-    ranked = sorted(sources, key=lambda name: (-judge.alone(name), sources.index(name)))
-    assert [chosen[-1] for chosen in judge.asked if len(chosen) > 1] == ranked[1:]
+    scorer = Scorer(data)
+    soup = asyncio.run(greedy(sources, scorer))
+    ranked = sorted(sources, key=lambda name: (-scorer.alone(name), sources.index(name)))
+    assert [chosen[-1] for chosen in scorer.asked if len(chosen) > 1] == ranked[1:]
     assert soup[0] == ranked[0]
     assert soup == [name for name in ranked if name in soup]
 
@@ -73,7 +73,7 @@ def test_sources_are_tried_once_each_from_the_best_to_the_worst(sources: list[st
         (lambda chosen: 1.0, list("abc")),
         (lambda chosen: {"b": 2.0, "c": 1.0, "bc": 1.5, "bca": 9.0, "ba": 2.0}.get("".join(chosen), 0.0), ["b", "a"]),
     ],
-    ids=["the more the better", "one alone is best", "no difference does no harm", "one is passed over"],
+    ids=["every source helps", "every source harms", "a source that changes nothing stays", "one is left out"],
 )
 def test_a_source_stays_if_the_score_does_not_fall(score: Callable[[list[str]], float], soup: list[str]) -> None:
     async def asked(chosen: list[str]) -> float:
@@ -168,7 +168,7 @@ def test_a_soup_outside_the_bounds_is_judged_but_is_no_trial(family: Path, tmp_p
     assert GREEDY in {c["name"] for c in verdict_of(run)["comparisons"]}
 
 
-def test_a_budget_that_ends_among_the_baselines_does_not_spare_the_winner_the_soup(
+def test_after_a_budget_that_ends_among_the_baselines_the_winner_meets_the_soup_all_the_same(
     finished: Path, family: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -186,13 +186,13 @@ calls, real = [0], s.Evaluator.materialise
 def sometimes(self, *a, **k):
     calls[0] += 1
     if calls[0] == 9:
-        raise NotFinite("a soup that is no model")
+        raise NotFinite("a soup with a weight that is not finite")
     return real(self, *a, **k)
 s.Evaluator.materialise = sometimes
 """
 
 
-def test_a_soup_that_is_not_finite_is_passed_over(family: Path, tmp_path: Path) -> None:
+def test_a_soup_that_is_not_finite_is_left_out(family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = write_soup_config(tmp_path, family, budget={"trials": 8})
     done = run_cli("search", config, "--run", run, prelude=BREAKING_THE_FIRST_SOUP)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
-from evomerge.sources.anatomy import KNOWN_MODEL_TYPES, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint
 from evomerge.sources.compatibility import check_compatibility, declared_base
-from evomerge.sources.locate import locate, model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.locate import locate
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, coefficient_layer, layer_count, tensor_role
 
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -159,7 +160,7 @@ def found(base: Path, source: Path) -> tuple[list[str], list[str]]:
     return result.problems, result.notes
 
 
-def test_siblings_fit_without_a_word(tmp_path: Path) -> None:
+def test_models_that_fit_give_no_notes(tmp_path: Path) -> None:
     base, source = write_llama(tmp_path / "base"), write_llama(tmp_path / "it", 1, shards=2)
     assert found(base, source) == ([], [])
 
@@ -211,7 +212,7 @@ def test_heads_tied_in_one_model_alone_are_noted_and_do_not_stop_a_merge(tmp_pat
     )
     problems, notes = found(untied, tied)
     assert problems == []
-    assert "it: its embedding is its head, too; it stands for lm_head.weight" in notes
+    assert "it: its head is tied to its embedding, which is used for lm_head.weight" in notes
 
 
 def test_a_tokenizer_is_compared_by_its_vocabulary_not_by_its_files(llama: Path, tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_added_tokens_belong_to_the_vocabulary(llama: Path, tmp_path: Path) -> N
 def test_the_base_needs_a_tokenizer_that_can_be_read_and_a_source_does_not(llama: Path, tmp_path: Path) -> None:
     source = write_llama(tmp_path / "it", 1)
     (source / "tokenizer.json").unlink()
-    assert found(llama, source) == ([], ["it: has no tokenizer of its own; the base model's is taken to be its"])
+    assert found(llama, source) == ([], ["it: has no tokenizer; the base model's is used for it"])
     (llama / "tokenizer.json").write_text("{broken")
     (problem,) = found(llama, source)[0]
     assert problem.startswith(f"base: no tokenizer in {llama}")
@@ -266,7 +267,7 @@ def test_the_declared_base_model_is_read_wherever_it_is_written(llama: Path, tmp
     else:
         value = "[owner/other]" if "list" in where else "owner/other"
         (source / "README.md").write_text(f"---\nlicense: mit\nbase_model: {value}\n---\n# Card\n")
-    note = "it: says it was trained from the hub model 'owner/other'; the base here is 'llama'"
+    note = "it: says that it was trained from the hub model 'owner/other'; the base here is 'llama'"
     assert note in found(llama, source)[1]
 
 
@@ -333,8 +334,8 @@ def test_an_adapter_is_its_base_plus_the_scaled_product(tmp_path: Path, options:
 
 def test_an_adapter_leaves_other_tensors_alone(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path, targets=["q_proj"])
-    assert adapter.touches(Q_PROJ)
-    assert not adapter.touches("model.norm.weight")
+    assert adapter.may_differ(Q_PROJ)
+    assert not adapter.may_differ("model.norm.weight")
     assert torch.equal(adapter.read("model.norm.weight"), adapter.base.read("model.norm.weight"))
 
 
@@ -344,7 +345,7 @@ def test_modules_to_save_replace_the_base_tensor(tmp_path: Path) -> None:
     new = torch.full((40, 16), 0.5)
     change_weights(folder, "adapter_model.safetensors", **{"base_model.model.lm_head.weight": new})
     adapter = open_adapter(folder, open_checkpoint(base))
-    assert adapter.touches("lm_head.weight")
+    assert adapter.may_differ("lm_head.weight")
     assert torch.equal(adapter.read("lm_head.weight"), new)
 
 
@@ -373,7 +374,7 @@ def test_an_adapter_saved_by_peft_merges_as_peft_merges_it(tmp_path: Path, optio
     model.save_pretrained(tmp_path / "it")
     merged = model.merge_and_unload().state_dict()
     adapter = open_adapter(tmp_path / "it", open_checkpoint(base))
-    assert any(adapter.touches(name) for name in merged)
+    assert any(adapter.may_differ(name) for name in merged)
     for name, expected in merged.items():
         torch.testing.assert_close(
             adapter.read(name), expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
@@ -450,7 +451,7 @@ def test_a_folder_with_only_an_adapter_config_opens_as_an_adapter(tmp_path: Path
     assert check_compatibility(models.base, models.sources) == models.compatibility
 
 
-# Anatomy
+# Tensor names
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -496,38 +497,41 @@ def names_of(model_type: str, folder: Path) -> list[str]:
         ("qwen3_moe", {"model.layers.2.mlp.experts.0.up_proj.weight": (2, "mlp")}),
     ],
 )  # fmt: skip
-def test_every_tensor_of_a_known_architecture_has_its_place(
+def test_every_tensor_of_a_known_architecture_has_its_layer_and_component(
     tmp_path: Path, model_type: str, samples: dict[str, tuple[int | None, str]]
 ) -> None:
     names = names_of(model_type, tmp_path / "m")
     assert samples.keys() <= set(names)
-    assert {name: (place(name).layer, place(name).component) for name in samples} == samples
+    assert {name: (tensor_role(name).layer, tensor_role(name).component) for name in samples} == samples
     assert layer_count(names) == 3
-    assert [name for name in names if place(name).component == "other"] == []
-    per_layer = [{place(n).component for n in names if place(n).layer == layer} for layer in range(3)]
+    assert [name for name in names if tensor_role(name).component == "other"] == []
+    per_layer = [{tensor_role(n).component for n in names if tensor_role(n).layer == layer} for layer in range(3)]
     assert per_layer == [{"attention", "mlp", "norm"}] * 3
 
 
 def test_names_of_old_gpt2_files_have_no_prefix() -> None:
-    assert (place("h.11.attn.c_proj.weight").layer, place("h.11.attn.c_proj.weight").component) == (11, "attention")
-    assert place("wte.weight").component == "embedding"
+    assert (tensor_role("h.11.attn.c_proj.weight").layer, tensor_role("h.11.attn.c_proj.weight").component) == (
+        11,
+        "attention",
+    )
+    assert tensor_role("wte.weight").component == "embedding"
 
 
 def test_an_unknown_architecture_gets_its_layers_from_the_numbers() -> None:
     names = ["tower.0.mixer.in.weight", "tower.1.mixer.in.weight", "inp.weight"]
     assert layer_count(names) == 2
-    assert [place(n).layer for n in names] == [0, 1, None]
-    assert [place(n).component for n in names] == ["mixer", "mixer", "other"]
+    assert [tensor_role(n).layer for n in names] == [0, 1, None]
+    assert [tensor_role(n).component for n in names] == ["mixer", "mixer", "other"]
 
 
 def test_names_without_numbers_are_no_layers() -> None:
     assert layer_count(["a.weight", "b.weight"]) == 0
-    assert relative_depth(place("a.weight"), 0) == 0
+    assert coefficient_layer(tensor_role("a.weight"), 0) == 0
 
 
 def test_embeddings_take_the_first_layers_coefficients_and_the_head_the_last() -> None:
     depths = {
-        n: relative_depth(place(n), 12)
+        n: coefficient_layer(tensor_role(n), 12)
         for n in (
             "model.embed_tokens.weight",
             "model.layers.4.mlp.up_proj.weight",
@@ -568,7 +572,7 @@ def test_locate_refuses_a_file(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["owner/model", "owner/model@v1.0", "owner/mo--del"])
-def test_a_hub_id_that_cannot_be_had_is_said_with_both_readings(
+def test_the_error_for_a_hub_id_names_the_folder_and_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

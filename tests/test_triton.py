@@ -12,9 +12,11 @@ import pytest
 import torch
 from test_kernels import KEYS, PLANS, operands
 
-from evomerge.merge.kernels.call import call_of, piecewise_call
+from evomerge.merge.kernels.call import call_of
 from evomerge.merge.kernels.elementwise import SparseForm
 from evomerge.merge.kernels.launch import WARPS, Kind, Launcher, kernel_of
+from evomerge.merge.kernels.operands import Operands
+from evomerge.merge.kernels.piecewise import piecewise_call
 
 triton = pytest.importorskip("triton", reason="there is no Triton for this platform", exc_type=ImportError)
 TESTS = Path(__file__).resolve().parent
@@ -90,7 +92,7 @@ def test_a_kernel_that_cannot_run_falls_back_and_the_others_stay(monkeypatch: py
     lines: list[str] = []
     launcher = Launcher(lines.append)
     base, sources = operands(503)
-    jobs = [(torch.empty(503), call_of(PLANS[n], base, sources, (), KEYS)) for n in ("trim", "drop", "trim")]
+    jobs = [(torch.empty(503), call_of(PLANS[n], Operands(base, sources, (), KEYS))) for n in ("trim", "drop", "trim")]
     for _ in range(2):
         largest = launcher.run(jobs)
     assert len(lines) == 2

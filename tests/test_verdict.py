@@ -46,7 +46,7 @@ def test_a_clear_winner_wins_against_every_baseline() -> None:
     assert "rival 0, the best of them on the selection items" in verdict.sentence
 
 
-def test_one_baseline_that_is_as_good_takes_the_victory() -> None:
+def test_one_baseline_that_is_as_good_prevents_a_winner() -> None:
     winner = hits(0.9, 200, 3)
     verdict = judged(winner, hits(0.2, 200, 1), winner)
     assert not verdict.winner
@@ -56,7 +56,7 @@ def test_one_baseline_that_is_as_good_takes_the_victory() -> None:
 
 
 def test_what_is_recommended_was_best_on_the_selection_split_whatever_the_holdout_says() -> None:
-    """The best of several on the holdout split is best by luck too; its score there would flatter it."""
+    """The best of several on the holdout split is partly best by luck, so its score there is too high."""
     verdict = judged(hits(0.5, 200, 1), hits(0.5, 200, 2), hits(0.6, 200, 3))
     assert verdict.comparisons[1].score > verdict.comparisons[0].score
     assert verdict.recommended == "rival 0"
@@ -82,7 +82,7 @@ def test_without_a_baseline_nothing_is_shown_and_nothing_raised() -> None:
     assert verdict.detectable is None
 
 
-def test_a_gain_that_may_be_luck_is_no_victory() -> None:
+def test_a_gain_that_may_be_luck_makes_no_winner() -> None:
     better, worse = [1.0] * 11 + [0.0] * 9, [0.0] * 10 + [1.0] * 10  # 11 of 20 against 10 of 20
     verdict = judged(better, worse)
     assert verdict.comparisons[0].difference.value == pytest.approx(0.05)
@@ -91,7 +91,7 @@ def test_a_gain_that_may_be_luck_is_no_victory() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_handful_of_items_makes_no_winner(count: int) -> None:
-    """Not even if every one of them says so: four coins show heads once in sixteen."""
+    """Not even if the candidate is right on all of them: four coins show heads once in sixteen."""
     verdict = judged([1.0] * count, [0.0] * count)
     assert not verdict.winner
     low = verdict.comparisons[0].difference.low
@@ -136,7 +136,7 @@ def test_weights_decide_who_wins() -> None:
 
 
 def interval(scores: ItemScores, weights: dict[str, float] = WEIGHTS, seed: int = 0) -> Interval:
-    """Of one table of accuracies."""
+    """The interval of one table of accuracies."""
     [found] = intervals([scores], dict.fromkeys(scores, ACCURACY), weights, seed)
     return found
 

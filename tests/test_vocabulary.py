@@ -20,14 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
-from evomerge.merge.output.card import model_card
-from evomerge.merge.output.export import differences, export
-from evomerge.merge.recipe.nested import open_bank
+from evomerge.merge.output.compare import model_differences
+from evomerge.merge.output.export import export
+from evomerge.merge.output.model_card import model_card
+from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.models import open_models
-from evomerge.sources.tokenizer import read_vocabulary, union
-from evomerge.sources.vocabulary import Translated
+from evomerge.sources.embedding_rows import RowsByToken
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tokenizer import read_vocabulary
+from evomerge.sources.tokenizer_union import union_vocabulary
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SPECIAL = VOCABULARY[:3]
@@ -177,7 +179,7 @@ def test_what_is_scored_is_what_is_written_and_loads(wanted: str, tied: tuple[bo
     if wanted != "base":
         assert torch.equal(row(out, EMBEDDING, "v"), row(folders["one"], EMBEDDING, "v"))
     again = written(load_recipe(out / "recipe.yaml"), tmp_path / "again")
-    assert differences(out, again) == []
+    assert model_differences(out, again) == []
 
 
 @pytest.mark.parametrize("tokens", [VOCABULARY, MOVED], ids=["equal", "moved"])
@@ -237,7 +239,7 @@ def test_equal_vocabularies_are_left_alone(tmp_path: Path):
     folders = {"base": write_llama(tmp_path / "base", padding=3), "one": write_llama(tmp_path / "one", 1, padding=3)}
     for wanted in (None, "base", "union", "one"):
         models = open_models(folders["base"], {"one": folders["one"]}, vocabulary=wanted)
-        assert not any(isinstance(m, Translated) for m in (models.base, *models.sources.values()))
+        assert not any(isinstance(m, RowsByToken) for m in (models.base, *models.sources.values()))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0, 8), (8, 0), (8, 3)])
@@ -319,7 +321,7 @@ def test_nested_recipes_have_vocabularies_of_their_own(tmp_path: Path):
     nested = Recipe.model_validate(outer)
     outer["sources"][1] = {"name": "inner", "path": str(written(inner, tmp_path / "inner"))}
     out, stepwise = written(nested, tmp_path / "out"), written(Recipe.model_validate(outer), tmp_path / "stepwise")
-    assert differences(out, stepwise) == []
+    assert model_differences(out, stepwise) == []
     outer["vocabulary"] = "inner"
     by_name = written(Recipe.model_validate(outer), tmp_path / "named")
     assert read_vocabulary(by_name).tokens == read_vocabulary(tmp_path / "inner").tokens  # type: ignore[union-attr]
@@ -360,7 +362,7 @@ def train(folder: Path, texts: list[str], special: list[str], **config: Any) -> 
 def united(*folders: Path) -> Any:
     base, *others = (read_vocabulary(f) for f in folders)
     assert base is not None
-    out = union(base, [o for o in others if o is not None])
+    out = union_vocabulary(base, [o for o in others if o is not None])
     target = folders[0].with_name("union")
     target.mkdir()
     out.write(target)
@@ -400,7 +402,7 @@ def test_a_union_with_nothing_new_is_the_base(tmp_path: Path):
     train(tmp_path / "en", ENGLISH, ["<end>"])
     base = read_vocabulary(tmp_path / "en")
     assert base is not None
-    assert union(base, [base]) is base
+    assert union_vocabulary(base, [base]) is base
 
 
 def test_tokens_of_another_kind_of_tokenizer_are_found_as_they_are_written(tmp_path: Path):

@@ -18,15 +18,15 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome, TrialJob
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_setup import build_race_setup
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
+from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, create_run
 from evomerge.search.workers.make_workers import make_workers, setup_of
-from evomerge.search.workers.options import WorkerOptions, parse_worker_options
 from evomerge.search.workers.pool import MAX_DEATHS, Pool
 from evomerge.search.workers.remote_evaluator import open_evaluator
 from evomerge.search.workers.worker import WorkerDied, WorkerSetup
+from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 KINDS = {"this process": WorkerOptions(1), "processes": WorkerOptions(2), "ray": WorkerOptions(2, "local")}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from evomerge.merge.kernels.compiled import Compiled, user_cache
+from evomerge.merge.kernels.compiled import Compiled
+from evomerge.merge.kernels.compiler import user_cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Bench:
 
     def compiled(self) -> Compiled | None:
         """The fused kernels; a dry run does without, they take longer to compile than it may last."""
-        return None if self.small else Compiled(user_cache(), lambda line: print(f"  {line}", flush=True))
+        return None if self.small else Compiled(user_cache("kernels"), lambda line: print(f"  {line}", flush=True))
 
     def wait_for_family(self) -> Path:
         """The tiny family's folder, whole."""

@@ -14,7 +14,7 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.measure.scan import Scan
 from evomerge.merge.methods import METHODS
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs, recipe
 

@@ -11,7 +11,7 @@ from stopwatch import timed
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs
 
@@ -66,7 +66,7 @@ def merged(bench: Bench, title: str, folders: dict[str, Path], capacity: int | N
         floor = moved / rate
         text = f"first {seconds[0]:.3f}, then {min(seconds[1:]):.4f}; {min(seconds[1:]) / floor:.2f} times the floor"
         bench.report(f"{title}, {method}: a candidate", text, "s", ok=True)
-    held = sum(x.nbytes for x in bank.held.values())
+    held = sum(x.nbytes for x in bank.tensors.held.values())
     bench.report(f"{title}: held of what is merged", f"{held / 1e9:.2f} of {needed / 1e9:.2f}", "GB")
     if bench.device.type == "cuda":
         total = torch.cuda.get_device_properties(bench.device).total_memory

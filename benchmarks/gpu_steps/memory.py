@@ -5,7 +5,7 @@ from merge import SOURCES, write_models
 
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import materialise
-from evomerge.sources.models import open_models
+from evomerge.sources.open_models import open_models
 from gpu_steps.bench import Bench
 from gpu_steps.models import outputs, shapes, write_adapter, zero_weight
 
@@ -37,7 +37,7 @@ def capacities(bench: Bench) -> None:
                     materialise(made, bank, found)
                     same = same and all(torch.equal(found[n].cpu(), wanted[n]) for n in wanted)
                 assert bank.transfers is not None
-                held = sum(x.nbytes for x in bank.held.values())
+                held = sum(x.nbytes for x in bank.tensors.held.values())
                 beyond = bench.peak() - before - own - held
                 room = bank.transfers.window + (1 << 30)
                 fits = held <= capacity and bank.room.taken <= capacity and beyond <= room

@@ -37,7 +37,7 @@ def write_config(bench: Bench, name: str, sizes: dict[str, int]) -> Path:
 def searched(bench: Bench) -> None:
     """The tiny family's search, and two of its trials once more."""
     from evomerge.cli import main
-    from evomerge.search.evaluation.model_files import open_config_models
+    from evomerge.search.models import open_config_models
     from evomerge.search.repeat import repeat
     from evomerge.search.run import open_run
     from evomerge.search.space.space import build_space

@@ -22,8 +22,8 @@ def merge(
     mergekit: Mergekit = None,
     device: Device = "auto",
 ) -> None:
-    """Materialise a recipe as a model folder."""
-    from evomerge.merge.mergekit.read import load_merge
+    """Merge models as a recipe says, and write the result as a model folder."""
+    from evomerge.merge.mergekit.load_merge import load_merge
 
     loaded, notes = load_merge(recipe)
     print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
@@ -38,8 +38,9 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.merge.output.export import differences
-    from evomerge.merge.recipe.recipe import check_fingerprints, load_recipe
+    from evomerge.merge.output.compare import model_differences
+    from evomerge.merge.recipe.pinned_inputs import check_fingerprints
+    from evomerge.merge.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if check is not None and not (check / "config.json").is_file():
@@ -51,7 +52,7 @@ def reproduce(
     ]:
         print("\n".join(found))
     if check is not None:
-        found += (lines := [f"{d.name}: {d.what}" for d in differences(check, out)])
+        found += (lines := [f"{d.name}: {d.what}" for d in model_differences(check, out)])
         print("\n".join(lines) if lines else f"the bytes agree: {check} and {out}")
     elif loaded.outputs and not found:
         print("the bytes agree with the recipe's SHA-256 sums")
@@ -64,10 +65,10 @@ def inspect(
     base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     sources: Annotated[list[str], typer.Argument(help="Fine-tunes or LoRA adapters of it.")],
 ) -> None:
-    """Whether these models can be merged, and what to expect."""
+    """Tell whether these models can be merged, and what to expect."""
     from evomerge.report.inspection import print_inspection
     from evomerge.sources.locate import locate
-    from evomerge.sources.models import open_models
+    from evomerge.sources.open_models import open_models
 
     names = {f"{Path(s).name}": locate(s) for s in sources}
     if len(names) < len(sources):
@@ -97,8 +98,10 @@ def evaluate(
     apply_chat_template: Chat = False,
     fewshot_as_multiturn: Multiturn = True,
     allow_task_code: TaskCode = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    compute_dtype: Annotated[str, typer.Option(help="What computes: auto, float32, or the same as --dtype.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    compute_dtype: Annotated[
+        str, typer.Option(help="Type to compute in: auto, float32, or the same as --dtype.")
+    ] = "auto",
     batch_tokens: Annotated[
         int | None, typer.Option(min=64, help="Padded tokens per forward; by default what the device holds.")
     ] = None,
@@ -149,10 +152,12 @@ def evaluate(
 def statistics(
     kind: Annotated[str, typer.Option(help="fisher or regmean: the merge method that will use them.")],
     model: Annotated[str, typer.Option(help="The source: a model or a LoRA adapter, a folder or a hub id.")],
-    task: Annotated[list[str], typer.Option("--task", help="A task file or an lm-eval task that it is good at.")],
+    task: Annotated[
+        list[str], typer.Option("--task", help="A task file or an lm-eval task that the source is good at.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The safetensors file to write; it must be new.")],
     base: Annotated[str | None, typer.Option(help="The base model, if the source is an adapter.")] = None,
-    items: Annotated[int, typer.Option(min=1, help="Items per task.")] = 256,
+    items: Annotated[int, typer.Option(min=1, help="Use at most this many items of each task.")] = 256,
     search: Annotated[
         Path | None, typer.Option("--search", help="Take only items of this configuration's search split.")
     ] = None,
@@ -169,7 +174,7 @@ def statistics(
     from evomerge.device import resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
-    from evomerge.merge.methods.plan import Statistics
+    from evomerge.merge.methods.method import Statistics
     from evomerge.report.progress import Bar
     from evomerge.sources.locate import locate
     from evomerge.statistics.gather import choose_items, gather_statistics

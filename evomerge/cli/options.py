@@ -20,16 +20,22 @@ app = typer.Typer(
 
 Trials = Annotated[int | None, typer.Option(min=1, help="End after this many trials, the baselines included.")]
 Timeout = Annotated[
-    str | None, typer.Option(help="Have the result after this time in all, every resume included: 8h, 90m, 1h30m.")
+    str | None, typer.Option(help="Have the result after this much time, every resume included: 8h, 90m, 1h30m.")
 ]
-Workers = Annotated[str | None, typer.Option(help="How many at once: a count, or auto for one on each accelerator.")]
-Ray = Annotated[str | None, typer.Option(help="Workers in a Ray cluster: its address, or local for one made here.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(help="How many workers: a count, or auto for one on each accelerator (default: 1, with --ray auto)."),
+]
+Ray = Annotated[str | None, typer.Option(help="Put the workers on a Ray cluster: its address, or local to start one.")]
 Until = Annotated[str | None, typer.Option(help="Have the result at this local time: 07:00.")]
-Target = Annotated[float | None, typer.Option(help="End when the best score is as high as this.")]
+Target = Annotated[float | None, typer.Option(help="End when the best score is this high or higher.")]
 Patience = Annotated[
     int | None, typer.Option(min=1, help="End when this many sampled trials in a row brought no better score.")
 ]
-Fewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt.")]
+Fewshot = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default as many as the task says."),
+]
 Chat = Annotated[
     bool, typer.Option("--apply-chat-template", help="Put the prompts into the tokenizer's chat template.")
 ]
@@ -45,8 +51,10 @@ ExportTo = Annotated[
     Path | None,
     typer.Option("--out", help="At the end write the recommended model into this folder; it must be new or empty."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Mergekit = Annotated[Path | None, typer.Option("--mergekit", help="Write the merge as a file for mergekit (YAML).")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Mergekit = Annotated[
+    Path | None, typer.Option("--mergekit", help="The file to write the merge to as a mergekit configuration (YAML).")
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 

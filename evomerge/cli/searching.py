@@ -39,13 +39,9 @@ def search(
     """Start a search: propose, merge, score, and judge the winner at the end."""
     from evomerge.config.config_file import load_config, pin
     from evomerge.files import refuse_full
-    from evomerge.merge.output.load_check import check_loads
-    from evomerge.merge.recipe.layout import build_layout
     from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.evaluation.model_files import open_config_models
-    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
-    from evomerge.search.run import create_run, refuse_existing
-    from evomerge.search.workers.options import parse_worker_options
+    from evomerge.search.run import refuse_existing
+    from evomerge.search.workers.worker_options import parse_worker_options
 
     loaded = with_budget(load_config(config), trials, timeout, target, patience)
     limits, worker_options = limits_of(loaded.budget, until), parse_worker_options(workers, ray)
@@ -53,7 +49,13 @@ def search(
     refuse_existing(folder)
     if out is not None:
         refuse_full(out)
-    # All that can be wrong with the inputs is said before there is a run folder.
+    # What the file alone shows is said before seconds go into imports, the rest before there is a run folder.
+    from evomerge.merge.output.load_check import check_loads
+    from evomerge.merge.recipe.layout import build_layout
+    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.inputs import create_run
+    from evomerge.search.models import open_config_models
+
     loaded = pin(loaded, {})
     models = open_config_models(loaded)
     for note in check_loads(build_layout(models), models.base):
@@ -84,8 +86,9 @@ def resume(
     from evomerge.config.config_file import write_config
     from evomerge.files import refuse_full
     from evomerge.search.budget.limits import limits_of, with_budget
-    from evomerge.search.run import check_unchanged, open_run
-    from evomerge.search.workers.options import parse_worker_options
+    from evomerge.search.inputs import check_unchanged
+    from evomerge.search.run import open_run
+    from evomerge.search.workers.worker_options import parse_worker_options
 
     worker_options = parse_worker_options(workers, ray)
     opened = open_run(run)
@@ -105,7 +108,7 @@ def status(
     timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the search as it goes on, until it ends.")] = False,
 ) -> None:
-    """Best so far, trials, rate, time left, and the verdict if there is one."""
+    """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
     from evomerge.search.run import open_run
@@ -120,10 +123,11 @@ def status(
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
 def studies(
     storage: Annotated[
-        str, typer.Option(help="A database URL (${NAME} is of the environment), a study.db, a run folder.")
+        str,
+        typer.Option(help="A database URL, in which ${NAME} is an environment variable; a study.db; or a run folder."),
     ],
 ) -> None:
-    """The studies in a database: trials, best score, who is working on them."""
+    """List the studies in a database: trials, best score, who is working on them."""
     from evomerge.report.studies import print_studies
 
     print_studies(storage)
@@ -147,7 +151,7 @@ def items(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="The table to write, .parquet or .csv; it must be new.")],
 ) -> None:
-    """Every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
+    """Write every item score of a run as a table: trial or recipe, split, task, metric, item, score."""
     from evomerge.report.item_table import write_items
     from evomerge.search.run import open_run
 
@@ -177,11 +181,12 @@ def export(
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")
 def repeat(
     run: RunFolder,
-    trial: Annotated[int, typer.Option(min=0, help="Its number.")],
+    trial: Annotated[int, typer.Option(min=0, help="The number of the trial.")],
 ) -> None:
     """Run one finished trial again, alone, and compare every item's score with the recorded one."""
+    from evomerge.search.inputs import check_unchanged
     from evomerge.search.repeat import repeat as repeat_trial
-    from evomerge.search.run import check_unchanged, open_run
+    from evomerge.search.run import open_run
 
     opened = open_run(run)
     check_unchanged(opened, accept=False)

@@ -13,9 +13,8 @@ from evomerge.config.database_url import has_password, masked
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
-from evomerge.merge.mergekit.read import load_merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import choices_of, is_named, values_of
+from evomerge.merge.methods.knobs import choices_of, is_named, values_of
 from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
@@ -23,9 +22,10 @@ def method_problems(config: SearchConfig) -> list[str]:
     """What does not fit the merge method: its name, the number of sources, knobs and bounds."""
     names = [s.name for s in config.sources]
     problems = [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    method = METHODS.get(config.method)
-    if method is None:
-        return [f"method: {config.method!r} is not one of {', '.join(METHODS)}", *problems]
+    try:
+        method = METHODS[config.method]
+    except EvomergeError as error:
+        return [f"method: {error}", *problems]
     least, most = method.sources
     if not least <= len(config.sources) <= (most or len(config.sources)):
         allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
@@ -150,6 +150,8 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     file = content.get("start_from")
     if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
         return content
+    from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
+
     recipe, _ = load_merge(Path(file))
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from evomerge.merge.methods.plan import Method
+from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
-from evomerge.sources.anatomy import Component
 from evomerge.sources.config_differences import Allowed
+from evomerge.sources.tensor_names import Component
 
 Granularity = Literal["model", "depth", "group", "layer"]
 GOLD_METRICS = ("gold_logprob", "gold_prob", "bits_per_byte")  # they need the gold answer's log-probability alone

@@ -13,10 +13,10 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import known_config
-from evomerge.sources.checkpoint import read_config, stored_tensors
-from evomerge.sources.models import open_models
+from evomerge.sources.checkpoint import open_weight_files, read_config
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
 
 # transformers 5 keeps a mixture's experts in two stacked parameters; on disk each expert has its own three.
@@ -86,7 +86,9 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
         tensor = live_tensor(name, parameters, prefix)
         if tensor is not None:
             found[name] = tensor
-        elif not (name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_computed(name)):
+        elif not (
+            name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_computed_buffer(name)
+        ):
             raise EvomergeError(
                 f"{bank.models.base.path}: transformers' {type(model).__name__} has no parameter for the tensor {name}"
             )
@@ -136,7 +138,7 @@ def open_live_model(
     whole = folder if not is_adapter else base
     if whole is None:
         raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
-    config, (_, tensors) = read_config(whole), stored_tensors(whole)  # say what is wrong before transformers tries
+    config, (_, tensors) = read_config(whole), open_weight_files(whole)  # say what is wrong before transformers tries
     if wanted == "auto" and "quantization_config" in config:
         wanted = dtype  # its products are its own
     elif wanted == "auto":

@@ -1,195 +1,153 @@
-"""Materialise a recipe: the one way to merge.  Search, export and `merge` all come through here."""
+"""Materialise a recipe: write the merged tensors.  Searches, exports and the command `merge` all come through here.
+
+For each output tensor: `tensor_plan.py` gives a plan and its operands, and `kernels/execute.py` computes it.  On a CUDA
+device `Batch` does the same for many tensors at a time.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.merge.bank.bank import Bank, mask_keys
-from evomerge.merge.kernels.call import Call, Keys, call_of, contributes
+from evomerge.merge.bank.bank import Bank
+from evomerge.merge.kernels.call import Call, call_of
 from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.launch import Launcher
-from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Knobs, Plan, SparseBlend
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.kernels.operands import Operands
+from evomerge.merge.methods.plan import Blend, Plan, SparseBlend
 from evomerge.merge.recipe.recipe import Recipe, check_layers
-from evomerge.sources.anatomy import Place, place
+from evomerge.merge.tensor_plan import RecipeInputs, plan_tensor, remembered_knobs
+from evomerge.sources.tensor_names import tensor_role
 
-STREAMED = 64 << 20  # bytes of operands that do not stay on the device and yet wait for one launch
-KnobsAt = Callable[[Place, int, tuple[str, ...]], Knobs]
+STREAMED = 64 << 20  # bytes of operands that do not stay on the device, after which a launch follows
 
 
 class NotFinite(ArithmeticError):
-    """A merged tensor holds NaN or infinity: this candidate is broken, the next may be fine."""
-
-
-@dataclass(frozen=True, eq=False)
-class Planned:
-    """What one tensor is made of: the arguments of `execute`."""
-
-    plan: Plan
-    base: Tensor
-    sources: Sequence[Tensor]
-    planes: Sequence[Tensor]
-    keys: Keys
-
-
-def plan_tensor(recipe: Recipe, bank: Bank, name: str, knobs: KnobsAt) -> Planned | None:
-    """What a recipe makes the tensor `name` of; None for integers, which are the base's.
-
-    knobs: `recipe.knobs`, or what remembers its answers.
-    """
-    base = bank.base(name)
-    if not base.is_floating_point():
-        return None
-    names = bank.taking_part(name, [s.name for s in recipe.sources])
-    statistics = bank.statistics(recipe, names)
-    measured = bank.measurements(name, names, recipe.seed, statistics)
-    if names:
-        plan = METHODS[recipe.method].plan(knobs(place(name), bank.layers, tuple(names)), measured)
-    else:
-        plan = Blend((), base=1.0)  # a slice of the base alone
-    # An operand that does not count is not read: the base stands in for it.
-    sources: Sequence[Tensor]
-    if isinstance(plan, Blend):
-        sources = [measured.source(i) if c else base for i, c in enumerate(plan.sources)]
-    elif isinstance(plan, SparseBlend):
-        # A silent one that must be computed is read all the same: that may find it broken.
-        silent = [bank.is_stored(s, name) and not contributes(plan, i, False) for i, s in enumerate(names)]
-        sources = [base if quiet else measured.source(i) for i, quiet in enumerate(silent)]
-    elif isinstance(plan, Derived):
-        sources = bank.derived(plan, name, names, statistics)
-    else:
-        sources = [measured.source(i) for i in range(len(names))]
-    planes = measured.planes(plan)
-    if isinstance(plan, FisherBlend):
-        planes = [g.read(name).to(bank.device) for g in statistics]
-    is_random = isinstance(plan, SparseBlend) and plan.chances is not None
-    return Planned(plan, base, sources, planes, mask_keys(recipe.seed, name, names) if is_random else (0, ()))
+    """A merged tensor holds NaN or infinity: the candidate is broken, and the next one may not be."""
 
 
 @torch.no_grad()
 def materialise_tensor(recipe: Recipe, bank: Bank, name: str, out: Tensor) -> Tensor:
-    """Write the merged tensor `name` into `out` (its shape, the recipe's dtype or the device's own copy of it).
+    """Write the merged tensor `name` to `out`.
 
-    Tensors of integers (position tables of old checkpoints) are the base's.  Returns the largest |out| as a scalar
-    on the bank's device, NaN if there is one: `check_finite` looks at it.
+    out: of the tensor's shape and the recipe's dtype, on the bank's device.
+
+    Tensors of integers (position tables of old checkpoints) are copied from the base.  Returns the largest |out| as a
+    scalar on the bank's device, NaN if any element is; `check_finite` reads it.
     """
     bank.begin(name)
-    name = bank.merged_as(name)
-    planned = plan_tensor(recipe, bank, name, recipe.knobs)
-    return run_alone(planned, bank, name, out)
+    recipe_inputs = RecipeInputs(recipe, bank)
+    inputs = recipe_inputs.get(name)
+    largest = write_tensor(plan_tensor(recipe, bank, inputs, recipe.knobs), bank, inputs.base, out)
+    recipe_inputs.keep(name, inputs)
+    return largest
 
 
-def run_alone(planned: Planned | None, bank: Bank, name: str, out: Tensor) -> Tensor:
+def write_tensor(planned: tuple[Plan, Operands] | None, bank: Bank, base: Tensor, out: Tensor) -> Tensor:
+    """Execute a plan, or copy the base if there is none; the largest |out| as a scalar, 0 for a copy."""
     if planned is None:
-        out.copy_(bank.base(name))
+        out.copy_(base)
         return torch.zeros((), device=bank.device)
-    target = in_one_piece(out)
-    p = planned
-    largest = execute(p.plan, target, p.base, p.sources, p.planes, p.keys, bank.compiled)
+    plan, operands = planned
+    target = contiguous_target(out)
+    largest = execute(plan, target, operands, bank.compiled)
     if target is not out:
         out.copy_(target)
     return largest
 
 
-def in_one_piece(out: Tensor) -> Tensor:
-    """A tensor to write into: `out`, or one that is contiguous and must be copied to it."""
+def contiguous_target(out: Tensor) -> Tensor:
+    """A contiguous tensor to write to: `out`, or a new one that must then be copied to it."""
     return out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 class Batch:
-    """Tensors of one candidate on a device, those of one kind merged in one launch.
-
-    largest: (name, its largest |out|) of what was merged.
-    """
+    """Tensors of one candidate on a device; they are merged when `launch` is called, or much memory waits for it."""
 
     def __init__(self, recipe: Recipe, bank: Bank, launcher: Launcher) -> None:
         self.recipe, self.bank, self.launcher = recipe, bank, launcher
-        self.knobs = remembered(recipe)
-        self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []  # name, out, what is written, call
-        self.largest: list[tuple[str, Tensor]] = []
+        self.knobs = remembered_knobs(recipe)
+        self.inputs = RecipeInputs(recipe, bank)
+        self.waiting: list[tuple[str, Tensor, Tensor, Call]] = []
+        """Name, output, what is written to, call."""
+        self.largest: list[tuple[list[str], Tensor]] = []
+        """Names of tensors that were merged, and the largest |out| of each, (names,) float32."""
 
-    @torch.no_grad()
     def add(self, name: str, out: Tensor) -> None:
-        """Plan a tensor; it is merged by the next `launch`, which comes by itself where much was streamed."""
+        """Plan the output tensor `name`, to be written to `out`."""
         if not self.waiting:
             self.bank.begin(name)
-        merged = self.bank.merged_as(name)
-        planned = plan_tensor(self.recipe, self.bank, merged, self.knobs)
-        call = None
-        if planned is not None and not isinstance(planned.plan, Derived):  # whose matrices would all wait in memory
-            call = call_of(planned.plan, planned.base, planned.sources, planned.planes, planned.keys)
-        if call is None:
-            self.largest.append((name, run_alone(planned, self.bank, merged, out)))
+        inputs = self.inputs.get(name)
+        planned = plan_tensor(self.recipe, self.bank, inputs, self.knobs)
+        plan, operands = planned or (None, None)
+        # The matrices of a `Derived` plan would all wait in memory, so they are blended at once.
+        if operands is not None and isinstance(plan, Blend | SparseBlend):
+            self.waiting.append((name, out, contiguous_target(out), call_of(plan, operands)))
         else:
-            self.waiting.append((name, out, in_one_piece(out), call))
-        if sum(x.nbytes for x in self.bank.recent.values()) > STREAMED:
+            self.largest.append(([name], write_tensor(planned, self.bank, inputs.base, out)[None]))
+        self.inputs.keep(name, inputs)
+        if (in_use := self.bank.tensors.in_use) and sum(x.nbytes for x in in_use.values()) > STREAMED:
             self.launch()
 
-    @torch.no_grad()
     def launch(self) -> None:
-        """Merge what waits."""
+        """Merge the tensors that wait."""
         if not self.waiting:
             return
         found = self.launcher.run([(target, call) for _, _, target, call in self.waiting])
-        self.largest += zip((name for name, *_ in self.waiting), found.unbind(), strict=True)
+        self.largest.append(([name for name, *_ in self.waiting], found))
         for _, out, target, _ in self.waiting:
             if target is not out:
                 out.copy_(target)
         self.waiting.clear()
 
 
-def remembered(recipe: Recipe) -> KnobsAt:
-    """`recipe.knobs` that computes equal places once; coefficients by tensor name differ among equal places."""
-    given = [*recipe.parameters.values(), *(c for s in recipe.sources for c in s.parameters.values())]
-    return recipe.knobs if any(map(named_parts, given)) else cache(recipe.knobs)
+def check_finite(names: Sequence[str], largest: Tensor) -> None:
+    """NotFinite, with the name of the first tensor whose largest magnitude is not finite.
 
-
-def check_finite(largest: Mapping[str, Tensor]) -> None:
-    """NotFinite names the first tensor whose largest magnitude is not a number."""
-    if not largest:
-        return
-    finite = torch.stack(list(largest.values())).isfinite().tolist()
+    largest: those of the named tensors, (names,) float32; the device is waited for once.
+    """
+    finite = largest.isfinite().tolist()
     if not all(finite):
-        name = next(n for n, ok in zip(largest, finite, strict=True) if not ok)
-        raise NotFinite(f"{name} is not finite after merging")
+        raise NotFinite(f"{names[finite.index(False)]} is not finite after merging")
 
 
 def check_fits(recipe: Recipe, bank: Bank) -> None:
-    """EvomergeError if a bank was opened for another layout than the recipe's, or its lists count other layers."""
+    """EvomergeError if a bank was opened for other slices or another vocabulary than the recipe's, or the recipe has
+    lists for another number of layers."""
     if recipe.slices != bank.slices:
         raise EvomergeError("this recipe has other `slices` than the models were opened for")
-    if recipe.vocabulary != bank.models.wanted:
+    if recipe.vocabulary != bank.models.requested_vocabulary:
         raise EvomergeError("this recipe has another `vocabulary` than the models were opened for")
     check_layers(recipe, bank.layers)
 
 
 def widen(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy what was merged to where it belongs, in a wider type: (there, merged) of each; none is left."""
-    for there, merged in pairs:
-        there.copy_(merged)
+    """Copy merged tensors to live ones of a wider type, and empty the list of pairs (live, merged)."""
+    for live, merged in pairs:
+        live.copy_(merged)
     pairs.clear()
 
 
+@torch.no_grad()
 def materialise(
     recipe: Recipe,
     bank: Bank,
     destinations: Mapping[str, Tensor],
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write every tensor of a candidate to its destination, in the bank's order.  NotFinite if one is not finite.
+    """Write every tensor of a candidate to its destination, in the bank's order.
 
-    destinations: checkpoint name -> tensor to write into.  Its values are those of an export, rounded to the recipe's
-    dtype, also where the tensor is of a wider type.  between: called before each tensor (may raise to stop).
+    destinations: checkpoint name -> tensor to write to.  Its values are those of an export, rounded to the recipe's
+        dtype, even if the tensor is of a wider type.
+    between: called before each tensor; it may raise to stop.
+
+    NotFinite if a merged tensor is not finite.
     """
     dtype = TORCH_DTYPES[recipe.dtype]
     check_fits(recipe, bank)
-    largest: dict[str, Tensor] = {}
+    largest: list[tuple[list[str], Tensor]] = []
     widened: list[tuple[Tensor, Tensor]] = []
     names = [name for name in bank.names if name in destinations]
     batch = Batch(recipe, bank, bank.launcher) if bank.launcher else None
@@ -205,24 +163,25 @@ def materialise(
             if batch is not None:
                 batch.add(name, out)
             else:
-                largest[name] = materialise_tensor(recipe, bank, name, out)
+                largest.append(([name], materialise_tensor(recipe, bank, name, out)[None]))
             if out is not live:
                 widened.append((live, out))
             if batch is None:
                 widen(widened)
         if batch is not None:
             batch.launch()
-            largest = dict(batch.largest)
             widen(widened)
     finally:
         bank.end()
-    check_finite(largest)
+    found = batch.largest if batch is not None else largest
+    if found:
+        check_finite([name for several, _ in found for name in several], torch.cat([x for _, x in found]))
 
 
 def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
-    """The sources that a tensor will be made of, as far as their weights tell: one of weight 0 is mostly not read."""
+    """The sources that will be read for a tensor, as far as weights tell: one of weight 0 is mostly not read."""
     names = bank.taking_part(name, [s.name for s in recipe.sources])
     if not names:
         return []
-    weights = recipe.knobs(place(name), bank.layers, names).each.get("weight", [1.0] * len(names))
+    weights = recipe.knobs(tensor_role(name), bank.layers, names).each.get("weight", [1.0] * len(names))
     return [s for s, weight in zip(names, weights, strict=True) if weight]

@@ -1,26 +1,27 @@
 """report.html: the verdict, the table of scores, a plot of the trials, the coefficients.  One file, no network."""
 
 import html
+import importlib.metadata
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-import plotly.io
 from optuna.trial import TrialState
 
 from evomerge.files import write_text
 from evomerge.merge.methods import METHODS
-from evomerge.merge.recipe.coefficients import named_parts
+from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
-from evomerge.sources.anatomy import Component, Place, layer_count
-from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.locate import locate
+from evomerge.sources.safetensors_files import stored_tensor_names
+from evomerge.sources.tensor_names import Component, TensorRole, layer_count
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
@@ -32,21 +33,29 @@ th:first-child,td:first-child{text-align:left} tr.candidate{font-weight:600;back
 small,.dim{color:#67747f} td small{display:block}
 """
 SHOWN: tuple[Component, ...] = ("attention", "mlp", "norm")
+RED_TO_BLUE = [  # ColorBrewer's RdBu; the scale that Plotly's JavaScript has under this name is another one
+    [i / 10, f"#{colour}"]
+    for i, colour in enumerate("67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061".split())
+]
 PALETTE = {"parent": "#8a97a3", "uniform": "#c47f0a", "recommended": "#7a5bb5"}
+
+
+Figure = dict[str, Any]
+"""What Plotly's JavaScript draws: {"data": traces, "layout": ...} (https://plotly.com/javascript/reference)."""
 
 
 def write_report(run: Run) -> None:
     """Write report.html of a run that has a verdict."""
     status = read_status(run)
     assert status.verdict is not None, "a report needs a verdict"
-    recipe = load_recipe(run.folder / "winner.yaml")
+    recipe = load_recipe(run.winner_file)
     layers = sum(part.length for part in recipe.slices)
-    layers = layers or layer_count(list(open_checkpoint(locate(recipe.base.path)).tensors))
+    layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
     figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 
 
-def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, str, go.Figure]]) -> str:
+def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, str, Figure]]) -> str:
     """The HTML of the report.  figures: (title, text, figure) each."""
     name = html.escape(status.config.name)
     parts = [
@@ -59,15 +68,30 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
         f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
+    parts.append(f"<script>{plotly_file('plotly.min.js')}</script>")
     for number, (title, text, figure) in enumerate(figures):
-        drawn = plotly.io.to_html(
-            figure,
-            include_plotlyjs=number == 0,
-            full_html=False,
-            config={"displayModeBar": False, "responsive": True},
-        )
+        drawn = drawing(f"figure{number}", figure)
         parts += [f"<h2>{html.escape(title)}</h2>", f"<p class=dim>{html.escape(text)}</p>", drawn]
     return "\n".join(parts) + "\n</html>\n"
+
+
+def plotly_file(name: str) -> str:
+    """A file that the plotly package brings along; importing the package itself takes half a second."""
+    file = importlib.metadata.distribution("plotly").locate_file(f"plotly/package_data/{name}")
+    return Path(str(file)).read_text(encoding="utf-8")
+
+
+def drawing(place: str, figure: Figure) -> str:
+    """The HTML of one figure.  place: the id of its element."""
+    template = json.loads(plotly_file("templates/plotly_white.json"))
+    layout = {"template": template, **figure["layout"]}
+    options = {"displayModeBar": False, "responsive": True}
+    # "<" could end the script wherever it stands in a name.
+    data, layout_text = (json.dumps(part).replace("<", "\\u003c") for part in (figure["data"], layout))
+    return (
+        f"<div id={place} style='height:{layout['height']}px'></div>"
+        f"<script>Plotly.newPlot('{place}', {data}, {layout_text}, {json.dumps(options)})</script>"
+    )
 
 
 def summary(status: Status) -> str:
@@ -122,7 +146,7 @@ def spread(span: dict[str, Any]) -> str:
     return "" if span["low"] is None else f"[{span['low']:.3f}, {span['high']:.3f}]"
 
 
-def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
+def progress_figure(status: Status) -> tuple[str, str, Figure]:
     """Title, text and plot of the values of all finished trials and of the best value so far."""
     complete = [t for t in status.trials if t.state == TrialState.COMPLETE and t.value is not None]
     values = [float(t.value or 0.0) for t in complete]
@@ -130,35 +154,36 @@ def progress_figure(status: Status) -> tuple[str, str, go.Figure]:
     best = [max(full[: i + 1]) for i in range(len(full))]
     numbers = [t.number for t in complete]
     names = [status.baselines.get(n, "") for n in numbers]
-    figure = go.Figure()
     searched = [i for i, name in enumerate(names) if not name and full[i] > -math.inf]
     stopped = [i for i, name in enumerate(names) if not name and full[i] == -math.inf]
     known = [i for i, name in enumerate(names) if name]
-    figure.add_scatter(
-        x=[numbers[i] for i in searched], y=[values[i] for i in searched], mode="markers", name="trial",
-        marker={"color": "#9db7d1", "size": 6},
-    )  # fmt: skip
-    figure.add_scatter(
-        x=[numbers[i] for i in stopped], y=[values[i] for i in stopped], mode="markers", name="stopped early",
-        marker={"color": "#d0d0d0", "size": 5, "symbol": "x-thin-open"},
-    )  # fmt: skip
-    figure.add_scatter(
-        x=[numbers[i] for i in known], y=[values[i] for i in known], text=[names[i] for i in known], mode="markers",
-        name="baseline", marker={"color": PALETTE["uniform"], "size": 9, "symbol": "diamond"},
-    )  # fmt: skip
-    figure.add_scatter(x=numbers, y=best, mode="lines", name="best so far", line={"color": "#1f5f99", "shape": "hv"})
+
+    def points(name: str, chosen: list[int], marker: dict[str, Any]) -> dict[str, Any]:
+        x, y = [numbers[i] for i in chosen], [values[i] for i in chosen]
+        return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "marker": marker}
+
+    data = [
+        points("trial", searched, {"color": "#9db7d1", "size": 6}),
+        points("stopped early", stopped, {"color": "#d0d0d0", "size": 5, "symbol": "x-thin-open"}),
+        points("baseline", known, {"color": PALETTE["uniform"], "size": 9, "symbol": "diamond"})
+        | {"text": [names[i] for i in known]},
+        {"type": "scatter", "mode": "lines", "name": "best so far", "x": numbers,
+         "y": [b if b > -math.inf else None for b in best], "line": {"color": "#1f5f99", "shape": "hv"}},
+    ]  # fmt: skip
     ordered = sorted(values)
     floor = ordered[len(ordered) // 10] if ordered else 0.0
     top = max(values, default=1.0)
     margin = (top - floor) * 0.08 or 0.1
-    figure.update_layout(
-        xaxis_title="trial", yaxis_title="objective on the search items", yaxis_range=[floor - margin, top + margin],
-        height=380, margin={"t": 20, "r": 20}, template="plotly_white",
-    )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "trial"}},
+        "yaxis": {"title": {"text": "objective on the search items"}, "range": [floor - margin, top + margin]},
+        "height": 380, "margin": {"t": 20, "r": 20},
+    }  # fmt: skip
+    figure = {"data": data, "layout": layout}
     return "Best score over trials", "The lowest tenth of the values may lie below the axis.", figure
 
 
-def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.Figure]]:
+def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Figure]]:
     """Title, text and heat map of each parameter of the method that differs between rows or layers.
 
     Rows are sources and components, columns are layers.  Components with equal values share one row.  A parameter that
@@ -169,13 +194,13 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():
         given = [p.get(name, 0.0) for p in (recipe.parameters, *(s.parameters for s in recipe.sources))]
-        if any(map(named_parts, given)):
+        if any(map(filtered_values, given)):
             continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):
             per_component = {}
             for component in SHOWN:
-                known = [recipe.knobs(Place(layer, component), layers) for layer in range(layers)]
+                known = [recipe.knobs(TensorRole(layer, component), layers) for layer in range(layers)]
                 per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
             alike = len({tuple(row) for row in per_component.values()}) == 1
             title = source.name if source else name
@@ -184,16 +209,17 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, go.
         if knob.switch or len(set(flat)) == 1:
             continue
         ordered = sorted(rows)
-        figure = go.Figure(
-            go.Heatmap(
-                z=[rows[r] for r in ordered], x=list(range(layers)), y=ordered, colorscale="RdBu", zmid=0.0,
-                zmin=-max(map(abs, flat), default=1.0), zmax=max(map(abs, flat), default=1.0), reversescale=True,
-                texttemplate="%{z:.2f}" if layers <= 12 else None, colorbar={"title": name},
-            )
-        )  # fmt: skip
-        figure.update_layout(
-            xaxis_title="layer", height=120 + 26 * len(ordered), margin={"t": 20, "l": 150}, template="plotly_white",
-            xaxis={"dtick": 1 if layers <= 16 else 5}, yaxis={"autorange": "reversed"},
-        )  # fmt: skip
+        span = max(map(abs, flat), default=1.0)
+        race_chunk = {
+            "type": "heatmap", "z": [rows[r] for r in ordered], "x": list(range(layers)), "y": ordered,
+            "colorscale": RED_TO_BLUE, "reversescale": True, "zmid": 0.0, "zmin": -span, "zmax": span,
+            "colorbar": {"title": {"text": name}},
+        } | ({"texttemplate": "%{z:.2f}"} if layers <= 12 else {})  # fmt: skip
+        layout = {
+            "xaxis": {"title": {"text": "layer"}, "dtick": 1 if layers <= 16 else 5},
+            "yaxis": {"autorange": "reversed"},
+            "height": 120 + 26 * len(ordered), "margin": {"t": 20, "l": 150},
+        }  # fmt: skip
+        figure = {"data": [race_chunk], "layout": layout}
         figures.append((f"{name} of the chosen candidate", f"Method {recipe.method}, by layer and component.", figure))
     return figures

@@ -3,10 +3,10 @@
 import numpy as np
 from rich.table import Table
 
-from evomerge.merge.measure.reductions import gram_matrix
+from evomerge.merge.measure.gram import gram_matrix
 from evomerge.report.progress import console
-from evomerge.sources.anatomy import layer_count, place
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
+from evomerge.sources.tensor_names import layer_count, tensor_role
 
 
 def print_inspection(models: Models) -> bool:
@@ -37,7 +37,7 @@ def distance_table(models: Models) -> Table:
     Columns `cos`: the cosine between two task vectors; near 0 the two changes are independent, near 1 they are alike.
     """
     sources = list(models.sources)
-    components = sorted({place(n).component for n in models.base.tensors})
+    components = sorted({tensor_role(n).component for n in models.base.tensors})
     squares = {(s, c): 0.0 for s in sources for c in components}
     base_squares = dict.fromkeys(components, 0.0)
     products = np.zeros((len(sources), len(sources)))
@@ -47,7 +47,7 @@ def distance_table(models: Models) -> Table:
         base = models.base.read(name)
         deltas = [models.sources[s].read(name).float() - base.float() for s in sources]
         gram = gram_matrix([base, *deltas])
-        component = place(name).component
+        component = tensor_role(name).component
         base_squares[component] += gram[0, 0]
         products += gram[1:, 1:]
         for i, s in enumerate(sources):

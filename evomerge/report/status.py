@@ -9,10 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
-from evomerge.search.evaluation.settled_dtype import recorded_type
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
-from evomerge.search.storage.study import FINISHED, in_full, rank, record_of, trial_seconds
+from evomerge.search.storage.study import FINISHED, in_full, rank, record_of, recorded_type, trial_seconds
 
 PARTS = ("propose", "merge", "canary", "forward", "score", "race", "store")
 

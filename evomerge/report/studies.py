@@ -13,6 +13,7 @@ from sqlalchemy import Connection, func, select
 
 from evomerge.config.database_url import expanded
 from evomerge.errors import EvomergeError
+from evomerge.search.run import open_run
 from evomerge.search.storage.database import open_storage, sqlite_url
 from evomerge.search.storage.study_lease import LEASE, Holder, machine_id, parse
 from evomerge.search.storage.tables import NOTES, STUDIES, STUDY_NOTES, TRIALS, VALUES, local
@@ -59,8 +60,6 @@ def url_of(place: str) -> str:
         return expanded(place)
     path = Path(place)
     if path.is_dir():
-        from evomerge.search.run import open_run  # importing it takes seconds
-
         run = open_run(path)
         return run.storage_url(run.config())
     if not path.exists():

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 from rich.console import Console, RenderableType
@@ -20,6 +20,10 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
+
+if TYPE_CHECKING:
+    from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.standalone import TaskResult
 
 
 class SearchView:
@@ -168,7 +172,7 @@ def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:
     return [f"{row[t]['value']:.3f}" for t in tasks]
 
 
-def print_results(results: Sequence[TaskResult], clock: Clock) -> None:
+def print_results(results: Sequence["TaskResult"], clock: "Clock") -> None:
     """Print the output of `evomerge evaluate`."""
     table = Table("task", "items", "metric", "value")
     for result in results:

@@ -1,23 +1,27 @@
-"""When too many trials fail one after the other, there is a cause to be mended, and the search says which."""
+"""When too many trials fail one after the other: the search stops and says why they failed."""
+
+from itertools import takewhile
 
 from optuna.trial import FrozenTrial, TrialState
 
+from evomerge.errors import EvomergeError
 from evomerge.search.storage.study import SearchStudy, record_of
 
 FAILURES_IN_A_ROW = 10
 
 
-def failures_in_a_row(study: SearchStudy) -> int:
-    """How many of the last finished trials failed, so that a resume goes on counting; a full row starts anew."""
-    count = 0
-    for trial in reversed(study.finished):
-        if not failed(trial):
-            break
-        count += 1
-    return count % FAILURES_IN_A_ROW
+def stop_after_failures(study: SearchStudy) -> None:
+    """Raise EvomergeError with the reasons if the trial just finished is the tenth in a row to fail.
+
+    The count is that of the study, so a resume goes on counting; after a full row a resume gets another ten.
+    """
+    count = sum(1 for _ in takewhile(failed, reversed(study.finished)))
+    if count and count % FAILURES_IN_A_ROW == 0:
+        raise EvomergeError(explain_failures(study))
 
 
 def failed(trial: FrozenTrial) -> bool:
+    """Whether a finished trial has no usable scores: an error, or a broken candidate."""
     return trial.state == TrialState.FAIL or "broken" in record_of(trial)
 
 

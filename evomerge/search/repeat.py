@@ -1,4 +1,4 @@
-"""Run one finished trial again, alone, from what the study keeps of it."""
+"""Run one finished trial again, alone, from its record in the study (`evomerge repeat`)."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,26 @@ import numpy as np
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
-from evomerge.search.evaluation.model_files import open_config_models
 from evomerge.search.evaluation.race_policy import make_race_setup
 from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.evaluation.task_set import open_task_set
-from evomerge.search.loop import healthy, value_of
+from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import objective_scores
 from evomerge.search.storage.study import SearchStudy, record_of
+from evomerge.search.trial import parent_signs, value_of
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """items: scores that were compared.  differing: of them.  values: recorded, and now."""
+    """The comparison of a repeated trial with its record.
+
+    items: how many item scores were compared.
+    differing: how many of them differ.
+    values: the trial's value in the study, and now.
+    """
 
     items: int
     differing: int
@@ -29,9 +34,12 @@ class Repeated:
 
 
 def repeat(run: Run, number: int) -> Repeated:
-    """Trial `number` once more in this process, against the incumbent that it ran against then.
+    """Run a trial again in this process, in the race that it ran in then.
 
-    EvomergeError if there is no such trial or it has no scores to compare with.
+    run: the run folder.
+    number: the trial's.
+
+    Raises EvomergeError if there is no such trial, if it has no scores to compare with, or if it fails now.
     """
     config = run.config()
     models = open_config_models(config)
@@ -49,18 +57,16 @@ def repeat(run: Run, number: int) -> Repeated:
             full = {t.number: t for t in study.complete}
             incumbent, others = record["race"]["incumbent"], record["race"]["others"]
             race = race_setup.race(race_setup.vector(full[incumbent]), [race_setup.vector(full[n]) for n in others])
-        job = TrialJob(job.recipe, healthy(study, known), race_setup, race)
-    computed = record.get("compute_dtype", config.dtype)  # runs of before it was recorded had no other type
+        job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
+    computed = record.get("compute_dtype", config.dtype)  # what lacks it was computed in the candidate's own type
     config = config.model_copy(update={"compute_dtype": computed})
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
     evaluator.prepare(run.manifest()["inputs"])
     result = evaluator.run(job)
     if isinstance(result, Failure):
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
-    before, after = (
-        objective_scores(trial),
-        {t: np.array(s) for t, s in task_set.scores_of(result.scores, "objective").items()},
-    )
+    before = objective_scores(trial)
+    after = {task: np.array(scores) for task, scores in task_set.scores_of(result.scores, "objective").items()}
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
     items = sum(int(np.isfinite(s).sum()) for s in before.values())
     return Repeated(items, differing, (trial.value, value_of(result, task_set)))

@@ -1,4 +1,4 @@
-"""Open a safetensors checkpoint, one file or many, by memory map; nothing is read before it is needed."""
+"""Open a safetensors checkpoint of one file or several by memory map; tensors are read when they are needed."""
 
 import math
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ import torch
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json
-from evomerge.sources.anatomy import layer_count
 from evomerge.sources.architecture import known_config
 from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem
-from evomerge.sources.safetensors_header import open_safetensors
-from evomerge.sources.tokenizer import Vocabulary, is_there, read_vocabulary
+from evomerge.sources.safetensors_files import open_safetensors, weight_files
+from evomerge.sources.tensor_names import layer_count
+from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,7 @@ LAYERS = 10_000  # more than any model has; recipes are written out layer by lay
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header says of one tensor."""
+    """Shape, type and file of one tensor, from the file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,9 +50,12 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """A model on disk: its config and its tensors by name.
+    """A model on disk: its configuration and its tensors by name.
 
-    path: the folder.  tensors: name -> TensorInfo, in file order.
+    path: the folder.
+    config: the content of config.json.
+    tensors: name -> TensorInfo, in file order.
+    handles: the opened files.
     """
 
     path: Path
@@ -62,25 +65,27 @@ class Checkpoint:
 
     @cached_property
     def ties_head(self) -> bool:
-        """Whether the head shares the embedding's weights: by the configuration, unless the files hold two different
-        matrices all the same (transformers' rule)."""
-        if not says_tied(self.config):
+        """Whether the head shares the weights of the embedding.
+
+        The configuration decides, unless the files hold two different matrices (the rule of transformers).
+        """
+        if not config_ties_head(self.config):
             return False
         head, embedding = self.head_name, self.embedding_name
         return head is None or embedding is None or torch.equal(self.read(head), self.read(embedding))
 
     @cached_property
     def embedding_name(self) -> str | None:
-        """The input embedding's tensor, which a tied head stands for."""
+        """The name of the embedding's matrix; None if there is none."""
         return next((name for name in self.tensors if is_embedding(name)), None)
 
     @cached_property
     def head_name(self) -> str | None:
-        """The head's tensor; None if it is not stored."""
+        """The name of the head's matrix; None if it is not stored."""
         return next((name for name in self.tensors if is_head(name)), None)
 
     def stored_name(self, name: str) -> str:
-        """The tensor that holds `name`: of a tied pair only one may be stored."""
+        """The name of the stored tensor that holds `name`; of a tied embedding and head only one may be stored."""
         if name in self.tensors:
             return name
         if is_head(name):
@@ -89,45 +94,51 @@ class Checkpoint:
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """Its tokenizer's; None if it has none that can be read."""
+        """The vocabulary of its tokenizer; None if it has none that can be read."""
         return read_vocabulary(self.path)
 
-    def touches(self, name: str) -> bool:
-        """Whether the tensor may differ from the base's."""
+    def may_differ(self, name: str) -> bool:
+        """Whether the tensor may differ from the base's (an adapter leaves most tensors alone)."""
         return True
 
-    def stores(self, name: str) -> bool:
-        """Whether reading this tensor maps a file and computes nothing."""
+    def is_stored(self, name: str) -> bool:
+        """Whether the tensor is read from a file as it is, so that reading it computes nothing."""
         return True
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, a view of the mapped file.  A tied head that is not stored is the embedding."""
+        """The tensor as stored, a view of the mapped file.  For a tied head that is not stored, the embedding."""
         name = self.stored_name(name)
         tensor: torch.Tensor = self.handles[self.tensors[name].file].get_tensor(name)
         return tensor
 
 
 @dataclass
-class Untied(Checkpoint):
-    """A model with a head of its own, equal to the embedding that its files tie it to."""
+class UntiedCheckpoint(Checkpoint):
+    """A model whose files tie its head to its embedding, seen as one with a head of its own.
 
-    inner: Checkpoint = field(repr=False)
+    tied: the model as it is stored.
+    """
 
-    def stores(self, name: str) -> bool:
-        return self.inner.stores(name)
+    tied: Checkpoint = field(repr=False)
+
+    def is_stored(self, name: str) -> bool:
+        return self.tied.is_stored(name)
 
     def read(self, name: str) -> torch.Tensor:
-        return self.inner.read(name)
+        return self.tied.read(name)
 
 
-def untied(model: Checkpoint, head: str) -> Checkpoint:
-    """The same model with its head, called `head`, as a matrix of its own, in its configuration too."""
+def with_untied_head(model: Checkpoint, head: str) -> Checkpoint:
+    """The same model with a head of its own, equal to the embedding.
+
+    head: the name of the new tensor.  The configuration of the result says `tie_word_embeddings: false`.
+    """
     assert model.embedding_name is not None, f"{model.path} has no embedding"
     config = model.config | {"tie_word_embeddings": False}
     if isinstance(text := config.get("text_config"), dict) and "tie_word_embeddings" in text:
         config["text_config"] = text | {"tie_word_embeddings": False}
     tensors = {head: model.tensors[model.embedding_name], **model.tensors}
-    return Untied(model.path, config, {n: tensors[n] for n in (*model.tensors, head)}, {}, model)
+    return UntiedCheckpoint(model.path, config, {n: tensors[n] for n in (*model.tensors, head)}, {}, model)
 
 
 def is_head(name: str) -> bool:
@@ -140,49 +151,15 @@ def is_embedding(name: str) -> bool:
     return name.endswith(EMBEDDINGS)
 
 
-def says_tied(config: Mapping[str, Any]) -> bool:
-    """`tie_word_embeddings`, or what it is by default in transformers."""
+def config_ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration ties the head to the embedding: `tie_word_embeddings`, or transformers' default."""
     if (tied := config.get("tie_word_embeddings")) is not None:
         return bool(tied)
     return bool(getattr(known_config(config), "tie_word_embeddings", False))
 
 
-def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files of a checkpoint folder and the tensors that its index, if it has one, promises.
-
-    EvomergeError if there are none (a pickle checkpoint is refused by name), or the index names a file that
-    is missing or lies outside the folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index, unique=True).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise EvomergeError(f"{index}: has no `weight_map`")
-        names = sorted({str(name) for name in weight_map.values()})
-        if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
-            raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
-        if missing := [name for name in names if not is_there(folder / name)]:
-            raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
-        return [folder / name for name in names], list(weight_map)
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"], []
-    if packed := sorted(p.name for p in folder.glob("*.gguf")):
-        raise EvomergeError(
-            f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "
-            f"was made from, or turn it into safetensors with transformers: AutoModelForCausalLM.from_pretrained("
-            f"{str(folder)!r}, gguf_file={packed[0]!r}).save_pretrained(FOLDER)"
-        )
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise EvomergeError(
-            f"{folder}: holds a pickle checkpoint ({pickles[0]}), which can run code when it is opened; "
-            "save the model again with safe_serialization (model.safetensors)"
-        )
-    raise EvomergeError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json.  EvomergeError if it is not one."""
+    """The content of a model's config.json.  EvomergeError if it cannot be read, or a key has a wrong type."""
     file = folder / "config.json"
     config = read_json(file)
     for key, kind in (("model_type", str), ("auto_map", dict)):
@@ -195,20 +172,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_tensors(folder: Path) -> tuple[dict[Path, Any], dict[str, tuple[Path, Any]]]:
-    """The files of a checkpoint, opened, and for each tensor its file and its header's entry; no type is refused.
+def open_weight_files(folder: Path) -> tuple[dict[Path, Any], dict[str, tuple[Path, Any]]]:
+    """Open the weight files of a checkpoint, whatever the types of its tensors.
 
+    Returns the opened files, and for each tensor its file and its slice, which knows type and shape.
     EvomergeError says what is missing or broken.
     """
     handles: dict[Path, Any] = {}
-    parts: dict[str, tuple[Path, Any]] = {}
-    files, promised = weight_files(folder)
+    slices: dict[str, tuple[Path, Any]] = {}
+    files, listed = weight_files(folder)
     for file in files:
         handles[file] = handle = open_safetensors(file)
-        parts |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    if lacking := [name for name in promised if name not in parts]:
+        slices |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    if lacking := [name for name in listed if name not in slices]:
         raise EvomergeError(f"{folder}: lacks {len(lacking)} tensor(s) of its index: {', '.join(lacking[:3])}")
-    return handles, parts
+    return handles, slices
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -217,21 +195,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     EvomergeError says what is missing or broken, or how it is quantised: packed weights cannot be merged.
     """
     config = read_config(folder)
-    handles, parts = stored_tensors(folder)
-    if problem := quantisation_problem(folder, config, {name: part.get_dtype() for name, (_, part) in parts.items()}):
+    handles, slices = open_weight_files(folder)
+    dtypes = {name: stored.get_dtype() for name, (_, stored) in slices.items()}
+    if problem := quantisation_problem(folder, config, dtypes):
         raise EvomergeError(problem)
     tensors = {
-        name: TensorInfo(tuple(part.get_shape()), mergeable(file, name, part), file)
-        for name, (file, part) in parts.items()
+        name: TensorInfo(tuple(stored.get_shape()), mergeable_dtype(file, name, stored), file)
+        for name, (file, stored) in slices.items()
     }
     if (layers := layer_count(list(tensors))) > LAYERS:
         raise EvomergeError(f"{folder}: has a tensor of layer {layers - 1:,}; no model has more than {LAYERS:,} layers")
     return Checkpoint(folder, config, tensors, handles)
 
 
-def mergeable(file: Path, name: str, part: Any) -> torch.dtype:
-    """The type of a tensor.  EvomergeError if it is none that can be merged."""
-    dtype = DTYPES.get(part.get_dtype())
+def mergeable_dtype(file: Path, name: str, stored: Any) -> torch.dtype:
+    """The type of a tensor.  stored: its slice in the opened file.  EvomergeError if such a type cannot be merged."""
+    dtype = DTYPES.get(stored.get_dtype())
     if dtype is None:
-        raise EvomergeError(f"{file}: tensor {name} has the type {part.get_dtype()}, which cannot be merged")
+        raise EvomergeError(f"{file}: tensor {name} has the type {stored.get_dtype()}, which cannot be merged")
     return dtype

@@ -1,7 +1,7 @@
-"""Settings: what configurations say that changes what weights mean, compared key by key.
+"""Differences between two model configurations that change what the weights compute, key by key.
 
-Keys that a configuration leaves out have transformers' defaults, and old spellings are read as new ones (`rope_theta`
-and `rope_scaling` as `rope_parameters`), so that equal meaning is no difference.
+A key that is left out has the default of transformers, and old spellings count as new ones (`rope_theta` and
+`rope_scaling` as `rope_parameters`), so that two spellings of one meaning are no difference.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 from evomerge.sources.architecture import known_config
 
 Allowed = Literal["rope_theta", "rope_scaling"]
-"""What models may differ in if a recipe or a search says so (`allow_differences`)."""
+"""Differences that a recipe or a search may allow (`allow_differences`)."""
 ALLOWED: tuple[Allowed, ...] = get_args(Allowed)
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer")
-# Where two models differ here, their tensors differ in shape or compute another kind of function.
+# Keys of the architecture: models that differ here have other tensors, or compute another kind of function.
 STRUCTURE = frozenset(
     """
     model_type architectures hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head
@@ -23,9 +23,9 @@ STRUCTURE = frozenset(
     num_experts num_local_experts num_experts_per_tok
     """.split()
 )
-# What says nothing of the function that weights compute when a model is used: names, types, training, generation; and
-# `tie_word_embeddings`, which is compared with the tensors.
-SILENT = frozenset(
+# Keys that are not compared, because they do not change what the weights compute in a forward pass: names, types,
+# training, generation.  `tie_word_embeddings` is compared together with the tensors.
+IGNORED = frozenset(
     """
     _name_or_path transformers_version dtype torch_dtype use_cache use_bfloat16 auto_map attn_implementation
     _attn_implementation _attn_implementation_internal _commit_hash tokenizer_class finetuning_task
@@ -42,18 +42,20 @@ SILENT = frozenset(
     tie_word_embeddings
     """.split()
 )
-SILENT_ENDS = ("dropout", "_pdrop", "dropout_prob", "_dropout_rate", "layerdrop")
+IGNORED_ENDINGS = ("dropout", "_pdrop", "dropout_prob", "_dropout_rate", "layerdrop")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
-DEPTH = 8  # of configurations inside configurations
-LENGTH_SCALED = ("dynamic", "longrope", "yarn")  # rope types that look at `max_position_embeddings`
+DEPTH = 8  # levels of configurations inside configurations
+LENGTH_SCALED = ("dynamic", "longrope", "yarn")  # rope types that use `max_position_embeddings`
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A setting in which two models differ.
+class ConfigDifference:
+    """A key in which two configurations differ.
 
-    key: its path (`text_config.rope_parameters.rope_theta`).  kind: what it takes to merge them all the same: nothing
-    (`note`), that the difference is allowed by name (`rope_theta`, `rope_scaling`), or nothing helps (`structure`).
+    key: its path (`text_config.rope_parameters.rope_theta`).
+    ours, theirs: the values in the base and in the source; None if not given.
+    kind: `note` if the models can be merged, `structure` if they cannot, else the name under which
+        `allow_differences` must allow the difference (`rope_theta`, `rope_scaling`).
     """
 
     key: str
@@ -62,32 +64,41 @@ class Difference:
     kind: Literal["note", "structure"] | Allowed
 
     @property
-    def last(self) -> str:
+    def last_key(self) -> str:
         return self.key.rpartition(".")[2]
 
 
-def compare_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[Difference]:
-    """Where two configurations give the same weights another meaning; `ours` is the base's."""
-    if ours.get("model_type") != theirs.get("model_type"):  # their defaults differ, too; only what is written counts
+def compare_configs(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[ConfigDifference]:
+    """The keys in which two configurations make the same weights compute something else.
+
+    ours: of the base.  theirs: of a source.  Returns problems first, notes last.
+    """
+    if ours.get("model_type") != theirs.get("model_type"):  # the defaults differ too, so only what is written counts
         x, y = ({k: v for k, v in c.items() if k in STRUCTURE} for c in (ours, theirs))
-    elif audible(ours) == audible(theirs):
+    elif without_ignored(ours) == without_ignored(theirs):
         return []
     else:
         filled = with_defaults(ours), with_defaults(theirs)
-        x, y = (flat(with_rope_parameters(c)) for c in ((filled[0], filled[1]) if all(filled) else (ours, theirs)) if c)
+        compared = (filled[0], filled[1]) if all(filled) else (ours, theirs)
+        x, y = (flattened(with_rope_parameters(c)) for c in compared if c)
     found = []
     for key in dict.fromkeys([*x, *y]):
         a, b = x.get(key), y.get(key)
         last = key.rpartition(".")[2]
         if a == b or (last == "architectures" and None in (a, b)):
             continue
-        if last == "vocab_size" or not is_silent(last):
-            found.append(Difference(key, a, b, kind_of(key, x, y)))
-    return sorted(found, key=lambda d: (d.kind == "note", d.last not in STRUCTURE))
+        if last == "vocab_size" or not is_ignored(last):
+            found.append(ConfigDifference(key, a, b, difference_kind(key, x, y)))
+    return sorted(found, key=lambda d: (d.kind == "note", d.last_key not in STRUCTURE))
 
 
-def kind_of(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Literal["note", "structure"] | Allowed:
-    """What a difference in a setting means for a merge; see `Difference`."""
+def difference_kind(
+    key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> Literal["note", "structure"] | Allowed:
+    """What a difference means for a merge (see `ConfigDifference`).
+
+    key: its path.  ours, theirs: the flattened configurations.
+    """
     *above, last = key.split(".")
     if last in STRUCTURE:
         return "structure"
@@ -102,21 +113,21 @@ def kind_of(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Lit
     return "note"
 
 
-def is_silent(key: str) -> bool:
-    return key in SILENT or key.endswith(SILENT_ENDS)
+def is_ignored(key: str) -> bool:
+    return key in IGNORED or key.endswith(IGNORED_ENDINGS)
 
 
-def audible(config: Mapping[str, Any], depth: int = DEPTH) -> dict[str, Any]:
-    """A configuration without its silent keys, nested ones included; the size of the vocabulary stays."""
+def without_ignored(config: Mapping[str, Any], depth: int = DEPTH) -> dict[str, Any]:
+    """A configuration without the ignored keys, also in nested configurations; `vocab_size` stays."""
     return {
-        k: audible(v, depth - 1) if isinstance(v, dict) and depth else v
+        k: without_ignored(v, depth - 1) if isinstance(v, dict) and depth else v
         for k, v in config.items()
-        if k == "vocab_size" or not is_silent(k)
+        if k == "vocab_size" or not is_ignored(k)
     }
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A configuration as transformers completes it; None if it cannot."""
+    """A configuration with transformers' defaults; None if transformers does not know the architecture."""
     known = known_config(config)
     return None if known is None else dict(known.to_dict())
 
@@ -135,47 +146,50 @@ def with_rope_parameters(config: Mapping[str, Any], depth: int = DEPTH) -> dict[
     if not rope:
         return out
     by_layer_type = {k: v for k, v in rope.items() if isinstance(v, dict)}
-    out["rope_parameters"] = {k: typed(v) for k, v in by_layer_type.items()} or typed(rope)
+    out["rope_parameters"] = {k: with_rope_type(v) for k, v in by_layer_type.items()} or with_rope_type(rope)
     return out
 
 
-def typed(rope: Mapping[str, Any]) -> dict[str, Any]:
+def with_rope_type(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters with their type under `rope_type`, which older files call `type`."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return {k: v for k, v in rope.items() if k != "type"} | {"rope_type": "longrope" if kind == "su" else kind}
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Path -> value; a key that says None says nothing."""
-    return dict(leaves(config, "", DEPTH))
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as path -> value (`text_config.hidden_size`); None counts as not given."""
+    return dict(paths_and_values(config, "", DEPTH))
 
 
-def leaves(config: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+def paths_and_values(config: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict) and depth and key not in ("id2label", "label2id"):
-            yield from leaves(value, f"{prefix}{key}.", depth - 1)
+            yield from paths_and_values(value, f"{prefix}{key}.", depth - 1)
         elif value is not None:
             yield f"{prefix}{key}", value
 
 
-def describe(difference: Difference, name: str, allowed: Collection[str]) -> str:
-    """One line about a difference of the source `name`: both values, and what becomes of it."""
+def difference_line(difference: ConfigDifference, name: str, allowed: Collection[str]) -> str:
+    """One line about a difference: both values, and what the output has.
+
+    name: of the source.  allowed: the kinds that are allowed.
+    """
     line = (
-        f"{name}: {difference.key} is {shown(difference.theirs, difference.ours)}, in the base model "
-        f"{shown(difference.ours, difference.theirs)}"
+        f"{name}: {difference.key} is {short_text(difference.theirs, difference.ours)}, in the base model "
+        f"{short_text(difference.ours, difference.theirs)}"
     )
     if difference.kind == "structure":
         return line
     if difference.kind == "note" or difference.kind in allowed:
         return f"{line}; the output has the base model's"
     return (
-        f"{line}: positions turn queries and keys otherwise, so equal weights mean something else; to merge them all "
-        f"the same, write `allow_differences: [{difference.kind}]`"
+        f"{line}: queries and keys are rotated by other angles, so equal weights compute something else; to merge "
+        f"these models nevertheless, write `allow_differences: [{difference.kind}]`"
     )
 
 
-def shown(value: Any, other: Any) -> str:
-    """A value in few words; of two long lists, where they begin to differ."""
+def short_text(value: Any, other: Any) -> str:
+    """A value as short text; for a long list, its first element that differs from the `other` list."""
     if isinstance(value, list) and isinstance(other, list) and len(value) > 6:
         at = next(
             (i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), min(len(value), len(other))

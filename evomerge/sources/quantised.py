@@ -1,7 +1,7 @@
-"""Quantised checkpoints: packed integers, 8-bit floats and their scales mean nothing to a merge, so they are refused.
+"""Quantised checkpoints are refused: packed integers, 8-bit floats and their scales cannot be averaged.
 
-A checkpoint is quantised if its configuration says so (`quantization_config`; `quantization` of MLX,
-`compression_config` of old compressed-tensors), or if its tensors have the names or the types of packed weights.
+A checkpoint is quantised if its configuration says so (`quantization_config`; `quantization` in MLX,
+`compression_config` in old compressed-tensors), or if its tensors have the names or the types of packed weights.
 """
 
 import re
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.sources.anatomy import is_computed
+from evomerge.sources.tensor_names import is_computed_buffer
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 DEPTH = 8  # of configurations inside configurations
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
-# The tensors that each kind stores beside or instead of a weight; the first kind that has one names the checkpoint.
+# Tensors that each kind of quantisation stores beside or instead of a weight.  The first kind that matches counts.
 PACKED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("bitsandbytes, 4 bit", re.compile(r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.")),
     ("bitsandbytes, 8 bit", re.compile(r"\.(?:SCB|weight_format)$")),
@@ -45,37 +45,40 @@ def quantisation_problem(folder: Path, config: Mapping[str, Any], tensors: Mappi
 
     tensors: name -> type as the file's header writes it (`BF16`, `F8_E4M3`, `I8`).
     """
-    said = next(said_by(config), None)
+    configured = next(quantisation_settings(config), None)
     packed = packed_tensor(tensors)
-    if said is None and packed is None:
+    if configured is None and packed is None:
         return None
-    if said is not None and packed is None:
-        key, method = said
+    if configured is not None and packed is None:
+        key, method = configured
         return (
             f"{folder}: config.json has `{key}` ({method}), but no tensor is packed. If the weights are plain, remove "
             f"`{key}` from config.json: with it, transformers would quantise the merged model when it is loaded"
         )
     kind, tensor = packed or ("", "")
-    method = said[1] if said else kind
+    method = configured[1] if configured else kind
     return (
         f"{folder}: is quantised ({method}): tensor {tensor} has the type {tensors[tensor]}, which cannot be merged, "
         f"nor can the scales of packed weights. {remedy(folder, method)}"
     )
 
 
-def said_by(config: Mapping[str, Any], depth: int = DEPTH) -> Iterator[tuple[str, str]]:
-    """The keys of a configuration, nested ones (`text_config`) included, that say it is quantised, and by what."""
+def quantisation_settings(config: Mapping[str, Any], depth: int = DEPTH) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration that say it is quantised, each with the method.
+
+    Nested configurations (`text_config`) are searched too, `depth` levels deep.
+    """
     for key, value in config.items():
         if not isinstance(value, dict) or not value:
             continue
         if key in CONFIG_KEYS:
-            yield key, method_of(value)
+            yield key, quantisation_method(value)
         elif depth:
-            yield from said_by(value, depth - 1)
+            yield from quantisation_settings(value, depth - 1)
 
 
-def method_of(settings: Mapping[str, Any]) -> str:
-    """The method that a `quantization_config` names, with its bits where it says them."""
+def quantisation_method(settings: Mapping[str, Any]) -> str:
+    """The method that a `quantization_config` names, with its bits if it gives them."""
     method = settings.get("quant_method") or settings.get("quant_library") or settings.get("mode") or "unnamed method"
     if method == "bitsandbytes" or "load_in_4bit" in settings or "load_in_8bit" in settings:
         return f"bitsandbytes, {4 if settings.get('load_in_4bit', settings.get('_load_in_4bit')) else 8} bit"
@@ -84,10 +87,12 @@ def method_of(settings: Mapping[str, Any]) -> str:
 
 
 def packed_tensor(tensors: Mapping[str, str]) -> tuple[str, str] | None:
-    """A kind of quantisation and a tensor that shows it; None if all tensors are plain.
+    """The kind of quantisation and the name of a tensor that shows it; None if no tensor is packed.
 
-    Named tables of integers (positions, masks, ids of experts) are plain: an integer tensor is packed if it is called
-    a weight, or has a scale or a zero point beside it.
+    tensors: name -> type, as in `quantisation_problem`.
+
+    Integers alone do not show it (position ids, masks and expert numbers are integers): an integer tensor is packed if
+    its name ends in a weight's, or if its module has a scale or a zero point.
     """
     for kind, pattern in PACKED_NAMES:
         shown = [name for name in tensors if pattern.search(name)]
@@ -100,17 +105,18 @@ def packed_tensor(tensors: Mapping[str, str]) -> tuple[str, str] | None:
         if dtype.startswith(("F8", "F4", "F6")):
             return dtype, name
         module, _, last = name.rpartition(".")
-        if dtype in INTEGERS and not is_computed(name) and (last.startswith("weight") or module in scaled):
+        if dtype in INTEGERS and not is_computed_buffer(name) and (last.startswith("weight") or module in scaled):
             return "packed integers", name
     return None
 
 
 def is_packed_type(dtype: str) -> bool:
+    """Whether packed weights may have this type."""
     return dtype in INTEGERS or dtype.startswith(("F8", "F4", "F6"))
 
 
 def remedy(folder: Path, method: str) -> str:
-    """What to do about a quantised checkpoint: the lines of Python that dequantise it, where transformers can."""
+    """What to do about a quantised checkpoint, with the line of Python that dequantises it if transformers can."""
     name = method.split(",")[0].lower()
     load = "AutoModelForCausalLM.from_pretrained"
     if name in BY_LOADING:

@@ -1,8 +1,8 @@
-"""Whether transformers finds every tensor of a folder, and invents none.
+"""How transformers would load a folder: which parameters it would not find, which tensors it would not read.
 
-The check is transformers' own loading, of tensors that have a type and a shape but no content (torch's `meta` device):
-its renaming and fusing, tied weights and ignored tables are all in it.  A model of 8 billion weights takes a tenth of a
-second, one of 45,000 tensors five.
+transformers itself loads tensors that have a type and a shape but no content (torch's `meta` device), so its renaming
+and joining of tensors, tied weights and ignored buffers are all covered.  A model of 8 billion weights takes a tenth of
+a second, one of 45,000 tensors five.
 """
 
 import warnings
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError, first_line, some
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.architecture import empty_model
+from evomerge.sources.tensor_names import is_computed_buffer
 
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> type and shape."""
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How transformers loads a folder.
+class LoadReport:
+    """What transformers finds when it loads a folder.
 
-    missing: parameters that the folder lacks, which the loader fills with random numbers.  unread: tensors that no
-    parameter takes.  misshapen: a parameter -> its shape in the folder and in the architecture, as text.
+    missing: parameters that the folder lacks; transformers would fill them with random numbers.
+    unread: tensors of the folder that belong to no parameter.
+    misshapen: parameter -> its shape in the folder and in the architecture, as text.
     """
 
     missing: frozenset[str]
@@ -35,11 +36,14 @@ class Loading:
     misshapen: Mapping[str, str]
 
     def problems(self) -> list[str]:
-        """What is wrong with the folder, a line each."""
+        """What is wrong with the folder, one line for each kind of problem."""
         lines = []
         if self.missing:
-            lines.append(f"{len(self.missing)} tensor(s) are missing, random numbers would stand there: "
-                         + some(sorted(self.missing)))  # fmt: skip
+            missing = some(sorted(self.missing))
+            lines.append(
+                f"{len(self.missing)} tensor(s) are missing, transformers would fill them with random numbers: "
+                + missing
+            )
         if self.unread:
             lines.append(f"{len(self.unread)} tensor(s) would not be read: {some(sorted(self.unread))}")
         if self.misshapen:
@@ -48,11 +52,11 @@ class Loading:
         return lines
 
 
-def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
-    """How transformers loads a folder with this config.json and these tensors.
+def load_report(config: Mapping[str, Any], tensors: Tensors) -> LoadReport | None:
+    """What transformers would find in a folder with this config.json and these tensors.
 
-    None if it does not know the architecture (or only by code that lies beside the model, which is never run).
-    EvomergeError if it cannot make its parameters of these tensors.
+    Returns None if it does not know the architecture, or knows it only through code that lies beside the model, which
+    is never run.  EvomergeError if it cannot make its parameters of these tensors.
     """
     if (model := empty_model(config)) is None:
         return None
@@ -71,16 +75,16 @@ def loading(config: Mapping[str, Any], tensors: Tensors) -> Loading | None:
     except Exception as error:  # such as experts of several shapes that it would stack
         reason = first_line(error)
         raise EvomergeError(f"transformers cannot load such a model ({reason})") from error
-    return Loading(
+    return LoadReport(
         missing=frozenset(found["missing_keys"]),
-        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed(name)),
+        unread=frozenset(name for name in found["unexpected_keys"] if not is_computed_buffer(name)),
         misshapen={n: f"{tuple(here)} for {tuple(there)}" for n, here, there in found["mismatched_keys"]},
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its warnings and bars, which speak of a model that nobody loads."""
+    """Turn off the warnings and progress bars of transformers, because no model is really loaded."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from evomerge.config.schema import SearchConfig
@@ -24,10 +23,11 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
 from evomerge.merge.measure.statistics_file import Origin
-from evomerge.merge.methods.plan import Statistics
-from evomerge.sources.anatomy import place
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.models import open_models
+from evomerge.merge.methods.method import Statistics
+from evomerge.merge.output.shards import TensorSpec, open_writer, size_of
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 Rows = Sequence[Sequence[Row]]
 """Per item, the rows of its gold answer."""
@@ -68,16 +68,18 @@ def gather_statistics(
     items = {name: [item.id for item in found] for name, found in chosen.items()}
     prints = model_fingerprint(folder), model_fingerprint(base) if base else {}
     if kind == "fisher":
-        tensors = fisher(model, bank, rows, progress)
-        squares = sum(float(x.double().square().sum()) for x in tensors.values())
-        size = (squares / max(1, sum(x.numel() for x in tensors.values()))) ** 0.5
+        squares = fisher(model, bank, rows, progress)
+        total = sum(float(x.double().square().sum()) for x in squares.values())
+        size = (total / max(1, sum(x.numel() for x in squares.values()))) ** 0.5
         origin = Origin(kind, items, *prints, size=size)
+        names = sorted(squares)
+        shapes: dict[str, TensorSpec] = {name: (torch.float32, tuple(squares[name].shape)) for name in names}
+        tensors: Iterator[Tensor] = (squares[name] for name in names)
     else:
-        tensors, transposed = grams(model, bank, rows, progress)
-        origin = Origin(kind, items, *prints, transposed=transposed)
-    if broken := [name for name, x in tensors.items() if not x.isfinite().all()]:
-        raise EvomergeError(f"{folder}: its {kind} statistics of {broken[0]} are not finite on these items")
-    write_statistics(out, tensors, origin)
+        layers = linear_layers(model, bank)
+        origin = Origin(kind, items, *prints, transposed=[name for name, x in layers.items() if is_transposed(x)])
+        shapes, tensors = grams(model, layers, rows, progress)
+    write_statistics(out, shapes, tensors, origin, folder)
 
 
 def log_likelihood(model: Any, rows: Sequence[Row]) -> Tensor:
@@ -94,7 +96,8 @@ def log_likelihood(model: Any, rows: Sequence[Row]) -> Tensor:
 def fisher(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) -> dict[str, Tensor]:
     """The mean over items of the squared gradient of the gold answer's log-likelihood, by checkpoint name, float32.
 
-    A gradient is squared and freed as soon as it is whole: beside the model stand its squares, not its gradients.
+    It needs the model, as many bytes again for the squares (on the model's device, all at once: each item adds to
+    each of them), and what one backward pass keeps of an item.  A gradient is squared and freed as soon as it is whole.
     """
     names = destinations(model, bank)
     model.requires_grad_(True)
@@ -104,12 +107,14 @@ def fisher(model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None]) 
             torch.autograd.backward(log_likelihood(model, item))
             progress(done)
     model.requires_grad_(False)
+    for square in squares.values():
+        square /= max(1, len(rows))
     prefix = getattr(model, "base_model_prefix", "") + "."
     found = {}
     for name in names:
         tensor = live_tensor(name, squares, prefix)
         assert tensor is not None, "the parameters have the squares' names"
-        found[name] = tensor / max(1, len(rows))
+        found[name] = tensor
     return found
 
 
@@ -134,36 +139,65 @@ def squared_gradients(model: Any, squares: Mapping[str, Tensor]) -> Iterator[Non
             handle.remove()
 
 
-@torch.no_grad()
-def grams(
-    model: Any, bank: Bank, rows: Rows, progress: Callable[[int], None], room: int | None = None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The Gram matrix X^T X (in, in) float64 of each linear layer's inputs, by checkpoint name, on the CPU, and the
-    names of the layers whose weight is stored (in, out).  A head tied to the embedding is an embedding and has none.
+def linear_layers(model: Any, bank: Bank) -> dict[str, Any]:
+    """The modules of the linear layers by the checkpoint names of their weights.
 
-    room: bytes for matrices on the model's device; where they do not all fit, the items are read several times.
+    A head tied to the embedding is an embedding and not among them.
     """
     by_place = {(x.data_ptr(), tuple(x.shape)): name for name, x in destinations(model, bank).items()}
-    found: dict[str, Tensor] = {}
-    transposed: list[str] = []
-    layers: list[tuple[Any, str]] = []
+    layers = {}
     for module in model.modules():
-        is_conv1d = type(module).__name__ == "Conv1D"
-        if not isinstance(module, torch.nn.Linear) and not is_conv1d:
-            continue
-        name = by_place.get((module.weight.data_ptr(), tuple(module.weight.shape)))
-        if name is not None and place(name).component != "embedding":
-            layers.append((module, name))
-            transposed += [name] if is_conv1d else []
-    groups = fitting_groups(layers, gram_room(model.device) if room is None else room)
-    for number, group in enumerate(groups):
-        here: dict[str, Tensor] = {}
-        with watched(group, here):
+        if isinstance(module, torch.nn.Linear) or is_transposed(module):
+            name = by_place.get((module.weight.data_ptr(), tuple(module.weight.shape)))
+            if name is not None and tensor_role(name).component != "embedding":
+                layers[name] = module
+    return layers
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether it is a linear layer whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def gram_shape(module: Any) -> tuple[int, int]:
+    """(in, in) of a linear layer."""
+    size = module.weight.shape[0 if is_transposed(module) else 1]
+    return size, size
+
+
+def grams(
+    model: Any, layers: Mapping[str, Any], rows: Rows, progress: Callable[[int], None], room: int | None = None
+) -> tuple[dict[str, TensorSpec], Iterator[Tensor]]:
+    """The Gram matrix X^T X (in, in) float64 of the inputs of each linear layer that any item reaches.
+
+    room: bytes for matrices on the model's device; where they do not all fit, the items are read several times, and
+    the matrices of one time are let go before the next.  Returns the matrices' names and shapes, in the order of the
+    names, and then in this order the matrices, on the model's device.
+    """
+    ordered = [(layers[name], name) for name in sorted(layers)]
+    groups = fitting_groups(ordered, gram_room(model.device) if room is None else room)
+    reached: set[str] = set()
+
+    def read(number: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with torch.no_grad(), watched(groups[number], found), noted(ordered if number == 0 else [], reached):
             for done, item in enumerate(rows, 1):
                 log_likelihood(model, item)
                 progress((number * len(rows) + done) // len(groups))
-        found |= {name: x.cpu() for name, x in here.items()}
-    return found, transposed
+        return found
+
+    def each(found: dict[str, Tensor]) -> Iterator[Tensor]:
+        for number, group in enumerate(groups):
+            if number:
+                found = read(number)
+            for module, name in group:
+                if name in reached and name in found:
+                    yield found.pop(name)
+                elif name in reached:  # an expert to which no token was routed this time
+                    yield module.weight.new_zeros(gram_shape(module), dtype=torch.float64)
+
+    matrices = each(read(0))
+    return {name: (torch.float64, gram_shape(module)) for module, name in ordered if name in reached}, matrices
 
 
 def gram_room(device: torch.device) -> int:
@@ -176,7 +210,7 @@ def fitting_groups(layers: Sequence[tuple[Any, str]], room: int) -> list[list[tu
     groups: list[list[tuple[Any, str]]] = [[]]
     taken = 0
     for module, name in layers:
-        size = 8 * module.weight.shape[0 if type(module).__name__ == "Conv1D" else 1] ** 2
+        size = size_of((torch.float64, gram_shape(module)))
         if groups[-1] and taken + size > room:
             groups.append([])
             taken = 0
@@ -192,8 +226,9 @@ def watched(layers: Sequence[tuple[Any, str]], found: dict[str, Tensor]) -> Iter
     def watch(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()  # (positions, in)
-            gram = found.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
-            gram.addmm_(x.T, x)
+            if name not in found:
+                found[name] = x.new_zeros(x.shape[1], x.shape[1])
+            found[name].addmm_(x.T, x)
 
         return add
 
@@ -205,8 +240,36 @@ def watched(layers: Sequence[tuple[Any, str]], found: dict[str, Tensor]) -> Iter
             handle.remove()
 
 
-def write_statistics(out: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
-    """Write a statistics file in one step."""
+@contextmanager
+def noted(layers: Sequence[tuple[Any, str]], reached: set[str]) -> Iterator[None]:
+    """While this lasts, the names of the layers that are called come into `reached`."""
+
+    def note(name: str) -> Callable[[Any, Any], None]:
+        return lambda module, inputs: reached.add(name)
+
+    handles = [module.register_forward_pre_hook(note(name)) for module, name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_statistics(
+    out: Path, shapes: Mapping[str, TensorSpec], tensors: Iterator[Tensor], origin: Origin, folder: Path
+) -> None:
+    """Write the statistics file of the model in `folder` in one step, holding one tensor at a time.
+
+    tensors: those of `shapes`, in its order, on any device.  EvomergeError if one is not finite.
+    """
     with written_aside(out) as aside:
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, aside, metadata=origin.metadata())
+        with open_writer(aside, shapes, origin.metadata()) as writer:
+            for name in shapes:
+                tensor = next(tensors)
+                if not tensor.isfinite().all():
+                    raise EvomergeError(
+                        f"{folder}: its {origin.kind} statistics of {name} are not finite on these items"
+                    )
+                writer.write(tensor.cpu().contiguous())
+                del tensor  # before the next is made
         sync(aside)

@@ -1,4 +1,4 @@
-"""How much memory a bank may take, of the device and of the host; and rooms whose bytes are counted exactly."""
+"""How many bytes a bank may use, on the device and on the host, and exact counters of bytes (`Room`)."""
 
 import os
 import threading
@@ -8,34 +8,36 @@ from pathlib import Path
 
 import torch
 
-HELD_BYTES = 4 << 30  # on a CPU: computed tensors (adapters, nested recipes) kept; the others are computed when needed
-EVALUATION = 0.15  # of a device: activations, keys and values, logits
-SCRATCH = 1 << 30  # of a device: what kernels and measurements need beside their operands
+HELD_BYTES = 4 << 30  # on a CPU, for computed tensors (adapters, nested recipes); beyond, they are computed when needed
+EVALUATION = 0.15  # share of a device for activations, keys and values, logits
+SCRATCH = 1 << 30  # bytes of a device that kernels and measurements need besides their operands
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many processes like this one use the same device, and the same machine."""
+    """How many processes like this one use the same device, and the same host."""
 
     device: int = 1
     host: int = 1
 
 
 class Room:
-    """So many bytes to be given out; threads may share one."""
+    """A number of bytes that can be taken.  Threads may share one."""
 
     def __init__(self, size: int) -> None:
+        """size: bytes."""
         self.size = size
         self.taken = 0
         self.lock = threading.Lock()
 
     @property
     def left(self) -> int:
+        """Bytes that are not taken."""
         return self.size - self.taken
 
     def take(self, size: int) -> bool:
-        """Whether there were so many bytes left; they are taken then."""
+        """Take `size` bytes; False, and nothing is taken, if fewer are left."""
         with self.lock:
             if size > self.left:
                 return False
@@ -46,7 +48,8 @@ class Room:
 def default_capacity(device: torch.device, coming: int = 0, share: Share | None = None) -> int:
     """Bytes that a bank may hold on a device.
 
-    coming: bytes that others will need there: a live model that is not loaded yet, operands on their way.
+    coming: bytes that will be needed there besides: a live model that is not loaded yet, operands on their way.
+    share: how many processes use the device.
     """
     if device.type != "cuda":
         return HELD_BYTES
@@ -55,29 +58,30 @@ def default_capacity(device: torch.device, coming: int = 0, share: Share | None 
 
 
 def device_capacity(free: int, total: int, coming: int, processes: int) -> int:
-    """Bytes that a bank may hold, of a device with `free` of `total` bytes that so many processes share.
+    """Bytes that a bank may hold on a device with `free` of `total` bytes that a number of processes share.
 
-    Each process gets its part of the whole, even if it is the first and sees everything free.
+    Each process gets its part of the total, even if it is the first and all is still free.
     """
     own = min(free, total // processes)
     return max(0, int(own * (1 - EVALUATION)) - coming - SCRATCH)
 
 
 def pinned_capacity(memory: int, processes: int) -> int:
-    """Bytes that a process may pin, of a host's memory: half of it is for them all."""
+    """Bytes that a process may pin; all processes together may pin half of the host's memory."""
     return memory // 2 // processes
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or the least that its control groups allow."""
+    """Bytes of memory that this process may use: the machine's, or the smallest limit of its control groups."""
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *group_limits()])
 
 
 def group_limits(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """The memory limits of a process's control groups in bytes, of version 1 and 2, those above them included.
+    """The memory limits of a process's control groups and of the groups above them in bytes, of versions 1 and 2.
 
-    membership: lines `hierarchy:controllers:path`.  In a container the path may be that of the host, where nothing
-    lies; then the limits stand at the root.  https://docs.kernel.org/admin-guide/cgroup-v2.html (`memory.max`).
+    membership: a file of lines `hierarchy:controllers:path`.  In a container the path may be that of the host, where
+    there is no such folder; then the limits are at the root.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html (`memory.max`).
     """
     try:
         lines = membership.read_text().splitlines()
@@ -98,7 +102,7 @@ def group_limits(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgrou
                 text = (folder / file).read_text().strip()
             except OSError:
                 text = ""
-            if text.isdecimal():  # `max` is none
+            if text.isdecimal():  # `max` means no limit
                 yield int(text)
             if folder == top:
                 break

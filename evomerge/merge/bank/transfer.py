@@ -1,4 +1,4 @@
-"""Copies of host tensors to the device that run beside the work there."""
+"""Copies of host tensors to a device that run beside the work there."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -10,14 +10,14 @@ from evomerge.merge.bank.memory import Room
 
 
 class Transfers:
-    """Tensors on their way to a device, on a stream of their own, out of pinned memory.
+    """Tensors on their way to a device, copied from pinned memory on a stream of their own.
 
-    On a CPU the same steps are plain copies.  What is on its way, and what was taken by work that the device has not
-    finished, together stay within `window` bytes; one item at a time may be larger.
+    On a CPU the same steps are plain copies.  Tensors on their way, and those that unfinished work on the device uses,
+    together stay within `window` bytes; a single larger one may go when nothing else is on its way.
     """
 
     def __init__(self, device: torch.device, window: int, pinned: Room) -> None:
-        """pinned: the bytes that may be pinned; what does not fit is copied from where it lies."""
+        """pinned: the bytes that may be pinned; what does not fit is copied from pageable memory."""
         self.device = device
         self.window = window
         self.room = pinned
@@ -28,7 +28,7 @@ class Transfers:
         self.taken = 0  # bytes taken since the last `finish`
 
     def fits(self, size: int) -> bool:
-        """Whether so many bytes may be sent now; it waits for work that the device has begun."""
+        """Whether `size` bytes may be sent now; it waits for work that the device has begun, if that helps."""
         waiting = sum(x.nbytes for x, _ in self.coming.values()) + self.taken
         while self.working and waiting + sum(n for _, n in self.working) + size > self.window:
             event, _ = self.working.popleft()
@@ -37,7 +37,7 @@ class Transfers:
         return waiting == 0 or waiting + size <= self.window
 
     def send(self, key: Hashable, read: Callable[[], Tensor]) -> None:
-        """Begin to copy what `read` gives."""
+        """Begin to copy the tensor that `read` returns."""
         host = self.on_host(key, read)
         if self.stream is None:
             self.coming[key] = host.clone(), None
@@ -47,7 +47,7 @@ class Transfers:
             self.coming[key] = tensor, self.stream.record_event()
 
     def receive(self, key: Hashable) -> Tensor | None:
-        """What was sent under this key, to be used by work that begins from now on; None if nothing was."""
+        """The tensor that was sent under this key, for work that begins from now on; None if there is none."""
         if key not in self.coming:
             return None
         tensor, event = self.coming.pop(key)
@@ -59,19 +59,19 @@ class Transfers:
         return tensor
 
     def drop(self, keys: Iterable[Hashable]) -> None:
-        """Let go of what was sent and not received."""
+        """Drop what was sent under these keys and not received."""
         for key in keys:
             self.coming.pop(key, None)
 
     def finish(self) -> None:
-        """The work that needs what was received has been given to the device."""
+        """Tell that the work that needs the received tensors has been given to the device."""
         if self.taken:
             event = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
             self.working.append((event, self.taken))
             self.taken = 0
 
     def on_host(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """A tensor where the device can fetch it by itself, as long as there is room for it."""
+        """A tensor in pinned memory, from which the device copies by itself; elsewhere if there is no room for it."""
         if key in self.pinned:
             return self.pinned[key]
         host = read().contiguous()

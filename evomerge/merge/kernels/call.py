@@ -1,30 +1,42 @@
-"""What one tensor's plan asks of the kernels `blend` and `sparse_blend`, and the answer in torch, piece by piece."""
+"""`Call`: what the kernels `blend` and `sparse_blend` need for one tensor, made from a plan and its operands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merge.kernels import elementwise
-from evomerge.merge.kernels.elementwise import SparseForm, signed_word
-from evomerge.merge.methods.plan import Blend, Chance, Plan, SparseBlend
+from evomerge.merge.kernels.elementwise import (
+    ALONE,
+    CEILING,
+    DIVISOR,
+    FLOOR,
+    SCALE,
+    WEIGHT,
+    SparseForm,
+)
+from evomerge.merge.kernels.operands import Memo, Operands, in_row_order, number_tensor
+from evomerge.merge.kernels.random_masks import mask_words
+from evomerge.merge.methods.plan import Blend, Derived, SparseBlend
 
-PIECE = 1 << 15  # elements for one thread: every operand stays in its cache, and below torch's threading grain
-PIECE_ON_ACCELERATOR = 1 << 24  # there a launch costs more than a pass over memory
-
-Keys = tuple[int, Sequence[int]]
-"""The 64-bit words of a tensor's random masks: the tensor's own (32 bits are used), and one per source."""
+INFINITE = float("inf")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
-    """A kernel's arguments but for the output.  N sources that count, all tensors of one shape.
+    """The arguments of a kernel except the output.  N sources that count; all tensors are of one shape.
 
-    form: None for `blend`.  base: None for a blend of the tensors themselves.
-    planes: per source what its mask needs, or none; they may be broadcast.
-    numbers: N coefficients, or the 6 rows of `numbers`, one after the other.  words: the 5 rows of `words`, or none.
+    form: what of a `SparseBlend` changes the code; None for `blend`.
+    base: None for a blend of the tensors themselves.
+    sources: N tensors; without any, the result is zeros.
+    numbers: N coefficients, or the 6 rows of `numbers`, one after the other (`elementwise.py`).
+    words: the 5 rows of `words`, or empty without a random mask.
+    planes: per source what its mask needs, or empty; they may be broadcast.
+    memo: that of the operands.
     """
 
     form: SparseForm | None
@@ -33,6 +45,7 @@ class Call:
     numbers: list[float]
     words: list[int]
     planes: list[Tensor]
+    memo: Memo | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -40,31 +53,31 @@ class Call:
         return self.form is None and self.base is None and self.numbers == [1.0]
 
     def number_rows(self, device: torch.device) -> Tensor:
-        """`numbers` as the kernels take them, (N,) or (6, N)."""
-        found = tensor_of(self.numbers, np.float32, device)
+        """`numbers` as the kernels take them, (N,) or (6, N) float32."""
+        found = number_tensor(self.numbers, np.float32, device)
         return found if self.form is None else found.view(6, -1)
 
     def word_rows(self, device: torch.device) -> Tensor:
-        """`words`, (5, N); zeros where there are none."""
-        return tensor_of(self.words or [0] * (5 * len(self.sources)), np.int32, device).view(5, -1)
+        """`words` as the kernels take them, (5, N) int32; zeros without a random mask."""
+        return number_tensor(self.words or [0] * (5 * len(self.sources)), np.int32, device).view(5, -1)
 
 
-def call_of(
-    plan: Plan, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor] = (), keys: Keys = (0, ())
-) -> Call | None:
-    """The call that makes what `plan` wants; None if another kernel must.  Sources that cannot count are left out.
-
-    A call without sources makes zeros.
-    """
-    if isinstance(plan, Blend):
-        return blend_call(plan, base, sources)
+def call_of(plan: Blend | SparseBlend | Derived, operands: Operands) -> Call:
+    """The call that computes a plan.  Sources that cannot count are left out."""
     if isinstance(plan, SparseBlend):
-        return sparse_call(plan, base, sources, planes, keys)
-    return None
+        call = sparse_call(plan, operands)
+    elif isinstance(plan, Blend):
+        call = blend_call(plan, operands)
+    else:
+        call = blend_call(Blend(plan.coefficients, base=1.0), operands)
+    call.memo = operands.memo
+    return call
 
 
-def blend_call(plan: Blend, base: Tensor, sources: Sequence[Tensor]) -> Call:
-    terms = [(x, c) for x, c in zip(sources, plan.sources, strict=True) if c != 0.0]
+def blend_call(plan: Blend, operands: Operands) -> Call:
+    """The call of `blend`."""
+    base = operands.base
+    terms = [(x, c) for x, c in zip(operands.sources, plan.sources, strict=True) if c != 0.0]
     if plan.of_task_vectors:
         terms = [(x, c) for x, c in terms if x is not base]  # an adapter leaves this tensor alone
         if not terms:
@@ -76,116 +89,55 @@ def blend_call(plan: Blend, base: Tensor, sources: Sequence[Tensor]) -> Call:
 
 
 def copy_of(tensor: Tensor) -> Call:
+    """The call that gives a tensor as it is."""
     return Call(None, None, [tensor], [1.0], [], [])
 
 
-def sparse_call(
-    plan: SparseBlend, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], keys: Keys
-) -> Call:
+form_of = cache(SparseForm)  # one object for equal forms, which is found faster in a dictionary
+
+
+def sparse_call(plan: SparseBlend, operands: Operands) -> Call:
+    """The call of `sparse_blend`."""
+    base, sources, planes = operands.base, operands.sources, operands.planes
     used = [i for i, x in enumerate(sources) if contributes(plan, i, x is base)]
     if not used:
         return copy_of(base)
-    weights, gains, alone, n = plan.weights, plan.gains, plan.alone, len(used)
-    numbers = [weights[i] * gains[i] for i in used] if gains else [weights[i] for i in used]
-    numbers += [weights[i] for i in used]
-    numbers += [plan.floors[i] for i in used] if plan.floors else [0.0] * n
-    numbers += [plan.ceilings[i] for i in used] if plan.ceilings else [float("inf")] * n
-    numbers += [alone[i] - 1.0 for i in used] if alone else [0.0] * n
-    numbers += [plan.scale] * n
-    form = SparseForm(plan.keep, plan.elect, plan.normalize, alone is not None)
+    n = len(used)
+    weights = chosen(plan.weights, used)
+    rows = {
+        WEIGHT: [w * g for w, g in zip(weights, chosen(plan.gains, used), strict=True)] if plan.gains else weights,
+        DIVISOR: weights,
+        FLOOR: chosen(plan.floors, used) if plan.floors else [0.0] * n,
+        CEILING: chosen(plan.ceilings, used) if plan.ceilings else [INFINITE] * n,
+        ALONE: [a - 1.0 for a in chosen(plan.alone, used)] if plan.alone else [0.0] * n,
+        SCALE: [plan.scale] * n,
+    }
+    words: list[int] = []
+    if plan.chances is not None:
+        tensor_key, source_keys = operands.keys
+        words = mask_words(chosen(plan.chances, used), (tensor_key, chosen(source_keys, used)))
+    form = form_of(plan.keep, plan.elect, plan.normalize, plan.alone is not None)
     found = [planes[i] for i in used] if planes else []
-    return Call(form, base, [sources[i] for i in used], numbers, mask_words(plan, used, keys), found)
+    return Call(form, base, [sources[i] for i in used], in_row_order(rows), words, found)
+
+
+def chosen(values: Sequence[T], used: Sequence[int]) -> Sequence[T]:
+    """The values of the sources that count.  used: their numbers."""
+    return values if len(used) == len(values) else [values[i] for i in used]
 
 
 def contributes(plan: SparseBlend, source: int, is_base: bool) -> bool:
-    """Whether a source can change anything: an adapter may leave the tensor alone, a weight or chance be 0.
+    """Whether a source can change anything.
 
-    Where all variances count, every source does; in a plain election a source of no weight has its vote.
+    It cannot if it is the base itself (an adapter leaves the tensor alone), if its weight is 0 or no element is kept.
+    But where the variance of all sources counts, every source does; and in a plain election a source of weight 0 has
+    its vote.
+
+    source: its number.  is_base: whether its tensor is the base's own object.
     """
     if plan.keep == "variance":
         return True
-    never_kept = plan.chances is not None and plan.chances[source] == Chance(0)
-    silent = plan.weights[source] == 0.0 and plan.elect != "plain"
-    return not (is_base or never_kept or silent)
-
-
-def mask_words(plan: SparseBlend, used: Sequence[int], keys: Keys) -> list[int]:
-    """The int32 rows of a random mask: keys, factors, chances less 1 as signed numbers, steps, tensor's key."""
-    if plan.chances is None:
-        return []
-    tensor_key, source_keys = keys
-    chances = [plan.chances[i] for i in used]
-    return [
-        *(signed_word(source_keys[i]) for i in used),
-        *(signed_word(source_keys[i] >> 32 | 1) for i in used),
-        *(signed_word(c.low - 1 - 2**31) for c in chances),
-        *(signed_word(c.step) for c in chances),
-        *[signed_word(tensor_key)] * len(used),
-    ]
-
-
-def piece_size(device: torch.device) -> int:
-    """Elements of a piece.  A power of two, so that no piece lies on both sides of the 2^32-th element."""
-    if device.type != "cpu":
-        return PIECE_ON_ACCELERATOR
-    threads = torch.get_num_threads()
-    return PIECE if threads == 1 else 2 * PIECE << (threads - 1).bit_length()
-
-
-def piecewise_call(call: Call, out: Tensor, piece: int) -> Tensor:
-    """Write what a call makes to `out`, contiguous; the largest |out| as a float32 scalar, NaN if any is."""
-    if not call.sources:
-        return out.zero_().new_zeros((), dtype=torch.float32)
-    if call.is_copy:
-        return elementwise.store(out, call.sources[0])
-    device, form = out.device, call.form
-    flat, base = out.view(-1), None if call.base is None else call.base.reshape(-1)
-    sources = [x.reshape(-1) for x in call.sources]
-    numbers = call.number_rows(device)
-    if form is None:
-        return piecewise(
-            lambda p: elementwise.blend(flat[p], None if base is None else base[p], [x[p] for x in sources], numbers),
-            flat.numel(),
-            piece,
-        )
-    assert base is not None, "task vectors need a base"
-    words, planes = call.word_rows(device), [x.expand(out.shape).reshape(-1) for x in call.planes]
-    return piecewise(
-        lambda p: elementwise.sparse_blend(
-            flat[p],
-            base[p],
-            [x[p] for x in sources],
-            [x[p] for x in planes],
-            numbers,
-            with_high_word(words, p.start),
-            low_word(p.start, device),
-            form,
-        ),
-        flat.numel(),
-        piece,
-    )
-
-
-def piecewise(call: Callable[[slice], Tensor], elements: int, piece: int) -> Tensor:
-    """Run a kernel piece by piece."""
-    found = [call(slice(s, min(s + piece, elements))) for s in range(0, elements, piece)]
-    return found[0] if len(found) == 1 else torch.stack(found).amax()
-
-
-def with_high_word(words: Tensor, start: int) -> Tensor:
-    """Beyond 2^32 elements the upper word of the index changes the tensor's key."""
-    high = start >> 32
-    if high == 0:
-        return words
-    words = words.clone()
-    words[elementwise.TENSOR_KEY] ^= signed_word(high * 0x9E3779B9)
-    return words
-
-
-def low_word(start: int, device: torch.device) -> Tensor:
-    return tensor_of([signed_word(start)], np.int32, device)
-
-
-def tensor_of(numbers: object, dtype: type[np.generic], device: torch.device) -> Tensor:
-    """A small tensor of plain numbers; `torch.tensor` takes three times as long, and a candidate makes hundreds."""
-    return torch.from_numpy(np.array(numbers, dtype=dtype)).to(device)
+    if is_base or (plan.weights[source] == 0.0 and plan.elect != "plain"):
+        return False
+    chance = None if plan.chances is None else plan.chances[source]
+    return chance is None or chance.low != 0 or chance.step != 0

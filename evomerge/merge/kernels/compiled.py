@@ -1,14 +1,16 @@
-"""The CPU's kernels fused by torch's ahead-of-time compiler: once per machine, kept on disk, loaded in milliseconds.
+"""Run a call in one fused CPU kernel, which torch's ahead-of-time compiler makes once; it is kept on disk.
+
+A kept kernel is loaded in milliseconds, without the compiler.  `Compiled` also gives the launcher of CUDA kernels and
+the compiled passes that measure sources.
 
     python -m evomerge.merge.kernels.compiled VARIANT FILE
 
-compiles one; it runs in a process of its own, because the compiler's memory is larger than a merge's.
+compiles one variant.  This runs in a process of its own, because the compiler needs more memory than a merge.
 """
 
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -22,28 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.merge.kernels import elementwise
-from evomerge.merge.kernels.compiler import Kept, run_compiler
+from evomerge.merge.kernels.call import Call
+from evomerge.merge.kernels.compiler import FileCache, run_compiler, user_cache
 from evomerge.merge.kernels.elementwise import SparseForm
-from evomerge.merge.kernels.launch import Launcher, last_word
+from evomerge.merge.kernels.launch import Launcher, one_line
+from evomerge.merge.kernels.random_masks import low_word, with_high_word
 from evomerge.merge.measure import scan
 from evomerge.merge.measure.scan import SOURCE, Scan, compile_scan
 from evomerge.sources.checkpoint import TensorInfo
 
 Kernel = Callable[[list[Tensor]], Tensor]
 WORTHWHILE = 1 << 25  # elements of a model: below it a compilation takes longer than it saves
-
-
-def user_cache() -> Path:
-    """Where compiled kernels live: $XDG_CACHE_HOME or ~/.cache, under evomerge/kernels."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "evomerge" / "kernels"
+SLAB = 1 << 30  # elements of one kernel call at most: an int32 indexes them
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What of a kernel call is compiled in.
+    """What of a call is compiled into a kernel.
 
-    count: operands beside out and base.  levels: the type of the planes, if the mask has them.
+    out, base, sources: types; base is None for a blend of the tensors themselves.
+    count: the number of sources.
+    levels: the type of the planes, if there are any.
+    form: None for `blend`.
     """
 
     out: torch.dtype
@@ -54,22 +56,25 @@ class Variant:
     form: SparseForm | None = None
 
     @classmethod
-    def of_blend(cls, out: Tensor, origin: Tensor | None, terms: Sequence[Tensor]) -> "Variant":
-        base = None if origin is None else origin.dtype
-        return cls(out.dtype, base, terms[0].dtype, len(terms))
-
-    @classmethod
-    def of_sparse(
-        cls, out: Tensor, base: Tensor, sources: Sequence[Tensor], planes: Sequence[Tensor], form: SparseForm
+    def of(
+        cls,
+        out: Tensor,
+        base: Tensor | None,
+        sources: Sequence[Tensor],
+        planes: Sequence[Tensor] = (),
+        form: SparseForm | None = None,
     ) -> "Variant":
-        levels = planes[0].dtype if planes else None
-        return cls(out.dtype, base.dtype, sources[0].dtype, len(sources), levels, form)
+        """The variant for these tensors."""
+        base_type, levels = None if base is None else base.dtype, planes[0].dtype if planes else None
+        return cls(out.dtype, base_type, sources[0].dtype, len(sources), levels, form)
 
     def to_json(self) -> str:
+        """The variant as the text that `from_json` reads."""
         return json.dumps(asdict(self), default=lambda dtype: str(dtype).removeprefix("torch."))
 
     @classmethod
     def from_json(cls, text: str) -> "Variant":
+        """The variant that `to_json` wrote."""
         fields = json.loads(text)
         for name in ("out", "base", "sources", "levels"):
             fields[name] = fields[name] and getattr(torch, fields[name])
@@ -77,6 +82,7 @@ class Variant:
 
     @property
     def file_name(self) -> str:
+        """The name of the compiled file: it changes with the variant, the machine and the source code."""
         kind = "blend" if self.form is None else f"sparse-{self.form.keep}"
         text = self.to_json() + machine_features() + source_code()
         return f"{kind}-{self.count}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt2"
@@ -98,7 +104,7 @@ class Variant:
 
 
 class Fusable(nn.Module):
-    """A variant's kernel as the module that the exporter wants."""
+    """A variant's kernel as a module, which `torch.export` needs."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -117,25 +123,28 @@ class Fusable(nn.Module):
 
 
 class Compiled:
-    """The compiled kernels of this machine; those of a CUDA device are the launcher's.
+    """The compiled code of this machine: fused CPU kernels, CUDA kernels, and passes that measure sources.
 
-    A variant that is not on disk is compiled and kept there; one that cannot be compiled runs uncompiled, the others
-    stay, and `log` is told once for each reason.
+    What is not on disk is compiled and kept there.  A variant that cannot be compiled is run by torch, the others are
+    not affected, and each reason is logged once.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        self.files = Kept(folder, log)
+        """folder: where compiled files are kept.  log: gets one line for each message."""
+        self.files = FileCache(folder, log)
         self.log = log
         self.loaded: dict[Variant, Kernel | None] = {}
         self.reasons: set[str] = set()
 
     def kernel(self, variant: Variant) -> Kernel | None:
-        """The fused kernel of a variant; None where there is none and the caller should go piece by piece."""
+        """The fused kernel of a variant; None if it cannot be compiled."""
         if variant not in self.loaded:
             self.loaded[variant] = self.load(variant)
         return self.loaded[variant]
 
     def load(self, variant: Variant) -> Kernel | None:
+        """Load a kernel from its file, which is compiled if it is not there."""
+
         def make(file: Path) -> None:
             started = time.monotonic()
             compile_apart(variant, file)
@@ -145,8 +154,8 @@ class Compiled:
             file = self.files.file(variant.file_name, make)
             # What torch._inductor.aoti_load_package does, without importing the compiler.
             runner = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, -1).run
-        except Exception as error:  # a compiler fails in many ways, and none may cost the merge
-            if (reason := last_word(error)) not in self.reasons:
+        except Exception as error:  # a compiler fails in many ways, and the merge must go on
+            if (reason := one_line(error)) not in self.reasons:
                 self.reasons.add(reason)
                 kind = Path(variant.file_name).stem
                 self.log(f"{kind} runs uncompiled, which makes a sparse merge about ten times slower ({reason})")
@@ -155,7 +164,7 @@ class Compiled:
 
     @cached_property
     def launcher(self) -> Launcher:
-        """The kernels of CUDA devices."""
+        """What runs calls on CUDA devices."""
         return Launcher(self.log)
 
     @cached_property
@@ -167,47 +176,88 @@ class Compiled:
             return Scan(self.files.file(name, compile_scan))
         except Exception as error:
             self.log(
-                f"the sources are measured without a compiler, which takes several times as long ({last_word(error)})"
+                f"the sources are measured without a compiler, which takes several times as long ({one_line(error)})"
             )
             return Scan()
+
+
+def fused_call(call: Call, out: Tensor, compiled: Compiled) -> Tensor | None:
+    """What `piecewise_call` computes, in one fused kernel; None if there is none for this call."""
+    if call.is_copy or not call.sources:
+        return None
+    form, device, flat = call.form, out.device, out.view(-1)
+    base = None if call.base is None else call.base.reshape(-1)
+    sources = same_type([x.reshape(-1) for x in call.sources])
+    planes = [x.expand(out.shape).reshape(-1) for x in call.planes]
+    kernel = compiled.kernel(Variant.of(flat, base, sources, planes, form))
+    if kernel is None:
+        return None
+    numbers, words = call.number_rows(device), call.word_rows(device)
+
+    def run(parts: Sequence[Tensor], start: int) -> Tensor:
+        mask = [] if form is None else [with_high_word(words, start), low_word(start, device)]
+        return kernel([*parts, numbers, *mask])
+
+    return in_slabs([flat, *([] if base is None else [base]), *sources, *planes], run)
+
+
+def same_type(operands: list[Tensor]) -> list[Tensor]:
+    """Operands of one type, so that few variants are compiled; widening changes no value."""
+    types = {x.dtype for x in operands}
+    return operands if len(types) == 1 else [x.float() for x in operands]
+
+
+def in_slabs(operands: Sequence[Tensor], run: Callable[[Sequence[Tensor], int], Tensor]) -> Tensor:
+    """Run a fused kernel on slices that an int32 can index.
+
+    operands: flat tensors; a kernel assumes that their elements are contiguous.
+    run: (slices of the operands, first element) -> the largest |out|.
+    """
+    operands = [x.contiguous() for x in operands]
+    elements = operands[0].numel()
+    if elements <= SLAB:
+        return run(operands, 0)
+    return torch.stack([run([x[s : s + SLAB] for x in operands], s) for s in range(0, elements, SLAB)]).amax()
 
 
 def compiled_for(
     tensors: Mapping[str, TensorInfo], device: torch.device | str, log: Callable[[str], None]
 ) -> Compiled | None:
-    """The compiled kernels for merging these tensors, None where a compilation takes longer than it saves.
+    """The compiled kernels for merging these tensors; None if a compilation takes longer than it saves.
 
-    On a CUDA device a compilation takes a second, and a launch for each of hundreds of tensors is always slower.
+    On a CUDA device it always saves: a compilation takes a second, and torch launches a kernel for each of hundreds of
+    tensors.
     """
     elements = sum(math.prod(t.shape) for t in tensors.values())
     worthwhile = elements >= WORTHWHILE or torch.device(device).type == "cuda"
-    return Compiled(user_cache(), log) if worthwhile else None
+    return Compiled(user_cache("kernels"), log) if worthwhile else None
 
 
 def compile_apart(variant: Variant, file: Path) -> None:
-    """Compile a variant in another process.  RuntimeError with the compiler's last word."""
+    """Compile a variant in another process.  RuntimeError with the compiler's last line."""
     run_compiler([sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)])
 
 
 def compile_to(variant: Variant, file: Path) -> None:
-    """Compile a variant into a package that `aoti_load_package` opens."""
+    """Compile a variant into a package that `aoti_load_package` can load."""
     n = torch.export.Dim("n", min=2, max=1 << 30)
     example = variant.example()
     lengths = tuple({0: n} if x.ndim == 1 and x.numel() == 4096 else {} for x in example)
     exported = torch.export.export(Fusable(variant), example, dynamic_shapes=(lengths,))
     options: dict[str, bool | int] = {"cpp.dynamic_threads": True, "emulate_precision_casts": True}
-    options["realize_opcount_threshold"] = 8  # else short kernels get pairs of vectors, at half the speed
+    options["realize_opcount_threshold"] = 8  # otherwise short kernels get pairs of vectors, at half the speed
     torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=options)
 
 
 @cache
 def machine_features() -> str:
-    """What a compiled kernel depends on besides its own code."""
+    """What a compiled kernel depends on besides its source: torch's version, machine and vector instructions."""
     return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @cache
 def source_code() -> str:
+    """The source of the fused kernels and of this file; with another, they are compiled again."""
     return Path(elementwise.__file__).read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
 
 

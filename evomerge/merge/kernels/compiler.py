@@ -1,4 +1,4 @@
-"""Run a compiler, and keep what it makes: nothing of it outlives who asked, and nobody else's code is ever loaded."""
+"""Run a compiler as a child that ends with this process, and keep compiled files that only this user can write."""
 
 import os
 import signal
@@ -12,13 +12,19 @@ from pathlib import Path
 
 from evomerge.files import sha256, write_text, written_aside
 
-# The compiler's process group dies when the pipe from its parent closes, however the parent ends: a killed process runs
-# no code of its own, and a compiler's own children are known to nobody else.
+# The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is
+# killed can run no code of its own, and only the group reaches the children of the compiler.
 GUARDED = 'exec 3<&0; { cat <&3; kill -KILL 0; } >/dev/null 2>&1 & exec 3<&- "$@" </dev/null'
 
 
+def user_cache(part: str) -> Path:
+    """The folder for files that are made once on this machine: $XDG_CACHE_HOME or ~/.cache, then evomerge/`part`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "evomerge" / part
+
+
 def run_compiler(command: Sequence[str]) -> None:
-    """Run a command that ends with this process, all its children too.  RuntimeError with its last word if it fails."""
+    """Run a command; it and its children end with this process.  RuntimeError with its last line if it fails."""
     process = subprocess.Popen(
         ["/bin/sh", "-c", GUARDED, "sh", *command],
         stdin=subprocess.PIPE,
@@ -29,34 +35,34 @@ def run_compiler(command: Sequence[str]) -> None:
     )
     assert process.stderr is not None
     try:
-        said = process.stderr.read().strip().splitlines()
+        lines = process.stderr.read().strip().splitlines()
         code = process.wait()
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the guard, and what an interrupt left running
+            os.killpg(process.pid, signal.SIGKILL)  # the shell that waits for the pipe, and what an interrupt left
         process.wait()
         for pipe in (process.stdin, process.stderr):
             if pipe is not None:
                 pipe.close()
     if code != 0:
-        raise RuntimeError((said or [f"exit code {code}"])[-1])
+        raise RuntimeError((lines or [f"exit code {code}"])[-1])
 
 
-class Kept:
-    """Compiled files in a folder, each beside its SHA-256.
+class FileCache:
+    """Files in a folder that are made once, each with its SHA-256 beside it.
 
-    A file is used only if it belongs to this user (or root), nobody else may write to it, and it is whole: loading runs
-    what stands in it, and a torn library ends the process.  Any other is made again.
+    A file is used only if it belongs to this user (or root), no other user may write to it, and it has its SHA-256:
+    loading runs the code in it, and a damaged library ends the process.  Otherwise it is made again.
     """
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        """folder: made if it is not there, for this user alone.  log: told if the folder cannot be trusted."""
+        """folder: made if it is not there, for this user alone.  log: gets a line if the folder cannot be trusted."""
         self.wanted = folder
         self.log = log
 
     @cached_property
     def folder(self) -> Path:
-        """The folder, or one for this process alone where others could put files into it."""
+        """The folder; or a temporary one for this process, if other users could put files into it."""
         try:
             self.wanted.parent.mkdir(parents=True, exist_ok=True)
             self.wanted.mkdir(mode=0o700, exist_ok=True)
@@ -65,14 +71,14 @@ class Kept:
         except OSError as error:
             self.instead = tempfile.TemporaryDirectory(prefix="evomerge-")
             self.log(
-                f"compiled kernels are kept in {self.instead.name}, which goes with this process: {error}. Give "
-                f"{self.wanted} to this user alone (chown, chmod 700), or set XDG_CACHE_HOME"
+                f"compiled kernels are kept in {self.instead.name}, which is deleted when this process ends: {error}. "
+                f"Give {self.wanted} to this user alone (chown, chmod 700), or set XDG_CACHE_HOME"
             )
             return Path(self.instead.name)
         return self.wanted
 
     def file(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The file of this name; `make` writes it if it is not there or cannot be trusted."""
+        """The file of this name; `make` writes it to the path that it is given if there is none that can be used."""
         file = self.folder / name
         if not self.is_sound(file):
             with suppress(FileNotFoundError):
@@ -84,7 +90,7 @@ class Kept:
         return file
 
     def is_sound(self, file: Path) -> bool:
-        """Whether a file is there, is this user's own, and is what was written."""
+        """Whether a file is there, belongs to this user, and has its SHA-256."""
         try:
             return is_own(file) and digest_of(file).read_text(encoding="ascii").strip() == sha256(file)
         except (OSError, ValueError):
@@ -92,17 +98,18 @@ class Kept:
 
 
 def digest_of(file: Path) -> Path:
+    """The file that holds a file's SHA-256."""
     return file.with_name(file.name + ".sha256")
 
 
 def is_own(path: Path) -> bool:
-    """Whether a path belongs to this user or root and nobody else may write to it.  OSError if there is none."""
+    """Whether a path belongs to this user or root and no other user may write to it.  OSError if there is none."""
     found = path.lstat()
     return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def close_to_others(folder: Path) -> None:
-    """Take from others the right to write to a folder of this user.  PermissionError if it belongs to somebody else."""
+    """Take other users' right to write to a folder of this user.  PermissionError if it belongs to another user."""
     found = folder.lstat()
     if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
         folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))

@@ -1,4 +1,4 @@
-"""Tensors made of the sources by linear algebra, in minutes: made once, kept in a folder, mapped from there."""
+"""The matrices of a `Derived` plan: computed by linear algebra in minutes, kept in a folder, mapped from there."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +20,14 @@ from evomerge.merge.methods.plan import Derived
 def derive(
     plan: Derived, name: str, base: Tensor, sources: Sequence[Tensor], statistics: Sequence[StatisticsFile] = ()
 ) -> list[Tensor]:
-    """The D_j of a plan for the tensor `name`, float32 on the CPU."""
+    """The matrices D_j of a plan for the tensor `name`, float32 on the CPU.
+
+    base, sources: (out, in), or any shape without elements.
+    statistics: those of the sources, for `regmean`.
+    """
     if base.numel() == 0:
         return [base.float().cpu() for _ in plan.coefficients]
-    with threads(1):  # the order in which a library sums depends on how many there are
+    with threads(1):  # the order in which a library sums depends on their number
         if plan.kind == "tsv":
             return spectral.singular_parts(base, sources)
         if plan.kind == "iso_c":
@@ -35,7 +39,7 @@ def derive(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for torch while this lasts."""
+    """Let torch use this many threads inside a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -45,7 +49,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def derived_key(kind: str, operands: Sequence[Tensor]) -> str:
-    """A name for what a kind of algebra makes of these bytes on this kind of machine."""
+    """A name for the matrices of a kind (`Derived.kind`): it depends on the operands' bytes, code and machine."""
     digest = hashlib.sha256(f"{kind} {machine_features()}".encode())
     for code in (spectral.__file__, __file__):
         digest.update(Path(code).read_bytes())
@@ -55,10 +59,10 @@ def derived_key(kind: str, operands: Sequence[Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def kept(folder: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """The tensors that `folder` holds under `key`, memory-mapped; made and written there if it does not.
+def cached(folder: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The tensors that `folder` holds under `key`, memory-mapped; `make` computes them if there are none.
 
-    A file appears under its name only when it is whole; one that cannot be read is made again.
+    A file gets its name only when it is complete; one that cannot be read is made again.
     """
     file = folder / f"{key}.safetensors"
     if file.exists():
@@ -73,5 +77,6 @@ def kept(folder: Path, key: str, make: Callable[[], list[Tensor]]) -> list[Tenso
 
 
 def mapped(file: Path) -> list[Tensor]:
+    """The tensors of a file of `cached`, memory-mapped."""
     with safe_open(str(file), framework="pt") as handle:
         return [handle.get_tensor(str(j)) for j in range(len(handle.keys()))]

@@ -1,10 +1,13 @@
-"""The kernels: elementwise arithmetic in float32, every multiply and add rounded by itself, in one fixed order.
+"""The arithmetic of all plans: elementwise float32 kernels, each multiplication and addition rounded by itself.
 
-A mask is a tensor of 0.0 and 1.0: torch works on those ten times faster than on booleans when nothing is fused, and
-what is dropped by multiplication stays NaN if it was, so that a broken source is always found out.
-They are plain PyTorch on whole operands.  `engine.py` runs them piece by piece or fused by a compiler; since no sum
-runs over elements, the bits depend neither on that nor on threads or device.
-Each returns the largest |out| as float32, NaN if there is one: whether the result is finite costs no second pass.
+They are plain PyTorch on whole operands.  `piecewise.py` runs them piece by piece and `compiled.py` fuses them; since
+no sum runs over elements, and all have a fixed order, the bits depend neither on that nor on threads or device.
+
+Each kernel writes to `out`, rounded once to its type, and returns the largest |out| as float32, NaN if any element is:
+so no second pass has to find out whether the result is finite.
+
+A mask is a tensor of 0.0 and 1.0.  torch computes with those ten times faster than with booleans when nothing is
+fused, and a NaN that is multiplied by 0.0 remains a NaN, so that a source that is not finite is never hidden.
 """
 
 from collections.abc import Sequence
@@ -15,8 +18,13 @@ from torch import Tensor
 
 from evomerge.merge.methods.plan import Elect, Keep
 
-WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)  # rows of `numbers`
-KEY, FACTOR, CHANCE, STEP, TENSOR_KEY = range(5)  # rows of `words`
+# Rows of `sparse_blend`'s `numbers`: weight times gain, weight in the divisor, least and largest magnitude to keep,
+# `alone` less 1, scale.
+WEIGHT, DIVISOR, FLOOR, CEILING, ALONE, SCALE = range(6)
+# Rows of `sparse_blend`'s `words`: a source's key and odd factor, its chance less 1 as a signed number, the step of the
+# chance by rank, the tensor's key.
+KEY, FACTOR, CHANCE, STEP, TENSOR_KEY = range(5)
+FISHER_WEIGHT, FISHER_SCALE, FISHER_FLOOR = range(3)  # rows of `fisher_blend`'s `numbers`
 LANES = 64  # a multiple of the numbers in a vector of any CPU
 
 
@@ -31,6 +39,7 @@ class SparseForm:
 
 
 def store(out: Tensor, total: Tensor) -> Tensor:
+    """Round `total` (float32) into `out`; the largest |out|."""
     out.copy_(total)
     return total.abs().amax().to(out.dtype).float()  # rounding keeps the order
 
@@ -38,8 +47,8 @@ def store(out: Tensor, total: Tensor) -> Tensor:
 def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """out = sum_i c_i x_i, or with an origin: origin + sum_i c_i (x_i - origin).
 
-    out, origin, terms: one shape, any floating types.  coefficients: (N,), or (N, slices, 1) for tensors of shape
-    (slices, n).
+    out, origin, terms: one shape, any floating types.
+    coefficients: (N,) float32, or (N, S, 1) for tensors of shape (S, elements of a slice).
     """
     if origin is not None:
         origin = origin.float()
@@ -52,10 +61,10 @@ def blend(out: Tensor, origin: Tensor | None, terms: Sequence[Tensor], coefficie
 
 
 def clip(out: Tensor, base: Tensor, source: Tensor, limit: Tensor) -> Tensor:
-    """out = base + clamp(source - base, -limit, limit).  limit: (1,).
+    """out = base + clamp(source - base, -limit, limit).  limit: (1,) float32.
 
-    A kernel of its own: clamping is not linear in the task vector, so no blend or mask expresses it.  An infinite
-    source gives NaN: clamping alone would hide it.
+    Clamping is not linear in the task vector, so no blend or mask expresses it.  An infinite source gives NaN; clamping
+    alone would hide it.
     """
     b = base.float()
     d = source.float() - b
@@ -67,11 +76,16 @@ def fisher_blend(
 ) -> Tensor:
     """A mean with weights per element; see `FisherBlend`.
 
-    out, base, sources, fishers: one shape, any floating types.  numbers: (3, N) float32, rows weight, scale, floor.
-    A kernel of its own: the coefficients are tensors, and their sum divides.
+    out, base, sources, fishers: one shape, any floating types.
+    numbers: (3, N) float32; the rows are named above.
+
+    Here the coefficients are tensors, and their sum divides.
     """
     b = base.float()
-    weights = [torch.maximum(f.float() * numbers[1, i], numbers[2, i]) * numbers[0, i] for i, f in enumerate(fishers)]
+    weights = [
+        torch.maximum(f.float() * numbers[FISHER_SCALE, i], numbers[FISHER_FLOOR, i]) * numbers[FISHER_WEIGHT, i]
+        for i, f in enumerate(fishers)
+    ]
     total = added([(x.float() - b) * w for x, w in zip(sources, weights, strict=True)])
     divisor = added(weights)
     return store(out, total / (divisor + divisor.eq(0.0).float()) + b)
@@ -89,9 +103,11 @@ def sparse_blend(
 ) -> Tensor:
     """Mask, elect, blend; see `SparseBlend`.
 
-    out, base, sources: one shape, any floating types.  planes: per source the uint8 levels for `rank`, or one
-    float32 factor per element (or row) for `importance`.  numbers: (6, N) float32; words: (5, N) int32; their rows
-    are named above.  start: (1,) int32, the index of the first element in the whole tensor, modulo 2^32.
+    out, base, sources: one shape, any floating types.
+    planes: per source the uint8 levels for `rank`, or one float32 factor per element (or row) for `importance`.
+    numbers: (6, N) float32, and words: (5, N) int32; their rows are named above.
+    start: (1,) int32, the index of the first element in the whole tensor, modulo 2^32.
+    form: what of the plan changes the code.
     """
     b = base.float()
     deltas = [x.float() - b for x in sources]
@@ -122,7 +138,7 @@ def sparse_blend(
     values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
     if form.elect:
         sign = unit(added(values) if plain is None else plain)
-        agree = [above(v * sign, 0.0) for v in values]  # zeros are of no sign
+        agree = [above(v * sign, 0.0) for v in values]  # a zero agrees with neither sign
         values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
     elif form.normalize:
         agree = [equal(v, 0.0).mul_(-1.0).add_(1.0) for v in values]
@@ -130,14 +146,14 @@ def sparse_blend(
     if form.normalize:
         divisor = added([a.mul_(numbers[DIVISOR, i]) for i, a in enumerate(agree)])
         if form.alone:
-            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])  # alone - 1
+            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])
             total = total.add_(extra.mul_(equal(divisor, 1.0)))
         total = total.div_(equal(divisor, 0.0).add_(divisor))
     return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
 
 
-# Nothing is fused where a kernel runs piece by piece: there a tensor of its own is better overwritten than made anew.
-# Comparisons give 1.0 and 0.0.
+# Where a kernel runs piece by piece nothing is fused, and a tensor is better overwritten than made anew.  Comparisons
+# give 1.0 and 0.0.
 
 
 def at_least(x: Tensor, bound: Tensor | float) -> Tensor:
@@ -161,14 +177,14 @@ def equal(x: Tensor, value: float) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """1.0 with the sign of x, where x is 0 or no number either sign.  It may overwrite x."""
-    if torch.compiler.is_compiling():  # where copysign is a call for every vector
+    """1.0 with the sign of x; either sign where x is 0 or NaN.  It may overwrite x."""
+    if torch.compiler.is_compiling():  # there copysign would be a function call for each vector
         return torch.where(x < 0.0, -1.0, 1.0)
     return torch.copysign(torch.ones((), device=x.device), x, out=x)
 
 
 def added(terms: Sequence[Tensor]) -> Tensor:
-    """The sum from the first term to the last, a tensor of its own."""
+    """The sum from the first term to the last, in a new tensor."""
     if len(terms) == 1:
         return terms[0].clone()
     total = terms[0] + terms[1]
@@ -184,9 +200,9 @@ def variance(deltas: Sequence[Tensor]) -> Tensor:
     return added([(d - mean) * (d - mean) for d in deltas]) / count
 
 
-# Random masks: a counter-based generator.  The element's index is mixed with the tensor's key once, and each source
-# turns the well-mixed word into its own; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared
-# as a signed integer, so the mask of a lower chance lies inside that of a higher one.
+# Random masks are a counter-based generator.  The element's index is mixed with the tensor's key once, and then with
+# each source's key; the constants are those of lowbias32 (C. Wellons, 2018).  The hash is compared as a signed integer,
+# so the mask of a lower chance lies inside that of a higher one.
 
 
 def indices(like: Tensor) -> Tensor:
@@ -194,8 +210,8 @@ def indices(like: Tensor) -> Tensor:
     n = like.numel()
     if not (torch.compiler.is_compiling() and like.device.type == "cpu"):
         return torch.arange(n, dtype=torch.int32, device=like.device).view(like.shape)
-    # Torch's compiler makes a vector of indices number by number, in a quarter of the kernel's instructions; so it
-    # gets them as a number for every LANES elements and a vector that is loaded.
+    # Torch's compiler builds a vector of indices number by number, which takes a quarter of the kernel's instructions.
+    # So the indices are a multiple of LANES plus a vector that is loaded.
     lanes = torch.tensor(range(LANES), dtype=torch.int32)
     index = torch.arange(n)
     return (index // LANES * LANES).int() + lanes[index % LANES]
@@ -209,10 +225,12 @@ def index_hash(index: Tensor, key: Tensor) -> Tensor:
 
 
 def source_hash(spread: Tensor, key: Tensor, factor: Tensor) -> Tensor:
-    """A well-mixed word under a source's key and its odd factor.
+    """The hash of an element for one source: (spread ^ key) * factor.
 
-    The upper bits of a product depend on all bits of the word, and comparisons look at them first; two sources'
-    words are independent as two numbers of a multiplicative generator are.
+    spread: `index_hash` of the elements.  factor: odd.
+
+    The upper bits of a product depend on all bits of the word, and they decide a comparison; the words of two sources
+    are as independent as two numbers of a multiplicative generator.
     """
     return (spread ^ key).mul_(factor)
 

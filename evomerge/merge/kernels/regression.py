@@ -1,6 +1,7 @@
-"""The closed-form linear regression behind `regmean`.
+"""The closed-form linear regression of `regmean`.
 
-Float64 on the CPU with one thread, as in `spectral.py` and with the same honesty about other machines' LAPACK.
+It is computed in float64 on the CPU with one thread.  The LAPACK of another machine may differ in the last bits of
+float64, and so, rarely, in the last bit of the result.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 from evomerge.errors import EvomergeError
 from evomerge.merge.kernels.spectral import task_vectors
 
-RIDGE = 1e-8  # of the mean diagonal; decides only what no input ever reached, in favour of the weighted mean
+RIDGE = 1e-8  # of the mean diagonal; where no input was ever other than 0, it makes the result the weighted mean
 
 
 def regression_mean(
@@ -24,8 +25,12 @@ def regression_mean(
 ) -> Tensor:
     """What `regmean` adds to the base, float32:  [sum_i w_i G_i]^-1 sum_i w_i G_i (W_i - W_0) in (in, out) form.
 
-    base, sources: (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).  grams: (in, in).  The base may be
-    subtracted since the weights G_i add up to the matrix that is inverted.
+    base, sources: W_0 and W_i, (out, in), or (in, out) if `transposed` (GPT-2's Conv1D).
+    grams: G_i, (in, in); their elements off the diagonal are multiplied by `alpha`.
+    weights: w_i.
+
+    The base may be subtracted because the sum of the w_i G_i is the matrix that is inverted.
+    EvomergeError if this matrix is not positive definite.
     """
     vectors = [d if transposed else d.T for d in task_vectors(base, sources)]  # (in, out)
     size = grams[0].shape[0]

@@ -1,11 +1,10 @@
-"""Singular vectors of task vectors: the matrices that `tsv` and `iso_c` blend.
+"""The matrices that `tsv` and `iso_c` blend, from the singular vectors of task vectors.
 
-Everything is float64 on the CPU, and the caller sees to one thread (`derived.py`), so the same machine gives the
-same bits.  Another machine's LAPACK may differ in the last bits of float64, and so, rarely, in the last bit of the
-result.
+Everything is float64 on the CPU with one thread (`derived.py` sets it), so one machine always gives the same bits.  The
+LAPACK of another machine may differ in the last bits of float64, and so, rarely, in the last bit of the result.
 
-Singular vectors whose singular value is no more than float32's rounding of the weights (a LoRA has rank 16, its
-matrix a thousand) point anywhere, as rounding has it.  They are left out; the papers' code lets them take part.
+A singular value that is no larger than float32's rounding of the weights has arbitrary singular vectors (the task
+vector of a LoRA has rank 16, its matrix a thousand rows).  They are left out; the papers' code keeps them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 2.0**-23
-DEPENDENT = 1e-6  # a direction this short after concatenation is a copy of the others
+DEPENDENT = 1e-6  # a singular value below this share of the largest: the direction is a combination of the others
 
 
 def task_vectors(base: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
@@ -24,7 +23,9 @@ def task_vectors(base: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
 
 
 def meaningful(values: Tensor, base: Tensor) -> int:
-    """How many of the singular values (descending) are more than rounding.
+    """How many of the singular values are larger than rounding errors.
+
+    values: in descending order.  base: (m, n).
 
     Rounding errors of relative size u in a matrix B have singular values of about u |B|_F / sqrt(min(m, n)).
     """
@@ -35,8 +36,10 @@ def meaningful(values: Tensor, base: Tensor) -> int:
 def nearest_orthonormal(columns: Tensor) -> Tensor:
     """P Q^T of the decomposition P S Q^T: the nearest matrix with orthonormal columns (orthogonal Procrustes).
 
-    columns: (m, k).  Columns that depend on each other (two equal sources) share the direction that they span; it
-    is not completed by an arbitrary one.
+    columns: (m, k).
+
+    Columns that depend on each other (two equal sources) share the direction that they span; no arbitrary direction is
+    added to it.
     """
     p, s, qt = torch.linalg.svd(columns, full_matrices=False)
     rank = int((s > DEPENDENT * s[0]).sum())
@@ -45,10 +48,10 @@ def nearest_orthonormal(columns: Tensor) -> Tensor:
 
 
 def singular_parts(base: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
-    """The D_i of `tsv`, one per source.  base, sources and the results: (m, n); the results are float32."""
+    """The matrices D_i of `tsv`, one per source, (m, n) float32.  base, sources: (m, n)."""
     vectors = task_vectors(base, sources)
     if not all(d.isfinite().all() for d in vectors):
-        return [d.sum().expand(d.shape).float() for d in vectors]  # says of itself that it is broken
+        return [d.sum().expand(d.shape).float() for d in vectors]  # the merged tensor is not finite
     most = max(1, min(base.shape) // len(sources))
     parts = []
     for d in vectors:
@@ -64,7 +67,7 @@ def singular_parts(base: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
 
 
 def isotropic(base: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
-    """The D of `iso_c`, alone in a list.  base, sources and the result: (m, n); the result is float32."""
+    """The matrix D of `iso_c` in a list, (m, n) float32.  base, sources: (m, n)."""
     total = sum(task_vectors(base, sources), torch.zeros(base.shape, dtype=torch.float64))
     if not total.isfinite().all():
         return [total.sum().expand(total.shape).float()]

@@ -1,23 +1,25 @@
-"""`blend` and `sparse_blend` of `kernels.py` for CUDA: one launch for all tensors of a candidate, the same bits.
+"""`blend` and `sparse_blend` of `elementwise.py` for CUDA, in Triton: one launch for many tensors, the same bits.
 
-Every program does BLOCK elements of one tensor.  Which, the table `blocks` says; where the tensor lies, the table
-`addresses`; its coefficients are one row of `settings`.  Both kernels must be compiled with `enable_fp_fusion=False`,
-or a multiplication and an addition are rounded together.
+Each program computes BLOCK elements of one tensor.  The table `blocks` says which, the table `addresses` where the
+tensor lies in memory, and one row of `settings` holds its coefficients.  Both kernels must be compiled with
+`enable_fp_fusion=False`; otherwise a multiplication and an addition are rounded together.
 
 Shapes: B blocks, T tensors, N sources.
     blocks     (B, 2) int32: row of the tensor, number of the block in it
-    addresses  (T, 5 + 2 N) int64: elements, out, base, elements of a row (for `importance`), number of the entry of
+    addresses  (T, 5 + 2 N) int64: elements, out, base, elements of a row (for `importance`), the tensor's entry in
                `largest`, N sources, N planes; 0 where there is none
     settings   (T, N) or (T, 11 N) int32: the coefficients as the bits of float32; for `sparse_blend` the 6 rows of
-               `numbers` and then the 5 of `words`
+               `numbers` and then the 5 rows of `words`, as `elementwise.py` names them
     largest    int32, zeros at first: the bits of the largest |out| as float32; those of NaN are the largest
 
-Types are numbers (`TYPES`), those of the sources two bits each, the first source's lowest.
+Types are numbers (`TYPES`); those of the sources take two bits each, the first source's the lowest.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from evomerge.merge.kernels import elementwise
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HEAD = tl.constexpr(5)  # entries of a row of `addresses` before the sources
@@ -26,6 +28,12 @@ ELECTS = {None: 0, "weighted": 1, "plain": 2}
 MAGNITUDE, BAND, RANDOM, RANK = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 VARIANCE, IMPORTANCE = tl.constexpr(5), tl.constexpr(6)
 PLAIN = tl.constexpr(2)
+WEIGHT, DIVISOR = tl.constexpr(elementwise.WEIGHT), tl.constexpr(elementwise.DIVISOR)
+FLOOR, CEILING = tl.constexpr(elementwise.FLOOR), tl.constexpr(elementwise.CEILING)
+ALONE_LESS_1, SCALE = tl.constexpr(elementwise.ALONE), tl.constexpr(elementwise.SCALE)
+KEY, FACTOR = tl.constexpr(elementwise.KEY), tl.constexpr(elementwise.FACTOR)
+CHANCE, STEP = tl.constexpr(elementwise.CHANCE), tl.constexpr(elementwise.STEP)
+TENSOR_KEY = tl.constexpr(elementwise.TENSOR_KEY)
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def read(address, start, lanes, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr)
 
 @triton.jit
 def write(address, start, lanes, mask, value, largest, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store one block, and count it in the largest magnitude."""
+    """Store one block, and raise `largest` to its largest magnitude."""
     if TYPE == 1:
         rounded = value.to(tl.bfloat16)
     elif TYPE == 2:
@@ -63,8 +71,8 @@ def write(address, start, lanes, mask, value, largest, TYPE: tl.constexpr, ALIGN
 
 
 @triton.jit
-def place(blocks, addresses, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program does: its row, the row's addresses, the first element, the lanes and which of them count."""
+def tensor_role(blocks, addresses, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program computes: row, the row's addresses, first element, lanes, and which lanes are elements."""
     block = tl.program_id(0).to(tl.int64) * 2
     row = tl.load(blocks + block)
     start = tl.load(blocks + block + 1).to(tl.int64) * BLOCK
@@ -90,7 +98,8 @@ def blend(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, entries, start, lanes, mask = place(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
+    """`elementwise.blend`; OF_TASK_VECTORS says whether there is an origin."""
+    row, entries, start, lanes, mask = tensor_role(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
     if OF_TASK_VECTORS:
         origin = read(tl.load(entries + 2), start, lanes, mask, BASE, ALIGNED)
     for i in tl.static_range(N):
@@ -118,6 +127,7 @@ def added(terms, N: tl.constexpr):
 
 @triton.jit
 def folded(h, BY: tl.constexpr):
+    """h ^ (h >> BY) of uint32."""
     return h ^ (h >> BY)
 
 
@@ -151,31 +161,32 @@ def sparse_blend(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, entries, start, lanes, mask = place(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
-    numbers = settings + row * (11 * N)  # weight, divisor, floor, ceiling, alone, scale
-    words = numbers + 6 * N  # key, factor, chance, step, tensor's key
+    """`elementwise.sparse_blend`."""
+    row, entries, start, lanes, mask = tensor_role(blocks, addresses, HEAD + 2 * N, ALIGNED, BLOCK)
+    numbers = settings + row * (11 * N)
+    words = numbers + 6 * N
     base = read(tl.load(entries + 2), start, lanes, mask, BASE, ALIGNED)
     deltas = ()
     for i in tl.static_range(N):
         x = read(tl.load(entries + HEAD + i), start, lanes, mask, (SOURCES >> (2 * i)) & 3, ALIGNED)
         deltas = deltas + (x - base,)
     if KEEP == RANDOM or KEEP == RANK:
-        spread = index_hash(start, lanes, tl.load(words + 4 * N))
+        spread = index_hash(start, lanes, tl.load(words + TENSOR_KEY * N))
     if KEEP == VARIANCE:
         count = tl.full([BLOCK], N, tl.float32)
         mean = tl.div_rn(added(deltas, N), count)
         squares = ()
         for i in tl.static_range(N):
             squares = squares + ((deltas[i] - mean) * (deltas[i] - mean),)
-        common = tl.div_rn(added(squares, N), count) >= tl.load(numbers + 2 * N).to(tl.float32, bitcast=True)
+        common = tl.div_rn(added(squares, N), count) >= tl.load(numbers + FLOOR * N).to(tl.float32, bitcast=True)
     kept = ()
     for i in tl.static_range(N):
         d = deltas[i]
-        floor = tl.load(numbers + 2 * N + i).to(tl.float32, bitcast=True)
+        floor = tl.load(numbers + FLOOR * N + i).to(tl.float32, bitcast=True)
         if KEEP == MAGNITUDE:
             d = d * (tl.abs(d) >= floor).to(tl.float32)
         elif KEEP == BAND:
-            ceiling = tl.load(numbers + 3 * N + i).to(tl.float32, bitcast=True)
+            ceiling = tl.load(numbers + CEILING * N + i).to(tl.float32, bitcast=True)
             d = d * ((tl.abs(d) >= floor) & (tl.abs(d) <= ceiling)).to(tl.float32)
         elif KEEP == VARIANCE:
             d = d * common.to(tl.float32)
@@ -186,22 +197,21 @@ def sparse_blend(
             factors = tl.load(entries + HEAD + N + i).to(tl.pointer_type(tl.float32))
             d = d * (tl.abs(d) * tl.load(factors + rows, mask=mask, other=0.0) >= floor).to(tl.float32)
         elif KEEP == RANDOM or KEEP == RANK:
-            hashed = (spread ^ tl.load(words + i).to(tl.uint32, bitcast=True)) * tl.load(words + N + i).to(
-                tl.uint32, bitcast=True
-            )
-            chance = tl.load(words + 2 * N + i)
-            if KEEP == RANK:  # a source whose chance has no step has no plane
+            hashed = spread ^ tl.load(words + KEY * N + i).to(tl.uint32, bitcast=True)
+            hashed = hashed * tl.load(words + FACTOR * N + i).to(tl.uint32, bitcast=True)
+            chance = tl.load(words + CHANCE * N + i)
+            if KEEP == RANK:  # a source without a step in its chance has no plane
                 plane = tl.load(entries + HEAD + N + i)
                 levels = plane.to(tl.pointer_type(tl.uint8))
                 if ALIGNED:
                     levels = tl.multiple_of(levels, 16)
                 level = tl.load(levels + start + lanes, mask=mask & (plane != 0), other=0).to(tl.int32)
-                chance = chance + level * tl.load(words + 3 * N + i)
+                chance = chance + level * tl.load(words + STEP * N + i)
             d = d * (hashed.to(tl.int32, bitcast=True) <= chance).to(tl.float32)
         kept = kept + (d,)
     values = ()
     for i in tl.static_range(N):
-        values = values + (kept[i] * tl.load(numbers + i).to(tl.float32, bitcast=True),)
+        values = values + (kept[i] * tl.load(numbers + WEIGHT * N + i).to(tl.float32, bitcast=True),)
     if ELECT:
         if ELECT == PLAIN:
             direction = added(kept, N)
@@ -210,7 +220,7 @@ def sparse_blend(
         sign = tl.where(direction < 0.0, -1.0, 1.0)
     agree = ()
     for i in tl.static_range(N):
-        if ELECT:  # zeros are of no sign
+        if ELECT:  # a zero agrees with neither sign
             agree = agree + ((values[i] * sign > 0.0).to(tl.float32),)
         elif NORMALIZE:
             agree = agree + ((values[i] != 0.0).to(tl.float32),)
@@ -223,13 +233,13 @@ def sparse_blend(
     if NORMALIZE:
         counted = ()
         for i in tl.static_range(N):
-            counted = counted + (agree[i] * tl.load(numbers + N + i).to(tl.float32, bitcast=True),)
+            counted = counted + (agree[i] * tl.load(numbers + DIVISOR * N + i).to(tl.float32, bitcast=True),)
         divisor = added(counted, N)
         if ALONE:
             extras = ()
             for i in tl.static_range(N):
-                extras = extras + (values[i] * tl.load(numbers + 4 * N + i).to(tl.float32, bitcast=True),)
+                extras = extras + (values[i] * tl.load(numbers + ALONE_LESS_1 * N + i).to(tl.float32, bitcast=True),)
             total = total + added(extras, N) * (divisor == 1.0).to(tl.float32)
         total = tl.div_rn(total, (divisor == 0.0).to(tl.float32) + divisor)
-    total = total * tl.load(numbers + 5 * N).to(tl.float32, bitcast=True) + base
+    total = total * tl.load(numbers + SCALE * N).to(tl.float32, bitcast=True) + base
     write(tl.load(entries + 1), start, lanes, mask, total, largest + tl.load(entries + 4), OUT, ALIGNED)

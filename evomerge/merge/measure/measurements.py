@@ -1,4 +1,4 @@
-"""Measure tensors for planners: each number once, kept for the next plan, and for the next run beside this one."""
+"""The answers to a planner's questions about one tensor (`Measurements`); each is measured once and kept."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -10,71 +10,86 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evomerge.merge.kernels import elementwise
-from evomerge.merge.measure import reductions
-from evomerge.merge.measure.reductions import Magnitudes, Sizes, summed
+from evomerge.merge.measure.divergence import divergences
+from evomerge.merge.measure.gram import row_gram_matrices
+from evomerge.merge.measure.magnitudes import Magnitudes, Sizes
 from evomerge.merge.measure.scan import Scan
 from evomerge.merge.measure.statistics_file import StatisticsFile
-from evomerge.merge.methods.plan import Chance, Gram, Plan, SparseBlend
-from evomerge.sources.anatomy import place
+from evomerge.merge.measure.sums import summed
+from evomerge.merge.methods.measured import Gram
+from evomerge.merge.methods.plan import Chance, Plan, SparseBlend
+from evomerge.sources.tensor_names import tensor_role
 
 T = TypeVar("T")
-Kept = dict[tuple[Any, ...], Any]
-"""What has been measured: (kind, tensor, sources ...) -> its value."""
+MeasurementCache = dict[tuple[Any, ...], Any]
+"""What has been measured: (kind, tensor, sources ...) -> value."""
 
 
 class Tensors(Protocol):
-    """Base and sources by tensor name, as the bank gives them."""
+    """What measurements need of the bank: the tensors of base and sources by name."""
 
     def base(self, name: str) -> Tensor: ...
     def source(self, source: str, name: str) -> Tensor: ...
 
 
 class Measurements:
-    """`Measured`, for the tensor `name` of a base and the sources."""
+    """`methods.measured.Measured` for one tensor: its docstrings say what each method measures."""
 
     def __init__(
         self,
         tensors: Tensors,
         name: str,
         sources: Sequence[str],
-        kept: Kept,
+        cache: MeasurementCache,
         mask: Callable[[int, Chance, slice], Tensor] | None = None,
         statistics: Sequence[StatisticsFile] = (),
         scan: Scan | None = None,
         plane: Callable[[tuple[str, ...], Callable[[], Tensor]], Tensor] | None = None,
     ) -> None:
-        """mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps.
-
-        gathered: the sources' statistics, if the method uses them.  scan: compiled passes, if there are.
-        plane: (key, how to make it) -> what is as large as a tensor, kept by somebody who counts bytes.
+        """
+        tensors: read base and sources.
+        name: of the tensor.
+        sources: the names of those that take part.
+        cache: where numbers are kept.
+        mask: (source, chance, slice of the flattened tensor) -> 1.0 where the random mask keeps an element.
+        statistics: the sources' statistics files, if the method uses any.
+        scan: compiled passes, if there are.
+        plane: (key, how to compute it) -> a measurement as large as a tensor; the bank keeps these and counts bytes.
         """
         self.plane = plane or self.once
         self.scan = scan or Scan()
         self.statistics = tuple(statistics)
-        self.tensors, self.name, self.sources, self.kept, self.mask = tensors, name, tuple(sources), kept, mask
+        self.tensors, self.name, self.sources, self.cache, self.mask = tensors, name, tuple(sources), cache, mask
         self.read: dict[int, Tensor] = {}
+        # By source: what planners ask for every candidate, found without a key of strings.
+        self.ordered: dict[int, Magnitudes] = {}
+        self.norms: dict[int, float] = {}
+        self.ranked_norms: dict[int, float] = {}
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        if key not in self.kept:
-            self.kept[key] = make()
-        found: T = self.kept[key]
+        """The kept value of a key; `make` measures it the first time."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        found: T = self.cache[key]
         return found
 
     @cached_property
     def base(self) -> Tensor:
+        """The base's tensor."""
         return self.tensors.base(self.name)
 
     def source(self, number: int) -> Tensor:
+        """A source's tensor."""
         if number not in self.read:
             self.read[number] = self.tensors.source(self.sources[number], self.name)
         return self.read[number]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.base.device
 
     def sum(self, terms: Callable[[slice], Tensor], rows: int = 1) -> list[float]:
-        """`reductions.summed` over the tensor."""
+        """`sums.summed` over the tensor."""
         return [float(s) for s in summed(self.elements, terms, rows, self.device)]
 
     def operands(self) -> list[Tensor]:
@@ -92,14 +107,14 @@ class Measurements:
         return lambda part: [x[part].float() - base[part].float() for x in sources]
 
     def untouched(self, source: int) -> bool:
-        """Whether the source's tensor is the base's own: an adapter leaves it alone."""
+        """Whether the source's tensor is the base's own object: an adapter does not change it."""
         return self.source(source) is self.base
 
     @property
     def count(self) -> int:
         return len(self.sources)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return self.base.numel()
 
@@ -119,14 +134,14 @@ class Measurements:
         def measure() -> NDArray[np.float64]:
             tensors = self.operands()
             origin = tensors.pop(0) if of_task_vectors else None
-            return reductions.row_gram_matrices(tensors, axis, origin)
+            return row_gram_matrices(tensors, axis, origin)
 
         return self.once(("row grams", self.name, axis, of_task_vectors, *self.sources), measure)
 
     @property
     def is_layer_matrix(self) -> bool:
         is_matrix = self.base.ndim == 2
-        return is_matrix and place(self.name).component not in ("embedding", "head")
+        return is_matrix and tensor_role(self.name).component not in ("embedding", "head")
 
     @property
     def is_gathered(self) -> bool:
@@ -136,26 +151,38 @@ class Measurements:
         return self.statistics[source].size
 
     def magnitudes(self, source: int) -> Magnitudes:
+        """The histogram of |d_source|."""
         key = ("magnitudes", self.name, self.sources[source])
         return self.once(key, lambda: self.scan.magnitudes(self.base, self.source(source)))
 
     def magnitude(self, source: int, rank: int) -> float:
-        return 0.0 if self.untouched(source) else self.magnitudes(source).kth(rank, self.sizes(source), self.device)
+        ordered = self.ordered.get(source)
+        if ordered is None:
+            if self.untouched(source):
+                return 0.0
+            ordered = self.ordered[source] = self.magnitudes(source)
+        return ordered.kth(rank, lambda part: self.sizes(source)(part), self.device)
 
     def l1(self, source: int, chance: Chance | None = None) -> float:
+        if chance is None and source in self.norms:
+            return self.norms[source]
+
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
             if chance is None:
                 return self.scan.l1(self.base, self.source(source))[0]
             sizes, mask = self.sizes(source), self.mask
-            assert mask is not None, "a random mask needs its keys"
+            assert mask is not None, "nothing gives random masks"
             return self.sum(lambda p: (sizes(p) * mask(source, chance, p)).double()[None])[0]
 
-        return self.once(("l1", self.name, self.sources[source]), measure) if chance is None else measure()
+        if chance is not None:
+            return measure()
+        self.norms[source] = found = self.once(("l1", self.name, self.sources[source]), measure)
+        return found
 
     def levels(self, source: int) -> Tensor:
-        """uint8, of the tensor's shape; see `Chance`."""
+        """The levels of a `Chance`, uint8 of the tensor's shape."""
 
         def measure() -> Tensor:
             base, x = self.base, self.source(source)
@@ -164,14 +191,18 @@ class Measurements:
         return self.plane(("levels", self.name, self.sources[source]), measure)
 
     def rank_weighted_l1(self, source: int) -> float:
+        if source in self.ranked_norms:
+            return self.ranked_norms[source]
+
         def measure() -> float:
             if self.untouched(source):
                 return 0.0
             plain, weighted = self.scan.l1(self.base, self.source(source), self.levels(source))
-            self.kept.setdefault(("l1", self.name, self.sources[source]), plain)  # it is asked for, too
+            self.cache.setdefault(("l1", self.name, self.sources[source]), plain)  # planners ask for it too
             return weighted
 
-        return self.once(("rank weighted l1", self.name, self.sources[source]), measure)
+        self.ranked_norms[source] = found = self.once(("rank weighted l1", self.name, self.sources[source]), measure)
+        return found
 
     def variance(self, share: float) -> float | None:
         deltas = self.deltas()
@@ -200,7 +231,7 @@ class Measurements:
     def divergences(self) -> Tensor:
         """KL of each row of the first source from the base, (..., 1) float32."""
         key = ("divergences", self.name, self.sources[0])
-        return self.once(key, lambda: reductions.divergences(self.operands()[1], self.operands()[0]))
+        return self.once(key, lambda: divergences(self.operands()[1], self.operands()[0]))
 
     def importance(self) -> float:
         def measure() -> float:
@@ -237,7 +268,7 @@ class Measurements:
         return tuple((int(found[i]), int(found[n + i])) for i in range(n))
 
     def planes(self, plan: Plan) -> list[Tensor]:
-        """What a plan's mask needs beside the tensors: levels per source, or the row factors of one."""
+        """What a plan's mask needs besides the tensors: the levels of each source, or the row factors of the first."""
         if isinstance(plan, SparseBlend) and plan.keep == "importance":
             return [self.divergences()]
         if isinstance(plan, SparseBlend) and plan.keep == "rank":
@@ -247,5 +278,5 @@ class Measurements:
 
 
 def no_levels(like: Tensor) -> Tensor:
-    """Levels that nobody looks at, of a tensor's shape; they take no memory."""
+    """Levels for a chance without a step, which are not read: of a tensor's shape, but one number in memory."""
     return torch.zeros((), dtype=torch.uint8, device=like.device).expand(like.shape)

@@ -1,4 +1,4 @@
-"""Measure everything a method asks for in one pass over the sources, and keep it on disk by who the inputs are."""
+"""Measure everything that a method asks for in one pass before a search; keep it on disk by the inputs' SHA-256."""
 
 import hashlib
 import json
@@ -16,21 +16,24 @@ from evomerge.device import use
 from evomerge.files import written_aside
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels.derived import threads
-from evomerge.merge.measure import reductions
-from evomerge.merge.measure.measurements import Kept, Measurements
-from evomerge.merge.measure.reductions import Magnitudes
+from evomerge.merge.measure import gram, magnitudes, ranks, sums
+from evomerge.merge.measure.magnitudes import Magnitudes
+from evomerge.merge.measure.measurements import MeasurementCache, Measurements
 from evomerge.merge.measure.scan import SOURCE
 from evomerge.merge.methods import METHODS
 
 Fingerprints = Mapping[str, Mapping[str, str]]
-"""SHA-256 of every file of `base` and of each source."""
-PER_FILE = 1 << 22  # elements: a file of its own for every small tensor would take longer than measuring it
+"""`base` or a source -> file -> its SHA-256."""
+PER_FILE = 1 << 22  # elements of tensors that share a file: a file for each small tensor takes longer than measuring it
 
 
 def measure_sources(bank: Bank, method: str, sources: Sequence[str], folder: Path, inputs: Fingerprints) -> int:
-    """Measure every tensor for `method`, or take it from `folder`; how many tensors had to be measured.
+    """Measure every tensor for `method`, or read the measurements from `folder`.
 
-    The files are named by the inputs' fingerprints, so that other inputs never meet these numbers.
+    inputs: the SHA-256 of all inputs.  They are part of the files' names, so that numbers of other inputs are never
+        read.
+
+    Returns how many tensors had to be measured.
     """
     wanted = METHODS[method].measures
     if not wanted:
@@ -38,8 +41,8 @@ def measure_sources(bank: Bank, method: str, sources: Sequence[str], folder: Pat
     common = key(method, sources, inputs)
     scan = bank.compiled.scan if bank.compiled is not None else None
 
-    def measure(name: str) -> Kept:
-        found: Kept = {}
+    def measure(name: str) -> MeasurementCache:
+        found: MeasurementCache = {}
         part = bank.taking_part(name, sources)
         measured = Measurements(bank, name, part, found, scan=scan)
         if "gram" in wanted:
@@ -53,28 +56,30 @@ def measure_sources(bank: Bank, method: str, sources: Sequence[str], folder: Pat
                 measured.magnitudes(i)
             if "ranks" in wanted:
                 measured.rank_weighted_l1(i)  # and with it the ranks
-        bank.recent.clear()
+        bank.tensors.in_use.clear()
         return found
 
     def together(names: Sequence[str]) -> int:
         digest = hashlib.sha256(json.dumps([common, names]).encode()).hexdigest()[:32]
         file = folder / f"{digest}.safetensors"
         if (found := load(file)) is not None:
-            bank.kept.update(found)
+            bank.measurement_cache.update(found)
             return 0
         save(file, {k: v for name in names for k, v in measure(name).items()})
-        bank.kept.update(load(file) or {})  # what is large lies in the mapped file, not in memory
+        bank.measurement_cache.update(load(file) or {})  # large ones then lie in the mapped file, not in memory
         return len(names)
 
-    # On an accelerator one thread measures and another reads; more would hold more tensors there at a time.
+    # On an accelerator one thread measures while another reads; more threads would hold more tensors there at a time.
     count = torch.get_num_threads() if bank.device.type == "cpu" else 2
     with threads(1), ThreadPoolExecutor(count, initializer=use, initargs=(bank.device,)) as pool:
         return sum(pool.map(together, by_file(bank)))
 
 
 def by_file(bank: Bank) -> list[list[str]]:
-    """The names of the tensors to measure, those together that share a file; the largest come first, so that at the
-    end no thread waits for long."""
+    """The tensors to measure: for each file the names that share it.
+
+    The largest come first, so that at the end no thread waits for long.
+    """
     sizes = {n: math.prod(t.shape) for n, t in bank.layout.tensors.items() if t.dtype.is_floating_point}
     files: list[list[str]] = []
     room = -1
@@ -89,15 +94,16 @@ def by_file(bank: Bank) -> list[list[str]]:
 
 def key(method: str, sources: Sequence[str], inputs: Fingerprints) -> str:
     """A name that changes with the inputs, the order of the sources, and the code that measures."""
-    code = "".join(Path(file).read_text(encoding="utf-8") for file in (reductions.__file__, SOURCE))
+    files = (sums.__file__, gram.__file__, magnitudes.__file__, ranks.__file__, SOURCE)
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     what = [sorted(METHODS[method].measures), [[s, inputs[s]] for s in ("base", *sources)], code]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def save(file: Path, kept: Kept) -> None:
-    """Write measurements of one tensor; a reader sees the whole file or none."""
+def save(file: Path, measured: MeasurementCache) -> None:
+    """Write measurements; a reader sees the complete file or none."""
     tensors: dict[str, torch.Tensor] = {}
-    for k, value in kept.items():
+    for k, value in measured.items():
         label = json.dumps(k)
         if isinstance(value, Magnitudes):
             tensors |= {f"{label} {part}": x for part, x in value.state().items()}
@@ -109,16 +115,20 @@ def save(file: Path, kept: Kept) -> None:
         save_file(tensors, aside)
 
 
-def load(file: Path) -> Kept | None:
-    """What `save` wrote; None if there is no such file or it is not what was written."""
+def load(file: Path) -> MeasurementCache | None:
+    """The measurements of a file of `save`; None if there is none or it is damaged."""
     try:
         return restored(load_file(file))
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, RecursionError):
         return None
 
 
-def restored(tensors: Mapping[str, torch.Tensor]) -> Kept:
-    kept: Kept = {}
+def restored(tensors: Mapping[str, torch.Tensor]) -> MeasurementCache:
+    """The measurements from the tensors of a file.
+
+    A tensor's name is the key as JSON; for each part of a `Magnitudes`, a space and the part's name follow.
+    """
+    found: MeasurementCache = {}
     states: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
     for label, value in tensors.items():
         text, _, part = label.rpartition("] ")
@@ -126,7 +136,7 @@ def restored(tensors: Mapping[str, torch.Tensor]) -> Kept:
         if text:
             states.setdefault(k, {})[part] = value
         elif value.dtype == torch.float64:
-            kept[k] = value.numpy() if value.ndim else float(value)
+            found[k] = value.numpy() if value.ndim else float(value)
         else:
-            kept[k] = value
-    return kept | {k: Magnitudes.restored(state) for k, state in states.items()}
+            found[k] = value
+    return found | {k: Magnitudes.restored(state) for k, state in states.items()}

@@ -1,7 +1,7 @@
 // Passes over whole tensors, for `scan.py`: counts of magnitudes, ranks in rows, sums, dot products.
 //
-// statistics.py says what they mean and does the same in torch, to the bit: no multiplication here may be fused with
-// an addition, and every sum has the order given there.
+// magnitudes.py, ranks.py, sums.py and gram.py say what they mean and compute the same in torch, with the same bits: no
+// multiplication here may be fused with an addition, and every sum has the order given there.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,8 +15,9 @@ enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
 constexpr int64_t BLOCK = 1024;    // elements that are widened at once, for a core's first cache
 constexpr int64_t BINS = 1 << 15;  // of the upper 16 bits of a float32 without its sign
-constexpr int TABLES = 4;          // equal numbers follow one another, and a counter waits for itself: they take turns
-constexpr int ROWS = 4;            // ranked side by side, for the same reason
+constexpr int TABLES = 4;          // counters used in turn: equal numbers are often neighbours, and an increment
+                                   // must wait for the last one of the same counter
+constexpr int ROWS = 4;            // rows that are ranked side by side, for the same reason
 
 float of_bits(uint32_t bits) {
     float x;
@@ -57,7 +58,7 @@ void sizes(uint32_t* __restrict to, const void* base, int base_type, const void*
     for (int64_t i = 0; i < size; ++i) to[i] = bits_of(x[i] - b[i]) & 0x7fffffff;
 }
 
-// The sum by halving; it changes the lanes.
+// The sum by halving; it overwrites the lanes.
 double total(double* lanes, int64_t size) {
     while (size > 1) {
         const int64_t half = size / 2;
@@ -67,7 +68,8 @@ double total(double* lanes, int64_t size) {
     return lanes[0];
 }
 
-// The upper 16 bits of the sizes, less what makes the lowest that is not 0 a 1.  Returns one more than the highest.
+// The upper 16 bits of the magnitudes, shifted so that the lowest that is not 0 becomes 1; 0 stays 0.  Returns the
+// highest plus one.
 int64_t load_keys(uint16_t* __restrict keys, const void* base, int base_type, const void* source, int source_type,
                   int64_t start, int64_t size) {
     uint32_t bits[BLOCK];
@@ -87,11 +89,11 @@ int64_t load_keys(uint16_t* __restrict keys, const void* base, int base_type, co
     return highest - below + 1;
 }
 
-// Rows of n keys below `bins`.  Between two equal keys the order is that of the columns.
+// The levels of COUNT rows of n keys below `bins`.  Equal keys keep the order of their columns.
 template <int COUNT>
 void rank_by_counting(uint8_t* __restrict levels, const uint16_t* __restrict keys, int64_t n, int64_t bins,
                       const uint8_t* __restrict level_of, uint32_t* __restrict table) {
-    std::fill(table, table + bins * COUNT, 0);  // (bins, COUNT): how many of a row have a key, then how many come before
+    std::fill(table, table + bins * COUNT, 0);  // (bins, COUNT): how many in a row have a key, then how many come before
     for (int64_t i = 0; i < n; ++i)
         for (int r = 0; r < COUNT; ++r) ++table[keys[r * n + i] * COUNT + r];
     uint32_t before[COUNT] = {};
@@ -105,8 +107,8 @@ void rank_by_counting(uint8_t* __restrict levels, const uint16_t* __restrict key
 
 extern "C" {
 
-// Count |source - base| by the upper 16 bits, and keep those aside that have others, while they are few.
-// counts: BINS zeros.  odd: room for 1024 + elements / 16 + chunk.  Returns how many lie there, -1 if they were not few.
+// Count |source - base| by the upper 16 bits, and store those whose lower bits are not 0 while they are few.
+// counts: BINS zeros.  odd: memory for 1024 + elements / 16 + chunk.  Returns how many were stored, -1 if not few.
 int64_t count_sizes(const void* base, int base_type, const void* source, int source_type, int64_t elements,
                     int64_t chunk, int64_t* counts, uint32_t* odd) {
     std::vector<uint32_t> tables(TABLES * BINS);

@@ -1,7 +1,7 @@
-"""Statistics files: what a source's own items say of its weights, written by `evomerge statistics`.
+"""Statistics files: what `evomerge statistics` gathered about a source's weights on the source's own items.
 
-A safetensors file whose tensors have the checkpoint's names: for `fisher` float32 of the tensor's shape, for
-`regmean` float64 (in, in).  What it was made of stands in its metadata as JSON.
+It is a safetensors file whose tensors have the checkpoint's names: for `fisher` float32 of the tensor's shape, for
+`regmean` float64 (in, in).  Its metadata say as JSON what it was made of (`Origin`).
 """
 
 import json
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.files import sha256
-from evomerge.merge.methods.plan import Statistics
+from evomerge.merge.methods.method import Statistics
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import is_computed
 from evomerge.sources.checkpoint import Checkpoint, is_head
-from evomerge.sources.models import Models
-from evomerge.sources.safetensors_header import open_safetensors
+from evomerge.sources.open_models import Models
+from evomerge.sources.safetensors_files import open_safetensors
+from evomerge.sources.tensor_names import is_computed_buffer
 
 KEY = "evomerge"  # of the metadata
 
@@ -29,8 +29,12 @@ KEY = "evomerge"  # of the metadata
 class Origin:
     """What a statistics file was made of.
 
-    items: task -> the items' ids.  model, base: file name -> SHA-256; `base` is that of an adapter.
-    size: `fisher`: the root mean square over the whole model.  transposed: `regmean`: layers stored (in, out).
+    kind: the kind of statistics.
+    items: task -> the items' ids.
+    model: file name -> SHA-256 of the source.
+    base: the same of an adapter's base.
+    size: for `fisher`, the root mean square over the whole model.
+    transposed: for `regmean`, the layers that are stored as (in, out).
     """
 
     kind: str
@@ -41,12 +45,17 @@ class Origin:
     transposed: list[str] = field(default_factory=list)
 
     def metadata(self) -> dict[str, str]:
+        """The metadata of the file."""
         return {KEY: json.dumps(asdict(self))}
 
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """An open statistics file, memory-mapped.  tied: the embedding's name, if a head may stand for it."""
+    """An open statistics file, memory-mapped.
+
+    names: of its tensors.
+    tied: the embedding's name, if the model's head is tied to it.
+    """
 
     path: Path
     origin: Origin
@@ -56,6 +65,7 @@ class StatisticsFile:
 
     @property
     def size(self) -> float:
+        """The root mean square of the Fisher information over the whole model."""
         return self.origin.size
 
     def stored(self, name: str) -> str | None:
@@ -65,16 +75,20 @@ class StatisticsFile:
         return self.tied if is_head(name) and self.tied in self.names else None
 
     def covers(self, name: str) -> bool:
+        """Whether the file has statistics of a tensor."""
         return self.stored(name) is not None
 
     def read(self, name: str) -> Tensor:
+        """The statistics of a tensor."""
         tensor: Tensor = self.handle.get_tensor(self.stored(name))
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor's statistics."""
         return tuple(self.handle.get_slice(self.stored(name)).get_shape())
 
     def is_transposed(self, name: str) -> bool:
+        """Whether the layer is stored as (in, out)."""
         return name in self.origin.transposed
 
 
@@ -115,12 +129,12 @@ def open_statistics_file(path: Path, kind: Statistics, source: str, models: Mode
 
 
 def missing(found: StatisticsFile, base: Checkpoint) -> str | None:
-    """What a file lacks or has too much beside the base's tensors; None if it fits."""
+    """What a file has too much or too little, compared with the base's tensors; None if it fits."""
     if unknown := sorted(found.names - base.tensors.keys()):
         return f"has {unknown[0]}, which is not a tensor of {base.path}"
     if found.origin.kind == "fisher":
         for name, info in base.tensors.items():
-            if not info.dtype.is_floating_point or is_computed(name):
+            if not info.dtype.is_floating_point or is_computed_buffer(name):
                 continue
             if not found.covers(name):
                 return f"lacks the tensor {name} of {base.path}"

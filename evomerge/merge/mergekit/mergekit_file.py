@@ -1,4 +1,4 @@
-"""What a mergekit file says, in its own words."""
+"""What a mergekit file says, in mergekit's own words: models, slices, parameters."""
 
 from dataclasses import dataclass, field
 
@@ -6,10 +6,11 @@ from evomerge.merge.mergekit.mergekit_methods import Scalar
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A model, and perhaps an adapter on it: `model+lora`.  Paths are absolute, hub ids as they are.
+class ModelReference:
+    """A model, or an adapter on it: `model+lora`.
 
-    merged: `model` is no path but the name of another document of the file, whose merge is meant.
+    model: an absolute path or a hub id.  lora: the same of the adapter.
+    merged: `model` is the name of another document of the file, and its merge is meant.
     """
 
     model: str
@@ -18,44 +19,58 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The value of a parameter for the tensors whose name contains `filter` (None: for all).  values: a gradient's
-    knots, a single one, or none (the next scope decides)."""
+class ConditionalParameter:
+    """The value of a parameter for the tensors whose name contains `filter`; without a filter, for all tensors.
+
+    values: one value, the values of a gradient, or none; then the next scope decides.
+    """
 
     filter: str | None
     values: tuple[Scalar, ...]
 
 
-Settings = dict[str, list[Entry]]
+Parameters = dict[str, list[ConditionalParameter]]
+"""The parameters of one scope of a file (a model, a slice, a module, the file): name -> its values, the first that fits
+a tensor counts."""
 
 
 @dataclass(frozen=True)
-class Input:
-    """A model in a slice.  layers: which of its layers [start, end), None for all."""
+class InputModel:
+    """A model in a slice.
 
-    model: Reference
+    layers: the layers [start, end) of it; None for all.
+    """
+
+    model: ModelReference
     layers: tuple[int, int] | None
-    settings: Settings
+    parameters: Parameters
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Consecutive layers of the output.  base: the slice's own base model, if it names one."""
+class OutputSlice:
+    """Consecutive layers of the output.
 
-    inputs: list[Input]
-    settings: Settings
-    base: Reference | None = None
+    base: the slice's own base model, if it names one.
+    """
+
+    inputs: list[InputModel]
+    parameters: Parameters
+    base: ModelReference | None = None
 
 
 @dataclass
 class MergekitFile:
-    """settings: for all models and slices, highest precedence first (the module's, the file's)."""
+    """One merge of a mergekit file.
+
+    parameters: those for all models and slices, highest precedence first (the module's, the file's).
+    notes: what was ignored, a line each.
+    """
 
     method: str
-    base: Reference | None
-    slices: list[Slice]
-    settings: list[Settings]
+    base: ModelReference | None
+    slices: list[OutputSlice]
+    parameters: list[Parameters]
     dtype: str | None = None
-    tokenizer: str | Reference | None = None
+    tokenizer: str | ModelReference | None = None
     chat_template: str | None = None
     notes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What mergekit 0.1.5 knows of its methods: parameters, their types and defaults, what a base model is to them."""
+"""The methods of mergekit 0.1.5: their parameters with types and defaults, and how they use the base model."""
 
 import math
 from collections.abc import Mapping
@@ -6,19 +6,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Scalar = bool | float
-Kind = Literal["number", "integer", "boolean"]
+ParameterKind = Literal["number", "integer", "boolean"]
 
 REQUIRED = float("nan")
-"""The default of a parameter that a file must give."""
+"""Stands for the default of a parameter that has none, so that a file must give it."""
 
 
 @dataclass(frozen=True)
-class Theirs:
+class MergekitMethod:
     """One method of mergekit.
 
-    base: `required`; `optional` (with one, the method works on task vectors); or `input`, a model like the others.
-    each: parameters with one value per model, and their defaults.  shared: those with one for the merge.
-    unused: parameters that mergekit takes but that change nothing.  models: how many besides the base.
+    base: `required`; `optional`: with a base model the method works on task vectors; `input`: the base model is a
+        model like the others.
+    each: parameters with one value per model -> default.
+    shared: parameters with one value for the whole merge -> default.
+    unused: parameters that mergekit accepts but that change nothing.
+    models: the least and the largest number of models besides the base; None for any number.
     """
 
     base: Literal["required", "optional", "input"]
@@ -32,23 +35,25 @@ class Theirs:
         return {**self.each, **self.shared}
 
 
-def task_vectors(normalize: bool, rescale: bool, **more: float) -> Theirs:
-    """The family of task arithmetic.  more: parameters of its sparsification."""
+def task_vectors(normalize: bool, rescale: bool, **more: float) -> MergekitMethod:
+    """A method on task vectors.  more: the parameters of its sparsification, and their defaults."""
     each = {"weight": REQUIRED, "density": 1.0, **more}
     shared = {"lambda": 1.0, "normalize": normalize, "rescale": rescale}
-    return Theirs("required", each, shared, UNUSED, ANY)
+    return MergekitMethod("required", each, shared, UNUSED, ANY)
 
 
-UNUSED = frozenset({"int8_mask"})  # the type of a temporary
-ANY = (0, None)  # the base alone is left as it is
+UNUSED = frozenset({"int8_mask"})  # the type of a temporary tensor
+ANY = (0, None)  # without models, the result is the base
 WEIGHT = {"weight": REQUIRED}
-MERGEKIT: dict[str, Theirs] = {
-    "linear": Theirs("input", WEIGHT, {"normalize": True}),
-    "slerp": Theirs("required", {}, {"t": REQUIRED}, models=(1, 1)),
-    "nuslerp": Theirs("optional", WEIGHT, {"nuslerp_row_wise": False, "nuslerp_flatten": True}, models=(2, 2)),
-    "multislerp": Theirs("optional", WEIGHT, {"normalize_weights": True, "eps": 1e-8}),
-    "karcher": Theirs("input", {}, {"max_iter": 10, "tol": 1e-5}),
-    "task_arithmetic": Theirs("required", WEIGHT, {"lambda": 1.0, "normalize": False}, UNUSED | {"density", "rescale"}),
+MERGEKIT: dict[str, MergekitMethod] = {
+    "linear": MergekitMethod("input", WEIGHT, {"normalize": True}),
+    "slerp": MergekitMethod("required", {}, {"t": REQUIRED}, models=(1, 1)),
+    "nuslerp": MergekitMethod("optional", WEIGHT, {"nuslerp_row_wise": False, "nuslerp_flatten": True}, models=(2, 2)),
+    "multislerp": MergekitMethod("optional", WEIGHT, {"normalize_weights": True, "eps": 1e-8}),
+    "karcher": MergekitMethod("input", {}, {"max_iter": 10, "tol": 1e-5}),
+    "task_arithmetic": MergekitMethod(
+        "required", WEIGHT, {"lambda": 1.0, "normalize": False}, UNUSED | {"density", "rescale"}
+    ),
     "ties": task_vectors(normalize=True, rescale=False),
     "dare_ties": task_vectors(normalize=False, rescale=True),
     "dare_linear": task_vectors(normalize=False, rescale=True),
@@ -56,30 +61,32 @@ MERGEKIT: dict[str, Theirs] = {
     "della_linear": task_vectors(normalize=False, rescale=True, epsilon=0.15),
     "breadcrumbs": task_vectors(normalize=False, rescale=False, gamma=0.01),
     "breadcrumbs_ties": task_vectors(normalize=False, rescale=False, gamma=0.01),
-    "model_stock": Theirs("required", {}, {"filter_wise": False}, models=(2, None)),
-    "sce": Theirs("required", {}, {"select_topk": 1.0}, UNUSED, ANY),
-    "nearswap": Theirs("required", {}, {"t": REQUIRED}, models=(1, 1)),
-    "arcee_fusion": Theirs("required", models=(1, 1)),
-    "ram": Theirs("required", {}, {"epsilon": 1e-5}, models=ANY),
-    "ramplus_tl": Theirs("required", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, models=ANY),
-    "passthrough": Theirs("input", {"scale": 1.0}, models=(1, 1)),
+    "model_stock": MergekitMethod("required", {}, {"filter_wise": False}, models=(2, None)),
+    "sce": MergekitMethod("required", {}, {"select_topk": 1.0}, UNUSED, ANY),
+    "nearswap": MergekitMethod("required", {}, {"t": REQUIRED}, models=(1, 1)),
+    "arcee_fusion": MergekitMethod("required", models=(1, 1)),
+    "ram": MergekitMethod("required", {}, {"epsilon": 1e-5}, models=ANY),
+    "ramplus_tl": MergekitMethod("required", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, models=ANY),
+    "passthrough": MergekitMethod("input", {"scale": 1.0}, models=(1, 1)),
 }
 
-KNOWN = frozenset(name for method in MERGEKIT.values() for name in (*method.parameters, *method.unused))
-"""Every parameter of any method: mergekit passes over those that another method has."""
+KNOWN_PARAMETERS = frozenset(name for method in MERGEKIT.values() for name in (*method.parameters, *method.unused))
+"""Every parameter of any method.  mergekit ignores a parameter that only another method has."""
 
 BOOLEANS = UNUSED | {
     name for method in MERGEKIT.values() for name, value in method.parameters.items() if isinstance(value, bool)
 }
 
 BOUNDS = {"density": (0.0, 1.0), "select_topk": (0.0, 1.0), "max_iter": (0.0, 1000.0)}
-"""Where a parameter's results end to change: what lies beyond means the same as the bound.  (After a thousand steps
-karcher has settled, or never does.)"""
+"""The range of a parameter; values beyond it have the same effect as the bound.  (karcher converges within a thousand
+steps, or not at all.)"""
 
 
 def is_required(default: Scalar) -> bool:
+    """Whether a default says that a file must give the parameter."""
     return math.isnan(default)
 
 
-def kind(parameter: str) -> Kind:
+def parameter_kind(parameter: str) -> ParameterKind:
+    """The type of a parameter's values."""
     return "boolean" if parameter in BOOLEANS else "integer" if parameter == "max_iter" else "number"

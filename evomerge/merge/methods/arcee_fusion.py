@@ -12,7 +12,10 @@ Different from mergekit on purpose: quartiles come from all elements (mergekit d
 tensors), and divergences are summed in float64 (in float32 those of close models drown in rounding).
 """
 
-from evomerge.merge.methods.plan import Knobs, Measured, Method, SparseBlend
+from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import SparseBlend
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend:

@@ -13,7 +13,12 @@ some of them, by a sort that is not stable).
 
 from functools import partial
 
-from evomerge.merge.methods.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, divided, trim
+from evomerge.merge.methods.density import smallest_kept
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import normalization
+from evomerge.merge.methods.plan import Elect, SparseBlend
 
 KNOBS = {
     "weight": Knob(None, each=True),
@@ -35,14 +40,14 @@ def band(density: float, gamma: float, measured: Measured, source: int) -> tuple
     dropped = max(0, n - kept - outliers)  # of the smallest
     top = n - dropped - kept
     ceiling = measured.magnitude(source, top + 1) if top else float("inf")
-    return trim(measured, source, n - dropped), ceiling
+    return smallest_kept(measured, source, n - dropped), ceiling
 
 
 def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
     """Masks by magnitude."""
     weights, density, gamma = knobs.each["weight"], knobs.each["density"], knobs.each["gamma"]
     bands = [band(p, g, measured, i) for i, (p, g) in enumerate(zip(density, gamma, strict=True))]
-    normalize, scale = divided(knobs, elect)
+    normalize, scale = normalization(knobs, elect)
     return SparseBlend(
         weights=weights,
         keep="band",

@@ -9,7 +9,10 @@
 `decay` counts checkpoints, not training steps.  `linear` is a rule of its own: beside a decay below 1 it is refused.
 """
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

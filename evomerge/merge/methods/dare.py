@@ -12,7 +12,12 @@ density as the paper does, where mergekit restores the L1 norm of the task vecto
 
 from functools import partial
 
-from evomerge.merge.methods.plan import Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
+from evomerge.merge.methods.density import chance
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import normalization
+from evomerge.merge.methods.plan import Elect, SparseBlend
 from evomerge.merge.methods.rescale import RESCALE, gain
 
 KNOBS = {
@@ -27,7 +32,7 @@ KNOBS = {
 def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
     """Random masks, gain 1 / density."""
     weights, density = knobs.each["weight"], knobs.each["density"]
-    normalize, scale = divided(knobs, elect)
+    normalize, scale = normalization(knobs, elect)
     chances, how = tuple(map(chance, density)), knobs.shared["rescale"]
     return SparseBlend(
         weights=weights,

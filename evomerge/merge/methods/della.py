@@ -15,9 +15,14 @@ of three and more dimensions are ranked by the first, where mergekit ranks along
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
-from evomerge.merge.methods.plan import Chance, Elect, Knob, Knobs, Measured, Method, SparseBlend, chance, divided
+from evomerge.merge.methods.density import chance
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import normalization
+from evomerge.merge.methods.plan import Chance, Elect, SparseBlend
 from evomerge.merge.methods.rescale import RESCALE, gain
 
 KNOBS = {
@@ -30,6 +35,7 @@ KNOBS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def rank_chance(density: float, epsilon: float) -> Chance:
     """Chances around `density` that rise by 2 epsilon from the lowest rank to the highest, within (0, 1)."""
     epsilon = min(epsilon, density, 1.0 - density)
@@ -42,7 +48,7 @@ def plan(knobs: Knobs, measured: Measured, elect: Elect) -> SparseBlend:
     """Masks by rank."""
     weights, how = knobs.each["weight"], knobs.shared["rescale"]
     chances = tuple(map(rank_chance, knobs.each["density"], knobs.each["epsilon"]))
-    normalize, scale = divided(knobs, elect)
+    normalize, scale = normalization(knobs, elect)
     return SparseBlend(
         weights=weights,
         keep="rank" if any(c.step for c in chances) else "random",

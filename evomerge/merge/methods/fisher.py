@@ -8,7 +8,11 @@ same up to a factor that all sources share); without it by the mean of these siz
 as FLOOR, so that where no source has information the weights alone decide.  Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.methods.plan import Blend, FisherBlend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import nonzero_divisor
+from evomerge.merge.methods.plan import Blend, FisherBlend
 
 FLOOR = 1e-6  # the authors'; theirs holds for the first model alone, which then wins where no model has information
 
@@ -17,7 +21,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend | FisherBlend:
     """Scales that bring every F_i near 1; the plain mean for tables that have no gradient."""
     weights = knobs.each["weight"]
     if not measured.is_gathered:
-        total = share(sum(weights))
+        total = nonzero_divisor(sum(weights))
         return Blend(tuple(w / total for w in weights), of_task_vectors=True)
     sizes = [measured.fisher_size(i) for i in range(len(weights))]
     if not knobs.shared["normalize"]:

@@ -7,7 +7,10 @@ For the matrix of a layer:  U S V^T the singular value decomposition of sum_i (x
 Embeddings and the head are averaged like vectors (see `tsv`).  Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.methods.plan import Blend, Derived, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend, Derived
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:

@@ -21,7 +21,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merge.methods.plan import Blend, Gram, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Gram, Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend
 
 LEAST_TOL = 1e-7  # lengths of sums of unit vectors are not known more finely from a float64 Gram matrix
 

@@ -5,13 +5,17 @@
 The uniform soup is `linear` with equal weights.
 """
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import nonzero_divisor
+from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:
     """Weights of the sources, divided by their sum if `normalize`."""
     weights = knobs.each["weight"]
-    divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0
+    divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0
     return Blend(tuple(w / divisor for w in weights))
 
 

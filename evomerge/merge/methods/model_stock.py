@@ -15,7 +15,10 @@ first axis, where mergekit has one for each run along the last.
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, SliceBlend
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend, SliceBlend
 
 SHORT = 1e-6  # mergekit's floor for |d_i| |d_j|
 SINGULAR = 1e-6  # mergekit: below this the ratio t is not defined

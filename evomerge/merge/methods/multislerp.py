@@ -20,7 +20,11 @@ import math
 
 import numpy as np
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import nonzero_divisor
+from evomerge.merge.methods.plan import Blend
 
 VANISHING = 2.0**-22  # |m| over sum |w_i|: less of it is rounding in float32, and its direction is arbitrary
 
@@ -32,7 +36,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend:
     if len(weights) == 1:
         return Blend((1.0,))
     if knobs.shared["normalize_weights"]:
-        weights = weights / share(float(weights.sum()))
+        weights = weights / nonzero_divisor(float(weights.sum()))
     gram = measured.task_gram if changes else measured.gram[1:, 1:]
     lengths = np.sqrt(np.diagonal(gram))
     units = np.where(lengths == 0.0, 0.0, weights / np.where(lengths == 0.0, 1.0, lengths + eps))  # m = units . d

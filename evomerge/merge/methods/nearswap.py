@@ -10,7 +10,10 @@ Different from mergekit: its |d| is at least 1e-6 in t / |d|, so that at t < 1e-
 t / 1e-6 and not taken over; the results differ by less than 1e-6.
 """
 
-from evomerge.merge.methods.plan import Clip, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Clip
 
 
 def plan(knobs: Knobs, measured: Measured) -> Clip:

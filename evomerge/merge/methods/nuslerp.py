@@ -13,7 +13,10 @@ columns those along the last, where mergekit takes runs along the last axis and 
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, SliceBlend
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend, SliceBlend
 
 PARALLEL = 2.0**-24  # a sin^2 that 1 - cos^2 in float32, mergekit's working type, cannot tell from 0
 SHORTEST = 1e-7  # mergekit's floor for lengths: shorter vectors count as more and more orthogonal

@@ -5,7 +5,10 @@
 At scale 1 and in the source's own type the result has the source's bits.
 """
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

@@ -14,7 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from evomerge.merge.methods.plan import Knob, Knobs, Measured, Method, SparseBlend
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import SparseBlend
 
 EPSILON = Knob(1e-5, 0.0)
 

@@ -7,7 +7,11 @@ are multiplied by `alpha`, the paper's remedy against a solution that no source 
 All other tensors take the weighted mean.  G_i comes from `evomerge statistics --kind regmean`.  Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.methods.plan import Blend, Derived, Knob, Knobs, Measured, Method, share
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.normalization import nonzero_divisor
+from evomerge.merge.methods.plan import Blend, Derived
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:
@@ -15,7 +19,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:
     weights = knobs.each["weight"]
     if measured.is_gathered and any(weights):
         return Derived("regmean", (1.0,), settings=(knobs.shared["alpha"], *weights))
-    total = share(sum(weights))
+    total = nonzero_divisor(sum(weights))
     return Blend(tuple(w / total for w in weights), of_task_vectors=True)
 
 

@@ -7,7 +7,9 @@
 over a tensor) and a constant of the tensor; `l1` reads every tensor once more for each candidate.
 """
 
-from evomerge.merge.methods.plan import Chance, Knob, Measured
+from evomerge.merge.methods.knobs import Knob
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.plan import Chance
 
 NONE, EXPECTED, L1 = 0.0, 1.0, 2.0
 RESCALE = Knob(EXPECTED, 0.0, 2.0, choices={"none": NONE, "expected": EXPECTED, "l1": L1})

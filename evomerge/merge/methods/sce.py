@@ -15,7 +15,10 @@ than a millionth of the energy changes nothing, where mergekit divides what it a
 part.
 """
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method, SparseBlend
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend, SparseBlend
 
 TINY = 1e-6  # mean squares too small to weigh by, weights too small to divide by
 

@@ -8,7 +8,10 @@ lengths enter the coefficients, so the Gram matrix is all a plan needs.
 
 import math
 
-from evomerge.merge.methods.plan import Blend, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend
 
 PARALLEL = 0.9995  # mergekit's `dot_threshold`: closer than this the arc is replaced by its chord
 

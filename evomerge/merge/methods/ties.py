@@ -9,7 +9,11 @@ Different from mergekit on purpose: elements as large as the k-th are all kept (
 an order that depends on the device), so that the same recipe gives the same bits everywhere.
 """
 
-from evomerge.merge.methods.plan import Knob, Knobs, Measured, Method, SparseBlend, kept_count, trim
+from evomerge.merge.methods.density import kept_count, smallest_kept
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import SparseBlend
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
@@ -18,7 +22,7 @@ def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
     return SparseBlend(
         weights=knobs.each["weight"],
         keep="magnitude",
-        floors=tuple(trim(measured, i, k) for i, k in enumerate(ranks)),
+        floors=tuple(smallest_kept(measured, i, k) for i, k in enumerate(ranks)),
         elect="weighted",
         normalize=bool(knobs.shared["normalize"]),
         scale=knobs.shared["lambda"],

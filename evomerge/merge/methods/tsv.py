@@ -11,7 +11,10 @@ too (the paper's models have none that were tuned): their rows are tokens, which
 Not in mergekit 0.1.5.
 """
 
-from evomerge.merge.methods.plan import Blend, Derived, Knob, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knob, Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend, Derived
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:

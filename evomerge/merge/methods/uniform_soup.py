@@ -5,7 +5,10 @@
 The same as `linear` with equal weights, without a knob to get wrong.
 """
 
-from evomerge.merge.methods.plan import Blend, Knobs, Measured, Method
+from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.measured import Measured
+from evomerge.merge.methods.method import Method
+from evomerge.merge.methods.plan import Blend
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend:

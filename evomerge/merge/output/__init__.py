@@ -1,1 +1,8 @@
-"""A merged model as a folder: checked, written tensor by tensor, with its card."""
+"""A merged model as a folder.
+
+export.py       writes the folder: weights, configuration, tokenizer, chat template, card, recipe
+load_check.py   checks before that transformers will load it
+shards.py       the files of weights
+model_card.py   README.md
+compare.py      compares two folders byte by byte
+"""

@@ -1,42 +1,40 @@
-"""Write a merged model: a folder that `from_pretrained` opens, with the recipe that makes it again."""
+"""Write a merged model: a folder that `from_pretrained` opens, with the recipe that reproduces it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import new_folder, read_json, sha256, write_text
+from evomerge.files import new_folder, read_json, write_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.output.load_check import check_loads
-from evomerge.merge.output.shards import SHARD_BYTES, Shape, open_writer, plan_shards, size_of
-from evomerge.merge.recipe.recipe import Recipe, dump_recipe, with_fingerprints
-from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.locate import model_fingerprint
-from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary, is_there
-
-COPIED = ("generation_config.json", *TOKENIZER_FILES)
+from evomerge.merge.output.shards import SHARD_BYTES, TensorSpec, open_writer, plan_shards, size_of
+from evomerge.merge.recipe.pinned_inputs import with_fingerprints
+from evomerge.merge.recipe.recipe import Recipe, dump_recipe
+from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.tokenizer import Vocabulary
 
 
 def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
-    """Floating tensors take the recipe's type, tables of integers keep theirs."""
+    """The type of an output tensor: the recipe's for floating-point tensors, else the stored one."""
     return TORCH_DTYPES[recipe.dtype] if stored.is_floating_point else stored
 
 
-def output_tensors(recipe: Recipe, bank: Bank) -> dict[str, Shape]:
-    """Type and shape of every tensor that a recipe makes, in the base's order."""
+def output_specs(recipe: Recipe, bank: Bank) -> dict[str, TensorSpec]:
+    """Type and shape of every tensor of the output, in the base's order."""
     tensors = bank.layout.tensors
     return {name: (output_dtype(recipe, tensors[name].dtype), tensors[name].shape) for name in bank.names}
 
 
 def total_bytes(recipe: Recipe, bank: Bank) -> int:
-    """How many bytes of weights a recipe makes."""
-    return sum(map(size_of, output_tensors(recipe, bank).values()))
+    """The bytes of all tensors of the output."""
+    return sum(map(size_of, output_specs(recipe, bank).values()))
 
 
 def export(
@@ -48,18 +46,24 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     note: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
-    """Write the model of `recipe` to the new folder `folder` and return the recipe with all SHA-256 sums.
+    """Write the merged model to a new folder and return the recipe with all SHA-256 sums.
 
-    Weights (sharded), config, generation config, tokenizer, chat template, README.md (`card`) and recipe.yaml.
-    progress: called with the number of bytes written so far.  note: called with what to know of the folder.
-    EvomergeError if transformers would not load what is to be written, the folder is not empty, the disk is full,
-    or the merge is not finite.
+    The folder gets weights in shards, config.json, generation settings, tokenizer, chat template, README.md and
+    recipe.yaml.  It appears under its name when it is complete.
+
+    card: makes the text of README.md from the recipe.
+    progress: called with the number of bytes written so far.
+    shard_bytes: the largest size of a file of weights.
+    note: called with each line that the user should know about the folder.
+
+    EvomergeError if transformers would not load the folder, it exists already and is not empty, the disk is full, or
+    the merge has NaN or infinity.
     """
     check_fits(recipe, bank)
     for line in check_loads(bank.layout, bank.models.base):
         note(line)
-    bank.statistics(recipe)  # says what is wrong with a statistics file before anything is written
-    tensors = output_tensors(recipe, bank)
+    bank.statistics(recipe)  # raises if a statistics file is wrong, before anything is written
+    tensors = output_specs(recipe, bank)
     shards = plan_shards(tensors, shard_bytes)
     with new_folder(folder) as aside:
         total = 0
@@ -87,15 +91,15 @@ def export(
 
 
 def copy_tokenizer(bank: Bank, folder: Path) -> None:
-    """The files of the output's tokenizer, and the generation settings of the model it is from."""
+    """Write the files of the output's tokenizer, and the generation settings of the model that it belongs to."""
     vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
     vocabulary.write(folder)
-    if is_there(settings := vocabulary.folder / "generation_config.json"):
+    if os.path.isfile(settings := vocabulary.folder / "generation_config.json"):
         shutil.copyfile(settings, folder / settings.name)
 
 
 def set_template(folder: Path, template: str) -> None:
-    """Give a model folder a chat template, the only one it has."""
+    """Write a chat template into a model folder and remove any other that it has."""
     (folder / "chat_template.json").unlink(missing_ok=True)
     write_text(folder / "chat_template.jinja", template)
     if (file := folder / "tokenizer_config.json").exists():
@@ -103,43 +107,16 @@ def set_template(folder: Path, template: str) -> None:
         write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def merge_to_host(recipe: Recipe, bank: Bank, name: str, shape: Shape) -> torch.Tensor:
-    """Merge a tensor on the bank's device.  EvomergeError if the result is not finite."""
-    out = torch.empty(shape[1], dtype=shape[0], device=bank.device)
+def merge_to_host(recipe: Recipe, bank: Bank, name: str, spec: TensorSpec) -> torch.Tensor:
+    """Merge a tensor on the bank's device and return it on the CPU.
+
+    EvomergeError if the result has NaN or infinity.
+    """
+    dtype, shape = spec
+    out = torch.empty(shape, dtype=dtype, device=bank.device)
     try:
-        check_finite({name: materialise_tensor(recipe, bank, name, out)})
+        check_finite([name], materialise_tensor(recipe, bank, name, out)[None])
     except NotFinite as error:
         raise EvomergeError(f"this recipe makes no usable model: {error}") from error
     bank.end()
     return out.cpu()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor or file in which two exported models differ."""
-
-    name: str
-    what: str
-
-
-def differences(first: Path, second: Path) -> list[Difference]:
-    """Compare two model folders byte by byte: every tensor, then config and tokenizer files."""
-    a, b = open_checkpoint(first), open_checkpoint(second)
-    found = [Difference(name, f"only in {first}") for name in a.tensors.keys() - b.tensors.keys()]
-    found += [Difference(name, f"only in {second}") for name in b.tensors.keys() - a.tensors.keys()]
-    for name in a.tensors.keys() & b.tensors.keys():
-        x, y = a.read(name), b.read(name)
-        if x.dtype != y.dtype or x.shape != y.shape:
-            found.append(Difference(name, f"{x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}"))
-        elif (differs := differing_bytes(x, y)) > 0:
-            found.append(Difference(name, f"{differs:,} of {x.nbytes:,} bytes differ"))
-    for name in ("config.json", *COPIED):
-        here, there = first / name, second / name
-        if here.exists() != there.exists() or (here.exists() and sha256(here) != sha256(there)):
-            found.append(Difference(name, "the files differ"))
-    return sorted(found, key=lambda d: d.name)
-
-
-def differing_bytes(x: torch.Tensor, y: torch.Tensor) -> int:
-    a, b = x.contiguous().view(-1).view(torch.uint8), y.contiguous().view(-1).view(torch.uint8)
-    return int((a != b).sum())

@@ -1,56 +1,27 @@
-"""The layout of a merged model: which tensors it has, and which tensor of each model goes into each of them."""
+"""The layout of a merged model: its tensors, and for each of them the tensors of the models that it is made of."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
-
 from evomerge.errors import EvomergeError
-from evomerge.merge.recipe.assembly import assembled_config, find_stack
+from evomerge.merge.recipe.sliced_config import find_layer_stack, sliced_config
+from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.adapter import Adapter
-from evomerge.sources.anatomy import at_layer, layer_count, place, relative_depth
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
-from evomerge.sources.models import Models
-
-BASE = "base"
-
-
-class Slice(BaseModel):
-    """Consecutive layers of the output.
-
-    layers: a source's name, or `base`, -> (start, end): its layers start .. end - 1 go into this slice, in order.
-    Equal ends are no layer: such a slice, the first or the last, only says whose tensors stand before or after the
-    stack.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    layers: dict[str, tuple[int, int]]
-
-    @model_validator(mode="after")
-    def check_ranges(self) -> "Slice":
-        if not self.layers:
-            raise ValueError("layers: names no model")
-        for name, (start, end) in self.layers.items():
-            if not 0 <= start <= end:
-                raise ValueError(f"layers.{name}: [{start}, {end}] is no range; it must be 0 <= start <= end")
-        if len({end - start for start, end in self.layers.values()}) > 1:
-            lengths = ", ".join(f"{name} {end - start}" for name, (start, end) in self.layers.items())
-            raise ValueError(f"layers: all ranges of a slice must be equally long, here are {lengths}")
-        return self
-
-    @property
-    def length(self) -> int:
-        start, end = next(iter(self.layers.values()))
-        return end - start
+from evomerge.sources.open_models import Models
+from evomerge.sources.tensor_names import coefficient_layer, layer_count, name_in_layer, tensor_role
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a merge makes.
+    """The tensors and the configuration of a merged model.
 
-    tensors: every output tensor, in the base's order.  layers: of the output.  config: the output's, but for `dtype`.
-    origins: output tensor -> model -> the tensor of that model which goes into it; empty if each is its namesake's.
+    tensors: every output tensor, in the base's order.
+    layers: the number of layers.
+    config: the output's config.json, except for `dtype`.
+    origins: output tensor -> model (`base`, or a source's name) -> the tensor of that model which goes into it; empty
+        if every model uses the output's name.
     left_out: tensors of the base that the output cannot have.
     """
 
@@ -61,49 +32,56 @@ class Layout:
     left_out: Sequence[str] = ()
 
     def origin(self, model: str, name: str) -> str | None:
-        """The tensor of a model (`base`, or a source's name) that goes into `name`; None if it takes no part there."""
+        """The tensor of a model that goes into the output tensor `name`; None if the model has no part in it."""
         return self.origins[name].get(model) if self.origins else name
 
 
 def build_layout(models: Models, slices: Sequence[Slice] = ()) -> Layout:
-    """The base's own layout, or that which slices assemble.
+    """The layout of the base, or the layout that slices describe.
 
-    Tensors outside the stack are made of the models of the nearest slice: the first for embeddings and what else comes
-    before the stack, the last for the final norm and the head (as in mergekit).  EvomergeError if a model lacks a layer
-    or a tensor, two models differ in what one layer is, or slices do not fit the architecture.
+    Tensors outside the layers are made of the models of the nearest slice, as in mergekit: the first slice for
+    embeddings and other tensors before the layers, the last for the final norm and the head.
+
+    EvomergeError if a model lacks a layer or a tensor, two models have layers of different kinds in one place, or the
+    slices do not fit the architecture.
     """
     base = models.base
     if not slices:
         return Layout(base.tensors, layer_count(list(base.tensors)), base.config)
     opened: dict[str, Checkpoint] = {BASE: base}
     opened |= {n: m.base if isinstance(m, Adapter) else m for n, m in models.sources.items()}
-    stacks = {name: find_stack(name, model) for name, model in opened.items()}
+    stacks = {name: find_layer_stack(name, model) for name, model in opened.items()}
     check_ranges(slices, {name: stack.depth for name, stack in stacks.items()})
-    # One row per output layer: model -> its layer.  Models in the order of the recipe, the base first.
+    # One mapping per output layer: model -> its layer.  Models in the order of the recipe, the base first.
     order = [name for name in opened if any(name in s.layers for s in slices)]
-    rows = [{n: s.layers[n][0] + i for n in order if n in s.layers} for s in slices for i in range(s.length)]
-    if not rows:
+    output_layers = [{n: s.layers[n][0] + i for n in order if n in s.layers} for s in slices for i in range(s.length)]
+    if not output_layers:
         raise EvomergeError("slices: none of them has a layer")
     outside = [[n for n in order if n in s.layers] for s in (slices[0], slices[-1])]
     origins: dict[str, dict[str, str]] = {}
     left_out = []
-    stack_written = False
+    layers_written = False
     for name in base.tensors:
-        where = place(name)
-        if where.layer is None:
-            within = where.encoder_layer is not None
-            among = rows[relative_depth(where, len(rows))] if within else outside[relative_depth(where, 2)]
-            origins[name] = dict.fromkeys(among, name)
-        elif where.layer >= stacks[BASE].depth:
+        role = tensor_role(name)
+        if role.layer is None:
+            if role.encoder_layer is not None:
+                members: Iterable[str] = output_layers[coefficient_layer(role, len(output_layers))]
+            else:
+                members = outside[coefficient_layer(role, 2)]
+            origins[name] = dict.fromkeys(members, name)
+        elif role.layer >= stacks[BASE].depth:
             left_out.append(name)
-        elif not stack_written:
-            origins |= {out: origin for layer, row in enumerate(rows) for out, origin in layer_of(layer, row, opened)}
-            stack_written = True
+        elif not layers_written:
+            for number, members_of_layer in enumerate(output_layers):
+                origins |= layer_origins(number, members_of_layer, opened)
+            layers_written = True
     tensors = {name: common_info(name, origin, opened) for name, origin in origins.items()}
-    return Layout(tensors, len(rows), assembled_config(base.config, rows, stacks, origins), origins, left_out)
+    config = sliced_config(base.config, output_layers, stacks, origins)
+    return Layout(tensors, len(output_layers), config, origins, left_out)
 
 
 def check_ranges(slices: Sequence[Slice], layers: Mapping[str, int]) -> None:
+    """EvomergeError if a slice names a layer that a model does not have.  layers: model -> its number of layers."""
     for number, part in enumerate(slices):
         for name, (start, end) in part.layers.items():
             if start < end and end > layers[name]:
@@ -112,25 +90,34 @@ def check_ranges(slices: Sequence[Slice], layers: Mapping[str, int]) -> None:
                 )
 
 
-def layer_of(
-    layer: int, row: Mapping[str, int], opened: Mapping[str, Checkpoint]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The tensors of one output layer, each with its origins.  EvomergeError if two models have different ones."""
-    inside = {n: [t for t in opened[n].tensors if place(t).layer == at] for n, at in row.items()}
-    model, *others = row
-    known = {at_layer(t, layer) for t in inside[model]}
+def layer_origins(
+    layer: int, members: Mapping[str, int], opened: Mapping[str, Checkpoint]
+) -> dict[str, dict[str, str]]:
+    """The origins of the tensors of one output layer: output tensor -> model -> its tensor.
+
+    members: the models of this layer -> the number of the layer in that model.
+    EvomergeError if their layers have different tensors.
+    """
+    inside = {n: [t for t in opened[n].tensors if tensor_role(t).layer == at] for n, at in members.items()}
+    model, *others = members
+    known = {name_in_layer(t, layer) for t in inside[model]}
     for other in others:
-        if differing := known ^ {at_layer(t, layer) for t in inside[other]}:
+        if differing := known ^ {name_in_layer(t, layer) for t in inside[other]}:
             raise EvomergeError(
-                f"layer {layer} of the slices: layer {row[model]} of {model} and layer {row[other]} of {other} have "
-                f"different tensors, such as {min(differing)}"
+                f"layer {layer} of the slices: layer {members[model]} of {model} and layer {members[other]} of {other} "
+                f"have different tensors, such as {min(differing)}"
             )
-    for tensor in inside[model]:
-        yield at_layer(tensor, layer), {n: at_layer(tensor, at) for n, at in row.items()}
+    return {
+        name_in_layer(tensor, layer): {n: name_in_layer(tensor, at) for n, at in members.items()}
+        for tensor in inside[model]
+    }
 
 
 def common_info(name: str, origin: Mapping[str, str], opened: Mapping[str, Checkpoint]) -> TensorInfo:
-    """The shape that all origins of a tensor have, with the type of the first."""
+    """The shape that all origins of an output tensor have, with the type of the first.
+
+    EvomergeError if a model lacks its tensor, or two shapes differ.
+    """
     stored = {model: opened[model].stored_name(tensor) for model, tensor in origin.items()}
     if lacking := [model for model, tensor in stored.items() if tensor not in opened[model].tensors]:
         raise EvomergeError(f"slices: {lacking[0]} lacks the tensor {stored[lacking[0]]}")

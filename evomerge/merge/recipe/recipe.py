@@ -1,6 +1,6 @@
 """The recipe: a complete description of one merge, and the only input of materialisation."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,23 +8,32 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml, sha256
+from evomerge.files import read_yaml
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Knobs, Method
-from evomerge.merge.recipe.coefficients import Coefficient, as_parts, coefficient_problems, numbers, value_at
-from evomerge.merge.recipe.layout import BASE, Slice
-from evomerge.sources.anatomy import Place
+from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.method import Method
+from evomerge.merge.recipe.coefficients import (
+    Coefficient,
+    all_numbers,
+    coefficient_problems,
+    numbers_and_lists,
+    value_at,
+)
+from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.config_differences import Allowed
-from evomerge.sources.locate import absolute, absolute_model, locate, matching_models, model_fingerprint, pinned
-from evomerge.sources.vocabulary import WHOLE
+from evomerge.sources.locate import absolute_model, absolute_path, matching_models
+from evomerge.sources.tensor_names import TensorRole
+from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Model(BaseModel):
-    """A model that goes into a merge: a folder or a hub id, and the SHA-256 of its files once they are known.
+    """A model that a merge reads.
 
-    asked: the hub id that a person wrote, where `path` is what it stood for, `owner/name@commit`.
+    path: a folder or a hub id.
+    asked: the hub id that the user wrote, if `path` is `owner/name@commit`.
+    sha256: of its files, once they are known.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -34,9 +43,10 @@ class Model(BaseModel):
 
 
 class RecipeSource(Model):
-    """A source by its `path`, or the result of a `recipe` of its own, rounded to that recipe's dtype.
+    """A source: a model on disk (`path`), or the result of another `recipe`, rounded to that recipe's dtype.
 
-    statistics: the file of `evomerge statistics` for the methods that need one, and its SHA-256 once known.
+    statistics: the file of `evomerge statistics` for the methods that need one, and its SHA-256 once it is known.
+    parameters: coefficients of this source, which precede the recipe's.
     """
 
     name: str
@@ -49,9 +59,9 @@ class RecipeSource(Model):
     @model_validator(mode="after")
     def check_origin(self) -> "RecipeSource":
         if bool(self.path) == (self.recipe is not None):
-            raise ValueError("needs a `path` or a `recipe`, one of them")
+            raise ValueError("needs a `path` or a `recipe`, and not both")
         if self.recipe and self.statistics:
-            raise ValueError("statistics: are of a model on disk, not of a recipe")
+            raise ValueError("statistics: can be given for a model on disk, not for a recipe")
         if self.recipe and self.sha256:
             raise ValueError("sha256: belongs to the models of the `recipe`, not to the recipe")
         return self
@@ -60,15 +70,16 @@ class RecipeSource(Model):
 class Recipe(BaseModel):
     """One merge.
 
-    vocabulary: `base`, `union` or a source's name: whose tokenizer the output has when the models' differ; rows of
-    embedding and head are then merged by token.  None: the tokenizers must be equal.  chat_template: the output's, as
-    Jinja; None: its tokenizer's own.
+    vocabulary: the tokenizer of the output if those of the models differ: `base`, `union` or a source's name.  Rows of
+        embedding and head are then merged by token.  None: the tokenizers must be equal.
+    chat_template: of the output, as Jinja.  None: the one of its tokenizer.
+    allow_differences: in what the models' configurations may differ (`rope_theta`, `rope_scaling`); the output has
+        the base's configuration.
+    outputs: file of the exported model -> SHA-256, once it is exported.
 
-    allow_differences: what the models' configurations may differ in (`rope_theta`, `rope_scaling`); the output's is
-    the base's.
-
-    Coefficients are looked up by layer, component and name: tensors before the stack (embeddings) take the first
-    layer's value, those after it (final norm, head) the last layer's.  With `slices`, layers are the output's.
+    A coefficient is looked up by a tensor's layer, component and name.  Tensors before the layers (embeddings) take the
+    first layer's value, those after them (final norm, head) the last layer's.  With `slices`, layers are those of the
+    output.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -88,7 +99,10 @@ class Recipe(BaseModel):
     @field_validator("sources", mode="before")
     @classmethod
     def expand_checkpoints(cls, entries: Any, info: ValidationInfo) -> Any:
-        """Plain sources for the checkpoints of a run that a file (in the folder `context`) names by a pattern."""
+        """Replace entries that name checkpoints by a pattern by one source per checkpoint.
+
+        The context of the validation is the folder of the recipe file; without it nothing is replaced.
+        """
         if info.context is None or not isinstance(entries, list):
             return entries
         return [source for entry in entries for source in plain_sources(entry, info.context)]
@@ -99,32 +113,33 @@ class Recipe(BaseModel):
             raise ValueError("; ".join(problems))
         return self
 
-    def knobs(self, where: Place, layers: int, among: Collection[str] | None = None) -> Knobs:
-        """The values of all knobs for a tensor at `where` in a model of `layers` layers.
+    def knobs(self, role: TensorRole, layers: int, among: Collection[str] | None = None) -> Knobs:
+        """The values of all knobs for one tensor.
 
-        among: the sources that take part there; all of them if None.
+        role: its layer and component.  layers: the number of layers of the model.
+        among: the sources that the tensor is made of; None for all.
         """
         each: dict[str, tuple[float, ...]] = {}
         shared: dict[str, float] = {}
         for name, knob in METHODS[self.method].knobs.items():
             if knob.each:
                 each[name] = tuple(
-                    value_at(s.parameters.get(name, self.parameters.get(name, knob.default)), where, layers)
+                    value_at(s.parameters.get(name, self.parameters.get(name, knob.default)), role, layers)
                     for s in self.sources
                     if among is None or s.name in among
                 )
             else:
                 given = self.parameters.get(name, knob.default)
-                shared[name] = knob.choices[given] if isinstance(given, str) else value_at(given, where, layers)
+                shared[name] = knob.choices[given] if isinstance(given, str) else value_at(given, role, layers)
         return Knobs(each, shared, len(self.sources) if among is None else len(among))
 
 
 def plain_sources(entry: Any, folder: Path) -> list[Any]:
     """The sources that one entry of a recipe file stands for.
 
-    `checkpoints: PATTERN, last: K` are the K newest model folders that match, oldest first, named by their folders;
-    a relative pattern counts from `folder`.  Any other entry is itself.  ValueError if it is malformed or there are
-    fewer than K.
+    An entry `checkpoints: PATTERN, last: K` stands for the K newest model folders that match, oldest first, each named
+    after its folder; a relative pattern starts from `folder`.  Any other entry stands for itself.  ValueError if the
+    entry is malformed, or fewer than K folders match.
     """
     if not isinstance(entry, dict) or "checkpoints" not in entry:
         return [entry]
@@ -141,10 +156,11 @@ def plain_sources(entry: Any, folder: Path) -> list[Any]:
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
-    """What is wrong with a recipe beyond its types: unknown method or knob, values out of range, counts."""
-    method = METHODS.get(recipe.method)
-    if method is None:
-        return [f"method: {recipe.method!r} is not one of {', '.join(METHODS)}"]
+    """What is wrong with a recipe apart from types: unknown method or knob, values out of range, numbers of sources."""
+    try:
+        method = METHODS[recipe.method]
+    except EvomergeError as error:
+        return [f"method: {error}"]
     problems = []
     if method.statistics and (lacking := [s.name for s in recipe.sources if s.statistics is None]):
         problems.append(
@@ -158,11 +174,16 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems += count_problems("sources", method, len(names))
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
-    if recipe.vocabulary is not None and names.count(recipe.vocabulary) + (recipe.vocabulary in WHOLE) != 1:
-        problems.append(f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*WHOLE, *names])}")
-    places: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
-    places += [(f"sources.{s.name}.parameters", s.parameters, s.name) for s in recipe.sources]
-    for where, parameters, source in places:
+    if (
+        recipe.vocabulary is not None
+        and names.count(recipe.vocabulary) + (recipe.vocabulary in VOCABULARY_CHOICES) != 1
+    ):
+        problems.append(
+            f"vocabulary: {recipe.vocabulary!r} is not one (alone) of {', '.join([*VOCABULARY_CHOICES, *names])}"
+        )
+    owners: list[tuple[str, dict[str, Coefficient], str | None]] = [("parameters", recipe.parameters, None)]
+    owners += [(f"sources.{s.name}.parameters", s.parameters, s.name) for s in recipe.sources]
+    for where, parameters, source in owners:
         for name, coefficient in parameters.items():
             knob = method.knobs.get(name)
             if knob is None or (source and not knob.each):
@@ -172,17 +193,18 @@ def recipe_problems(recipe: Recipe) -> list[str]:
             else:
                 problems += coefficient_problems(f"{where}.{name}", coefficient, knob)
     for name, knob in method.knobs.items():
-        silent = [s.name for s in recipe.sources if name not in s.parameters] if knob.each else [""]
-        if knob.default is None and name not in recipe.parameters and silent:
-            problems.append(f"{name}: must be given" + (f" for {', '.join(silent)}" if knob.each else ""))
+        without = [s.name for s in recipe.sources if name not in s.parameters] if knob.each else [""]
+        if knob.default is None and name not in recipe.parameters and without:
+            problems.append(f"{name}: must be given" + (f" for {', '.join(without)}" if knob.each else ""))
     for switch, name in method.excludes.items():
-        moved = any(x != method.knobs[name].default for x in numbers(recipe.parameters.get(name, [])))
-        if moved and any(numbers(recipe.parameters.get(switch, []))):
+        moved = any(x != method.knobs[name].default for x in all_numbers(recipe.parameters.get(name, [])))
+        if moved and any(all_numbers(recipe.parameters.get(switch, []))):
             problems.append(f"parameters.{name}: has no meaning beside {switch}; leave out one of them")
     return problems
 
 
 def count_problems(where: str, method: Method, count: int) -> list[str]:
+    """What is wrong with a number of sources, one line at most.  where: the key, for the message."""
     least, most = method.sources
     if least <= count and (most is None or count <= most):
         return []
@@ -191,10 +213,10 @@ def count_problems(where: str, method: Method, count: int) -> list[str]:
 
 
 def slice_problems(recipe: Recipe, method: Method) -> list[str]:
-    """What is wrong with the slices.  A slice of the base alone is the base's layers, whatever the method."""
+    """What is wrong with the slices.  A slice of the base alone is a copy of the base's layers, whatever the method."""
     names = [s.name for s in recipe.sources]
-    problems = [f"sources: {BASE!r} is the base's name in slices; call the source otherwise"] * (BASE in names)
-    problems += [f"slices: {method.name} needs statistics, which speak of whole models"] * bool(method.statistics)
+    problems = [f"sources: {BASE!r} is the base's name in slices; give the source another name"] * (BASE in names)
+    problems += [f"slices: {method.name} needs statistics, which describe whole models"] * bool(method.statistics)
     for number, part in enumerate(recipe.slices):
         where = f"slices.{number}.layers"
         used = [n for n in part.layers if n != BASE]
@@ -208,12 +230,12 @@ def slice_problems(recipe: Recipe, method: Method) -> list[str]:
 
 
 def check_layers(recipe: Recipe, layers: int) -> None:
-    """Lists in a recipe must have one number per layer.  EvomergeError names the one that does not."""
+    """EvomergeError if a list in a recipe does not have one number per layer."""
     owners = [("parameters", recipe.parameters)]
     owners += [(f"sources.{s.name}.parameters", s.parameters) for s in recipe.sources]
     for where, parameters in owners:
         for name, coefficient in parameters.items():
-            for part in as_parts(coefficient):
+            for part in numbers_and_lists(coefficient):
                 if isinstance(part, list) and len(part) != layers:
                     whose = "the slices have" if recipe.slices else "the base model has"
                     raise EvomergeError(f"{where}.{name}: has {len(part)} values, but {whose} {layers} layers")
@@ -222,8 +244,8 @@ def check_layers(recipe: Recipe, layers: int) -> None:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.  EvomergeError lists everything that is wrong with it.
 
-    Relative model paths are taken from the recipe's folder.  Checkpoints that the file names by a pattern are plain
-    sources from here on, so the recipe says what was merged, whatever the run writes later.
+    Relative paths of models start from the recipe's folder.  Checkpoints that the file names by a pattern become one
+    source each, so the recipe states what is merged, whatever the training run writes later.
     """
     content = read_yaml(path)
     try:
@@ -231,10 +253,10 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise EvomergeError(f"{path}: not a recipe:\n  " + "\n  ".join(x.lstrip(": ") for x in lines)) from error
-    for _, model in leaves(recipe):
+    for _, model in models_on_disk(recipe):
         model.path = absolute_model(model.path, path.parent)
         if isinstance(model, RecipeSource) and model.statistics is not None:
-            model.statistics = absolute(model.statistics, path.parent)
+            model.statistics = absolute_path(model.statistics, path.parent)
     return recipe
 
 
@@ -246,61 +268,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return text
 
 
-def leaves(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
-    """Every model on disk that a recipe is made of, by name; those of a source's own recipe as `source/name`."""
+def models_on_disk(recipe: Recipe, above: str = "") -> Iterator[tuple[str, Model]]:
+    """Every model on disk that a recipe reads, with its name.
+
+    above: what precedes the names.  The models of a source's own recipe are called `source/name`.
+    """
     yield f"{above}{BASE}", recipe.base
     for source in recipe.sources:
         if source.recipe:
-            yield from leaves(source.recipe, f"{above}{source.name}/")
+            yield from models_on_disk(source.recipe, f"{above}{source.name}/")
         else:
             yield f"{above}{source.name}", source
-
-
-def pin(recipe: Recipe, known: Mapping[str, str]) -> Recipe:
-    """The recipe with every hub id as the commit that it stands for (see `pinned`)."""
-    copy = recipe.model_copy(deep=True)
-    for _, model in leaves(copy):
-        if model.path and (path := pinned(model.path, known)) != model.path:
-            model.path, model.asked = path, model.path
-    return copy
-
-
-def with_fingerprints(recipe: Recipe) -> Recipe:
-    """The recipe with the SHA-256 sums of its inputs."""
-    copy = recipe.model_copy(deep=True)
-    known: dict[Path, dict[str, str]] = {}
-    for _, model in leaves(copy):
-        folder = locate(model.path)
-        known[folder] = model.sha256 = known.get(folder) or model_fingerprint(folder)
-        if isinstance(model, RecipeSource) and model.statistics is not None:
-            model.statistics_sha256 = sha256(Path(model.statistics))
-    return copy
-
-
-def without_fingerprints(recipe: Recipe) -> Recipe:
-    """The recipe without any SHA-256 sums."""
-    copy = recipe.model_copy(deep=True)
-    copy.outputs = {}
-    for _, model in leaves(copy):
-        model.sha256 = {}
-        if isinstance(model, RecipeSource):
-            model.statistics_sha256 = None
-    return copy
-
-
-def check_fingerprints(recipe: Recipe) -> None:
-    """Compare the inputs with the SHA-256 sums that the recipe records.  EvomergeError names what differs."""
-    differing: dict[str, None] = {}
-    for _, model in leaves(recipe):
-        if model.sha256:
-            folder = locate(model.path)
-            now = model_fingerprint(folder)
-            differing |= {f"{folder / f}": None for f, digest in model.sha256.items() if now.get(f) != digest}
-        if isinstance(model, RecipeSource) and model.statistics is not None and model.statistics_sha256 is not None:
-            file = Path(model.statistics)
-            if not file.is_file() or sha256(file) != model.statistics_sha256:
-                differing[str(file)] = None
-    if differing:
-        raise EvomergeError(
-            "these inputs are not the files that the recipe was made with:\n  " + "\n  ".join(differing)
-        )

@@ -20,14 +20,14 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.tasks import SPLITS, Split
 from evomerge.files import disk_errors
-from evomerge.search.evaluation.model_files import model_folders
 from evomerge.search.evaluation.stored_evaluations import digest
+from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import ITEMS, evaluation_key
 from evomerge.search.storage.study import SearchStudy, in_full, rank, record_of
 from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 FIXED = 5.0  # seconds for drawing the report and syncing files
 PER_TRIAL = 0.002  # seconds for reading a trial from the study and drawing it

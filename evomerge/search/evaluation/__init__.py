@@ -3,7 +3,6 @@
 - `task_set.py`: the tasks of a search and the items of each split.
 - `jobs.py`: what the driver asks a worker to do, and what comes back.
 - `evaluator.py`: does a job on one device: merge, check, score.
-- `model_files.py`: opens the models of a configuration, and notices when their files change.
 - `score_checks.py`: refuses item scores that are not finite.
 - `settled_dtype.py`: the type in which a study computes forwards.
 - `race_setup.py`: what all races of a search share; `race_policy.py`: which candidate races, and against which trials.

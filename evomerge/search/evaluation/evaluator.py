@@ -41,12 +41,11 @@ from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
 from evomerge.search.evaluation.jobs import Failure, Job, Outcome, RaceLooksJob, Result, TrialJob
-from evomerge.search.evaluation.model_files import file_stamps, model_folders, refuse_changed
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
 from evomerge.search.evaluation.score_checks import finite_scores, needed_scores
-from evomerge.search.evaluation.settled_dtype import shapes_of
 from evomerge.search.evaluation.task_set import Scores, TaskSet
-from evomerge.sources.models import Models
+from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
+from evomerge.sources.open_models import Models
 from evomerge.sources.tokenizer import open_tokenizer
 
 
@@ -81,7 +80,7 @@ class Evaluator:
         self.log = log
         self.task_set = task_set
         self.folders = model_folders(config)
-        self.stamps = file_stamps(self.folders)
+        self.stamps = model_stamps(self.folders)
         device = resolve_device(config.device)
         use(device)
         computing = config.compute_dtype
@@ -114,10 +113,10 @@ class Evaluator:
         EvomergeError if the search itself cannot go on, or if a file of a model has been replaced: mapped memory may
         then hold half of the old file and half of the new one.
         """
-        refuse_changed(self.stamps, file_stamps(self.folders))
+        refuse_changed(self.stamps, model_stamps(self.folders))
         with Meter(self.counts, self.bank.device) as meter:
             result = self.attempt(job)
-        refuse_changed(self.stamps, file_stamps(self.folders))
+        refuse_changed(self.stamps, model_stamps(self.folders))
         return replace(result, used=meter.used)
 
     def attempt(self, job: Job) -> Result:

@@ -2,17 +2,15 @@
 
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import optuna
 
 from evomerge.config.schema import SearchConfig
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.recipe.recipe import Dtype
-from evomerge.search.storage.study import FINISHED
-from evomerge.sources.models import Models
-
-COMPUTE = "evomerge:compute"  # study attribute: the type, and what was measured to choose it
+from evomerge.search.models import shapes_of
+from evomerge.search.storage.study import COMPUTE, FINISHED, recorded_type
+from evomerge.sources.open_models import Models
 
 
 def settle_compute_dtype(
@@ -50,17 +48,6 @@ def settle_compute_dtype(
         )
     store_type(study, recorded, chosen, seconds)
     return config.model_copy(update={"compute_dtype": chosen})
-
-
-def shapes_of(models: Models) -> list[tuple[int, ...]]:
-    """The shapes of the base's tensors."""
-    return [t.shape for t in models.base.tensors.values()]
-
-
-def recorded_type(attributes: Mapping[str, Any]) -> Dtype | None:
-    """The type that a study recorded, None if it has none.  attributes: the study's."""
-    found: Dtype | None = attributes.get(COMPUTE, {}).get("dtype")
-    return found
 
 
 def ratio_text(seconds: Mapping[Dtype, float], slow: Dtype, fast: Dtype) -> str:

@@ -12,7 +12,7 @@ from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.measure.statistics_file import open_statistics_file
 from evomerge.merge.methods import METHODS
 from evomerge.search.verdict.intervals import mean_score
-from evomerge.sources.models import Models
+from evomerge.sources.open_models import Models
 
 Scores = dict[str, dict[str, list[float]]]
 """Task -> metric -> one score per item, the higher the better."""

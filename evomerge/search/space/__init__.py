@@ -1,1 +1,6 @@
-"""Which coefficients may move, and the known good points that are tried first."""
+"""The search space: which coefficients may vary, and the recipes that are evaluated before the sampler begins.
+
+space.py: axes and bounds; from a point to a recipe and back.
+baselines.py: the parents, the uniform blend, recommended recipes and the user's own.
+greedy_soup.py: the greedy soup, which needs the parents' scores.
+"""

@@ -1,4 +1,4 @@
-"""Known good points, tried first: they start the search, and the winner must beat them."""
+"""Baselines: recipes that are evaluated first.  The search starts at the best, and the winner must beat them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Literal
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.mergekit.read import load_merge
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import share
-from evomerge.merge.recipe.coefficients import Coefficient, named_parts
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, pin
+from evomerge.merge.methods.normalization import nonzero_divisor
+from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
+from evomerge.merge.recipe.pinned_inputs import pin
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.space import Point, Space
-from evomerge.sources.anatomy import COMPONENTS, Place
+from evomerge.sources.tensor_names import COMPONENTS, TensorRole
 
 Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given"]
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A recipe that nobody searched for.
+    """A recipe that the search did not find.
 
-    name: how tables call it.  point: where it is in the search space, None if it is not in it.
+    name: its name in tables.
+    kind: `base`, the base model; `parent`, one source; `uniform`, the mean of all; `greedy`, the greedy soup;
+        `recommended`, a recipe that papers recommend; `given`, a file of the user's.
+    point: its point in the search space; None if it is outside.
     """
 
     name: str
@@ -31,11 +35,17 @@ class Baseline:
 
 
 def baselines(space: Space) -> list[Baseline]:
-    """Each source alone, the uniform blend, and the recommended recipes; the greedy soup needs their scores (soup.py).
+    """The baselines of a search, in the order in which they are evaluated.
 
-    Recommended: task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
-    dare_ties with density and weight 0.5 (the common starting point), and specialists 0.65 to generalists 0.35
-    where the configuration gives roles.  `start_from` comes first; last come the recipes that the configuration names.
+    First the recipe of `start_from`, then each source alone, the uniform blend, the recommended recipes, and the files
+    that the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
+    (greedy_soup.py).
+
+    Recommended are task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
+    dare_ties with density and weight 0.5 (the usual starting point), and, where the configuration gives roles, a linear
+    blend of 0.65 specialists and 0.35 generalists.
+
+    Raises EvomergeError if a file is not a recipe of this search's models.
     """
     names = [s.name for s in space.config.sources]
     count = len(names)
@@ -63,13 +73,18 @@ def baselines(space: Space) -> list[Baseline]:
 
 
 def base_alone(space: Space) -> Baseline:
-    """The base model itself, whose scores a verdict shows beside the others'."""
+    """The base model itself as a baseline; the verdict compares the winner with it too."""
     weights = {s.name: 0.0 for s in space.config.sources}
     return Baseline("base", "base", plain_recipe(space, "task_arithmetic", weights, 1.0), None)
 
 
 def distinct(found: Sequence[Baseline], layers: int) -> list[Baseline]:
-    """Baselines in their order, one of those that make the same model: the first that is no file of the user's."""
+    """The baselines without those that make the same model as another.
+
+    Of equal ones the first stays that is no file of the user's.  The order stays.
+
+    layers: how many the base model has.
+    """
     unique: dict[object, Baseline] = {}
     for baseline in sorted(found, key=lambda b: b.kind == "given"):
         unique.setdefault(model_key(baseline.recipe, layers), baseline)
@@ -77,22 +92,24 @@ def distinct(found: Sequence[Baseline], layers: int) -> list[Baseline]:
 
 
 def model_key(recipe: Recipe, layers: int) -> object:
-    """Equal for recipes that make the same model but for rounding.
+    """A key that is equal for recipes that make the same model, rounding aside.
 
-    Averages and task arithmetic are compared by how much each model counts in every layer and component; of other
-    methods only equal recipes make the same model.
+    Recipes of linear and task_arithmetic are compared by the weight of each model in every layer and component.  Of
+    other methods only equal recipes have equal keys.
+
+    layers: how many the base model has.
     """
     parameters = [recipe.parameters, *(s.parameters for s in recipe.sources)]
     plain = not (recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources))
     if recipe.method not in ("linear", "task_arithmetic") or not plain:
         return recipe.model_dump_json(exclude={"outputs"})
-    if any(named_parts(value) for given in parameters for value in given.values()):
+    if any(filtered_values(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
     counts = []
-    for where in (Place(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
+    for where in (TensorRole(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
         knobs = recipe.knobs(where, layers)
         weights = knobs.each["weight"]
-        divisor = share(sum(weights)) if knobs.shared["normalize"] else 1.0
+        divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0
         scale = knobs.shared.get("lambda", 1.0) / divisor
         per_model = {s.path: round(scale * w, 9) for s, w in zip(recipe.sources, weights, strict=True)}
         rest = 1.0 - sum(per_model.values()) if recipe.method == "task_arithmetic" else 0.0
@@ -102,9 +119,12 @@ def model_key(recipe: Recipe, layers: int) -> object:
 
 
 def given(space: Space, path: Path) -> Baseline:
-    """A recipe or mergekit file of the user's, named by the file.
+    """A recipe or mergekit file of the user's as a baseline with the file's name.
 
-    Sources are the search's by their paths, else by their names.  EvomergeError if one is not among the search's.
+    A source of the file is the search's source with its path, else with its name.
+
+    Raises EvomergeError if a source is not among the search's, or if the recipe has `slices`, a `vocabulary` or a
+    source with a `recipe`.
     """
     recipe = pin(load_merge(path)[0], space.config.hub)
     names = {s.path: s.name for s in space.config.sources}
@@ -118,7 +138,7 @@ def given(space: Space, path: Path) -> Baseline:
             f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
             "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
         )
-    allowed = space.config.allow_differences  # of the same models, so an export of it opens them alike
+    allowed = space.config.allow_differences  # the same models, so an export opens them in the same way
     recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources, "allow_differences": allowed})
     return Baseline(path.stem, "given", recipe, None)
 
@@ -126,9 +146,14 @@ def given(space: Space, path: Path) -> Baseline:
 def in_space(
     space: Space, name: str, kind: Kind, weights: dict[str, float], method: str, density: float = 1.0
 ) -> Baseline:
-    """A baseline by weights: a point of the search's own method where that means the same, else a recipe of its own.
+    """A baseline by the weights of its sources.
 
-    Weights that add up to 1 mean the same in linear and in task arithmetic.
+    weights: source -> its weight.
+    method: in which these weights are meant.
+    density: of every source.
+
+    It is a point of the space where the search's method makes the same model of these weights and they lie within the
+    bounds, else a recipe outside the space.  Weights that add up to 1 mean the same in linear and task_arithmetic.
     """
     own = space.config.method
     same = own == method or ({own, method} == {"linear", "task_arithmetic"} and abs(sum(weights.values()) - 1) < 1e-9)
@@ -142,7 +167,10 @@ def in_space(
 
 
 def plain_recipe(space: Space, method: str, weights: dict[str, float], density: float) -> Recipe:
-    """A recipe of `method` with one weight per source and one density.  Sources of weight 0 are left out."""
+    """A recipe of `method` with one weight per source and one density.  Sources of weight 0 are left out.
+
+    weights: source -> its weight.
+    """
     knobs = METHODS[method].knobs
     sources = []
     for source in space.config.sources:

@@ -1,4 +1,4 @@
-"""The greedy soup (Wortsman et al. 2022, Recipe 1): the best source, and each next one that does the mean no harm."""
+"""The greedy soup (Wortsman et al. 2022, Recipe 1): a mean of sources that grows while its score does not fall."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +12,10 @@ GREEDY = "greedy soup"
 
 @dataclass(frozen=True)
 class GreedySoup:
-    """ingredients: the sources in the order they went in.
+    """The greedy soup of a search.
 
-    baseline: the soup as a baseline; the parent or the uniform soup itself where it is no more than that.
+    ingredients: the sources in the order in which they were added.
+    baseline: the soup as a baseline; if it is one source or all of them, the parent's or the uniform blend's.
     """
 
     ingredients: list[str]
@@ -22,16 +23,19 @@ class GreedySoup:
 
     @property
     def sentence(self) -> str:
+        """The soup in words, for log and report."""
         same = "" if self.baseline.kind == "greedy" else f": the same model as the baseline {self.baseline.name}"
         return f"The greedy soup took in {', '.join(self.ingredients)}{same}."
 
 
 async def greedy(names: Sequence[str], score: Callable[[list[str]], Awaitable[float]]) -> list[str]:
-    """The ingredients of the greedy soup, in the order they went in.
+    """The ingredients of the greedy soup, in the order in which they were added.
 
-    score: of the uniform soup of some sources, the higher the better.  The sources are tried from the best alone to
-    the worst (equal ones in the order given), and one stays if the score does not fall; so the soup scores no less
-    than the best source.
+    names: the sources.
+    score: the score of the mean of some sources, the higher the better.
+
+    The sources are tried from the best alone to the worst (equal ones in the order given), and one stays if the score
+    does not fall.  So the soup scores no less than the best source.
     """
     alone = dict(zip(names, await run_all(*(score([name]) for name in names)), strict=True))
     ranked = sorted(names, key=alone.__getitem__, reverse=True)
@@ -46,15 +50,16 @@ async def greedy(names: Sequence[str], score: Callable[[list[str]], Awaitable[fl
 async def greedy_soup(space: Space, known: list[Baseline], score: Callable[[Baseline], Awaitable[float]]) -> GreedySoup:
     """The greedy soup of a search's sources.
 
-    known: the other baselines; soups of one source or of all are among them.  score: on the search split.
+    known: the other baselines; the soups of one source and of all are among them.
+    score: the score of a baseline on the search split.
     """
     names = [s.name for s in space.config.sources]
-    standing = {frozenset([b.name]): b for b in known if b.kind == "parent"}
-    standing |= {frozenset(names): b for b in known if b.kind == "uniform"}
+    soups = {frozenset([b.name]): b for b in known if b.kind == "parent"}
+    soups |= {frozenset(names): b for b in known if b.kind == "uniform"}
 
     def soup(chosen: list[str]) -> Baseline:
         weights = {n: 1.0 / len(chosen) if n in chosen else 0.0 for n in names}
-        found = standing.get(frozenset(chosen))
+        found = soups.get(frozenset(chosen))
         return found or in_space(space, f"soup of {', '.join(chosen)}", "greedy", weights, "linear")
 
     ingredients = await greedy(names, lambda chosen: score(soup(chosen)))

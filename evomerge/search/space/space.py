@@ -1,7 +1,20 @@
-"""The search space: named axes between bounds, and the way from a point on them to a recipe and back."""
+"""The search space: named axes between bounds; from a point to a recipe and back.
+
+From a point to a recipe (`Space.recipe`):
+
+    point              {"weight.rev.mlp.depth0": 0.2, "weight.rev.mlp.depth1": 0.8, "weight.rev.depth0": ...}
+    values of a group  [0.2, 0.8], of the group with knob `weight`, source `rev`, component `mlp`
+    spread             [0.2, 0.4, 0.6, 0.8], one value per layer
+    coefficient        {"mlp": [0.2, 0.4, 0.6, 0.8], "default": [...]}, all groups of one knob and source
+    recipe             the coefficients of every knob, under its source or under `parameters`
+
+From a recipe to a point (`Space.point_of`): the coefficient at every tensor gives one value per layer, and
+`axis_values`, the inverse of `spread`, gives the values of the group.  Many recipes have no point.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -10,8 +23,10 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.anatomy import Component, Place, layer_count, place, relative_depth
-from evomerge.sources.models import Models
+from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
+
+if TYPE_CHECKING:
+    from evomerge.sources.open_models import Models
 
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
@@ -19,10 +34,15 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class Group:
-    """The axes of one coefficient: one knob, of one source (or shared), for one component.
+    """The axes of one knob of one source in one component.
 
-    axes: the names of its values along the depth (knots, groups or layers), one for the granularity `model`.
-    idle: it moves no tensor, because an adapter leaves this component alone.
+    knob: as the method names it.
+    source: None for a knob that all sources share.
+    component: `default` for the components that have no group of their own.
+    granularity: how many values there are along the depth, and what they stand for (see `spread`).
+    low, high: bounds of every value.
+    axes: the names of the values; one for the granularity `model`.
+    idle: whether it changes no tensor, because an adapter leaves this component alone.
     """
 
     knob: str
@@ -36,13 +56,19 @@ class Group:
 
     @property
     def fixed(self) -> bool:
+        """Whether its values are no axes of the search."""
         return self.low == self.high
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may move in one search.  layers: of the base model.  tensors: their names, where coefficients are looked
-    up."""
+    """What may vary in one search.
+
+    config: the search's.
+    layers: how many the base model has.
+    groups: every knob of the method, the fixed ones too.
+    tensors: names of the base model's tensors.
+    """
 
     config: SearchConfig
     layers: int
@@ -51,24 +77,25 @@ class Space:
 
     @property
     def axes(self) -> dict[str, FloatDistribution]:
-        """Optuna's distribution of every axis that moves, in a fixed order."""
+        """Axis name -> its bounds, in a fixed order.  Fixed groups have no axes."""
         return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
+        """`axes` in the type that Optuna's samplers take."""
         return dict(self.axes)
 
     def recipe(self, point: Mapping[str, float]) -> Recipe:
-        """The recipe at a point; every knob of the method is written out."""
-        shared: dict[str, Coefficient] = {}
-        per_source: dict[str, dict[str, Coefficient]] = {s.name: {} for s in self.config.sources}
-        parts: dict[tuple[str, str | None], dict[str, PerLayer]] = {}
+        """The recipe at a point; it has a value for every knob of the method."""
+        by_component: dict[tuple[str, str | None], dict[str, PerLayer]] = {}  # (knob, source) -> component -> values
         for group in self.groups:
             values = [group.low if group.fixed else point[a] for a in group.axes]
-            along = spread(values, group.granularity, self.layers)
-            parts.setdefault((group.knob, group.source), {})[group.component] = along
+            per_layer = spread(values, group.granularity, self.layers)
+            by_component.setdefault((group.knob, group.source), {})[group.component] = per_layer
+        shared: dict[str, Coefficient] = {}
+        per_source: dict[str, dict[str, Coefficient]] = {s.name: {} for s in self.config.sources}
         knobs = METHODS[self.config.method].knobs
-        for (knob, source), components in parts.items():
+        for (knob, source), components in by_component.items():
             value: Coefficient = components["default"] if len(components) == 1 else components
             if knobs[knob].switch:
                 value = bool(value)
@@ -89,9 +116,12 @@ class Space:
         )
 
     def point(self, each: Mapping[str, Mapping[str, float]], shared: Mapping[str, float]) -> Point | None:
-        """The point where knobs have the given values everywhere in the model, None if the bounds exclude it.
+        """The point where knobs have the same value everywhere in the model; None if it lies outside the bounds.
 
-        each: source -> knob -> value.  Knobs that are not named take the method's default.
+        each: source -> knob -> value.
+        shared: knob -> value, of the knobs that all sources share.
+
+        Knobs that are not named take the method's default.
         """
         point: Point = {}
         for group in self.groups:
@@ -107,7 +137,7 @@ class Space:
         return point
 
     def point_of(self, recipe: Recipe) -> Point | None:
-        """The point with a recipe's coefficients at every tensor, None if there is none.  Seeds are not compared."""
+        """The point with a recipe's coefficients at every tensor; None if there is none.  Seeds are not compared."""
         sources = {s.name: i for i, s in enumerate(recipe.sources)}
         if recipe.method != self.config.method or sources.keys() != {s.name for s in self.config.sources}:
             return None
@@ -115,16 +145,16 @@ class Space:
         for group in self.groups:
             if group.idle:
                 continue
-            known: dict[int, float] = {}
+            known: dict[int, float] = {}  # layer -> the recipe's value
             for where in self.places(group):
                 knobs = recipe.knobs(where, self.layers)
                 value = knobs.each[group.knob][sources[group.source]] if group.source else knobs.shared[group.knob]
-                if known.setdefault(relative_depth(where, self.layers), value) != value:
+                if known.setdefault(coefficient_layer(where, self.layers), value) != value:
                     return None
             values = axis_values(known, group.granularity, len(group.axes), self.layers)
             again = spread(values, group.granularity, self.layers)
-            found = {layer: again[layer] if isinstance(again, list) else again for layer in known}
-            if any(abs(found[layer] - known[layer]) > 1e-9 for layer in known):
+            per_layer = again if isinstance(again, list) else [again] * max(1, self.layers)
+            if any(abs(per_layer[layer] - value) > 1e-9 for layer, value in known.items()):
                 return None
             if not all(group.low <= value <= group.high for value in values):
                 return None
@@ -132,25 +162,27 @@ class Space:
                 point |= dict(zip(group.axes, values, strict=True))
         return point
 
-    def places(self, group: Group) -> list[Place]:
-        """The tensors whose coefficients a group gives."""
+    def places(self, group: Group) -> list[TensorRole]:
+        """The tensors that a group is for."""
         own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
-        found = [place(name) for name in self.tensors]
+        found = [tensor_role(name) for name in self.tensors]
         return [p for p in found if (p.component if p.component in own else "default") == group.component]
 
 
-def changed_components(models: Models) -> dict[str, set[Component]]:
-    """Per source, the components in which it can differ from the base; an adapter leaves some alone."""
+def changed_components(models: "Models") -> dict[str, set[Component]]:
+    """Source -> the components in which it can differ from the base; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
-        touched = [t for t in models.base.tensors if source.touches(t)]
-        found[name] = {place(t).component for t in touched}
+        touched = [t for t in models.base.tensors if source.may_differ(t)]
+        found[name] = {tensor_role(t).component for t in touched}
     return found
 
 
-def build_space(config: SearchConfig, models: Models) -> Space:
-    """Lay out the axes of a configuration.  An axis that would move nothing (a component that an adapter leaves
-    alone) is fixed at its lower bound."""
+def build_space(config: SearchConfig, models: "Models") -> Space:
+    """The search space of a configuration.
+
+    An axis that would change nothing (a component that an adapter leaves alone) is fixed at its lower bound.
+    """
     layers = layer_count(list(models.base.tensors))
     changed = changed_components(models)
     method = METHODS[config.method]
@@ -172,7 +204,13 @@ def build_space(config: SearchConfig, models: Models) -> Space:
 def component_groups(
     knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Component]
 ) -> list[Group]:
-    """One group per component that has coefficients of its own, and one for the rest.  reach: what it can move."""
+    """The groups of one knob of one source: one per component that has coefficients of its own, one for the rest.
+
+    axis: bounds, granularity and components of the knob, as configured.
+    space: what holds where `axis` says nothing.
+    layers: how many the base model has.
+    reach: the components that the source can change.
+    """
     fixed = axis.low == axis.high
     granularity: Granularity = "model" if fixed else axis.granularity or space.granularity
     components = [] if fixed else [*(axis.components if axis.components is not None else space.components)]
@@ -193,10 +231,13 @@ def component_groups(
 
 
 def spread(values: list[float], granularity: Granularity, layers: int) -> PerLayer:
-    """Values along the depth, one per layer; a single number for the granularity `model`.
+    """One value per layer from the values of a group; `axis_values` is the inverse.
 
-    depth: the values are knots, evenly spaced from the first layer to the last, with straight lines between (as
-    mergekit's gradients).  group: runs of layers as equal as they can be.
+    values: one for `model`, else one for each knot, group or layer.
+    granularity: `model`: one number for all layers, which is returned as it is.  `depth`: the values are knots, evenly
+        spaced from the first layer to the last, with straight lines between (as mergekit's gradients).  `group`: each
+        value is that of a run of layers; the runs are as equally long as possible.  `layer`: one value for each.
+    layers: how many the base model has.
     """
     if granularity == "model":
         return values[0]
@@ -204,22 +245,30 @@ def spread(values: list[float], granularity: Granularity, layers: int) -> PerLay
         return list(values)
     if granularity == "group":
         return [values[min(layer * len(values) // layers, len(values) - 1)] for layer in range(layers)]
-    along = []
+    per_layer = []
     for layer in range(layers):
-        at = layer / max(1, layers - 1) * (len(values) - 1)
+        at = layer / max(1, layers - 1) * (len(values) - 1)  # between two knots
         left = min(int(at), len(values) - 2)
-        along.append(values[left] + (values[left + 1] - values[left]) * (at - left))
-    return along
+        per_layer.append(values[left] + (values[left + 1] - values[left]) * (at - left))
+    return per_layer
 
 
 def axis_values(known: Mapping[int, float], granularity: Granularity, count: int, layers: int) -> list[float]:
-    """The values that `spread` would have to be given for these values of layers, if there are such."""
+    """The values of a group from those of layers: the inverse of `spread`.
+
+    known: layer -> its value.  Layers that are not known are interpolated.
+    granularity, layers: as for `spread`.
+    count: how many values the group has.
+
+    Exact for values that `spread` made, unless a knot of `depth` lies between two layers: its value is then
+    interpolated.  `Space.point_of` spreads the result again and compares.
+    """
     depths = sorted(known)
     if granularity == "model":
         return [known[depths[0]]] if depths else [0.0]
-    along = np.interp(range(layers), depths, [known[d] for d in depths])
+    values = np.interp(range(layers), depths, [known[d] for d in depths])  # one per layer
     if granularity == "depth":
-        along = np.interp(np.linspace(0, layers - 1, count), range(layers), along)
+        values = np.interp(np.linspace(0, layers - 1, count), range(layers), values)
     if granularity == "group":
-        along = along[[-(-k * layers // count) for k in range(count)]]
-    return [float(value) for value in along]
+        values = values[[-(-k * layers // count) for k in range(count)]]  # the first layer of each group
+    return [float(value) for value in values]

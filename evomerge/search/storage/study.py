@@ -16,10 +16,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.config.schema import SamplerConfig
 from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.recipe import Dtype
 from evomerge.search.samplers.cmaes import CmaEsSampler, trial_seed
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 
+COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
 
@@ -61,6 +63,12 @@ def make_sampler(config: SamplerConfig, space: Space, seed: int, number: int, wo
 def record_of(trial: FrozenTrial) -> dict[str, Any]:
     """What `SearchStudy.finish` stored with a trial."""
     found: dict[str, Any] = trial.user_attrs.get("record", {})
+    return found
+
+
+def recorded_type(attributes: Mapping[str, Any]) -> Dtype | None:
+    """The type that a study recorded, None if it has none.  attributes: the study's."""
+    found: Dtype | None = attributes.get(COMPUTE, {}).get("dtype")
     return found
 
 
@@ -126,7 +134,7 @@ class SearchStudy:
     of work in all finished trials.
     """
 
-    def __init__(self, stored: optuna.Study, space: Space) -> None:
+    def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
         self.stored = stored
         self.space = space
         self.axes = space.distributions
@@ -144,7 +152,7 @@ class SearchStudy:
         self.baselines: dict[str, int] = {}
         self.interrupted: list[FrozenTrial] = []
         self.cma: BaseSampler | None = None
-        self.workers = 1  # how many trials may be in hand; CMA-ES sizes its population by it at its first proposal
+        self.workers = workers  # how many trials may run at once; CMA-ES sizes its population by it
         there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
         if [t.number for t in there] != list(range(len(there))):
             raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")

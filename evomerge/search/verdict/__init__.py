@@ -1,1 +1,10 @@
-"""Finalists and baselines compared on items that the search has not seen, and who has won."""
+"""The end of a search: which model is the best, and is its lead more than luck?
+
+finals.py: which models are scored on the selection and the holdout split, and who is compared with whom.
+verdict.py: the statistical test and its outcome in words.
+intervals.py: the confidence intervals that the test uses.
+verdict_file.py: verdict.json, written and checked.
+recommended.py: which recipe of a run is exported.
+
+Shapes: N items, C models that are compared.
+"""

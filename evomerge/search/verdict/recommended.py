@@ -1,4 +1,4 @@
-"""Which recipe a run gives away: what its verdict recommends, or one of its trials."""
+"""Which recipe of a run is exported: the one that its verdict recommends, or that of one trial."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from optuna.trial import TrialState
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
-from evomerge.search.evaluation.model_files import open_config_models
+from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.space import build_space
 
 
 def recommended_recipe(run: Run) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe that the verdict recommends, and the verdict.  EvomergeError if the search is not at its end."""
+    """The recipe that the verdict recommends, and the verdict.  Raises EvomergeError if there is no verdict yet."""
     if (verdict := run.verdict()) is None:
         raise EvomergeError(
             f"{run.folder}: has no verdict yet; go on with `evomerge resume {run.folder}`, or export one trial "
@@ -22,7 +22,7 @@ def recommended_recipe(run: Run) -> tuple[Recipe, dict[str, Any]]:
 
 
 def recipe_of_trial(run: Run, number: int) -> Recipe:
-    """The recipe of one finished trial.  EvomergeError if there is none of that number."""
+    """The recipe of one finished trial.  Raises EvomergeError if no finished trial has that number."""
     config = run.config()
     complete = {t.number: t for t in run.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
     if number not in complete:

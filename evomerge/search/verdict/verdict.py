@@ -1,12 +1,10 @@
-"""The verdict: is the chosen candidate better than what nobody searched for, and is that more than luck?"""
+"""The verdict: is the chosen candidate better than every baseline, by more than luck?"""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
 
 from evomerge.search.verdict.intervals import (
     Interval,
@@ -14,7 +12,7 @@ from evomerge.search.verdict.intervals import (
     detectable,
     intervals,
     mean_score,
-    of_differences,
+    ranges_of_differences,
     score_range,
 )
 
@@ -23,7 +21,11 @@ Outcome = Literal["better", "no difference shown", "worse", "too little searched
 
 @dataclass(frozen=True)
 class Rival:
-    """A baseline on the holdout split.  scores: the metric of every item."""
+    """A baseline on the holdout split.
+
+    name, kind: the baseline's.
+    scores: its metric on every item.
+    """
 
     name: str
     kind: str
@@ -32,7 +34,12 @@ class Rival:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The chosen candidate against one baseline on the holdout split: paired difference of the mean score."""
+    """The chosen candidate against one baseline on the holdout split.
+
+    name, kind: the baseline's.
+    score: the baseline's mean score.
+    difference: the candidate's mean score minus the baseline's, paired by items.
+    """
 
     name: str
     kind: str
@@ -47,10 +54,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a search came to.
+    """The result of a search.
 
-    winner: whether the candidate beats every baseline.  recommended: `winner`, or the name of the baseline that was
-    best on the selection split.  detectable: the gain over that baseline which these items show four times in five.
+    winner: whether the candidate beats every baseline.
+    recommended: `winner`, or the name of the baseline that was best on the selection split.
+    score: the candidate's mean score on the holdout split.
+    comparisons: with every baseline, the best of the selection split first.
+    detectable: the gain over that baseline which these items show four times in five.
+    sentence: the outcome in words.
     """
 
     outcome: Outcome
@@ -75,12 +86,16 @@ def judge(
 ) -> Verdict:
     """Compare the chosen candidate with every baseline on the same holdout items.
 
-    rivals: the one that was best on the selection split first.  metrics: each task's.  stand_in: the name of the
-    baseline that stands for the candidate where the search has none.
+    candidate: its metric on every item.
+    rivals: the baselines; first the one that was best on the selection split.
+    metrics: task -> its metric.
+    weights: task -> its weight.
+    seed: of the bootstrap.
+    stand_in: the name of the baseline that takes the candidate's place where the search has none.
 
-    The candidate wins if the lower end of the paired difference lies above zero against each rival: an
-    intersection-union test (Berger 1982), so luck alone makes a winner in at most 5% of all searches, however many
-    rivals there are.
+    The candidate wins if the lower end of the paired difference lies above zero against each rival.  This is an
+    intersection-union test (Berger 1982): luck alone makes a winner in at most 5% of all searches, however many rivals
+    there are.
     """
     tables = [candidate, *(rival.scores for rival in rivals)]
     ranges = {task: score_range(metrics[task], [table[task] for table in tables]) for task in candidate}
@@ -89,7 +104,7 @@ def judge(
         for rival in rivals
     ]
     [score] = intervals([candidate], ranges, weights, seed)
-    gaps = intervals(differences, of_differences(ranges), weights, seed)
+    gaps = intervals(differences, ranges_of_differences(ranges), weights, seed)
     comparisons = [
         Comparison(rival.name, rival.kind, mean_score(rival.scores, weights), gap)
         for rival, gap in zip(rivals, gaps, strict=True)
@@ -108,7 +123,11 @@ def judge(
 
 
 def outcome_of(comparisons: Sequence[Comparison], searched: bool) -> Outcome:
-    """What the comparisons come to; the first is that with the best baseline of the selection split."""
+    """The outcome of the comparisons.
+
+    comparisons: first the one with the best baseline of the selection split.
+    searched: whether the search has a candidate of its own.
+    """
     if not searched:
         return "too little searched"
     if not comparisons:
@@ -120,7 +139,7 @@ def outcome_of(comparisons: Sequence[Comparison], searched: bool) -> Outcome:
 
 
 def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison], stand_in: str | None) -> str:
-    """The verdict in words."""
+    """The outcome in words."""
     holdout = f"{score.value:.3f} on the holdout items"
     if outcome == "too little searched":
         return (
@@ -133,65 +152,23 @@ def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison
     if outcome == "better":
         return (
             f"Winner: {holdout}, better than all {len(comparisons)} baselines, each at one-sided 5%; against "
-            f"{first.name}, the best of them on the selection items, {span(first.difference)}."
+            f"{first.name}, the best of them on the selection items, {difference_text(first.difference)}."
         )
     if outcome == "worse":
         return (
-            f"Worse than {first.name}: {holdout} against {first.score:.3f} ({span(first.difference)}). {first.name} is "
-            "recommended."
+            f"Worse than {first.name}: {holdout} against {first.score:.3f} ({difference_text(first.difference)}). "
+            f"{first.name} is recommended."
         )
-    standing = [c for c in comparisons if not c.beaten]
-    rival = standing[0]
+    rival = next(c for c in comparisons if not c.beaten)
+    against = f"{rival.score:.3f} of {rival.name} ({difference_text(rival.difference)})"
     return (
-        f"No difference shown: {holdout} against {rival.score:.3f} of {rival.name} ({span(rival.difference)}). "
+        f"No difference shown: {holdout} against {against}. "
         f"{first.name}, the best baseline on the selection items, is recommended."
     )
 
 
-def span(gap: Interval) -> str:
-    """A difference in words."""
+def difference_text(gap: Interval) -> str:
+    """A difference and its interval in words."""
     if gap.low is None or gap.high is None:
         return f"{gap.value:+.3f}, too few items for an interval"
     return f"{gap.value:+.3f}, 90% interval {gap.low:+.3f} to {gap.high:+.3f}"
-
-
-class JudgedBy(BaseModel):
-    """What a task was judged by.  items: how many per split.  code: whether its file ran Python of its own."""
-
-    metric: str
-    objective: str
-    items: dict[str, int]
-    code: bool = False
-
-
-class Written(BaseModel):
-    """What those who show verdict.json look at."""
-
-    outcome: Outcome
-    winner: bool
-    recommended: str
-    sentence: str
-    score: Interval
-    comparisons: list[Comparison]
-    detectable: float | None
-    chosen: dict[str, Any]
-    finalists: list[Any]
-    holdout: dict[str, dict[str, Interval]]
-    holdout_uses: int
-    greedy_soup: str = ""
-    tasks: dict[str, JudgedBy]
-
-
-def what_is_wrong(content: Any) -> str | None:
-    """Why the content of a verdict.json cannot be shown, None if it can."""
-    try:
-        found = Written.model_validate_json(json.dumps(content), strict=True)  # as JSON: text is no number there
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    for name in ("winner", *(c.name for c in found.comparisons)):
-        if lacking := found.tasks.keys() - found.holdout.get(name, {}).keys():
-            return f"holdout.{name}: lacks {min(lacking)}"
-    if any(not {"search", "holdout"} <= task.items.keys() for task in found.tasks.values()):
-        return "tasks: one of them has no number of items"
-    return None if "name" in found.chosen else "chosen: has no name"

@@ -6,6 +6,6 @@
   `process_main.py`: what runs inside that process.
 - `ray_worker.py`: a Ray actor, perhaps on another machine.  `ray_cluster.py`: the cluster.
 - `remote_evaluator.py`: how a worker outside the driver's process opens its models, and checks that they are the same.
-- `options.py`: what the command line says about workers.  `make_workers.py`: makes the workers of a search.
+- `worker_options.py`: what the command line says about workers.  `make_workers.py`: makes the workers of a search.
 - `pool.py`: gives jobs to free workers; restarts a worker that dies or hangs, and gives its job to another one.
 """

@@ -12,14 +12,14 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import resolve_device
 from evomerge.merge.bank.memory import Share
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.model_files import file_stamps, model_folders
 from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.models import model_folders, model_stamps
 from evomerge.search.run import Run
 from evomerge.search.workers.local_worker import LocalWorker
-from evomerge.search.workers.options import WorkerOptions
 from evomerge.search.workers.process_worker import ProcessWorker
 from evomerge.search.workers.worker import BatchProgress, Worker, WorkerSetup
-from evomerge.sources.models import Models
+from evomerge.search.workers.worker_options import WorkerOptions
+from evomerge.sources.open_models import Models
 
 
 def make_workers(
@@ -114,7 +114,7 @@ def devices_of(wanted: str) -> list[str]:
 def setup_of(run: Run, config: SearchConfig) -> WorkerSetup:
     """The setup of workers outside this process.  They get no database URL and so no password."""
     told = config.model_copy(update={"storage": None})
-    manifest, files = run.manifest(), file_stamps(model_folders(config))
+    manifest, files = run.manifest(), model_stamps(model_folders(config))
     return WorkerSetup(told, run.folder.resolve(), platform.node(), files, manifest["inputs"], manifest["items"])
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 
 from evomerge.errors import EvomergeError
 from evomerge.files import locked
-from evomerge.merge.kernels.compiled import user_cache
+from evomerge.merge.kernels.compiler import user_cache
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.model_files import file_stamps, model_folders, open_config_models, refuse_changed
 from evomerge.search.evaluation.task_set import open_task_set
-from evomerge.search.run import input_fingerprints, item_fingerprints
+from evomerge.search.inputs import input_fingerprints, item_fingerprints
+from evomerge.search.models import model_folders, model_stamps, open_config_models, refuse_changed
 from evomerge.search.workers.worker import BatchProgress, WorkerSetup
 
 
@@ -25,14 +25,14 @@ def open_evaluator(
     EvomergeError if models or items are not the driver's.
     """
     if platform.node() == setup.host:
-        refuse_changed(setup.stamps, file_stamps(model_folders(setup.config)))
+        refuse_changed(setup.stamps, model_stamps(model_folders(setup.config)))
     else:
         refuse_different("the model files", setup.inputs, input_fingerprints(setup.config))
     task_set = open_task_set(setup.config)
     refuse_different("the items", setup.items, item_fingerprints(task_set))
     cache = setup.folder / "cache"
     if not setup.folder.is_dir():
-        cache = user_cache().parent / "sources"
+        cache = user_cache("sources")
         cache.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(
         setup.config, open_config_models(setup.config), task_set, check, log, cache, progress, setup.share

@@ -24,7 +24,7 @@ class WorkerSetup:
     config: of the search.
     folder: the run folder, absolute.
     host: name of the driver's machine.
-    stamps: what tells on the driver's machine that a model's file is still the same, see `file_stamps`.
+    stamps: what tells on the driver's machine that a model's file is still the same, see `model_stamps`.
     inputs, items: hashes of the models' files and of the items of each split, as the driver sees them.
     share: how many workers use the same device and the same machine; None if there is only this one.
     """

@@ -1,6 +1,6 @@
-"""PEFT's configuration of an adapter: every key is honoured, is without effect on merged weights, or is refused.
+"""PEFT's configuration of an adapter: every key is honoured, has no effect on merged weights, or is refused.
 
-The keys are those of `peft.LoraConfig` (a test compares), and of libraries that add their own to it.
+The keys are those of `peft.LoraConfig` (a test compares them), and keys that other libraries add to it.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ LARGEST_ALPHA = 1e6  # PEFT's default is 8
 PATTERN_LENGTH = 1000
 MATCHING_SECONDS = 0.2
 
-# What a merge reads.  `bias` and the rank in `r` and `rank_pattern` are as the tensors of the file say.
+# Keys that a merge obeys.  For `bias`, and the rank in `r` and `rank_pattern`, the tensors of the file decide.
 HONOURED = frozenset(
     """
     peft_type lora_alpha alpha_pattern use_rslora r rank_pattern fan_in_fan_out bias lora_bias modules_to_save
     trainable_token_indices target_parameters ensure_weight_tying init_lora_weights base_model_name_or_path
     """.split()
 )
-# What acts only in training, or chooses layers: those with tensors in the file are the chosen ones.  The settings of
-# an `init_lora_weights` and of QALoRA, which are refused themselves.  Keys of ms-swift and of PEFT's first versions.
+# Keys that act only in training, or choose layers (those with tensors in the file are the chosen ones); details of an
+# `init_lora_weights` and of QALoRA, which are refused themselves; keys of ms-swift and of PEFT's first versions.
 WITHOUT_EFFECT = frozenset(
     """
     task_type auto_mapping peft_version revision inference_mode target_modules exclude_modules lora_dropout
@@ -31,7 +31,7 @@ WITHOUT_EFFECT = frozenset(
     lora_dtype lorap_lr_ratio lorap_emb_lr merge_weights
     """.split()
 )
-# What makes of an adapter something else than a sum with the base -> what to do about it.
+# Keys with which an adapter is not a sum with the base -> why not, or what to do about it.
 MERGE_FIRST = "merge it into a checkpoint with PEFT first"
 REFUSED = {
     "use_dora": f"a DoRA is not a low-rank sum; {MERGE_FIRST}",
@@ -43,7 +43,7 @@ REFUSED = {
     "train a plain LoRA",
     "arrow_config": "it routes between several adapters; merge those one by one",
     "layer_replication": "the adapter's layers are not the base model's; save the base with its repeated layers first",
-    "megatron_config": "its layers are Megatron's parallel ones; convert it to PEFT's plain ones first",
+    "megatron_config": "its layers are Megatron's parallel layers; convert them to PEFT's plain layers first",
     "enable_lora": "it adapts parts of a layer in an old form of PEFT's; save it with a newer PEFT first",
 }
 PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
@@ -83,7 +83,7 @@ def is_unset(value: Any) -> bool:
 
 
 def kind_problem(config: Mapping[str, Any]) -> str | None:
-    """Switches, kinds and lists of modules that are none."""
+    """A key whose value is of the wrong type or none of the allowed values, as text; None if there is none."""
     for key in SWITCHES:
         if not isinstance(config.get(key), (bool, type(None))):
             return f"{key} must be true or false, found {config[key]!r:.60}"
@@ -97,7 +97,7 @@ def kind_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def alpha_problem(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the numbers that scale the low-rank sums."""
+    """What is wrong with the numbers that scale the product B A; None if nothing is."""
     if not is_alpha(config.get("lora_alpha", 8)):
         return f"lora_alpha must be a finite number, found {config['lora_alpha']!r:.60}"
     patterns = config.get("alpha_pattern") or {}
@@ -112,7 +112,7 @@ def alpha_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def token_problem(value: Any) -> str | None:
-    """What is wrong with `trainable_token_indices`: a list of tokens, or one for each embedding."""
+    """What is wrong with `trainable_token_indices`, a list of tokens or one for each embedding; None if nothing is."""
     for tokens in value.values() if isinstance(value, dict) else [value or []]:
         if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 24 for token in tokens):
             return f"trainable_token_indices must be lists of token ids, found {value!r:.60}"
@@ -120,12 +120,12 @@ def token_problem(value: Any) -> str | None:
 
 
 def is_alpha(value: Any) -> bool:
-    """Whether a value is a number, finite and of a size that somebody may have meant."""
+    """Whether a value is a finite number below `LARGEST_ALPHA`."""
     return type(value) in (int, float) and abs(value) < LARGEST_ALPHA
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """What is wrong with a regular expression of PEFT's; None if it can be used."""
+    """What is wrong with a key of `alpha_pattern`, a regular expression; None if it can be used."""
     if len(pattern) > PATTERN_LENGTH:
         return f"a pattern of {len(pattern):,} characters"
     try:
@@ -135,18 +135,21 @@ def pattern_problem(pattern: str) -> str | None:
     return None
 
 
-def scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; alpha may be a module's own."""
-    alpha = float(matching(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8)))
+def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The factor of the product B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (rank-stabilised LoRA).
+
+    `alpha_pattern` may give a module an alpha of its own.
+    """
+    alpha = float(pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8)))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that matches the end of the module's name (PEFT's rank and alpha patterns).
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's name, as in PEFT; `default` if none does.
 
-    EvomergeError if a key takes longer than any honest one does: some expressions take years on short names.
+    EvomergeError if a pattern takes longer than `MATCHING_SECONDS`: some expressions take years on short names.
     """
-    for key, value in pattern.items():
+    for key, value in patterns.items():
         try:
             if regex.match(rf"(.*\.)?({key})$", module, timeout=MATCHING_SECONDS):
                 return value
@@ -157,12 +160,12 @@ def matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def saves(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a module is one of `modules_to_save`: trained as a whole, apart from what it was tied to."""
+def is_saved_module(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is one of `modules_to_save`: trained as a whole, and no longer tied to another."""
     return module.endswith(tuple(config.get("modules_to_save") or ()))
 
 
-def tokens_of(config: Mapping[str, Any], module: str) -> list[int]:
+def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:
     """The trained tokens of an embedding or a head, in the order of their rows in the file."""
     value = config.get("trainable_token_indices") or []
     if isinstance(value, list):

@@ -1,19 +1,19 @@
-"""What an adapter does to one tensor of its base."""
+"""The change that an adapter makes to one tensor of its base, and how it is applied."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15  # elements of a delta worked on at a time: cached, and below torch's threading grain
-BLOCK_ON_ACCELERATOR = 1 << 26  # there a launch costs more than a pass over memory
+BLOCK = 1 << 15  # elements of a product computed at a time: they fit a core's cache, and torch stays on one thread
+BLOCK_ON_ACCELERATOR = 1 << 26  # there a kernel launch costs more than a pass over memory
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """scale * left @ right, as the tensor is stored.
+    """The product scale * left @ right, in the layout of the stored tensor.
 
-    left: (rows, rank), right: (rank, columns); with an axis of experts in front for a tensor that stacks them.
+    left: (rows, R).  right: (R, columns).  Both have an axis of experts in front for a tensor that stacks experts.
     """
 
     left: Tensor
@@ -25,11 +25,11 @@ class LowRank:
         return *self.left.shape[:-1], self.right.shape[-1]
 
     def to(self, device: torch.device) -> "LowRank":
-        """The same, computed on a device."""
+        """The same product with its factors on a device."""
         return LowRank(self.left.to(device), self.right.to(device), self.scale)
 
     def product(self) -> Tensor:
-        """The matrix (or one for each expert) in float32."""
+        """The product in float32: (rows, columns), or (experts, rows, columns)."""
         if self.left.ndim == 2:
             return low_rank_product(self.left, self.right).mul_(self.scale)
         return torch.stack([low_rank_product(b, a) for b, a in zip(self.left, self.right, strict=True)]).mul_(
@@ -38,11 +38,13 @@ class LowRank:
 
 
 @dataclass
-class Change:
-    """What becomes of a tensor, in this order.
+class TensorChange:
+    """The change of one tensor; its parts are applied in this order.
 
-    whole: replaces it.  low_rank, added: are added to it.  rows: indices and the rows that replace those (trained
-    tokens); rows beyond its own make it longer.
+    whole: replaces the tensor.
+    low_rank, added: are added to it.
+    rows: row numbers (tokens,) and the rows (tokens, width) that replace those (trained tokens); a row number beyond
+        the last row makes the tensor longer.
     """
 
     whole: Tensor | None = None
@@ -52,42 +54,45 @@ class Change:
 
     @property
     def computes(self) -> bool:
-        """Whether applying it is more than reading a file."""
+        """Whether applying the change computes something, rather than only reading another tensor."""
         return self.low_rank is not None or self.added is not None or self.rows is not None
 
-    def height(self, rows: int) -> int:
-        """How many rows a tensor of so many has afterwards."""
+    def row_count(self, rows: int) -> int:
+        """The number of rows after the change of a tensor that has `rows` rows."""
         rows = rows if self.whole is None else self.whole.shape[0]
         return rows if self.rows is None else max(rows, int(self.rows[0].max()) + 1)
 
     def apply(self, original: Tensor) -> Tensor:
-        """The changed tensor, float32 if anything is added.  original: unused if all of it is replaced."""
+        """The changed tensor, float32 if anything is added.
+
+        original: the tensor of the base; not used if `whole` replaces it.
+        """
         out = original if self.whole is None else self.whole
         if self.low_rank is not None:
             out = self.low_rank.product().add_(out)
         if self.added is not None:
             out = self.added.float() + out
         if self.rows is not None:
-            where, values = self.rows
-            longer = torch.empty((self.height(len(out)) - len(out), *out.shape[1:]), dtype=out.dtype, device=out.device)
-            out = torch.cat([out, longer]).index_copy_(0, where, values.to(out.dtype))
+            indices, values = self.rows
+            new = torch.empty((self.row_count(len(out)) - len(out), *out.shape[1:]), dtype=out.dtype, device=out.device)
+            out = torch.cat([out, new]).index_copy_(0, indices, values.to(out.dtype))
         return out
 
-    def to(self, device: torch.device) -> "Change":
-        """The same, computed on a device."""
+    def to(self, device: torch.device) -> "TensorChange":
+        """The same change with its tensors on a device."""
         whole, added = (None if x is None else x.to(device) for x in (self.whole, self.added))
         rows = None if self.rows is None else (self.rows[0].to(device), self.rows[1].to(device))
-        return Change(whole, None if self.low_rank is None else self.low_rank.to(device), added, rows)
+        return TensorChange(whole, None if self.low_rank is None else self.low_rank.to(device), added, rows)
 
-    def same_as(self, other: "Change | None") -> bool:
-        """Whether both make the same of the same tensor, bit for bit."""
+    def equals(self, other: "TensorChange | None") -> bool:
+        """Whether both changes consist of the same tensors, bit for bit."""
         if other is None:
             return False
-        pairs = list(zip(self.parts(), other.parts(), strict=True))
+        pairs = list(zip(self.content(), other.content(), strict=True))
         return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
-    def parts(self) -> list[Tensor | None]:
-        """All that it consists of."""
+    def content(self) -> list[Tensor | None]:
+        """The tensors of the change in a fixed order, None for those that it lacks."""
         product, rows = self.low_rank, self.rows
         scale = None if product is None else torch.tensor(product.scale)
         sides = [None, None] if product is None else [product.left, product.right]
@@ -95,10 +100,12 @@ class Change:
 
 
 def low_rank_product(b: Tensor, a: Tensor) -> Tensor:
-    """B A in float32, (out, rank) x (rank, in), summed rank by rank in one fixed order.
+    """The matrix product B A in float32, summed rank by rank in one fixed order.
 
-    A library's matrix product may sum in another order on another machine; here the same adapter gives the
-    same bits everywhere.
+    b: (rows, R).  a: (R, columns).
+
+    A library's matrix product may sum in another order on another machine; here the same adapter gives the same bits
+    everywhere.
     """
     b, a = b.float(), a.float()
     out = torch.empty(b.shape[0], a.shape[1], device=a.device)

@@ -1,22 +1,22 @@
-"""The configuration of a model whose layers are assembled of others': their number, and what it says of single layers.
+"""The configuration of a model that a recipe with slices makes: the number of layers, and the keys for single layers.
 
-A configuration speaks of single layers by lists (`layer_types`), by sets of indices (`moe_layers`) and by counts from
-the first layer on (`first_k_dense_replace`).  All of them move with the layers.  What only a layer's position decides
-cannot move, and is refused.
+A configuration describes single layers by lists (`layer_types`), by lists of layer numbers (`moe_layers`) and by counts
+of the first layers (`first_k_dense_replace`).  All of them follow the layers to their new numbers.  If the position of
+a layer alone decides what it computes, the merge is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.sources.anatomy import ANY_NUMBER, LAYER, layer_count, place
 from evomerge.sources.architecture import known_config
 from evomerge.sources.checkpoint import Checkpoint
+from evomerge.sources.tensor_names import ANY_NUMBER, LAYER, layer_count, tensor_role
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers")
-FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
+FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
 PER_LAYER = """
     layer_types mlp_layer_types layers_block_type block_types attention_layers attn_layers no_rope_layers indexer_types
@@ -29,15 +29,16 @@ BY_POSITION = """
     n_layers_per_attn_res_block value_embedding_layers ple_layer_ids
 """.split()
 
-Row = Mapping[str, int]
-"""One output layer: model -> its layer that goes there."""
+OutputLayer = Mapping[str, int]
+"""One layer of the output: model -> the number of its layer that goes there."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """The layers of a model that slices speak of.
+class LayerStack:
+    """The layers of a model that slices may use.
 
-    depth: how many.  key: of the part of its config.json that describes them; None if that is the whole file.
+    depth: the number of layers.
+    key: of the part of config.json that describes them (`text_config`); None if the whole file does.
     settings: that part with transformers' defaults.
     """
 
@@ -46,10 +47,10 @@ class Stack:
     settings: Mapping[str, Any]
 
 
-def find_stack(name: str, model: Checkpoint) -> Stack:
-    """The decoder of a model.  EvomergeError if it has several stacks of layers that slices could mean."""
+def find_layer_stack(name: str, model: Checkpoint) -> LayerStack:
+    """The decoder's layers of a model.  EvomergeError if slices could mean several stacks of layers."""
     stored, known = layer_count(list(model.tensors)), known_config(model.config)
-    prefixes = {prefix(tensor) for tensor in model.tensors if place(tensor).layer is not None}
+    prefixes = {name_before_layer(tensor) for tensor in model.tensors if tensor_role(tensor).layer is not None}
     if getattr(known, "is_encoder_decoder", model.config.get("is_encoder_decoder")):
         prefixes = {"an encoder", "a decoder"}
     if len(prefixes) > 1:
@@ -59,81 +60,87 @@ def find_stack(name: str, model: Checkpoint) -> Stack:
         )
     if known is None:  # an architecture that transformers does not know
         counts = [model.config[key] for key in COUNTS if isinstance(model.config.get(key), int)]
-        return Stack(min([stored, *counts]), None, model.config)
+        return LayerStack(min([stored, *counts]), None, model.config)
     text = known.get_text_config(decoder=True)
     keys = [key for key in known.sub_configs if getattr(known, key, None) is text]
     if text is not known and not keys:
         raise EvomergeError(f"slices: the configuration of {name} does not say where its language model is described")
-    # Layers beyond the count predict further tokens (DeepSeek's MTP): they follow the head, outside the stack.
-    return Stack(min(stored, text.num_hidden_layers), keys[0] if keys else None, text.to_dict())
+    # Layers beyond the count predict further tokens (DeepSeek's MTP): they follow the head and are no decoder layers.
+    return LayerStack(min(stored, text.num_hidden_layers), keys[0] if keys else None, text.to_dict())
 
 
-def prefix(tensor: str) -> str:
-    """What stands before the layer's number in the name of a tensor of a layer."""
+def name_before_layer(tensor: str) -> str:
+    """The name of a tensor of a layer up to the layer's number."""
     found = LAYER.search(tensor) or ANY_NUMBER.search(tensor)
     return tensor if found is None else tensor[: found.start(1)]
 
 
-def assembled_config(
-    config: Mapping[str, Any], rows: Sequence[Row], stacks: Mapping[str, Stack], origins: Mapping[str, Any]
+def sliced_config(
+    config: Mapping[str, Any],
+    output_layers: Sequence[OutputLayer],
+    stacks: Mapping[str, LayerStack],
+    tensors: Iterable[str],
 ) -> dict[str, Any]:
-    """The base's configuration for other layers.
+    """The base's configuration, changed to describe the layers of the output.
 
-    stacks: of the base (`base`) and every model of the rows.  origins: the output's tensors.
+    config: of the base.
+    stacks: of the base (`base`) and of every model that has a layer in the output.
+    tensors: the names of the output's tensors.
 
-    EvomergeError if the models of one layer differ in its kind (sliding and full attention), or no configuration says
-    what the layers are.
+    EvomergeError if the models of one layer have other kinds of layer there (sliding and full attention), or no
+    configuration can describe the layers.
     """
     out = deepcopy(dict(config))
     base = stacks["base"]
     inner = out.get(base.key or "")
     holders = [inner, out] if isinstance(inner, dict) else [out]
 
-    def put(key: str, value: Any, only_where_it_is: bool = False) -> None:
+    def put(key: str, value: Any, only_if_given: bool = False) -> None:
         for number, holder in enumerate(holders):
-            if key in holder or (number == 0 and not only_where_it_is):
+            if key in holder or (number == 0 and not only_if_given):
                 holder[key] = value
 
+    depth = len(output_layers)
     counts = [key for key in COUNTS if any(key in holder for holder in holders)]
-    for key in counts or [canonical_count(config, base)]:
-        put(key, len(rows))
-    lists = per_layer_lists(rows, stacks)
+    for key in counts or [layer_count_key(config, base)]:
+        put(key, depth)
+    lists = per_layer_lists(output_layers, stacks)
     for key, value in lists.items():
         put(key, value)
-    sparse = {place(name).layer for name in origins if ".experts." in name}
-    leading = next((layer for layer in range(len(rows)) if layer in sparse), len(rows))
+    sparse = {tensor_role(name).layer for name in tensors if ".experts." in name}
+    leading = next((layer for layer in range(depth) if layer in sparse), depth)
     for key in DENSE_FIRST:
         if base.settings.get(key) is not None:
             put(key, leading)
-    for key in FURTHER:
-        put(key, 0, only_where_it_is=True)
+    for key in FURTHER_LAYERS:
+        put(key, 0, only_if_given=True)
     first = holders[0]
     if first.get("max_window_layers") is not None:  # the first layer with a sliding window
         types = lists.get("layer_types", [])
-        put("max_window_layers", types.index("sliding_attention") if "sliding_attention" in types else len(rows))
+        put("max_window_layers", types.index("sliding_attention") if "sliding_attention" in types else depth)
     if "mlp_only_layers" in first or "decoder_sparse_step" in first:
         put("decoder_sparse_step", 1)
-        put("mlp_only_layers", [i for i in range(len(rows)) if i not in sparse])
-    check_assembled(out, len(rows), lists)
+        put("mlp_only_layers", [i for i in range(depth) if i not in sparse])
+    check_as_read(out, depth, lists)
     return out
 
 
-def canonical_count(config: Mapping[str, Any], stack: Stack) -> str:
-    """What an architecture calls its number of layers."""
+def layer_count_key(config: Mapping[str, Any], stack: LayerStack) -> str:
+    """The key under which an architecture has its number of layers."""
     known = known_config(config)
     text = known if known is None or stack.key is None else getattr(known, stack.key)
     return str(getattr(text, "attribute_map", {}).get(COUNTS[0], COUNTS[0]))
 
 
-def per_layer_lists(rows: Sequence[Row], stacks: Mapping[str, Stack]) -> dict[str, list[Any]]:
-    """What the configurations say of single layers, for the output's layers.
+def per_layer_lists(output_layers: Sequence[OutputLayer], stacks: Mapping[str, LayerStack]) -> dict[str, list[Any]]:
+    """The lists of the configuration that describe single layers, for the layers of the output.
 
-    EvomergeError if the models of one layer differ in it, or it depends on where the layer stands.
+    EvomergeError if the models of one layer differ there, or the position of a layer decides what it computes.
     """
-    used = {name for row in rows for name in row}
+    used = {name for members in output_layers for name in members}
     for key in BY_POSITION:
         if users := sorted(name for name in used if stacks[name].settings.get(key)):
-            raise EvomergeError(f"slices: {users[0]} has layers whose place decides what they compute ({key})")
+            raise EvomergeError(f"slices: {users[0]} has layers whose position decides what they compute ({key})")
 
     def is_list(key: str, name: str) -> bool:
         value = stacks[name].settings.get(key)
@@ -144,8 +151,8 @@ def per_layer_lists(rows: Sequence[Row], stacks: Mapping[str, Stack]) -> dict[st
         if not all(is_list(key, name) for name in used):
             continue
         kinds = []
-        for layer, row in enumerate(rows):
-            values = [(stacks[name].settings[key], at) for name, at in row.items()]
+        for layer, members in enumerate(output_layers):
+            values = [(stacks[name].settings[key], at) for name, at in members.items()]
             kind, *others = [at in value if key in INDICES else value[at] for value, at in values]
             if any(other != kind for other in others):
                 raise EvomergeError(
@@ -156,8 +163,8 @@ def per_layer_lists(rows: Sequence[Row], stacks: Mapping[str, Stack]) -> dict[st
     return found
 
 
-def check_assembled(config: Mapping[str, Any], depth: int, lists: Mapping[str, list[Any]]) -> None:
-    """EvomergeError if transformers reads anything else in a configuration than what was put there."""
+def check_as_read(config: Mapping[str, Any], depth: int, lists: Mapping[str, list[Any]]) -> None:
+    """EvomergeError if transformers reads another number of layers, or other lists, from a configuration."""
     known = known_config(config)
     if known is None:
         return

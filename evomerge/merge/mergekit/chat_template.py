@@ -1,12 +1,12 @@
-"""`chat_template` of a mergekit file, as the template's text."""
+"""From the `chat_template` of a mergekit file to the text of the template."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json, read_text
-from evomerge.sources.tokenizer import is_there
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -15,27 +15,30 @@ CHATML = (
 
 
 def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
-    """A template by its text, by the name `chatml`, or `auto`: the one that most of the models have, None if none has.
+    """The text of a chat template.
 
-    EvomergeError for any other name.
+    wanted: the text itself; `chatml`; or `auto`, the template that most of the models have.
+    folders: of the models.
+
+    Returns None if `auto` finds no template.  EvomergeError for any other name.
     """
     if wanted == "auto":
-        found = Counter(text for text in map(template_of, folders) if text)
+        found = Counter(text for text in map(template_in_folder, folders) if text)
         return found.most_common(1)[0][0] if found else None
     if wanted == "chatml":
         return CHATML
     if "{" not in wanted:
-        raise EvomergeError(f"chat_template: {wanted!r} is no template; give its text, auto or chatml")
+        raise EvomergeError(f"chat_template: {wanted!r} is not a template; give its text, auto or chatml")
     return wanted
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template of the model in a folder."""
-    if is_there(file := folder / "chat_template.jinja"):
+def template_in_folder(folder: Path) -> str | None:
+    """The chat template of the model in a folder; None if it has none."""
+    if os.path.isfile(file := folder / "chat_template.jinja"):
         return read_text(file).strip()
-    if not is_there(file := folder / "tokenizer_config.json"):
+    if not os.path.isfile(file := folder / "tokenizer_config.json"):
         return None
     found = read_json(file).get("chat_template")
-    if isinstance(found, list):  # one for each use, of which `default` is the chat's
+    if isinstance(found, list):  # several named templates
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found.strip() if isinstance(found, str) else None

@@ -1,4 +1,4 @@
-"""Every tensor of transformers' architectures has its place; the names are those of its classes, on the meta device."""
+"""Every tensor of transformers' architectures has a component; the names come from its classes on the meta device."""
 
 import re
 import warnings
@@ -11,8 +11,8 @@ import torch
 
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import coefficient_problems, value_at
-from evomerge.sources.anatomy import is_computed, layer_count, place, relative_depth
 from evomerge.sources.quantised import packed_tensor
+from evomerge.sources.tensor_names import coefficient_layer, is_computed_buffer, layer_count, tensor_role
 
 # Tensors that are `other`, by a pattern of their names, and why no component is theirs.
 OTHER = {
@@ -95,8 +95,8 @@ def tensors_of(config: Any, model: Any) -> dict[str, bool]:
 
 def misplaced(tensors: dict[str, bool]) -> list[str]:
     """Names that are `other` without a reason, parameters taken for computed tables."""
-    other = [n for n in tensors if place(n).component == "other" and not any(re.search(p, n) for p in OTHER)]
-    return other + [n for n, is_parameter in tensors.items() if is_parameter and is_computed(n)]
+    other = [n for n in tensors if tensor_role(n).component == "other" and not any(re.search(p, n) for p in OTHER)]
+    return other + [n for n, is_parameter in tensors.items() if is_parameter and is_computed_buffer(n)]
 
 
 @cache
@@ -156,7 +156,7 @@ def test_no_tensor_of_any_language_model_of_transformers_is_other_without_a_reas
     ],
 )
 def test_a_tensor_is_what_it_is_called(name: str, layer: int | None, component: str) -> None:
-    assert (place(name).layer, place(name).component) == (layer, component)
+    assert (tensor_role(name).layer, tensor_role(name).component) == (layer, component)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +177,15 @@ def test_layers_are_counted_as_the_decoders_configuration_counts_them(model_type
 
 def test_a_towers_tensors_never_share_the_decoders_layers() -> None:
     for model_type in ("llava", "qwen2_vl", "voxtral", "smolvlm"):
-        towers = [n for n in names(model_type) if place(n).component in ("vision", "audio", "projector")]
+        towers = [n for n in names(model_type) if tensor_role(n).component in ("vision", "audio", "projector")]
         assert towers
-        assert all(place(n).layer is None and relative_depth(place(n), 32) == 0 for n in towers)
-        inside = [n for n in names(model_type) if place(n).layer is not None]
+        assert all(tensor_role(n).layer is None and coefficient_layer(tensor_role(n), 32) == 0 for n in towers)
+        inside = [n for n in names(model_type) if tensor_role(n).layer is not None]
         assert all("vision" not in n and "visual" not in n and "audio" not in n for n in inside)
 
 
 def test_an_encoders_layers_are_told_from_the_decoders_and_use_the_coefficients_of_the_same_number() -> None:
-    encoder = place("model.encoder.layers.3.self_attn.q_proj.weight")
+    encoder = tensor_role("model.encoder.layers.3.self_attn.q_proj.weight")
     assert (encoder.layer, encoder.encoder_layer) == (None, 3)
     assert value_at([0.0, 0.1, 0.2, 0.3], encoder, 4) == 0.3
     assert value_at([0.0, 0.1], encoder, 2) == 0.1  # a decoder of fewer layers
@@ -196,6 +196,6 @@ def test_coefficients_for_the_basic_components_are_enough_and_the_rest_is_other(
     weights = {"attention": 1.0, "mlp": 2.0, "norm": 3.0, "embedding": 4.0, "head": 5.0, "other": 6.0}
     knob = METHODS["linear"].knobs["weight"]
     assert coefficient_problems("weight", weights, knob) == []
-    assert value_at(weights, place("model.vision_tower.layers.0.fc1.weight"), 2) == 6.0
-    assert value_at({**weights, "vision": 7.0}, place("model.vision_tower.layers.0.fc1.weight"), 2) == 7.0
+    assert value_at(weights, tensor_role("model.vision_tower.layers.0.fc1.weight"), 2) == 6.0
+    assert value_at({**weights, "vision": 7.0}, tensor_role("model.vision_tower.layers.0.fc1.weight"), 2) == 7.0
     assert "needs `default`" in coefficient_problems("weight", {"vision": 1.0}, knob)[0]

@@ -1,4 +1,4 @@
-"""Anatomy: which layer and which component a tensor belongs to, read from its name."""
+"""From the name of a tensor to its layer and its component (attention, mlp, norm, ...): `tensor_role`."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,8 +6,9 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 Component = Literal["attention", "mixer", "mlp", "norm", "embedding", "head", "vision", "audio", "projector", "other"]
-"""mixer: a state-space, convolutional or recurrent layer where others have attention.  mlp: with experts and routers.
-projector: what joins a tower to the language model."""
+"""mixer: a state-space, convolutional or recurrent layer in the position of attention.
+mlp: includes experts and routers.
+projector: connects a vision or audio tower to the language model."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 KNOWN_MODEL_TYPES = frozenset(
@@ -18,15 +19,15 @@ KNOWN_MODEL_TYPES = frozenset(
 )
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
-FIRST = ("embedding", "vision", "audio", "projector")
+BEFORE_THE_LAYERS = ("embedding", "vision", "audio", "projector")
 ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 # The encoder of an encoder-decoder.  BERT's only stack is called `encoder.layer`, CPM-Ant's `cpmant.encoder.layers`.
 ENCODER = re.compile(r"(?:^|\.)(?<!cpmant\.)(?:text_)?encoder\.(?:text_model\.)?(?:layers|block)\.(\d+)\.")
-# Numbered modules beside the decoder's layers: further predicted tokens, cross attention between layers, parts of BLT.
-BESIDE = re.compile(
+# Numbered modules that are not layers of the decoder: multi-token prediction, cross attention between layers, BLT.
+NO_LAYER = re.compile(
     r"(?:^|\.)(?:mtp|altup_\w+|\w*cross_attn_layers|local_encoder|local_decoder|patcher|depth_decoder|dit)\."
 )
-# A module outside the language model; the outermost one decides.
+# A module outside the language model.  Where several match, the outermost one decides.
 TOWER = re.compile(
     r"(?:^|\.)(?:"
     r"(?P<projector>\w*projector|mm_projector|connector|merger|resampler|perceiver|\w*aligner|qformer|query_tokens|abstractor"
@@ -58,12 +59,14 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor sits.  layer: of the decoder, or the only stack, from 0; None outside it (embeddings, final norm,
-    head, towers, an encoder).
+class TensorRole:
+    """The layer and the component that a tensor belongs to.
 
-    tensor: its name, which recipes may name in part; places are equal whatever their tensors are called.
-    encoder_layer: of an encoder-decoder's encoder.
+    layer: its layer in the decoder (or in the only stack of layers), from 0; None for embeddings, final norm, head,
+        vision and audio towers, and the encoder of an encoder-decoder.
+    component: the kind of module.
+    tensor: the tensor's name, which the filters of a recipe look at; it is ignored when two roles are compared.
+    encoder_layer: its layer in the encoder of an encoder-decoder.
     """
 
     layer: int | None
@@ -73,55 +76,60 @@ class Place:
 
 
 @lru_cache(maxsize=65536)
-def place(name: str) -> Place:
-    """The place of the tensor called `name` in a checkpoint."""
+def tensor_role(name: str) -> TensorRole:
+    """The layer and the component of the checkpoint tensor called `name`."""
     if tower := TOWER.search(name):
-        return Place(None, tower.lastgroup, name)  # type: ignore[arg-type]
+        return TensorRole(None, tower.lastgroup, name)  # type: ignore[arg-type]
     component: Component = next((c for c, pattern in COMPONENT_PATTERNS if pattern.search(name)), "other")
     if encoder := ENCODER.search(name):
-        return Place(None, component, name, int(encoder.group(1)))
-    layer = None if BESIDE.search(name) else LAYER.search(name) or ANY_NUMBER.search(name)
-    return Place(int(layer.group(1)) if layer else None, component, name)
+        return TensorRole(None, component, name, int(encoder.group(1)))
+    layer = None if NO_LAYER.search(name) else LAYER.search(name) or ANY_NUMBER.search(name)
+    return TensorRole(int(layer.group(1)) if layer else None, component, name)
 
 
 def layer_count(names: list[str]) -> int:
-    """How many layers the decoder of a checkpoint with these tensor names has, or its encoder if it has no decoder; 0
-    if no name carries a layer index."""
-    places = [place(name) for name in names]
-    decoder = [p.layer for p in places if p.layer is not None]
-    return 1 + max(decoder or [p.encoder_layer for p in places if p.encoder_layer is not None], default=-1)
+    """The number of layers in the decoder of a checkpoint with these tensor names.
+
+    Returns the layers of the encoder if there is no decoder, and 0 if no name has a layer number.
+    """
+    roles = [tensor_role(name) for name in names]
+    decoder = [role.layer for role in roles if role.layer is not None]
+    return 1 + max(decoder or [r.encoder_layer for r in roles if r.encoder_layer is not None], default=-1)
 
 
-def at_layer(name: str, layer: int) -> str:
-    """The name that a tensor of the stack has in another layer."""
+def name_in_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer.  name: of a tensor that belongs to a layer."""
     found = LAYER.search(name) or ANY_NUMBER.search(name)
     assert found is not None, f"{name} is in no layer"
     start, end = found.span(1)
     return f"{name[:start]}{layer}{name[end:]}"
 
 
-def relative_depth(where: Place, layers: int) -> int:
-    """The layer whose coefficients a tensor uses: its own, the first for what comes before the stack (embeddings,
-    towers), the last for what follows it (final norm, head); in an encoder that of the same number.
+def coefficient_layer(role: TensorRole, layers: int) -> int:
+    """The layer whose coefficients a tensor uses, in a decoder of `layers` layers.
 
-    mergekit's gradients give what follows the stack the first layer's too; `merge/mergekit/` says how its files are
-    read all the same.
+    A tensor of a layer uses its own layer.  What comes before the layers (embeddings, towers) uses the first, what
+    follows them (final norm, head) the last.  A layer of an encoder uses the decoder's layer of the same number.
+
+    mergekit gives the final norm and the head the first layer's value; `merge/mergekit/` converts its files.
     """
-    if where.layer is not None:
-        return where.layer
+    if role.layer is not None:
+        return role.layer
     last = max(layers - 1, 0)
-    if where.encoder_layer is not None:
-        return min(where.encoder_layer, last)
-    return 0 if where.component in FIRST else last
+    if role.encoder_layer is not None:
+        return min(role.encoder_layer, last)
+    return 0 if role.component in BEFORE_THE_LAYERS else last
 
 
-COMPUTED = re.compile(
+COMPUTED_BUFFERS = re.compile(
     r"\.(?:attn|attention)\.bias$|\.masked_bias$|(?:^|\.)rope\.freqs$|\.num_batches_tracked$|(?:^|\.)(?:position_ids|token_type_ids)$"
     r"|\.rotary_(?:emb|embeddings?|pos_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$"
 )
 
 
-def is_computed(name: str) -> bool:
-    """Tables that old checkpoints store and transformers now computes: causal masks, positions, rotary frequencies;
-    and counters that only training reads."""
-    return COMPUTED.search(name) is not None
+def is_computed_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that old checkpoints store and transformers now computes.
+
+    Such buffers are causal masks, position ids and rotary frequencies.  Counters that only training reads count too.
+    """
+    return COMPUTED_BUFFERS.search(name) is not None

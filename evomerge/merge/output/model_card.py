@@ -1,14 +1,15 @@
-"""The model card: what was merged, how, and how to make it again."""
+"""The model card of an exported model (README.md): what was merged, how, and how to reproduce it."""
 
 from evomerge import __version__
-from evomerge.merge.recipe.recipe import Recipe, dump_recipe, leaves, without_fingerprints
+from evomerge.merge.recipe.pinned_inputs import without_fingerprints
+from evomerge.merge.recipe.recipe import Recipe, dump_recipe, models_on_disk
 from evomerge.sources.compatibility import front_matter
 from evomerge.sources.locate import locate
 
 
 def model_card(recipe: Recipe, results: str = "") -> str:
-    """Markdown with front matter for an exported model.  results: a section with scores, if there are any."""
-    models = list(leaves(recipe))
+    """The text of a model card: front matter and Markdown.  results: a section with scores, if there are any."""
+    models = list(models_on_disk(recipe))
     licences = [licence(front_matter(locate(model.path))) for _, model in models]
     known = set(licences)
     head = ["---", "library_name: transformers", "tags: [merge, evomerge]"]
@@ -28,5 +29,6 @@ def model_card(recipe: Recipe, results: str = "") -> str:
 
 
 def licence(card: dict[str, object]) -> str:
+    """The licence in the front matter of a model card, or `not stated`."""
     value = card.get("license") or card.get("license_name")
     return str(value) if value else "not stated"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.sources.locate import locate, stamp
-from evomerge.sources.models import Models, open_models
+from evomerge.sources.fingerprint import file_stamps
+from evomerge.sources.locate import locate
+from evomerge.sources.open_models import Models, open_models
 
 
 def model_folders(config: SearchConfig) -> dict[str, Path]:
@@ -20,9 +21,14 @@ def open_config_models(config: SearchConfig) -> Models:
     return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
 
 
-def file_stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
+def shapes_of(models: Models) -> list[tuple[int, ...]]:
+    """The shapes of the base's tensors."""
+    return [t.shape for t in models.base.tensors.values()]
+
+
+def model_stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
     """Stamps of the models' files by model and file name: a file that was changed or replaced has another one."""
-    return {name: stamp(folder) for name, folder in folders.items()}
+    return {name: file_stamps(folder) for name, folder in folders.items()}
 
 
 def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:

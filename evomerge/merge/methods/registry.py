@@ -1,0 +1,65 @@
+"""The merge methods by name: the built-in ones, and those that other installed packages offer as entry points."""
+
+import difflib
+import pkgutil
+from collections.abc import Iterable
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoints, entry_points
+
+from evomerge.errors import EvomergeError, first_line
+from evomerge.merge.methods.method import Method
+
+GROUP = "evomerge.methods"
+"""The entry points: the name is the method's, the object a `Method`."""
+
+
+class Methods(dict[str, Method]):
+    """Methods by name: the built-in ones, and those of other packages once they were looked up.
+
+    Only a lookup `METHODS[name]` of a name that is not built in reads which packages are installed, and loads the one
+    that offers it.
+    """
+
+    def __missing__(self, name: str) -> Method:
+        """The method that another package offers.  EvomergeError if none does, or it cannot be loaded."""
+        offered = [point for point in self.entry_points if point.name == name]
+        if not offered:
+            raise EvomergeError(self.unknown(name))
+        if len(packages := sorted({point.dist.name if point.dist else point.value for point in offered})) > 1:
+            raise EvomergeError(f"{name!r} is in several packages: {', '.join(packages)}; uninstall all but one")
+        try:
+            method = offered[0].load()
+        except Exception as error:  # code of another package may fail in any way
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise EvomergeError(f"{name!r} of the package {packages[0]} cannot be loaded ({reason})") from error
+        if not isinstance(method, Method) or method.name != name:
+            raise EvomergeError(f"{name!r} of the package {packages[0]} is no `Method` of that name ({method!r:.60})")
+        self[name] = method
+        return method
+
+    @cached_property
+    def entry_points(self) -> EntryPoints:
+        """What other packages offer; nothing of it is imported yet."""
+        return entry_points(group=GROUP)
+
+    def unknown(self, name: str) -> str:
+        """What to say about a name that no method has."""
+        names = sorted({*self, *(point.name for point in self.entry_points)})
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name!r} is not one of {', '.join(names)}{hint}"
+
+
+def built_in(package: str, folders: Iterable[str]) -> Methods:
+    """Every `Method` that a module of the package defines, in the order of the file names.
+
+    package: its name.  folders: where its modules are, its `__path__`.
+    """
+    found = Methods()
+    for file in pkgutil.iter_modules(folders):
+        for value in vars(import_module(f"{package}.{file.name}")).values():
+            if isinstance(value, Method):
+                assert found.get(value.name, value) is value, f"two methods are called {value.name}"
+                found[value.name] = value
+    return found

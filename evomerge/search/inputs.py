@@ -1,0 +1,147 @@
+"""What a run was made of: recorded when its folder is laid out, compared before it goes on."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge import __version__
+from evomerge.config.config_file import config_differences, load_config, pin, write_config
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.files import disk_errors, sha256, write_text
+from evomerge.search.evaluation.task_set import TaskSet, open_task_set
+from evomerge.search.models import model_folders
+from evomerge.search.run import Run, refuse_existing
+from evomerge.sources.fingerprint import model_fingerprint
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "optuna",
+    "cmaes",
+    "safetensors",
+    "numpy",
+    "tokenizers",
+    "datasets",
+)
+
+
+def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
+    """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path."""
+    prints = {name: model_fingerprint(folder) for name, folder in model_folders(config).items()}
+    for source in config.sources:
+        if source.statistics is not None:
+            prints[source.name][source.statistics] = sha256(Path(source.statistics))
+    return prints
+
+
+def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
+    """Task -> split -> a hash of its items: of their documents, whatever file they came from.
+
+    A task with few-shot examples has their hash as `few-shot`.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for task in task_set.tasks:
+        ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in task_set.items[task.name].items()}
+        if task.lm.config.num_fewshot:
+            ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
+        found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
+    return found
+
+
+def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[str, Any]) -> str:
+    """A hash of everything that a study's results depend on; the paths of files do not count.
+
+    inputs: of `input_fingerprints`.
+    items: of `item_fingerprints`.
+    """
+    content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
+    content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
+    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
+        for entry in content[part]:
+            entry[key] = ""
+    known = {name: sorted(prints.values()) for name, prints in inputs.items()}
+    return hashlib.sha256(json.dumps([content, known, items], sort_keys=True).encode()).hexdigest()
+
+
+def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:
+    """Make a new run folder with run.json and config.yaml.
+
+    config: with the versions of its models pinned.
+    task_set: its tasks and items.
+    origin: the file that the configuration was read from.
+    folder: the new run folder.
+
+    Raises EvomergeError if the folder is a run already or cannot be written.
+    """
+    refuse_existing(folder)
+    run = Run(folder)
+    run.storage_url(config)  # raises if an environment variable in it is not set
+    inputs, items = input_fingerprints(config), item_fingerprints(task_set)
+    manifest = {
+        "evomerge": __version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "origin": str(origin.resolve()),
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "inputs": inputs,
+        "items": items,
+        "keys": [study_key(config, inputs, items)],
+    }
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.manifest_file, json.dumps(manifest, indent=2) + "\n")
+    write_config(run.config_file, config)
+    return run
+
+
+def check_unchanged(run: Run, accept: bool) -> SearchConfig:
+    """The run's configuration, after a comparison with the file it came from and the inputs that the run began with.
+
+    accept: take over the file's present content where something has changed.
+
+    Raises EvomergeError with the differences if the file, a model or an item has changed, unless `accept`.
+    """
+    config, manifest = run.config(), run.manifest()
+    origin = Path(str(manifest.get("origin", "")))
+    lines: list[str] = []
+    current = config
+    if origin.is_file():
+        current = pin(load_config(origin), config.hub)
+        lines += config_differences(pin(config, config.hub), current.model_copy(update={"name": config.name}))
+    prints = input_fingerprints(current)
+    recorded: dict[str, dict[str, str]] = manifest.get("inputs", {})
+    for name in sorted(prints.keys() & recorded.keys()):
+        files = prints[name].keys() | recorded[name].keys()
+        lines += [
+            f"{name}: {f} is another file now" for f in sorted(files) if prints[name].get(f) != recorded[name].get(f)
+        ]
+    items = item_fingerprints(open_task_set(current))
+    known: dict[str, dict[str, str]] = manifest.get("items", {})
+    for task in sorted(items.keys() & known.keys()):
+        lines += [
+            f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task].get(s)
+        ]
+    if not lines:
+        return config
+    if not accept:
+        raise EvomergeError(
+            f"{run.folder}: this run was started with other inputs; its trials would not be comparable:\n  "
+            + "\n  ".join(lines)
+            + "\nUndo the change, start a new run, or go on all the same with --accept-changes"
+        )
+    run.log("changes accepted: " + "; ".join(lines))
+    current = current.model_copy(update={"budget": config.budget, "name": config.name})
+    keys = [*manifest.get("keys", []), study_key(current, prints, items)]
+    content = {**manifest, "inputs": prints, "items": items, "keys": keys}
+    write_text(run.manifest_file, json.dumps(content, indent=2) + "\n")
+    write_config(run.config_file, current)
+    return current

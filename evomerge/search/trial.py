@@ -1,0 +1,184 @@
+"""One trial of a search, from its proposal to its record in the database.
+
+SearchStudy.begin   a point of the search space, in the database before the work begins
+job_of              its recipe, and the race that it runs in
+Pool.run            item scores, or why there are none
+store               the trial's value and record, in the database and in the sampler
+"""
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.canary import Signs, normal_signs
+from evomerge.evaluate.racing import Race, Vector
+from evomerge.search.budget.usage import stored_usage
+from evomerge.search.evaluation.evaluator import reason
+from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
+from evomerge.search.evaluation.race_policy import may_race, rivals
+from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.stored_evaluations import Evaluations
+from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.failures import stop_after_failures
+from evomerge.search.monitor.monitor import Monitor, remark
+from evomerge.search.run import Run
+from evomerge.search.space.baselines import Baseline
+from evomerge.search.space.greedy_soup import GREEDY
+from evomerge.search.space.space import Point
+from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.study import Begun, SearchStudy, in_full, record_of
+from evomerge.search.workers.pool import Pool
+
+
+class Races:
+    """The races of a search: a candidate runs against the incumbent of the moment at which it begins.
+
+    study: its trials evaluated in full are the incumbent and the candidates that predict differences.
+    setup: the order of the items and where a race looks.
+    """
+
+    def __init__(self, study: SearchStudy, setup: RaceSetup) -> None:
+        self.study = study
+        self.setup = setup
+        self.vectors: dict[int, Vector] = {}  # trial number -> its item scores (N,), unpacked
+
+    def next(self) -> tuple[Race | None, dict[str, Any] | None]:
+        """The race of the next candidate and the trial numbers in it; None and None if that candidate does not race."""
+        if not may_race(self.study, self.setup):
+            return None, None
+        incumbent, others = rivals(self.study, self.setup.items)
+        if incumbent is None:
+            return None, None
+        numbers = {"incumbent": incumbent.number, "others": [t.number for t in others]}
+        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others]), numbers
+
+    def vector(self, trial: FrozenTrial) -> Vector:
+        """A trial's item scores, (N,)."""
+        if trial.number not in self.vectors:
+            self.vectors[trial.number] = self.setup.vector(trial)
+        return self.vectors[trial.number]
+
+
+class TrialRunner:
+    """Runs trials; as many at the same time as there are calls of `run`.
+
+    run: the run folder, for its log.
+    study: proposes points and stores results.
+    evaluations: item scores of recipes that are in the study already.
+    pool: its workers do the jobs.
+    monitor: is told of every finished trial.
+    """
+
+    def __init__(self, run: Run, study: SearchStudy, evaluations: Evaluations, pool: Pool, monitor: Monitor) -> None:
+        self.log = run.log
+        self.study = study
+        self.evaluations = evaluations
+        self.pool = pool
+        self.monitor = monitor
+        self.storing = 0.0  # seconds that it took to store the last trial
+
+    async def run(self, baselines: Sequence[Baseline], races: Races | None) -> None:
+        """Run one trial: an interrupted one, else the next baseline, else the sampler's proposal.
+
+        baselines: all that are known so far.
+        races: None if candidates do not race, or not yet.
+
+        An error inside the trial becomes the trial's recorded reason.  Raises EvomergeError if the search itself is at
+        fault, or when too many trials in a row have failed.
+        """
+        started = time.perf_counter()
+        trial = self.study.begin(next_baseline(self.study, baselines))
+        proposed = time.perf_counter()
+        self.log(f"trial {trial.number} begins")
+        record: dict[str, Any] = {}
+        work = self.job_of(trial, baselines, races, record)
+        if isinstance(work, TrialJob):
+            work = await self.pool.run(work, f"trial {trial.number}", trial=trial.number)
+        self.store(trial, work, record, started, proposed)
+        stop_after_failures(self.study)
+
+    def job_of(
+        self, trial: Begun, baselines: Sequence[Baseline], races: Races | None, record: dict[str, Any]
+    ) -> TrialJob | Result:
+        """The trial's job, or its result where no worker is needed.
+
+        record: gets the race, so that the trial can be run again alone.
+        """
+        try:
+            recipe = self.study.space.recipe(trial.params)
+            known = self.evaluations.stored("search", recipe) if trial.baseline == GREEDY else None
+            if known:  # the greedy soup has been scored to be found
+                return Outcome(known, {})
+            if trial.baseline:
+                return TrialJob(recipe, None)
+            race, record["race"] = races.next() if races else (None, None)
+            setup = races.setup if races and race else None
+            return TrialJob(recipe, parent_signs(self.study, baselines), setup, race)
+        except EvomergeError:
+            raise
+        except Exception as error:  # a bug in making the recipe costs this trial
+            return Failure(reason(error), traceback=traceback.format_exc())
+
+    def store(self, trial: Begun, result: Result, record: dict[str, Any], started: float, proposed: float) -> None:
+        """Store a trial's value and record, and tell the sampler and the monitor.
+
+        started, proposed: seconds of `time.perf_counter` at which the trial began and had its point.
+
+        A broken candidate has the value of the worst, so that samplers learn from it.  A finished trial cannot be
+        written to, so the time of its storing is in the record of the next one.
+        """
+        value, seconds = None, {}
+        if isinstance(result, Outcome):
+            value = value_of(result, self.evaluations.task_set)
+            record |= describe(result, self.evaluations.task_set, self.evaluations.items("search"))
+            seconds = result.seconds
+        elif result.broken:
+            record["broken"] = result.reason
+            value = self.study.penalty
+        else:
+            record["reason"] = result.reason
+            self.log(f"trial {trial.number}: {result.traceback}")
+        record["compute_dtype"] = self.study.space.config.compute_dtype
+        scored = time.perf_counter()
+        total = scored - started + self.storing
+        times = {"propose": proposed - started, "store": self.storing, "total": total}
+        record["seconds"] = {**seconds, **times}
+        record |= stored_usage(replace(result.used, seconds=total), self.monitor.stopwatch)
+        state = self.study.finish(trial, value, record)
+        self.log(f"trial {trial.number} {state.name.lower()} value={value} {remark(record)}".rstrip())
+        self.storing = time.perf_counter() - scored
+        self.monitor.trial(trial.number, value, record, trial.baseline)
+
+
+def next_baseline(study: SearchStudy, baselines: Sequence[Baseline]) -> tuple[str, Point] | None:
+    """The first baseline in the space that has no trial yet."""
+    there = study.baselines
+    return next(((b.name, b.point) for b in baselines if b.point is not None and b.name not in there), None)
+
+
+def parent_signs(study: SearchStudy, baselines: Sequence[Baseline]) -> Signs | None:
+    """What the canary saw of the parents: the signs of a healthy model.  None if no parent has been evaluated."""
+    trials = [study.of_baseline(b.name) for b in baselines if b.kind == "parent"]
+    records = [record_of(t) for t in trials if t is not None and in_full(t)]
+    return normal_signs([Signs(*r["signs"]) for r in records if "signs" in r])
+
+
+def value_of(outcome: Outcome, task_set: TaskSet) -> float:
+    """The value that the sampler is told: the estimate of a stopped candidate, else the mean objective."""
+    return outcome.estimate.value if outcome.estimate else task_set.mean(outcome.scores, "objective")
+
+
+def describe(outcome: Outcome, task_set: TaskSet, items: str) -> dict[str, Any]:
+    """What the study keeps of an outcome.  items: the name of the item ids."""
+    scores = {t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks}
+    record: dict[str, Any] = {"items": items, "scores": scores}
+    if outcome.signs:
+        record["signs"] = [outcome.signs.entropy, outcome.signs.sameness]
+    if outcome.estimate:
+        record["partial"] = outcome.estimate.fraction
+    return record
