@@ -11,8 +11,6 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.standalone import TaskResult
 from evomerge.report.live_view import NO_SNAPSHOT, render, watch
 from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
