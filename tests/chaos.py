@@ -100,7 +100,7 @@ def wait(started: Started, what: str = "the search") -> Done:
 def workers_of(pid: int) -> list[psutil.Process]:
     """The worker processes of a driver."""
     children = psutil.Process(pid).children(recursive=True)
-    return [p for p in children if "evomerge.search.workers.process" in " ".join(p.cmdline())]
+    return [p for p in children if "evomerge.search.workers.process_main" in " ".join(p.cmdline())]
 
 
 def finished(run: Path) -> dict[int, Any]:

@@ -57,7 +57,7 @@ def test_status_shows_best_trials_rate_and_timing(finished: Path) -> None:
     done = run_cli("status", finished, "--timing")
     assert done.returncode == 0
     assert "12 of 12 finished" in done.stdout
-    assert "trials a minute" in done.stdout
+    assert "trials per minute" in done.stdout
     assert "outside model forwards" in done.stdout
 
 

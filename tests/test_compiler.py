@@ -69,7 +69,7 @@ def test_a_worker_is_ended_with_its_children(tmp_path: Path):
     """Children in its own process group, whoever started them."""
     import asyncio
 
-    from evomerge.search.workers.process import ProcessWorker
+    from evomerge.search.workers.process_worker import ProcessWorker
 
     async def start_and_kill() -> int:
         worker = object.__new__(ProcessWorker)
@@ -85,9 +85,9 @@ def test_a_worker_is_ended_with_its_children(tmp_path: Path):
 
 def test_the_children_of_a_worker_end_when_its_driver_does(tmp_path: Path):
     code = (
-        "import subprocess, sys; from evomerge.search.workers.process import Channel\n"
+        "import subprocess, sys; from evomerge.search.workers.process_main import DriverConnection\n"
         f"p = subprocess.Popen(['sleep', '100']); open({str(tmp_path / 'pid')!r}, 'w').write(f'{{p.pid}}\\n')\n"
-        "Channel(sys.stdin.buffer, sys.stdout.buffer); p.wait()"
+        "DriverConnection(sys.stdin.buffer, sys.stdout.buffer); p.wait()"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, process_group=0)
     child = written_pid(tmp_path / "pid")

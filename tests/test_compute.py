@@ -16,9 +16,9 @@ from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import candidate_model, destinations, load_live_model
 from evomerge.merge.materialise import materialise
-from evomerge.search.evaluation.evaluator import finite
 from evomerge.search.evaluation.race_policy import LOOKS
-from evomerge.search.evaluation.settled_dtype import settle
+from evomerge.search.evaluation.score_checks import finite_scores
+from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
@@ -87,13 +87,13 @@ def done(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_search(write_config(tmp_path_factory.mktemp("computing"), tiny_family, **changes))
 
 
-def test_the_study_the_trials_and_whoever_looks_say_what_computed(done: Path) -> None:
+def test_the_study_the_trials_and_the_reports_say_what_computed(done: Path) -> None:
     study = open_run(done).study()
     assert study.user_attrs[COMPUTE]["dtype"] == "float32"
     assert {record_of(t).compute_dtype for t in study.trials} == {"float32"}
     assert json.loads((done / "state.json").read_text())["compute_dtype"] == "float32"
-    assert "bfloat16, computed in float32" in (done / "report.html").read_text()
-    assert "computed in float32 with values of bfloat16" in run_cli("status", done).stdout
+    assert "weights in bfloat16, computed in float32" in (done / "report.html").read_text()
+    assert "weights in bfloat16, computed in float32" in run_cli("status", done).stdout
 
 
 def test_a_trial_is_repeated_in_the_type_that_computed_it(done: Path) -> None:
@@ -121,7 +121,9 @@ def test_where_races_look_is_kept_with_the_study(done: Path) -> None:
 
 def settled(study: optuna.Study, config: Any, **changes: Any) -> tuple[str, list[str]]:
     said: list[str] = []
-    found = settle(study, config.model_copy(update=changes), open_config_models(config), "cpu", said.append)
+    found = settle_compute_dtype(
+        study, config.model_copy(update=changes), open_config_models(config), "cpu", said.append
+    )
     return found.compute_dtype, said
 
 
@@ -139,7 +141,7 @@ def test_a_study_keeps_the_type_it_began_with_and_says_what_is_faster_here(
     monkeypatch.setattr(settled_dtype, "measure", lambda *_: {"float32": 1.0, "bfloat16": 0.25})
     chosen, said = settled(study, config)
     assert chosen == "float32"
-    assert "goes on so" in said[0]
+    assert "keeps to it" in said[0]
     assert "bfloat16 is faster" in said[0]
     chosen, said = settled(study, config, compute_dtype="bfloat16")
     assert (chosen, study.user_attrs[COMPUTE]["dtype"], len(said)) == ("bfloat16", "bfloat16", 1)
@@ -157,6 +159,6 @@ def test_a_type_that_cannot_hold_the_values_is_refused(tiny_family: Path, tmp_pa
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e39])
 def test_a_score_that_is_not_finite_breaks_the_candidate(wrong: float, tiny_family: Path, tmp_path: Path) -> None:
     (task, _) = open_task_set(load_config(write_config(tmp_path, tiny_family))).tasks
-    assert finite(task, "gold_logprob", {"gold_logprob": [-1.0, -2.0]}) == [-1.0, -2.0]
+    assert finite_scores(task, "gold_logprob", {"gold_logprob": [-1.0, -2.0]}) == [-1.0, -2.0]
     with pytest.raises(NotFiniteScore, match="gold_logprob of an item is"):
-        finite(task, "gold_logprob", {"gold_logprob": [-1.0, wrong]})
+        finite_scores(task, "gold_logprob", {"gold_logprob": [-1.0, wrong]})

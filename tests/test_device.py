@@ -27,9 +27,9 @@ from evomerge.merge.measure import gram, ranks, sums
 from evomerge.merge.measure.prepare import measure_sources
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.run import Run
-from evomerge.search.workers import options
-from evomerge.search.workers.process import one_device
-from evomerge.search.workers.worker import Setup
+from evomerge.search.workers import make_workers as module
+from evomerge.search.workers.process_worker import one_device
+from evomerge.search.workers.worker import WorkerSetup
 from evomerge.search.workers.worker_options import WorkerOptions
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.open_models import open_models
@@ -274,11 +274,11 @@ def test_a_worker_sees_one_device(device: str, visible: str | None, wanted: tupl
 
 def test_workers_know_with_how_many_they_share_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = SearchConfig.model_construct(device="cuda")
-    setup = Setup(config, tmp_path, "host", {}, {}, {})
-    monkeypatch.setattr(options, "devices_of", lambda wanted: ["cuda:0", "cuda:1"])
-    monkeypatch.setattr(options, "setup_of", lambda run, config: setup)
+    setup = WorkerSetup(config, tmp_path, "host", {}, {}, {})
+    monkeypatch.setattr(module, "devices_of", lambda wanted: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(module, "setup_of", lambda run, config: setup)
     run = Run(tmp_path)
-    workers = options.make_workers(WorkerOptions(3), run, config, None, None, lambda: None, print)  # type: ignore[arg-type]
+    workers = module.make_workers(WorkerOptions(3), run, config, None, None, lambda: None, print)  # type: ignore[arg-type]
     assert [w.device for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [w.setup.share for w in workers] == [Share(2, 3), Share(1, 3), Share(2, 3)]  # type: ignore[attr-defined]
     assert {w.setup.config.device for w in workers} == {"cuda"}  # type: ignore[attr-defined]

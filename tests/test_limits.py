@@ -15,8 +15,8 @@ from searches import Done, finished_search, run_cli, trials_of, verdict_of, writ
 
 from evomerge.config.schema import BudgetConfig
 from evomerge.errors import EvomergeError
-from evomerge.search.budget.limits import Deadline, Limits, Moment, Progress, deadline_of, limits_of
-from evomerge.search.budget.reserve import FIXED, Ahead, Rates, reserve
+from evomerge.search.budget.limits import Deadline, Limits, Moment, SearchProgress, deadline_of, limits_of
+from evomerge.search.budget.reserve import FIXED, RemainingWork, StepSeconds, reserve_seconds
 from evomerge.search.run import open_run
 from evomerge.search.storage.trial_record import record_of
 
@@ -32,7 +32,7 @@ trials = st.lists(st.tuples(st.none() | st.sampled_from([-1.0, 0.0, 0.5, 2.0]), 
 
 @given(trials)
 def test_progress_is_the_same_in_whatever_order_trials_finish(finished: list[tuple[int, Any]]) -> None:
-    progress = Progress()
+    progress = SearchProgress()
     for number, (value, sampled) in finished:
         progress.add(number, value, sampled)
     best = max((v for _, (v, _) in finished if v is not None), default=None)
@@ -42,9 +42,9 @@ def test_progress_is_the_same_in_whatever_order_trials_finish(finished: list[tup
     assert progress.since_best == sum(sampled for n, (_, sampled) in finished if n > first)
 
 
-def after(values: str, baselines: int = 0) -> Progress:
+def after(values: str, baselines: int = 0) -> SearchProgress:
     """The progress of trials with these values, `x` for one that was not evaluated in full; the first are baselines."""
-    progress = Progress()
+    progress = SearchProgress()
     for number, value in enumerate(values.split()):
         progress.add(number, None if value == "x" else float(value), number >= baselines)
     return progress
@@ -72,7 +72,8 @@ def test_patience_counts_sampled_trials_since_the_best_one() -> None:
 def test_time_ends_a_search_when_only_the_reserve_is_left() -> None:
     limits = Limits(seconds=100.0)
     assert limits.reached(after("0.5"), 69.0, START, reserve=30.0) is None
-    assert "30 s are left, of which what follows may need 30" in str(limits.reached(after("0.5"), 70.0, START, 30.0))
+    end = limits.reached(after("0.5"), 70.0, START, reserve=30.0)
+    assert end == "30 s are left, and judging the finalists may take 30 s"
 
 
 def test_time_ends_nothing_before_there_is_a_candidate() -> None:
@@ -83,9 +84,9 @@ def test_time_ends_nothing_before_there_is_a_candidate() -> None:
 
 def test_whichever_limit_comes_first() -> None:
     limits = Limits(seconds=100.0, deadline=Deadline(Moment(START.wall + 50, START.steady + 50)))
-    assert limits.left(10.0, START) == 50.0
-    assert limits.left(80.0, START) == 20.0
-    assert Limits(trials=4).left(80.0, START) == float("inf")
+    assert limits.seconds_left(10.0, START) == 50.0
+    assert limits.seconds_left(80.0, START) == 20.0
+    assert Limits(trials=4).seconds_left(80.0, START) == float("inf")
     assert [Limits(trials=1).timed, Limits(seconds=1.0).timed, Limits(deadline=Deadline(START)).timed] == [0, 1, 1]
 
 
@@ -93,7 +94,7 @@ def test_whichever_limit_comes_first() -> None:
 def test_a_clock_that_is_set_gives_no_more_time(jump: float, passed: float) -> None:
     """The deadline is a wall time and as long by the monotonic clock; the first of the two ends the search."""
     deadline = Deadline(Moment(START.wall + 3600, START.steady + 3600))
-    left = deadline.left(Moment(START.wall + passed + jump, START.steady + passed))
+    left = deadline.seconds_left(Moment(START.wall + passed + jump, START.steady + passed))
     assert left <= 3600 - passed + 1e-6  # seconds since the epoch have seven digits to spare
     assert left == pytest.approx(3600 - passed - max(0.0, jump))
 
@@ -183,21 +184,21 @@ def test_an_output_folder_with_something_in_it_is_refused_before_the_search(tiny
 
 # --- The reserve ---
 
-RATES = Rates(merge=2.0, item=0.1, trial=5.0, objective=0.02, draw=0.001)
-AHEAD = Ahead({"search": 1, "selection": 6, "holdout": 5}, {"search": 100, "selection": 50, "holdout": 200})
+SECONDS = StepSeconds(merge=2.0, item=0.1, trial=5.0, objective=0.02, draw=0.001)
+WORK = RemainingWork({"search": 1, "selection": 6, "holdout": 5}, {"search": 100, "selection": 50, "holdout": 200})
 
 
 def test_the_reserve_is_the_formula_that_it_states() -> None:
     scoring = (2 + 2) + 6 * (2 + 5) + 5 * (2 + 20)
-    assert reserve(RATES, AHEAD) == pytest.approx(FIXED + 1.3 * (5 + scoring + 3 * 200 * 0.001))
-    assert reserve(RATES, Ahead()) == pytest.approx(FIXED + 1.3 * 5)
+    assert reserve_seconds(SECONDS, WORK) == pytest.approx(FIXED + 1.3 * (5 + scoring + 3 * 200 * 0.001))
+    assert reserve_seconds(SECONDS, RemainingWork()) == pytest.approx(FIXED + 1.3 * 5)
 
 
 @given(st.integers(1, 64))
 def test_workers_side_by_side_need_as_many_rounds_as_models_ask_for(workers: int) -> None:
-    assert reserve(RATES, AHEAD, workers + 1) <= reserve(RATES, AHEAD, workers)
-    alone = reserve(RATES, Ahead({"holdout": 1}, AHEAD.items))
-    assert reserve(RATES, Ahead({"holdout": workers}, AHEAD.items), workers) == alone
+    assert reserve_seconds(SECONDS, WORK, workers + 1) <= reserve_seconds(SECONDS, WORK, workers)
+    alone = reserve_seconds(SECONDS, RemainingWork({"holdout": 1}, WORK.items))
+    assert reserve_seconds(SECONDS, RemainingWork({"holdout": workers}, WORK.items), workers) == alone
 
 
 # --- Real searches ---
@@ -211,7 +212,7 @@ def test_a_search_ends_at_its_target_and_exports_what_it_recommends(tiny_family:
     *before, last = [t[3] for t in trials_of(run) if t[3] is not None]
     assert last >= -2.0 > max(before)
     assert (out / "model.safetensors").exists()
-    assert "The search took" in (out / "README.md").read_text()
+    assert "The search ran" in (out / "README.md").read_text()
     assert "the target is -2" in (run / "log.txt").read_text()
 
 
@@ -234,7 +235,7 @@ def test_the_verdict_is_there_at_the_deadline(tiny_family: Path, tmp_path: Path)
     began = time.time()
     done = run_cli("search", config, "--run", run, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "what follows may need" in (run / "log.txt").read_text()
+    assert "judging the finalists may take" in (run / "log.txt").read_text()
     elapsed = [e.seconds for t in open_run(run).study().get_trials(deepcopy=False) if (e := record_of(t).elapsed)]
     assert elapsed == sorted(elapsed)
     assert len(elapsed) > 5, "the reserve took it all"

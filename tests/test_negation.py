@@ -45,7 +45,7 @@ def skills(evaluator: Evaluator, weights: dict[str, float]) -> dict[str, float]:
             RecipeSource(name=s.name, path=s.path, parameters={"weight": weights[s.name]}) for s in config.sources
         ],
     )
-    scores = evaluator.task_set.of(evaluator.evaluate(recipe, "holdout", everything=False).scores, "objective")
+    scores = evaluator.task_set.scores_of(evaluator.evaluate(recipe, "holdout", everything=False).scores, "objective")
     return {skill: float(np.mean(scores[f"tiny_{skill}"])) for skill in SKILLS}
 
 

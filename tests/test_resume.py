@@ -64,7 +64,7 @@ t.describe_trial = counted
 DURING_THE_HOLDOUT = (
     KILL
     + """
-import evomerge.search.evaluation.full_evaluations as l
+import evomerge.search.evaluation.stored_evaluations as l
 real = l.Evaluations.score
 def counted(self, split, recipe, title):
     if split == "holdout":

@@ -73,7 +73,7 @@ def test_a_file_and_a_holder_that_is_gone(tmp_path: Path) -> None:
     assert holder is not None
     for other, state in (
         (replace(holder, started=1), f"idle (process {holder.pid} on {holder.host} died)"),
-        (replace(holder, machine="far", host="far", clock=holder.clock - 3600), "not heard of on far for 60 minutes"),
+        (replace(holder, machine="far", host="far", clock=holder.clock - 3600), "no news from far for 60 minutes"),
         (replace(holder, machine="far", host="far"), "running on far"),
     ):
         study.set_user_attr(LEASE, json.loads(other.text))

@@ -1,5 +1,6 @@
 """What a search used: counted where it happens, added up over trials, told in the end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def test_a_usage_is_read_back_and_unknown_energy_is_no_zero(used: Usage) -> None
 def test_a_stopwatch_goes_on_from_earlier_sessions_and_counts_the_devices_that_are_held() -> None:
     times = iter([100.0, 110.0, 110.0, 110.0, 125.0])
     watch = Stopwatch(devices=2, clock=lambda: next(times))
-    watch.go_on(Elapsed(1000.0, 3000.0))
+    watch.add_earlier(Elapsed(1000.0, 3000.0))
     assert watch.elapsed == Elapsed(1010.0, 3020.0)
-    watch.hold(4)
+    watch.set_devices(4)
     assert watch.elapsed == Elapsed(1025.0, 3080.0)
 
 
@@ -61,13 +62,15 @@ def opened(tiny_family: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("steps", [True, False], ids=["own generation", "lm-eval's"])
-def test_every_forward_is_counted_with_its_tokens(opened: tuple[Any, Any], steps: bool) -> None:
+def test_every_forward_is_counted_with_its_tokens(
+    opened: tuple[Any, Any], steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is counted by the plan of the batches is what a hook on the model sees."""
     model, tokenizer = opened
     (task,) = open_tasks([TaskConfig(task=str(ROOT / "evals" / "tiny" / "rev.yaml"))])
     engine = Engine(model, tokenizer, 128)
     if not steps:
-        object.__setattr__(engine.capabilities, "steps", False)
+        monkeypatch.setattr(engine, "capabilities", replace(engine.capabilities, steps=False))
     work = engine.prepare(task, items_of(task, task.docs)[:12], everything=True)
     assert work.rows
     assert work.prompts
@@ -136,7 +139,7 @@ def test_status_report_and_card_tell_it(finished: Path, tmp_path: Path) -> None:
     assert told in run_cli("status", finished).stdout
     assert told in (finished / "report.html").read_text()
     assert run_cli("export", finished, "--out", tmp_path / "merged").returncode == 0
-    assert f"The search took 8 trials: {told}." in (tmp_path / "merged" / "README.md").read_text()
+    assert f"The search ran 8 trials and used: {told}." in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_an_export_needs_no_study(finished: Path, tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_an_export_needs_no_study(finished: Path, tmp_path: Path) -> None:
         (finished / "config.yaml").read_text() + "storage: postgresql://nobody@127.0.0.1:1/x\n"
     )
     assert run_cli("export", finished, "--out", tmp_path / "merged").returncode == 0
-    assert "The search took" not in (tmp_path / "merged" / "README.md").read_text()
+    assert "The search ran" not in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_numbers_are_said_as_a_person_says_them() -> None:
@@ -153,6 +156,6 @@ def test_numbers_are_said_as_a_person_says_them() -> None:
     assert [seconds_text(x) for x in (5, 600, 12_000)] == ["5s", "10m", "3h 20m"]
     used = Usage(7200, 5400, 7200, 10, 1000, 1200, 2 * 10**9, 7.2e6)
     assert usage_text(used, price_of(7200, PriceConfig(per_device_hour=2.5, currency="EUR"))) == (
-        "2h 0m by the clock, 2h 0m of devices (75% of it at work), 1.0k tokens in 10 forwards, "
-        "2.0GB of memory at most, 2 kWh, 5.00 EUR"
+        "2h 0m wall time, 2h 0m device time (75% of it computing), 1.0k tokens in 10 forwards, "
+        "peak memory 2.0GB, 2 kWh, 5.00 EUR"
     )

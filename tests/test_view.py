@@ -1,4 +1,4 @@
-"""The live view: what a search says of itself while it runs, when it has ended, and when it is dead."""
+"""The live view: what is shown while a search runs, when it has ended, and when its process was killed."""
 
 import io
 import json
@@ -23,13 +23,13 @@ from evomerge.search.monitor.snapshot import (
     Snapshot,
     WorkerState,
     read_snapshot,
-    silence,
     thinned,
+    why_ended,
     write_snapshot,
 )
 
 FULL = Snapshot(
-    "night",
+    "small",
     "ties of 3 sources, cma-es",
     phase="searching",
     step=(3, 9),
@@ -56,9 +56,9 @@ FULL = Snapshot(
 )
 
 
-def shown(snapshot: Snapshot, age: float = 0.0, gone: str | None = None, width: int = 100) -> str:
+def shown(snapshot: Snapshot, age: float = 0.0, ended: str | None = None, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(render(snapshot, age, gone))
+    console.print(render(snapshot, age, ended))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -85,12 +85,12 @@ def test_a_snapshot_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
 def test_the_view_shows_all_there_is_to_know() -> None:
     text = shown(FULL)
     for words in (
-        "night  ties of 3 sources", "searching (3 of 9 batches)", "40 of 100 trials, 7 stopped early, 1 failed",
-        "12.0 trials a minute, 5m left (60s of it for the verdict)",
+        "small  ties of 3 sources", "searching (3 of 9 batches)", "40 of 100 trials, 7 stopped early, 1 failed",
+        "12.0 trials per minute, 5m left (60s of it for judging the finalists)",
         "best 0.7500 by trial 31, target 0.9, 9 trials since (ends at 20)",
         "worker 0  cuda:0  trial 41    since 3s", "worker 1  cuda:1  restarting  since 2s  1 restarts",
         "trial 17 failed: OutOfMemoryError: [cuda] out of memory", "trial 20 broken: a logit is not finite",
-        "3m by the clock, 7m of devices (75% of it at work), 5.0k tokens", "0.50 EUR",
+        "3m wall time, 7m device time (75% of it computing), 5.0k tokens", "0.50 EUR",
     ):  # fmt: skip
         assert words in text, words
 
@@ -99,7 +99,7 @@ def test_times_go_on_between_two_snapshots() -> None:
     text = shown(FULL, age=120.0)
     assert "3m left" in text
     assert "since 2m" in text
-    assert "no sign of life for 2m" in text
+    assert "no news for 2m" in text
 
 
 def test_of_many_workers_the_first_are_listed_and_the_rest_is_counted() -> None:
@@ -141,11 +141,11 @@ def test_who_no_longer_runs_is_told_apart(tmp_path: Path) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     now = FULL.beat + 100
-    assert silence(FULL, now) is None, "this very process lives"
-    assert silence(replace(FULL, ended="finished"), now) == "finished"
-    assert silence(replace(FULL, pid=child), now) == f"not running: its process {child} is gone"
-    assert "no sign of life from far" in str(silence(replace(FULL, host="far"), now))
-    assert silence(replace(FULL, host="far"), FULL.beat + 5) is None
+    assert why_ended(FULL, now) is None, "this very process lives"
+    assert why_ended(replace(FULL, ended="finished"), now) == "finished"
+    assert why_ended(replace(FULL, pid=child), now) == f"not running: its process {child} is gone"
+    assert "no news from far" in str(why_ended(replace(FULL, host="far"), now))
+    assert why_ended(replace(FULL, host="far"), FULL.beat + 5) is None
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_run_of_which_nothing_is_known_is_not_waited_for(finished: Path, tmp_p
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     done = run_cli("status", tmp_path, "--watch")
     assert done.returncode == 0
-    assert done.stdout.startswith("not running: there is nothing here")
+    assert done.stdout.startswith("not running: the run folder has no state.json")
 
 
 def test_a_run_is_watched_from_another_process_until_it_is_killed(tiny_family: Path, tmp_path: Path) -> None:
@@ -230,5 +230,5 @@ def test_a_search_in_a_terminal_draws_the_same_view(tiny_family: Path, tmp_path:
     done = search.wait()
     assert done.returncode == 0, done.stderr
     text = said.decode()
-    for words in ("task_arithmetic of 2 sources", "of 6 trials", "worker 0", "by the clock", "report:"):
+    for words in ("task_arithmetic of 2 sources", "of 6 trials", "worker 0", "wall time", "report:"):
         assert words in text, words

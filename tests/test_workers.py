@@ -1,4 +1,4 @@
-"""Every kind of worker keeps one contract: the same scores, and a death, a hang or a wrong input costs no job."""
+"""All kinds of workers behave alike: the same scores, and no job is lost when a worker dies or hangs."""
 
 import asyncio
 import os
@@ -17,16 +17,15 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.jobs import Failure, FullEvaluation, Outcome, TrialJob
+from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome, TrialJob
 from evomerge.search.evaluation.race_setup import build_race_setup
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
-from evomerge.search.inputs import create_run
 from evomerge.search.models import open_config_models
-from evomerge.search.run import Run
-from evomerge.search.workers.options import make_workers, setup_of
-from evomerge.search.workers.pool import DEATHS, Pool
+from evomerge.search.run import Run, create_run
+from evomerge.search.workers.make_workers import make_workers, setup_of
+from evomerge.search.workers.pool import MAX_DEATHS, Pool
 from evomerge.search.workers.remote_evaluator import open_evaluator
-from evomerge.search.workers.worker import Setup
+from evomerge.search.workers.worker import WorkerDied, WorkerSetup
 from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 KINDS = {"this process": WorkerOptions(1), "processes": WorkerOptions(2), "ray": WorkerOptions(2, "local")}
@@ -34,7 +33,7 @@ KINDS = {"this process": WorkerOptions(1), "processes": WorkerOptions(2), "ray":
 
 @dataclass
 class Bench:
-    """A pool of one kind, open, with the loop it lives in."""
+    """An open pool of one kind of worker, and the event loop in which it runs."""
 
     kind: str
     pool: Pool
@@ -47,7 +46,7 @@ class Bench:
 
     def pid(self, number: int) -> int:
         """The process of a worker."""
-        worker: Any = self.pool.posts[number].worker
+        worker: Any = self.pool.members[number].worker
         if self.kind == "ray":
             import ray
 
@@ -84,9 +83,9 @@ def bench(request: pytest.FixtureRequest, run: Run) -> Iterator[Bench]:
         async def opened() -> Pool:
             models = open_config_models(config)
             workers = make_workers(KINDS[kind], run, config, models, task_set, lambda: None, lambda text: None)
-            pool = Pool(workers, run.log, stuck=20.0)
+            pool = Pool(workers, run.log, max_silence=20.0)
             await pool.open()
-            while any(post.state != "idle" for post in pool.posts):
+            while any(member.state != "idle" for member in pool.members):
                 await asyncio.sleep(0.05)
             return pool
 
@@ -106,7 +105,7 @@ def truth(run: Run) -> Evaluator:
     return Evaluator(config, open_config_models(config), open_task_set(config))
 
 
-def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Evaluator) -> None:
+def test_a_trial_has_the_scores_of_the_evaluator_itself(bench: Bench, truth: Evaluator) -> None:
     job = TrialJob(bench.recipe(0.7, 0.6), None)
     found, wanted = bench.run(bench.pool.run(job, "trial")), truth.run(job)
     assert isinstance(found, Outcome)
@@ -116,10 +115,10 @@ def test_a_trial_has_the_scores_of_the_workshop_itself(bench: Bench, truth: Eval
     assert set(found.seconds) == set(wanted.seconds)
 
 
-def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth: Evaluator) -> None:
+def test_a_race_is_run_and_stopped_as_in_the_evaluator_itself(bench: Bench, truth: Evaluator) -> None:
     best = truth.run(TrialJob(bench.recipe(0.8, 0.8), None))
     assert isinstance(best, Outcome)
-    scores = bench.task_set.of(best.scores, "objective")
+    scores = bench.task_set.scores_of(best.scores, "objective")
     race_setup = build_race_setup(bench.task_set, "items", [scores], 0, bench.config.racing)
     for weights, stopped in (((0.0, 0.1), True), ((0.8, 0.79), False)):
         jobs = [
@@ -134,9 +133,9 @@ def test_a_race_is_run_and_stopped_as_in_the_workshop_itself(bench: Bench, truth
         assert (found.estimate is not None) == stopped
 
 
-def test_an_examination_scores_just_the_items_that_are_asked_for(bench: Bench, truth: Evaluator) -> None:
+def test_an_evaluation_scores_just_the_items_that_are_asked_for(bench: Bench, truth: Evaluator) -> None:
     ids = {"tiny_rev": [i.id for i in bench.task_set.items["tiny_rev"]["holdout"][3:8]]}
-    job = FullEvaluation(bench.recipe(0.5, 0.5), "holdout", ids)
+    job = EvaluationJob(bench.recipe(0.5, 0.5), "holdout", ids)
     seen: list[tuple[int, int]] = []
     found, wanted = bench.run(bench.pool.run(job, "holdout", lambda *step: seen.append(step))), truth.run(job)
     assert isinstance(found, Outcome)
@@ -153,10 +152,10 @@ def test_a_broken_candidate_is_a_result_and_the_worker_goes_on(bench: Bench) -> 
     assert broken.broken
     assert "finite" in broken.reason
     assert isinstance(bench.run(bench.pool.run(TrialJob(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
-    assert [post.restarts for post in bench.pool.posts] == [0] * bench.pool.size
+    assert [member.restarts for member in bench.pool.members] == [0] * bench.pool.size
 
 
-def test_as_many_jobs_are_in_hand_as_there_are_workers(bench: Bench) -> None:
+def test_as_many_jobs_run_as_there_are_workers(bench: Bench) -> None:
     async def all_at_once() -> tuple[list[Any], int]:
         jobs = [TrialJob(bench.recipe(0.1 * k, 0.5), None) for k in range(6)]
         works = [asyncio.ensure_future(bench.pool.run(job, "trial", trial=k)) for k, job in enumerate(jobs)]
@@ -179,7 +178,7 @@ def disturbed(bench: Bench, disturb: Callable[[int], None], jobs: int = 6) -> li
             asyncio.ensure_future(bench.pool.run(TrialJob(bench.recipe(0.1 * k, 0.5), None), f"trial {k}", trial=k))
             for k in range(jobs)
         ]
-        while bench.pool.posts[0].state != "busy":
+        while bench.pool.members[0].state != "busy":
             await asyncio.sleep(0.001)
         disturb(bench.pid(0))
         return list(await asyncio.gather(*works))
@@ -189,14 +188,14 @@ def disturbed(bench: Bench, disturb: Callable[[int], None], jobs: int = 6) -> li
 
 def outside(bench: Bench) -> None:
     if bench.kind == "this process":
-        pytest.skip("nobody survives the death of this process")
+        pytest.skip("the test would end with this process")
 
 
 def test_the_job_of_a_killed_worker_is_done_by_another_with_the_same_scores(bench: Bench, truth: Evaluator) -> None:
     outside(bench)
-    before = bench.pool.posts[0].restarts
+    before = bench.pool.members[0].restarts
     results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGKILL))
-    assert bench.pool.posts[0].restarts == before + 1
+    assert bench.pool.members[0].restarts == before + 1
     for k, result in enumerate(results):
         wanted = truth.run(TrialJob(bench.recipe(0.1 * k, 0.5), None))
         assert isinstance(result, Outcome)
@@ -204,44 +203,40 @@ def test_the_job_of_a_killed_worker_is_done_by_another_with_the_same_scores(benc
         assert result.scores == wanted.scores
 
 
-def test_a_worker_that_hangs_is_replaced(bench: Bench) -> None:
+def test_a_worker_that_hangs_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     outside(bench)
-    while bench.pool.posts[0].state != "idle":
+    while bench.pool.members[0].state != "idle":
         bench.run(asyncio.sleep(0.1))
-    stuck, bench.pool.stuck = bench.pool.stuck, 2.0
-    try:
-        results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGSTOP), jobs=2)
-    finally:
-        bench.pool.stuck = stuck
+    monkeypatch.setattr(bench.pool, "max_silence", 2.0)
+    results = disturbed(bench, lambda pid: os.kill(pid, signal.SIGSTOP), jobs=2)
     assert all(isinstance(r, Outcome) for r in results)
-    assert bench.pool.posts[0].restarts >= 1
+    assert bench.pool.members[0].restarts >= 1
 
 
-def test_a_trial_that_takes_too_long_has_failed_and_is_not_tried_again(bench: Bench) -> None:
-    while all(post.state != "idle" for post in bench.pool.posts):
+def test_a_trial_that_takes_too_long_has_failed_and_is_not_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while all(member.state != "idle" for member in bench.pool.members):
         bench.run(asyncio.sleep(0.1))
-    bench.pool.longest = 0.0
-    try:
-        result = bench.run(bench.pool.run(FullEvaluation(bench.recipe(0.5, 0.5), "holdout"), "trial"))
-    finally:
-        bench.pool.longest = None
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.pool, "max_job_time", 0.0)
+        result = bench.run(bench.pool.run(EvaluationJob(bench.recipe(0.5, 0.5), "holdout"), "trial"))
     if isinstance(result, Failure):  # a fast machine may be done before the first look
         assert "longer than" in result.reason
     assert isinstance(bench.run(bench.pool.run(TrialJob(bench.recipe(0.5, 0.5), None), "trial")), Outcome)
 
 
 def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
-    """Without real workers: a death is an exit code, whoever dies."""
-    from evomerge.search.workers.worker import Died
+    """With a worker that always dies: real ones are killed in the tests above."""
 
     class Mortal:
-        device, beats, started = "cpu", 0, 0
+        device, heartbeats, started = "cpu", 0, 0
 
         async def start(self) -> None:
             self.started += 1
 
         async def run(self, job: Any, progress: Any) -> Any:
-            raise Died("was killed by SIGKILL")
+            raise WorkerDied("was killed by SIGKILL")
 
         async def kill(self) -> None: ...
 
@@ -260,13 +255,13 @@ def test_a_job_that_kills_every_worker_is_given_up(run: Run) -> None:
 
     result, _ = asyncio.run(work())
     assert isinstance(result, Failure)
-    assert f"died {DEATHS} times" in result.reason
+    assert f"died {MAX_DEATHS} times" in result.reason
     assert "SIGKILL" in result.reason
 
 
 def test_a_mistake_in_the_program_ends_the_driver_that_waits_for_its_worker() -> None:
     class Faulty:
-        device, beats = "cpu", 0
+        device, heartbeats = "cpu", 0
 
         async def start(self) -> None:
             raise IndexError("a mistake")
@@ -292,7 +287,7 @@ def test_a_worker_whose_files_are_others_is_refused(run: Run) -> None:
     config = run.config()
     setup = setup_of(run, config)
 
-    def opened(changed: Setup) -> None:
+    def opened(changed: WorkerSetup) -> None:
         open_evaluator(changed, lambda: None, print, lambda done, total: None)
 
     opened(replace(setup, host="elsewhere"))  # another machine compares hashes

@@ -96,7 +96,7 @@ def a_worker(driver: "subprocess.Popen[bytes]") -> int:
     while driver.poll() is None:
         found = []
         for child in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split():
-            if b"evomerge.search.workers.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"evomerge.search.workers.process_main" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
         if len(found) > 1:
             return found[0]

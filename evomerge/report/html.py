@@ -1,4 +1,4 @@
-"""report.html: the verdict, the table, the road to the best score, the winner's coefficients; one file, no network."""
+"""report.html: the verdict, the table of scores, a plot of the trials, the coefficients.  One file, no network."""
 
 import html
 import importlib.metadata
@@ -45,7 +45,7 @@ Figure = dict[str, Any]
 
 
 def write_report(run: Run) -> None:
-    """Write the report of a run that has a verdict."""
+    """Write report.html of a run that has a verdict."""
     status = read_status(run)
     assert status.verdict is not None, "a report needs a verdict"
     recipe = load_recipe(run.winner_file)
@@ -56,6 +56,7 @@ def write_report(run: Run) -> None:
 
 
 def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, str, Figure]]) -> str:
+    """The HTML of the report.  figures: (title, text, figure) each."""
     name = html.escape(status.config.name)
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>evomerge: {name}</title><style>{STYLE}</style>",
@@ -65,7 +66,7 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         "<h2>Holdout scores</h2>",
         score_table(verdict),
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
-        f"<p class=dim>The search took {html.escape(usage_text(status.used, status.price))}.</p>",
+        f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
     parts.append(f"<script>{plotly_file('plotly.min.js')}</script>")
     for number, (title, text, figure) in enumerate(figures):
@@ -94,14 +95,16 @@ def drawing(place: str, figure: Figure) -> str:
 
 
 def summary(status: Status) -> str:
+    """Method, sampler, seed, trials and types in one line."""
     config = status.config
     sources = f"{config.method} of {len(config.sources)} sources"
-    computed = f"; {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
+    types = f"; weights in {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
     searched = f"{config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
-    return f"{sources}; {searched}{computed}"
+    return f"{sources}; {searched}{types}"
 
 
 def explanation(verdict: dict[str, Any]) -> str:
+    """What the numbers of the table mean."""
     items = "; ".join(
         f"{name}: {t['metric']} on {t['items']['holdout']} items "
         f"(searched on {t['items']['search']} by {t['objective']})"
@@ -109,12 +112,13 @@ def explanation(verdict: dict[str, Any]) -> str:
     )
     return (
         "Mean over tasks, 90% intervals (5% on each side); differences are paired. "
-        f"{items}. The chosen candidate is {verdict['chosen']['name']}, picked among "
+        f"{items}. The candidate is {verdict['chosen']['name']}, chosen among "
         f"{len(verdict['finalists'])} models on the selection split. {' '.join(remarks(verdict))}"
     )
 
 
 def score_table(verdict: dict[str, Any]) -> str:
+    """The table of holdout scores: the candidate, then the models that it is compared with."""
     tasks = list(verdict["tasks"])
     head = "".join(f"<th>{html.escape(t)}</th>" for t in tasks)
     score = verdict["score"]
@@ -129,6 +133,7 @@ def score_table(verdict: dict[str, Any]) -> str:
 def table_row(
     name: str, kind: str, mean: float, note: str, scores: dict[str, dict[str, float]], tasks: list[str]
 ) -> str:
+    """A row of the table.  mean: of all tasks.  note: small text below it.  scores: by task."""
     cells = "".join(f"<td>{scores[t]['value']:.3f}<small>{spread(scores[t])}</small></td>" for t in tasks)
     return (
         f"<tr class={kind}><td>{html.escape(name)}</td>"
@@ -137,12 +142,12 @@ def table_row(
 
 
 def spread(span: dict[str, Any]) -> str:
-    """An interval alone, nothing where it is not known."""
+    """An interval without its estimate; empty if it is not known."""
     return "" if span["low"] is None else f"[{span['low']:.3f}, {span['high']:.3f}]"
 
 
 def progress_figure(status: Status) -> tuple[str, str, Figure]:
-    """Every finished trial, the best so far, and the baselines."""
+    """Title, text and plot of the values of all finished trials and of the best value so far."""
     complete = [t for t in status.trials if t.state == TrialState.COMPLETE and t.value is not None]
     values = [float(t.value or 0.0) for t in complete]
     full = [v if in_full(t) else -math.inf for t, v in zip(complete, values, strict=True)]
@@ -175,13 +180,16 @@ def progress_figure(status: Status) -> tuple[str, str, Figure]:
         "height": 380, "margin": {"t": 20, "r": 20},
     }  # fmt: skip
     figure = {"data": data, "layout": layout}
-    return "Best score over trials", "The axis begins at the worst tenth; lower trials are cut off.", figure
+    return "Best score over trials", "The lowest tenth of the values may lie below the axis.", figure
 
 
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Figure]]:
-    """A heat map per knob that the search moved: rows source and component, columns layers.
+    """Title, text and heat map of each parameter of the method that differs between rows or layers.
 
-    Components that share a source's coefficients share its row.  What is given by tensor names has no such picture.
+    Rows are sources and components, columns are layers.  Components with equal values share one row.  A parameter that
+    is given by tensor names is left out.
+
+    layers: how many the model has.
     """
     figures = []
     for name, knob in METHODS[recipe.method].knobs.items():

@@ -1,4 +1,4 @@
-"""A run's item scores as one table."""
+"""The output of `evomerge items`: all item scores of a run as one table."""
 
 from pathlib import Path
 
@@ -24,10 +24,12 @@ COLUMNS = pa.schema(
 
 
 def write_items(run: Run, out: Path) -> int:
-    """Write all item scores of a run; how many there are.
+    """Write all item scores of a run and return how many there are.
 
-    trial: its number, for what was scored as one; recipe: the digest of any other model's (baselines, finalists).
-    EvomergeError if the file exists or its suffix is not .parquet or .csv.
+    Scores of a trial have its number in the column `trial`; scores of other models (baselines, finalists) have the
+    digest of their recipe in the column `recipe`.
+
+    out: the file to write.  EvomergeError if it exists or its suffix is not .parquet or .csv.
     """
     write = {".parquet": parquet.write_table, ".csv": csv.write_csv}.get(out.suffix)
     if write is None:

@@ -1,4 +1,4 @@
-"""The live view of a search: the same picture for the terminal that runs it and for one that watches."""
+"""The live view of a search, redrawn every second: by `search` and `resume`, and by `status --watch`."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +15,20 @@ from rich.text import Text
 from evomerge.report.progress import seconds_text
 from evomerge.report.usage_text import usage_text
 from evomerge.search.budget.usage import Usage
-from evomerge.search.monitor.snapshot import SILENT, Snapshot, WorkerState, read_snapshot, silence
+from evomerge.search.monitor.snapshot import SILENT, STATE, Snapshot, WorkerState, read_snapshot, why_ended
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 4  # lines of the plot
-WORKERS = 12  # that are listed one by one
-UNKNOWN = "not running: there is nothing here that a search says of itself"
+WORKERS = 12  # at most that are listed one by one
+NO_SNAPSHOT = f"not running: the run folder has no {STATE} that can be read"
 
 
 class Plot:
-    """A curve that never falls, as filled columns.  points: (x, y) where it rises.  last: the x of the right edge."""
+    """Draws a curve that never falls, as filled columns.
+
+    points: (x, y) where it rises.
+    last: the x of the right edge.
+    """
 
     def __init__(self, points: Sequence[tuple[int, float]], last: int) -> None:
         self.points = points
@@ -42,7 +46,7 @@ class Plot:
 
 
 def columns(points: Sequence[tuple[int, float]], last: int, width: int) -> list[int]:
-    """Heights in eighths of a line, 1 to 8 HEIGHT, of `width` columns from x = 0 to `last`; 0 before any point."""
+    """Heights of `width` columns from x = 0 to `last`, in eighths of a line; 0 before the first point."""
     low, high = points[0][1], points[-1][1]
     heights, k = [], -1
     for column in range(width):
@@ -54,25 +58,32 @@ def columns(points: Sequence[tuple[int, float]], last: int, width: int) -> list[
     return heights
 
 
-def render(snapshot: Snapshot, age: float = 0.0, gone: str | None = None) -> RenderableType:
-    """The picture of a search.  age: seconds since the snapshot.  gone: why nobody writes another one."""
+def render(snapshot: Snapshot, age: float = 0.0, ended: str | None = None) -> RenderableType:
+    """Draw a search.
+
+    age: seconds since the snapshot.
+    ended: why the search ended; None while it runs.
+    """
     s = snapshot
     computing = f", computed in {s.compute_dtype}" if s.compute_dtype else ""
     parts: list[RenderableType] = [Text.assemble((s.name, "bold"), f"  {s.title}{computing}")]
-    if gone is not None:
-        parts.append(Text(gone, style="bold" if gone == "finished" else "bold red"))
+    if ended is not None:
+        parts.append(Text(ended, style="bold" if ended == "finished" else "bold red"))
     else:
         doing = s.phase + (f" ({s.step[0]} of {s.step[1]} batches)" if s.step else "")
         parts.append(Text(doing, style="green"))
         if age > SILENT:
-            parts.append(Text(f"no sign of life for {seconds_text(age)}: stopped, or a long step", style="yellow"))
+            parts.append(
+                Text(f"no news for {seconds_text(age)}: the process is stopped, or one step takes long", style="yellow")
+            )
     if s.limit:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total=s.limit, completed=min(s.trials, s.limit), width=40), trials_text(s))
         parts.append(bar)
     else:
         parts.append(trials_text(s))
-    parts.append(Text(", ".join(pace(s, age, gone)), style="dim"))
+    if ended is None and (speed := ", ".join(rate_and_time_left(s, age))):
+        parts.append(Text(speed, style="dim"))
     if s.best is not None:
         named = f" ({s.best_name})" if s.best_name else ""
         aim = f", target {s.target:g}" if s.target is not None else ""
@@ -80,7 +91,7 @@ def render(snapshot: Snapshot, age: float = 0.0, gone: str | None = None) -> Ren
         parts.append(Text.assemble("best ", (f"{s.best:.4f}", "bold"), f" by trial {s.best_trial}{named}{aim}{wait}"))
     if s.points:
         parts.append(Padding(Plot(s.points, s.trials), (0, 0, 0, 2)))
-    if s.workers and gone is None:
+    if s.workers and ended is None:
         parts.append(workers_table(s.workers, age))
     for failure in s.failures:
         what = "broken" if failure.broken else "failed"
@@ -88,16 +99,17 @@ def render(snapshot: Snapshot, age: float = 0.0, gone: str | None = None) -> Ren
             Text(f"trial {failure.trial} {what}: {failure.reason}", style="red", overflow="ellipsis", no_wrap=True)
         )
     price = (s.price[0], s.price[1]) if s.price else None
-    parts.append(Text(usage_text(aged(Usage.from_dict(s.used), s, 0.0 if gone else age), price), style="dim"))
+    parts.append(Text(usage_text(used_now(Usage.from_dict(s.used), s, 0.0 if ended else age), price), style="dim"))
     return Group(*parts)
 
 
-def aged(used: Usage, snapshot: Snapshot, age: float) -> Usage:
-    """What has been used by now, if devices are still held."""
+def used_now(used: Usage, snapshot: Snapshot, age: float) -> Usage:
+    """What the search has used by now, if its workers have held their devices since the snapshot."""
     return replace(used, seconds=used.seconds + age, device_seconds=used.device_seconds + age * len(snapshot.workers))
 
 
 def trials_text(s: Snapshot) -> Text:
+    """How many trials have finished, and how many of these were not scored on all items."""
     of = f" of {s.limit}" if s.limit else ""
     endings = [
         f"{n} {what}" for n, what in ((s.partial, "stopped early"), (s.broken, "broken"), (s.failed, "failed")) if n
@@ -105,18 +117,18 @@ def trials_text(s: Snapshot) -> Text:
     return Text(", ".join([f"{s.trials}{of} trials", *endings]))
 
 
-def pace(s: Snapshot, age: float, gone: str | None) -> Iterator[str]:
-    """Rate and time left, as far as they are known."""
+def rate_and_time_left(s: Snapshot, age: float) -> Iterator[str]:
+    """Trials per minute and time left, where they are known."""
     if s.per_minute is not None:
-        yield f"{s.per_minute:.1f} trials a minute"
-    if s.left is not None and gone is None:
+        yield f"{s.per_minute:.1f} trials per minute"
+    if s.left is not None:
         yield f"{seconds_text(max(0.0, s.left - age))} left" + (
-            f" ({seconds_text(s.reserved)} of it for the verdict)" if s.reserved else ""
+            f" ({seconds_text(s.reserved)} of it for judging the finalists)" if s.reserved else ""
         )
 
 
 def workers_table(workers: Sequence[WorkerState], age: float) -> Table:
-    """Every worker's state, or of many the first and how the others are."""
+    """The state of every worker; of many workers the first ones, and how many others are in each state."""
     table = Table.grid(padding=(0, 2))
     for w in workers[:WORKERS]:
         doing = f"trial {w.trial}" if w.trial is not None else w.state
@@ -132,19 +144,21 @@ def workers_table(workers: Sequence[WorkerState], age: float) -> Table:
 
 
 def watch(folder: Path, console: Console, pause: Callable[[float], None] = time.sleep) -> str:
-    """Show a run's view, every second anew, until it no longer runs; returns why that is.
+    """Show a run until it has ended, redrawn every second; return why it ended.
 
-    Reads the run's snapshot alone, so that a study of thousands of trials costs nothing.
+    Only the snapshot is read, which takes no longer for a study of thousands of trials.
+
+    pause: waits for so many seconds.
     """
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             now = time.time()
             snapshot = read_snapshot(folder)
             if snapshot is None:
-                live.update(Text(UNKNOWN), refresh=True)
-                return UNKNOWN
-            gone = silence(snapshot, now)
-            live.update(render(snapshot, max(0.0, now - snapshot.beat), gone), refresh=True)
-            if gone is not None:
-                return gone
+                live.update(Text(NO_SNAPSHOT), refresh=True)
+                return NO_SNAPSHOT
+            ended = why_ended(snapshot, now)
+            live.update(render(snapshot, max(0.0, now - snapshot.beat), ended), refresh=True)
+            if ended is not None:
+                return ended
             pause(1.0)

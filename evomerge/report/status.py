@@ -1,4 +1,4 @@
-"""What a run folder says of itself: read only, at any time, also while the search runs."""
+"""The status of a run, read from its folder and its study; can be read at any time, also while the search runs."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -19,10 +19,16 @@ PARTS = tuple(each.name for each in fields(Seconds) if each.name != "total")
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run.
+    """The status of a run.
 
-    best: the best finished trial.  seconds: mean per finished trial.  timing: mean seconds per part of a trial;
-    `other` is what no part accounts for.  used: by the whole run.
+    trials: all of them, also those that run.
+    best: the best trial that was scored on all items; None if there is none.
+    seconds: mean time of a finished trial.
+    timing: mean seconds of each part of a trial; `other` is the rest.
+    verdict: the content of verdict.json; None if there is none yet.
+    baselines: names of the trials that are baselines, by number.
+    used: by the whole run.
+    compute_dtype: the type in which forwards are computed; None in old runs.
     """
 
     config: SearchConfig
@@ -36,6 +42,7 @@ class Status:
     compute_dtype: str | None = None
 
     def count(self, state: TrialState) -> int:
+        """How many trials are in a state."""
         return sum(t.state == state for t in self.trials)
 
     @property
@@ -52,6 +59,7 @@ class Status:
 
     @property
     def finished(self) -> int:
+        """How many trials have finished."""
         return self.count(TrialState.COMPLETE) + self.count(TrialState.FAIL)
 
     @property
@@ -65,22 +73,22 @@ class Status:
 
     @property
     def price(self) -> tuple[float, str] | None:
-        """What the devices cost so far, and in what."""
+        """The price of device time so far as (amount, currency)."""
         return price_of(self.used.device_seconds, self.config.price)
 
     @property
-    def left(self) -> float | None:
-        """Seconds of search left by the budget, None if it cannot be told yet."""
+    def seconds_left(self) -> float | None:
+        """Seconds until a limit of the configuration is reached; None if unknown or if there is a verdict."""
         finished = [t for t in self.trials if t.state in FINISHED]
         limits = limits_of(self.config.budget)
-        left = limits.left(self.used.seconds, now())
+        left = limits.seconds_left(self.used.seconds, now())
         if limits.trials is not None and self.seconds:
             left = min(left, (limits.trials - len(finished)) * self.seconds)
         return max(0.0, left) if left < math.inf and self.verdict is None else None
 
 
 def read_status(run: Run) -> Status:
-    """The status of a run.  EvomergeError if its study cannot be read."""
+    """Read the status of a run.  EvomergeError if its study cannot be read."""
     config = run.config()
     study = run.study()
     trials = study.get_trials(deepcopy=False)

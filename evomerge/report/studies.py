@@ -1,4 +1,4 @@
-"""What studies a database holds, counted by the database itself."""
+"""The output of `evomerge studies`: the studies in a database; the database does the counting."""
 
 import json
 import time
@@ -20,12 +20,18 @@ from evomerge.search.storage.sql_statements import local
 from evomerge.search.storage.study_lease import LEASE, Holder, machine_id, parse
 from evomerge.search.storage.trial_record import RECORD, is_in_full
 
-SILENT = 60.0  # seconds after which a holder elsewhere is shown as silent; two machines' clocks differ by less
+SILENT = 60.0  # seconds after which a driver on another machine counts as silent; clocks differ by less
 
 
-@dataclass
+@dataclass(frozen=True)
 class StudyRow:
-    """One study.  best: the best value of a trial evaluated in full.  last: when a trial last began or ended."""
+    """One study.
+
+    holder: the driver that works on the study; None if there is none.
+    counts: of trials by state.
+    best: the best value of the trials that were scored on all items.
+    last: when a trial last began or ended.
+    """
 
     name: str
     holder: Holder | None = None
@@ -35,18 +41,23 @@ class StudyRow:
 
     @property
     def state(self) -> str:
+        """Whether a driver works on the study, in words."""
         if self.holder is None:
             return "idle"
         if self.holder.is_dead:
             return f"idle (process {self.holder.pid} on {self.holder.host} died)"
         silent = time.time() - self.holder.clock
         if self.holder.machine != machine_id() and silent > SILENT:
-            return f"not heard of on {self.holder.host} for {silent / 60:,.0f} minutes"
+            return f"no news from {self.holder.host} for {silent / 60:,.0f} minutes"
         return f"running on {self.holder.host}"
 
 
 def url_of(place: str) -> str:
-    """A database's URL; `place` is one, which may name variables of the environment, or a study.db, or a run folder."""
+    """The URL of a database.
+
+    place: the URL, which may name environment variables; or a study.db; or a run folder.
+    EvomergeError if it is none of these.
+    """
     if "://" in place:
         return expanded(place)
     path = Path(place)
@@ -59,7 +70,7 @@ def url_of(place: str) -> str:
 
 
 def read_studies(place: str) -> list[StudyRow]:
-    """The studies of a database, by name.  EvomergeError if it cannot be read."""
+    """Read the studies of a database, sorted by name.  EvomergeError if it cannot be read."""
     storage = open_storage(url_of(place), create=False)
 
     def read(again: bool) -> list[StudyRow]:
@@ -70,24 +81,34 @@ def read_studies(place: str) -> list[StudyRow]:
 
 
 def rows(connection: Connection) -> list[StudyRow]:
-    names = connection.execute(select(STUDIES.c.study_id, STUDIES.c.study_name))
-    found = {row[0]: StudyRow(row[1]) for row in names}
+    """Read the studies through an open connection."""
     held = select(STUDY_ATTRIBUTES.c.study_id, STUDY_ATTRIBUTES.c.value_json).where(STUDY_ATTRIBUTES.c.key == LEASE)
-    for key, text in connection.execute(held):
-        found[key].holder = parse(text)
+    holders = {key: parse(text) for key, text in connection.execute(held)}
     t = TRIALS.c
     counted = select(t.study_id, t.state, func.count(), func.max(t.datetime_start), func.max(t.datetime_complete))
+    counts: dict[int, dict[TrialState, int]] = {}
+    moments: dict[int, list[datetime]] = {}
     for key, state, count, began, ended in connection.execute(counted.group_by(t.study_id, t.state)):
-        row = found[key]
-        row.counts[state] = count
-        row.last = max((moment for moment in (row.last, local(began), local(ended)) if moment), default=None)
-    for key, row in found.items():
-        row.best = best_value(connection, key)
-    return sorted(found.values(), key=lambda row: row.name)
+        counts.setdefault(key, {})[state] = count
+        moments.setdefault(key, []).extend(moment for moment in (local(began), local(ended)) if moment)
+    found = [
+        StudyRow(
+            name,
+            holders.get(key),
+            counts.get(key, {}),
+            best_value(connection, key),
+            max(moments.get(key, []), default=None),
+        )
+        for key, name in connection.execute(select(STUDIES.c.study_id, STUDIES.c.study_name)).all()
+    ]
+    return sorted(found, key=lambda row: row.name)
 
 
 def best_value(connection: Connection, study_id: int) -> float | None:
-    """The best value of a trial that was neither stopped by a race nor broken.  Records are read from the best down."""
+    """The best value of a trial that was neither stopped by a race nor broken; None if there is none.
+
+    Records are read fifty at a time, from the best value downwards.
+    """
     values = select(TRIALS.c.trial_id, VALUES.c.value).join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
     complete = (TRIALS.c.study_id == study_id) & (TRIALS.c.state == TrialState.COMPLETE) & VALUES.c.value.is_not(None)
     ranked = connection.execute(values.where(complete).order_by(VALUES.c.value.desc())).all()
@@ -104,7 +125,7 @@ def best_value(connection: Connection, study_id: int) -> float | None:
 
 
 def print_studies(place: str) -> None:
-    """Show the studies of a database as a table."""
+    """Print the studies of a database as a table."""
     table = Table("study", "finished", "running", "failed", "best", "state", "last activity")
     for row in (found := read_studies(place)):
         finished = sum(row.counts.get(state, 0) for state in TrialState if state.is_finished())

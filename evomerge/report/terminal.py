@@ -1,4 +1,4 @@
-"""What the terminal shows: a live bar where there is a terminal, plain lines where there is none."""
+"""The output of `search`, `resume`, `status` and `evaluate`."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from evomerge.report.live_view import UNKNOWN, render, watch
-from evomerge.report.progress import Steps, console, seconds_text
+from evomerge.report.live_view import NO_SNAPSHOT, render, watch
+from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
@@ -25,80 +25,94 @@ if TYPE_CHECKING:
 
 
 class SearchView:
-    """Shows a search: the live view in a terminal, else lines for phases, long steps and trials."""
+    """Shows a running search: the live view in a terminal; elsewhere lines for phases, long steps and trials."""
 
     def __init__(self) -> None:
         self.screen = Console(highlight=False)
         self.live: Live | None = None
         self.snapshot: Snapshot | None = None
-        self.steps = Steps("")
+        self.current_phase = ""
+        self.last_line = 0.0
         self.started = time.monotonic()
-        self.seen = 0
+        self.finished = 0  # trials of this phase
 
     def phase(self, text: str) -> None:
+        """A new phase of the search begins."""
         if not self.screen.is_terminal:
-            self.steps.close()
-            self.steps, self.started, self.seen = Steps(text), time.monotonic(), 0
+            self.current_phase, self.started, self.finished = text, time.monotonic(), 0
+            self.last_line = self.started
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
-        """One line, above the live view where there is one."""
+        """Show one line, above the live view if there is one."""
         self.screen.print(text, markup=False, soft_wrap=True)
 
     def step(self, done: int, total: int) -> None:
-        """Batches of the phase in hand."""
-        if not self.screen.is_terminal:
-            self.steps.step(done, total)
+        """Batches of one model that are done, and their total; without a terminal a line every few seconds."""
+        now = time.monotonic()
+        if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            print(f"{self.current_phase}: {done} of {total} batches of one model", flush=True)
 
-    def trial(self, number: int, total: int | None, value: float | None, best: float | None, note: str) -> None:
+    def trial(
+        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
+    ) -> None:
+        """A trial has finished.
+
+        done: how many trials have finished.  total: of the whole search, if limited.  value: None if the trial failed.
+        """
         if self.screen.is_terminal:
             return
-        self.seen += 1
+        self.finished += 1
         shown = "failed" if value is None else f"{value:.4f}"
         best_text = "-" if best is None else f"{best:.4f}"
-        rate = self.seen / max(time.monotonic() - self.started, 1e-9)
-        left = f", {seconds_text((total - number - 1) / rate)} left" if total and total > number + 1 else ""
-        of = f"/{total}" if total else ""
+        rate = self.finished / max(time.monotonic() - self.started, 1e-9)
+        of = f" of {total}" if total else ""
+        left = f", {seconds_text((total - done) / rate)} left" if total and total > done else ""
         extra = f"  {note}" if note else ""
-        print(f"trial {number + 1}{of}  {shown}  best {best_text}  {rate * 60:.1f}/min{left}{extra}", flush=True)
+        print(
+            f"trial {number}  {shown}  best {best_text}  ({done}{of} finished, {rate * 60:.1f}/min{left}){extra}",
+            flush=True,
+        )
 
     def show(self, snapshot: Snapshot) -> None:
-        """The latest state; drawn again in between, so that times go on."""
+        """Show the latest state; it is redrawn between two snapshots, so that shown times advance."""
         self.snapshot = snapshot
         if self.screen.is_terminal and self.live is None and snapshot.ended is None:
-            self.live = Live(console=self.screen, get_renderable=self.picture, refresh_per_second=2)
+            self.live = Live(console=self.screen, get_renderable=self.live_view, refresh_per_second=2)
             self.live.start()
 
-    def picture(self) -> RenderableType:
-        assert self.snapshot is not None, "there is a snapshot before there is a picture"
+    def live_view(self) -> RenderableType:
+        """The live view of the latest snapshot."""
+        assert self.snapshot is not None, "a snapshot is there before the view is drawn"
         return render(self.snapshot, time.time() - self.snapshot.beat, self.snapshot.ended)
 
     def close(self) -> None:
-        self.steps.close()
+        """Stop the live view."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
 
 def print_status(status: Status, timing: bool) -> None:
-    """The page of `evomerge status`."""
+    """Print the output of `evomerge status`.  timing: with the table of mean times of a trial."""
     config = status.config
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
     if status.compute_dtype is not None:
-        console.print(f"computed in {status.compute_dtype} with values of {config.dtype}")
+        console.print(f"weights in {config.dtype}, computed in {status.compute_dtype}")
     planned = f" of {config.budget.most}" if config.budget.most else ""
     running = status.count(TrialState.RUNNING)
-    console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} in hand")
+    console.print(f"trials: {status.finished}{planned} finished{status.endings}, {running} running")
     if status.best is not None:
         name = status.baselines.get(status.best.number)
         also = f" ({name})" if name else ""
         console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}")
     if status.seconds:
-        console.print(f"rate: {60 / status.seconds:.1f} trials a minute ({status.seconds:.2f} s each)")
-    if status.left is not None:
-        console.print(f"time left: about {seconds_text(status.left)}")
+        console.print(f"rate: {60 / status.seconds:.1f} trials per minute ({status.seconds:.2f} s each)")
+    if status.seconds_left is not None:
+        console.print(f"time left: about {seconds_text(status.seconds_left)}")
     if status.used.seconds:
         console.print(f"used: {usage_text(status.used, status.price)}")
     if timing:
@@ -106,25 +120,26 @@ def print_status(status: Status, timing: bool) -> None:
     if status.verdict is not None:
         print_verdict(status.verdict)
     elif status.best is not None:
-        console.print("no verdict yet: the search is not at its end")
+        console.print("no verdict yet: the search has not ended")
 
 
 def watch_run(run: Run) -> None:
-    """The live view until the run ends or the person wants no more, then the verdict if there is one."""
+    """Show the live view until the run ends or the user presses Ctrl-C, then the verdict if there is one."""
     try:
         end = watch(run.folder, Console(highlight=False))
     except KeyboardInterrupt:
         return
-    if end in ("finished", UNKNOWN) and run.verdict_file.exists():
+    if end in ("finished", NO_SNAPSHOT) and run.verdict_file.exists():
         print_verdict(json.loads(run.verdict_file.read_text(encoding="utf-8")))
     else:
         print(f"go on with: evomerge resume {run.folder}")
 
 
 def print_timing(timing: dict[str, float]) -> None:
+    """Print the mean time of each part of a trial.  timing: seconds by part."""
     total = sum(timing.values())
     if not total:
-        console.print("timing: no trial is finished yet")
+        console.print("timing: no trial has finished yet")
         return
     table = Table("part of a trial", "seconds", "share", title="Mean time of a trial")
     for part, seconds in timing.items():
@@ -134,7 +149,7 @@ def print_timing(timing: dict[str, float]) -> None:
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
-    """The verdict's sentence and its table."""
+    """Print the verdict: its sentence, its table and the remarks."""
     console.print(f"\n[bold]{verdict['sentence']}[/bold]")
     tasks = list(verdict["tasks"])
     title = "winner" if verdict["winner"] else "candidate"
@@ -151,11 +166,12 @@ def print_verdict(verdict: dict[str, Any]) -> None:
 
 
 def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:
+    """The values of one model by task."""
     return [f"{row[t]['value']:.3f}" for t in tasks]
 
 
 def print_results(results: Sequence["TaskResult"], clock: "Clock") -> None:
-    """The table of `evomerge evaluate`."""
+    """Print the output of `evomerge evaluate`."""
     table = Table("task", "items", "metric", "value")
     for result in results:
         for metric, value in result.metrics.items():

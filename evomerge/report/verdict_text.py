@@ -1,24 +1,26 @@
-"""A verdict as text, and the scores in a model card."""
+"""A verdict in words: remarks for the terminal and report.html, and the section of a model card."""
 
 from typing import Any
 
 
 def interval_text(span: dict[str, Any], signed: bool = False) -> str:
-    """An estimate with its interval, such as `0.532 [0.502, 0.561]`.  signed: for differences, with their sign."""
+    """An estimate with its interval, such as `0.532 [0.502, 0.561]`.  signed: with a sign, for differences."""
     sign = "+" if signed else ""
     value = f"{span['value']:{sign}.3f}"
     return value if span["low"] is None else f"{value} [{span['low']:{sign}.3f}, {span['high']:{sign}.3f}]"
 
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
-    """What to know beside the table of a verdict, one sentence a line."""
+    """The sentences that belong to the table of a verdict."""
     found = [verdict["greedy_soup"]] if verdict.get("greedy_soup") else []
     if verdict["detectable"] is not None:
-        found.append(f"These items show a gain of {verdict['detectable']:.3f} or more four times in five.")
+        found.append(
+            f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."
+        )
     if verdict["holdout_uses"] > 1:
         found.append(
-            f"The holdout items have judged {verdict['holdout_uses']} candidates of this run, so the intervals are too "
-            "narrow."
+            f"The holdout items were used for {verdict['holdout_uses']} candidates of this run, so the intervals are "
+            "too narrow."
         )
     return found
 
@@ -45,6 +47,7 @@ def results_section(verdict: dict[str, Any]) -> str:
 
 
 def row(title: str, mean: str, verdict: dict[str, Any], key: str, tasks: list[str]) -> str:
+    """A row of the Markdown table.  key: of the model in `verdict["holdout"]`."""
     scores = verdict["holdout"][key]
     cells = " | ".join(interval_text(scores[t]) for t in tasks)
     return f"| {title} | {mean} | {cells} |"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evomerge.search.budget.limits import now
-from evomerge.search.budget.reserve import SPLITS, ReservedTime, export_seconds
-from evomerge.search.evaluation.full_evaluations import Evaluations
+from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
-from evomerge.search.evaluation.settled_dtype import settle
+from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
+from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.models import open_config_models
@@ -34,7 +34,7 @@ from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.trial import Races, TrialRunner
 from evomerge.search.verdict.finals import finish
 from evomerge.search.verdict.verdict import Verdict
-from evomerge.search.workers.options import device_kind, make_workers
+from evomerge.search.workers.make_workers import device_kind, make_workers
 from evomerge.search.workers.pool import Pool, run_all
 from evomerge.search.workers.worker_options import WorkerOptions
 
@@ -74,25 +74,23 @@ async def open_and_search(
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
-        monitor.beat()
+        monitor.refresh()
         holder.beat_in_time()
 
     try:
         claim(stored, run)
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
-        config = settle(stored, config, models, device_kind(worker_options, config), monitor.say)
-        monitor.compute_dtype = config.compute_dtype
+        config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
         if len(workers) > 1:
             monitor.phase(f"starting {len(workers)} workers")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
-        monitor.workers = pool.states
-        monitor.stopwatch.hold(len(workers))
+        monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
         driver = Driver(run, study, Evaluations(stored, task_set, pool, monitor), pool, monitor, export)
         try:
-            await stoppable(stop, pool.open(), monitor.beat)
+            await stoppable(stop, pool.open(), monitor.refresh)
             return await stoppable(stop, driver.search(), show_life)
         finally:
             await pool.close()
@@ -140,8 +138,7 @@ class Driver:
         self.monitor = monitor
         self.trials = TrialRunner(run, study, evaluations, pool, monitor)
         self.state = SearchState(baselines(study.space))
-        items = {split: sum(map(len, evaluations.task_set.split(split).values())) for split in SPLITS}
-        self.reserved = ReservedTime(study, self.state.baselines, items, export)
+        self.reserved = ReservedTime(study, self.state.baselines, evaluations.task_set.item_counts, export)
 
     async def search(self) -> Verdict:
         """Run all phases and return the verdict."""
@@ -196,7 +193,7 @@ class Driver:
     def ended(self) -> str | None:
         """Why no trial may begin any more; None if one may."""
         limits, monitor = self.monitor.limits, self.monitor
-        monitor.reserved = self.reserved.seconds(self.pool.size) if limits.timed else 0.0
+        monitor.reserve(self.reserved.seconds(self.pool.size) if limits.timed else 0.0)
         running = self.study.count - monitor.progress.trials
         return limits.reached(monitor.progress, monitor.stopwatch.elapsed.seconds, now(), monitor.reserved, running)
 

@@ -1,4 +1,4 @@
-"""The models of a search: where they lie, opened, and whether their files are still the same."""
+"""The models of a configuration: where their files lie, how they are opened, and whether the files have changed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +11,12 @@ from evomerge.sources.open_models import Models, open_models
 
 
 def model_folders(config: SearchConfig) -> dict[str, Path]:
-    """Where the base (`base`) and each source lie on this machine, by name."""
+    """The folders of the base (`base`) and of each source on this machine, by name."""
     return {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
 
 
 def open_config_models(config: SearchConfig) -> Models:
-    """The models of a configuration, opened and checked.  EvomergeError lists what does not fit."""
+    """Open and check the models of a configuration.  EvomergeError lists all that does not fit together."""
     folders = model_folders(config)
     return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
 
@@ -26,13 +26,13 @@ def shapes_of(models: Models) -> list[tuple[int, ...]]:
     return [t.shape for t in models.base.tensors.values()]
 
 
-def stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Who the files of models are, by the model's name; in microseconds."""
+def model_stamps(folders: Mapping[str, Path]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Stamps of the models' files by model and file name: a file that was changed or replaced has another one."""
     return {name: file_stamps(folder) for name, folder in folders.items()}
 
 
 def refuse_changed(before: Mapping[str, Mapping[str, object]], now: Mapping[str, Mapping[str, object]]) -> None:
-    """EvomergeError if files of the models are not what they were."""
+    """EvomergeError if the stamps of the models' files differ from those of before."""
     names = [
         f"{m}/{f}"
         for m in before

@@ -6,9 +6,9 @@ import numpy as np
 
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.full_evaluations import StoredEvaluations
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.race_policy import make_race_setup
+from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
@@ -68,7 +68,7 @@ def repeat(run: Run, number: int) -> Repeated:
     if isinstance(result, Failure):
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
     before = objective_scores(trial)
-    after = {task: np.array(scores) for task, scores in task_set.of(result.scores, "objective").items()}
+    after = {task: np.array(scores) for task, scores in task_set.scores_of(result.scores, "objective").items()}
     differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
     items = sum(int(np.isfinite(s).sum()) for s in before.values())
     return Repeated(items, differing, (trial.value, value_of(result, task_set)))

@@ -17,13 +17,13 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Signs, normal_signs
 from evomerge.evaluate.racing import Race, Vector
 from evomerge.search.evaluation.evaluator import reason
-from evomerge.search.evaluation.full_evaluations import Evaluations
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
 from evomerge.search.evaluation.race_policy import may_race, rivals
 from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
-from evomerge.search.monitor.monitor import Monitor, told
+from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.greedy_soup import GREEDY
@@ -149,7 +149,7 @@ class TrialRunner:
             elapsed=self.monitor.stopwatch.elapsed,
         )
         state = self.study.finish(trial, value, record)
-        self.log(f"trial {trial.number} {state.name.lower()} value={value} {told(record)}".rstrip())
+        self.log(f"trial {trial.number} {state.name.lower()} value={value} {remark(record)}".rstrip())
         self.storing = time.perf_counter() - scored
         self.monitor.trial(trial.number, value, record, trial.baseline)
 

@@ -1,1 +1,6 @@
-"""When a search ends, the time that it keeps for its end, and what it used."""
+"""When a search ends, and what it uses.
+
+- `limits.py`: the limits of trials, time, score and patience, as pure functions.
+- `reserve.py`: the time that a search keeps for judging its finalists and writing the result.
+- `usage.py`: time, tokens, memory and energy, added up; `meter.py`: measures them for one job.
+"""

@@ -1,4 +1,4 @@
-"""When a search ends: limits of trials, time, score and patience, as pure functions of what the study knows."""
+"""When a search ends: limits of trials, time, score and patience, as pure functions of the progress and two clocks."""
 
 import math
 import time
@@ -13,12 +13,13 @@ from evomerge.errors import EvomergeError
 
 
 @dataclass
-class Progress:
-    """What limits look at, kept up to date trial by trial.
+class SearchProgress:
+    """The facts about finished trials that decide when a search ends; updated trial by trial.
 
-    trials: finished ones, baselines included.  best, best_number: of those that were evaluated in full, None and -1
-    before there is one; of equal ones the first by number.  sampled: numbers of the finished trials that the sampler
-    proposed, in order.
+    trials: how many have finished, baselines included.
+    best, best_number: value and number of the best trial among those that were scored on all items; None and -1 before
+        there is one.  Of equal values the lowest number counts.
+    sampled: numbers of the finished trials that the sampler proposed, in ascending order.
     """
 
     trials: int = 0
@@ -27,7 +28,10 @@ class Progress:
     sampled: list[int] = field(default_factory=list)
 
     def add(self, number: int, value: float | None, sampled: bool) -> None:
-        """One more finished trial.  value: None unless it was evaluated in full."""
+        """Add a finished trial.
+
+        value: None unless it was scored on all items.  sampled: whether the sampler proposed it.
+        """
         self.trials += 1
         if sampled:
             insort(self.sampled, number)
@@ -36,44 +40,47 @@ class Progress:
 
     @property
     def since_best(self) -> int:
-        """How many sampled trials later than the best one have finished."""
+        """How many finished trials of the sampler have a higher number than the best trial."""
         return len(self.sampled) - bisect_right(self.sampled, self.best_number)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Seconds of both clocks.  wall: since the epoch, which a person may set.  steady: monotonic."""
+    """The time of two clocks, in seconds.  wall: since the epoch; users can set it.  steady: of the monotonic clock."""
 
     wall: float
     steady: float
 
 
 def now() -> Moment:
+    """The present time of both clocks."""
     return Moment(time.time(), time.monotonic())
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on both clocks; the first of the two to reach it counts.
+    """A moment on both clocks; it has passed as soon as one of the clocks has reached it.
 
-    Whoever sets the clock back wins no time, and a machine that was suspended (its monotonic clock stood still) does
-    not go on past the hour.
+    So setting the wall clock back gives no more time, and a machine that was suspended, whose monotonic clock stopped
+    meanwhile, still ends at the given wall time.
     """
 
     at: Moment
 
-    def left(self, moment: Moment) -> float:
+    def seconds_left(self, moment: Moment) -> float:
         """Seconds until then, negative afterwards."""
         return min(self.at.wall - moment.wall, self.at.steady - moment.steady)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When no new trial begins; whichever comes first.
+    """The limits of a search.  No new trial begins once one of them is reached; None is no limit.
 
-    trials: that begin, baselines included.  seconds: of the run from its beginning to its result, over all sessions.
-    deadline: when the result is to be there.  target: the best value is no lower.  patience: sampled trials have
-    finished since the best one.
+    trials: how many begin, baselines included.
+    seconds: of the run from its beginning to its result, over all sessions.
+    deadline: when the result must exist.
+    target: value that the best trial must reach.
+    patience: how many trials of the sampler may finish after the best one.
     """
 
     trials: int | None = None
@@ -84,37 +91,40 @@ class Limits:
 
     @property
     def timed(self) -> bool:
-        """Whether there is a time at which the result must be there."""
+        """Whether there is a time by which the result must exist."""
         return self.seconds is not None or self.deadline is not None
 
-    def left(self, elapsed: float, moment: Moment) -> float:
-        """Seconds until the result must be there; infinite without such a time.  elapsed: seconds of the run so far."""
+    def seconds_left(self, elapsed: float, moment: Moment) -> float:
+        """Seconds until the result must exist; infinite without such a time.  elapsed: seconds of the run so far."""
         times = [math.inf]
         if self.seconds is not None:
             times.append(self.seconds - elapsed)
         if self.deadline is not None:
-            times.append(self.deadline.left(moment))
+            times.append(self.deadline.seconds_left(moment))
         return min(times)
 
     def reached(
-        self, progress: Progress, elapsed: float, moment: Moment, reserve: float = 0.0, in_hand: int = 0
+        self, progress: SearchProgress, elapsed: float, moment: Moment, reserve: float = 0.0, running: int = 0
     ) -> str | None:
-        """Why no new trial may begin, None if one may.
+        """The limit that is reached, as a text; None if a new trial may begin.
 
-        reserve: seconds that the time limits keep for what follows.  in_hand: trials that have begun and not finished.
-        Time ends nothing before there is a candidate evaluated in full: without one there would be no result at all.
+        Limits other than `trials` do not count before a trial was scored on all items, as there would be no result.
+
+        elapsed: seconds of the run so far.
+        reserve: seconds that are kept for judging the finalists and writing the result.
+        running: trials that have begun and not finished.
         """
-        if self.trials is not None and progress.trials + in_hand >= self.trials:
-            return f"{progress.trials + in_hand} trials have begun"
+        if self.trials is not None and progress.trials + running >= self.trials:
+            return f"{progress.trials + running} trials have begun"
         if progress.best is None:
             return None
         if self.target is not None and progress.best >= self.target:
             return f"trial {progress.best_number} reached {progress.best:.4f}, the target is {self.target:g}"
         if self.patience is not None and progress.since_best >= self.patience:
             return f"{progress.since_best} trials since the best one"
-        left = self.left(elapsed, moment)
+        left = self.seconds_left(elapsed, moment)
         if left <= reserve:
-            return f"{max(0.0, left):.0f} s are left, of which what follows may need {reserve:.0f}"
+            return f"{max(0.0, left):.0f} s are left, and judging the finalists may take {reserve:.0f} s"
         return None
 
 
@@ -125,9 +135,9 @@ def with_budget(
     target: float | None = None,
     patience: int | None = None,
 ) -> SearchConfig:
-    """The configuration with the budget of the command line, where it gives one.
+    """The configuration with the limits that the command line gives; None is not given.
 
-    `trials` and `timeout` replace those of the configuration together; `target` and `patience` each their own.
+    `trials` and `timeout` replace those of the configuration together: giving one removes the other.
     """
     given: dict[str, object] = {}
     if trials is not None or timeout is not None:
@@ -144,9 +154,12 @@ def with_budget(
 
 
 def limits_of(budget: BudgetConfig, until: str | None = None, moment: Moment | None = None) -> Limits:
-    """The limits of a session that begins at `moment` (now).  until: a time of day, see `deadline_of`.
+    """The limits of a session.
 
-    A deadline ends a search by itself, so the hundred trials of a budget that says nothing do not apply beside it.
+    With a deadline, the default of 100 trials for an empty budget does not apply.
+
+    until: a time of day, see `deadline_of`.
+    moment: when the session begins; None is now.
     """
     deadline = None if until is None else deadline_of(until, moment or now())
     trials = budget.trials if deadline else budget.most
@@ -154,10 +167,10 @@ def limits_of(budget: BudgetConfig, until: str | None = None, moment: Moment | N
 
 
 def deadline_of(until: str, moment: Moment) -> Deadline:
-    """`07:00` as the next moment with that local time.
+    """The next moment with the local time `until`, such as `07:00`.
 
-    By the local calendar, whatever changes to or from summer time lie between.  A time that such a change leaves out
-    is that much later; of one that comes twice, the next to come.
+    Changes to and from summer time are respected.  A time that such a change skips becomes the time as much later as
+    the clocks were changed; of a time that occurs twice, the next occurrence counts.
     """
     try:
         wanted = datetime.strptime(until, "%H:%M")
@@ -167,6 +180,6 @@ def deadline_of(until: str, moment: Moment) -> Deadline:
     times = []
     for day in (today, today + timedelta(days=1)):
         first, second = (day.replace(fold=fold).timestamp() for fold in (0, 1))
-        times += [first, max(first, second)]  # `second` is earlier where the clocks leave this time out
+        times += [first, max(first, second)]  # `second` is earlier where the clocks skip this time
     wall = min(t for t in times if t > moment.wall)
     return Deadline(Moment(wall, moment.steady + wall - moment.wall))

@@ -1,4 +1,4 @@
-"""Measures what a job takes on its device: time, forwards, memory, energy."""
+"""Measures what one job takes, in the worker that does it: time, forwards, tokens, memory, energy."""
 
 import resource
 import sys
@@ -16,9 +16,12 @@ from evomerge.search.budget.usage import Usage
 
 
 class Meter:
-    """Measures one job in the worker that does it: `with Meter(counts, device) as meter: ...`, then `meter.used`.
+    """Measures one job: `with Meter(counts, device) as meter: ...`, then `meter.used`.
 
-    counts: that the job's forwards are added to.  What is used before an error counts too.
+    What was used before an error counts too.
+
+    counts: the counter to which the job adds its forwards.
+    device: that computes.
     """
 
     def __init__(self, counts: Counts, device: torch.device) -> None:
@@ -54,10 +57,10 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's since its peak was reset, else the process's since it began."""
+    """The most bytes in use: of an accelerator since its peak was reset, else of the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # ru_maxrss would remember the process that this one was started from
+    try:  # ru_maxrss would include the process from which this one was started
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -71,10 +74,10 @@ COUNTERS: dict[str, Joules] = {}
 
 
 def energy_counter(device: torch.device) -> Joules:
-    """Reads how many joules a device has used since its driver was loaded; None where it does not tell.
+    """A function that reads how many joules a device has used since its driver was loaded.
 
-    NVML counts the whole device, so two workers on one device each see the energy of both.  Processors are left out:
-    their counters are the machine's and need root.
+    It returns None where the device does not tell.  NVML counts the whole device, so each of two workers on one device
+    counts the energy of both.  There is no energy of CPUs: their counters are those of the whole machine and need root.
     """
     if device.type != "cuda":
         return lambda: None
@@ -84,7 +87,7 @@ def energy_counter(device: torch.device) -> Joules:
 
 
 def nvml_counter(device: torch.device) -> Joules:
-    """The energy counter of a CUDA device, if nvidia-ml-py is installed and the device has one (Volta and later)."""
+    """The energy counter of a CUDA device: needs nvidia-ml-py and a device that has one (Volta and later)."""
     try:
         import pynvml
 
@@ -92,7 +95,7 @@ def nvml_counter(device: torch.device) -> Joules:
         # Not by number: CUDA_VISIBLE_DEVICES renumbers devices for torch, not for NVML.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # whatever a driver answers, a search goes on without its energy
+    except Exception:  # whatever goes wrong here, a search runs without its energy
         return lambda: None
 
     def joules() -> float | None:

@@ -1,4 +1,7 @@
-"""The time that a search keeps for what follows its last trial, so that the result is there at the deadline."""
+"""The reserve: the time that a search keeps after its last trial, so that the result exists at the deadline.
+
+It is for judging the finalists, the report and, if asked for, writing the model.
+"""
 
 import hashlib
 import math
@@ -15,9 +18,9 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
-from evomerge.evaluate.tasks import Split
+from evomerge.evaluate.tasks import SPLITS, Split
 from evomerge.files import disk_errors
-from evomerge.search.evaluation.full_evaluations import digest
+from evomerge.search.evaluation.stored_evaluations import digest
 from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
@@ -27,24 +30,25 @@ from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.sources.open_models import Models
 
-FIXED = 5.0  # seconds: figures of the report are drawn, files synced
-PER_TRIAL = 0.002  # seconds: the study is read back and drawn
-SAFETY = 1.3
-GENERATES = 4.0  # what every metric of an item may cost beside its objective, as long as that was never measured
-LATEST = 20  # trials whose times are looked at
+FIXED = 5.0  # seconds for drawing the report and syncing files
+PER_TRIAL = 0.002  # seconds for reading a trial from the study and drawing it
+SAFETY = 1.3  # factor on all measured times
+UNMEASURED = 4.0  # how many times as long all metrics of an item may take as its objective, until it was measured
+LATEST = 20  # trials whose times are used
 RENEW = 30.0  # seconds between two estimates
-PROBE = 2**25  # bytes
-DRAWN = 16  # items
-
-SPLITS: tuple[Split, ...] = ("search", "selection", "holdout")
+PROBE = 2**25  # bytes written and read to measure the disk
+DRAWN = 16  # items of the bootstrap that is measured
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What was measured, in seconds.
+class StepSeconds:
+    """Measured seconds of the steps that are repeated after the last trial.
 
-    merge: of one candidate.  item: of scoring one item by every metric.  trial: the longest that a trial in full took.
-    objective: of scoring one item by the objective alone, as on the search split.  draw: of the bootstrap for one item.
+    merge: merging one candidate.
+    item: scoring one item by every metric.
+    trial: the longest trial that was scored on all items.
+    objective: scoring one item by the objective alone, as on the search split.
+    draw: the bootstrap for one item.
     """
 
     merge: float
@@ -53,17 +57,19 @@ class Rates:
     objective: float
     draw: float = 0.0
 
-    def of(self, split: Split) -> float:
-        """Of scoring one item on a split."""
+    def scoring(self, split: Split) -> float:
+        """Seconds of scoring one item of a split."""
         return self.objective if split == "search" else self.item
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What is still to do when no trial begins any more.
+class RemainingWork:
+    """The work that remains when no trial begins any more.
 
-    models: to be scored on each split, without those whose scores are stored.  items: of each split, all tasks
-    together.  export: seconds that writing the model takes.  trials: in the study.
+    models: how many models have to be scored on each split; those with stored scores do not count.
+    items: how many items each split has, all tasks together.
+    export: seconds that writing the model takes.
+    trials: how many the study has.
     """
 
     models: Mapping[Split, int] = field(default_factory=dict)
@@ -72,32 +78,34 @@ class Ahead:
     trials: int = 0
 
 
-def reserve(rates: Rates, ahead: Ahead, workers: int = 1) -> float:
-    """Seconds from the moment at which the last trial may begin to the result.
+def reserve_seconds(seconds: StepSeconds, work: RemainingWork, workers: int = 1) -> float:
+    """Estimate the seconds from the moment at which the last trial may begin to the result.
 
         FIXED + PER_TRIAL trials + SAFETY (
             trial + sum over splits ceil(models / workers) (merge + items item) + 3 items draw + export)
 
-    trial: a trial that has just begun ends before the rest can begin.  The sum is over the search split (baselines and
-    soups without a score), the selection split (finalists and baselines) and the holdout split (the chosen one and the
-    baselines); workers score different models side by side, and a split begins when the one before it has ended.  item:
-    by the objective alone on the search split.  The bootstrap is drawn three times: for the score, for the differences
-    and for the table of the tasks.
+    `trial` is there because a trial that has just begun ends before the rest can begin.  The sum is over the search
+    split (baselines and soups without a score), the selection split (finalists and baselines) and the holdout split
+    (the chosen candidate and the baselines).  Workers score different models at the same time, and a split begins when
+    the previous one has ended.  `item` is by the objective alone on the search split.  The bootstrap is drawn three
+    times: for the score, for the differences and for the table of the tasks.
     """
     scoring = sum(
-        math.ceil(count / max(1, workers)) * (rates.merge + ahead.items[split] * rates.of(split))
-        for split, count in ahead.models.items()
+        math.ceil(count / max(1, workers)) * (seconds.merge + work.items[split] * seconds.scoring(split))
+        for split, count in work.models.items()
         if count
     )
-    judging = 3 * ahead.items.get("holdout", 0) * rates.draw
-    return FIXED + PER_TRIAL * ahead.trials + SAFETY * (rates.trial + scoring + judging + ahead.export)
+    judging = 3 * work.items.get("holdout", 0) * seconds.draw
+    return FIXED + PER_TRIAL * work.trials + SAFETY * (seconds.trial + scoring + judging + work.export)
 
 
-def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Rates | None:
-    """The rates by the latest trials evaluated in full and by the evaluations outside of trials.
+def step_seconds(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> StepSeconds | None:
+    """The seconds of each step, from the latest trials that were scored on all items and from other evaluations.
 
-    None before there is a trial.  attributes: the study's.  The first evaluation of a run warms everything up, so the
-    lower median of all counts.
+    The lower median is taken, because the first evaluation of a run also fills caches.
+
+    attributes: the study's.
+    Returns None before there is such a trial.
     """
     latest = [r for t in trials if in_full(t) and (r := record_of(t)).seconds.forward is not None][-LATEST:]
     if not latest:
@@ -105,9 +113,9 @@ def rates_of(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> Ra
     merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
     objective = statistics.median(scoring(r.seconds) / sum(map(len, item_ids(attributes, r).values())) for r in latest)
     judged = evaluation_records(attributes, [split for split in SPLITS if split != "search"]).values()
-    each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [GENERATES * objective]
+    each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [UNMEASURED * objective]
     trial = max(r.seconds.total or 0.0 for r in latest)
-    return Rates(merge, statistics.median_low(each), trial, objective, draw_time())
+    return StepSeconds(merge, statistics.median_low(each), trial, objective, draw_time())
 
 
 def scoring(seconds: Seconds) -> float:
@@ -116,18 +124,20 @@ def scoring(seconds: Seconds) -> float:
 
 
 def draw_time() -> float:
-    """Seconds of the bootstrap for one item, measured on a few."""
+    """Measure the seconds of the bootstrap for one item."""
     began = time.perf_counter()
     drawn_means(np.zeros((DRAWN, 1)), np.zeros(1), np.zeros(1), 0)
     return (time.perf_counter() - began) / DRAWN
 
 
-def ahead_of(
+def remaining_work(
     study: SearchStudy, attributes: Mapping[str, Any], known: Sequence[Baseline], items: Mapping[Split, int]
-) -> Ahead:
-    """What a study would still have to score if no trial began any more.
+) -> RemainingWork:
+    """Count what a study still has to score if no trial begins any more.
 
-    attributes: the study's.  known: every baseline so far.  items: of each split, all tasks together.
+    attributes: the study's.
+    known: every baseline so far.
+    items: how many items each split has, all tasks together.
     """
 
     def scored(split: Split, name: str) -> bool:
@@ -145,13 +155,15 @@ def ahead_of(
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
     selected = finalists + sum(not scored("selection", digest(b.recipe)) for b in known) + 1  # the base
     models: dict[Split, int] = {"search": len(lacking) + soups, "selection": selected, "holdout": judged + 1}
-    return Ahead(models, items, trials=len(study.trials))
+    return RemainingWork(models, items, trials=len(study.trials))
 
 
 class ReservedTime:
-    """The reserve of a running search, estimated anew every half minute; nothing where no time is limited.
+    """The reserve of a running search, estimated again every half minute.
 
-    items: of each split, all tasks together.  export: seconds that writing the model takes.
+    known: the baselines; the driver appends to this list.
+    items: how many items each split has, all tasks together.
+    export: seconds that writing the model takes.
     """
 
     def __init__(
@@ -171,19 +183,21 @@ class ReservedTime:
         self.value = 0.0
 
     def seconds(self, workers: int = 1) -> float:
+        """The latest estimate; 0 before a trial was scored on all items."""
         if self.clock() - self.estimated >= RENEW or not self.value:
             attributes = self.study.stored.user_attrs
-            if (rates := rates_of(self.study.trials, attributes)) is not None:
-                ahead = ahead_of(self.study, attributes, self.known, self.items)
-                self.value = reserve(rates, replace(ahead, export=self.export), workers)
+            if (seconds := step_seconds(self.study.trials, attributes)) is not None:
+                work = remaining_work(self.study, attributes, self.known, self.items)
+                self.value = reserve_seconds(seconds, replace(work, export=self.export), workers)
                 self.estimated = self.clock()
         return self.value
 
 
 def export_seconds(config: SearchConfig, models: Models, folder: Path) -> float:
-    """How long writing the recommended model into `folder` takes, by a small write there and a read of the base.
+    """Estimate how long writing a merged model into `folder` takes, from a small write there and a small read.
 
-    Every input is read twice, once to be merged and once for its SHA-256; the output is written and read for its own.
+    Every input is read twice, once to merge it and once for its SHA-256; the output is written, and read for its own.
+    EvomergeError if nothing can be written there.
     """
     size = TORCH_DTYPES[config.dtype].itemsize
     made = sum(math.prod(t.shape) * size for t in models.base.tensors.values())
@@ -194,7 +208,7 @@ def export_seconds(config: SearchConfig, models: Models, folder: Path) -> float:
 
 
 def write_time(folder: Path) -> float:
-    """Seconds per byte that is written and synced beside `folder`.  EvomergeError if nothing can be written there."""
+    """Measure the seconds per byte of writing and syncing a file next to `folder`.  EvomergeError if that fails."""
     probe = folder.with_name(f".{folder.name}.{os.getpid()}.probe")
     content = os.urandom(PROBE)
     began = time.monotonic()
@@ -211,7 +225,7 @@ def write_time(folder: Path) -> float:
 
 
 def read_time(file: Path) -> float:
-    """Seconds per byte that is read and hashed."""
+    """Measure the seconds per byte of reading and hashing a file."""
     began = time.monotonic()
     with file.open("rb") as handle:
         content = handle.read(PROBE)

@@ -1,4 +1,4 @@
-"""What a search used up: time, forwards, tokens, memory, energy; of a trial and of the whole run."""
+"""What a search has used: time, forwards, tokens, memory, energy; of one trial and of the whole run."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,12 +13,17 @@ from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, 
 
 @dataclass(frozen=True)
 class Usage:
-    """What some work took.
+    """What some work has used.
 
-    seconds: by the wall.  worker_seconds: that workers computed.  device_seconds: that they held their devices, whether
-    they computed, waited or loaded a model.  forwards: calls of the model.  tokens: real ones that went into it.
-    padded: those and their padding.  peak_bytes: the most memory of one worker (of the device; without an accelerator
-    of the process since it began, memory-mapped files included).  joules: of the devices, None where they do not tell.
+    seconds: wall time.
+    worker_seconds: time in which workers computed, added up over workers.
+    device_seconds: time in which workers held their devices: computing, waiting, or loading a model.
+    forwards: calls of the model.
+    tokens: tokens that the model read, without padding.
+    padded: the same with padding.
+    peak_bytes: the most memory of one worker: of its accelerator, or without one of its process since the process
+        began, with memory-mapped files.
+    joules: energy of the devices; None where they do not tell.
     """
 
     seconds: float = 0.0
@@ -31,7 +36,7 @@ class Usage:
     joules: float | None = None
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Both, one after the other."""
+        """The sum of two pieces of work."""
         measured = [j for j in (self.joules, other.joules) if j is not None]
         return Usage(
             self.seconds + other.seconds,
@@ -45,19 +50,19 @@ class Usage:
         )
 
     def as_dict(self) -> dict[str, float | int]:
-        """Plain numbers; what is not known is left out."""
+        """Plain numbers by name; unknown ones are left out."""
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Usage":
-        """What `as_dict` gave; keys that it lacks are zero, others are passed over."""
+        """Read what `as_dict` returned: missing keys are zero, unknown ones are ignored."""
         known = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in content.items() if k in known})
 
 
 @dataclass(frozen=True)
 class Elapsed:
-    """How long a run has taken over all its sessions.  seconds: by the wall.  device_seconds: devices were held."""
+    """How long a run has taken over all its sessions.  seconds: wall time.  device_seconds: see `Usage`."""
 
     seconds: float = 0.0
     device_seconds: float = 0.0
@@ -68,9 +73,11 @@ class Elapsed:
 
 
 class Stopwatch:
-    """Counts a run's time from where earlier sessions left off, by the monotonic clock.
+    """Measures the time of a run over all its sessions, by the monotonic clock.
 
-    What it says is stored with every result, so a session that is killed loses what came after the last one.
+    The elapsed time is stored with every result; a session that is killed loses the time after its last result.
+
+    devices: how many devices are held.
     """
 
     def __init__(self, devices: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -81,17 +88,18 @@ class Stopwatch:
 
     @property
     def elapsed(self) -> Elapsed:
+        """The time of all sessions so far."""
         passed = self.clock() - self.since
         return Elapsed(self.before.seconds + passed, self.before.device_seconds + passed * self.devices)
 
-    def go_on(self, earlier: Elapsed) -> None:
-        """Add what earlier sessions took."""
+    def add_earlier(self, earlier: Elapsed) -> None:
+        """Add the time of earlier sessions."""
         self.before = Elapsed(
             self.before.seconds + earlier.seconds, self.before.device_seconds + earlier.device_seconds
         )
 
-    def hold(self, devices: int) -> None:
-        """From now on this many devices are held."""
+    def set_devices(self, devices: int) -> None:
+        """Count this many devices as held from now on."""
         self.before, self.since, self.devices = self.elapsed, self.clock(), devices
 
 
@@ -104,10 +112,12 @@ def records_of(
 
 
 def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usage:
-    """What a run has used so far.  attributes: the study's.
+    """What a run has used so far.
 
-    Forwards, tokens and energy are the sums over trials and other evaluations; time by the wall and of the devices is
-    the run's own, which also has what lies between them.
+    Forwards, tokens and energy are sums over trials and other evaluations.  Wall time and device time are the run's
+    own, which also include the time between evaluations.
+
+    attributes: the study's.
     """
     every = list(records_of(trials, attributes))
     total = sum((record.used for record in every if record.used is not None), Usage())

@@ -1,1 +1,12 @@
-"""From a recipe to item scores: tasks, jobs, the evaluator of one device, races."""
+"""From a recipe to item scores.
+
+- `task_set.py`: the tasks of a search and the items of each split.
+- `jobs.py`: what the driver asks a worker to do, and what comes back.
+- `evaluator.py`: does a job on one device: merge, check, score.
+- `score_checks.py`: refuses item scores that are not finite.
+- `settled_dtype.py`: the type in which a study computes forwards.
+- `race_setup.py`: what all races of a search share; `race_policy.py`: which candidate races, and against which trials.
+- `stored_evaluations.py`: scores of models that are not trials, kept in the study.
+
+Shape letter of this package: N items of the search split.
+"""

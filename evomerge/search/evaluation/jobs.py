@@ -1,4 +1,4 @@
-"""What driver and workers say to each other: a recipe and what to score there, item scores back.  Plain data."""
+"""What the driver asks a worker to do (`Job`) and what comes back (`Result`).  Plain data, sent between processes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from evomerge.search.evaluation.task_set import Scores
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A trial: is the candidate healthy, and what is its objective on the search split?
+    """Score a candidate on the search split by the objectives.
 
-    normal: the signs of healthy models.  race_setup, race: to stop the trial when it is surely worse than the
-    incumbent; without a race it is scored on all items.
+    recipe: of the candidate.
+    normal: what the canary found in healthy models; None accepts every candidate with finite logits.
+    race_setup, race: stop the trial when it is surely worse than the incumbent; None scores it on all items.
     """
 
     recipe: Recipe
@@ -28,10 +29,10 @@ class TrialJob:
 
 
 @dataclass(frozen=True)
-class FullEvaluation:
-    """A recipe on a split: its objective on the search split, every metric on the others.
+class EvaluationJob:
+    """Score a model on a split: by the objectives on the search split, by every metric on the others.
 
-    only: the ids of the items by task, if not all of them.
+    only: the ids of the items by task; None for all items.
     """
 
     recipe: Recipe
@@ -41,23 +42,26 @@ class FullEvaluation:
 
 @dataclass(frozen=True)
 class RaceLooksJob:
-    """Where should races of a race setup look?"""
+    """Find out after which items races should look at a candidate."""
 
     race_setup: RaceSetup
 
 
-Job = TrialJob | FullEvaluation | RaceLooksJob
+Job = TrialJob | EvaluationJob | RaceLooksJob
 
 NOTHING = Usage()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation gave.
+    """The result of a job that was done.
 
-    scores: NaN for items that were not evaluated.  seconds: by part of the work.  signs: what the canary saw.
-    estimate: of a candidate that was stopped.  looks: where races should look, of a `RaceLooksJob`.  used: what
-    it took.
+    scores: item scores; NaN for items that were not scored.
+    seconds: by part of the work.
+    signs: what the canary found, of a `TrialJob`.
+    estimate: the estimated value, of a candidate that a race stopped.
+    looks: of a `RaceLooksJob`.
+    used: time, tokens and memory that the job took.
     """
 
     scores: Scores
@@ -70,8 +74,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no outcome, in one line.  broken: it is the candidate's fault: its weights or scores are not finite,
-    or it is not worth scoring."""
+    """The result of a job that failed.
+
+    reason: in one line.
+    broken: whether the candidate is the cause: its weights or scores are not finite, or the canary rejected it.
+    """
 
     reason: str
     broken: bool = False

@@ -1,4 +1,8 @@
-"""The race setup that a study's candidates race on, from what the study knows of its baselines."""
+"""Which candidate of a study races, and against which trials; decided from what the study has stored.
+
+`race_setup.py` has what all races of a search share.  A candidate races against the incumbent, as long as races have
+not made the whole search clearly slower than scoring every candidate on all items.
+"""
 
 from itertools import islice
 from typing import Any
@@ -8,21 +12,24 @@ from optuna.trial import FrozenTrial
 
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import PREDICTORS
-from evomerge.search.evaluation.full_evaluations import StoredEvaluations
 from evomerge.search.evaluation.race_setup import RaceSetup, build_race_setup
+from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import objective_scores
 from evomerge.search.storage.study import SearchStudy, rank
 from evomerge.search.storage.trial_record import TrialRecord, record_of
 
-LOOKS = "evomerge:looks"  # study attribute: where its races look, and what that costs
-WORST = 1.05  # what racing may make of the time of a whole search
+LOOKS = "evomerge:looks"  # study attribute: after how many items its races look, and the cost of each look
+WORST = 1.05  # the time of the search with races may be at most this many times the time without
 
 
 def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
-    """Of the trials evaluated in full on these items, the best and the latest others."""
+    """Return the incumbent and the latest other trials, of those that were scored on all of these items.
+
+    items: the name under which the study keeps the items' ids.
+    """
     best = study.best
-    if best is not None and record_of(best).items != items:  # items were changed on the way
+    if best is not None and record_of(best).items != items:  # the items were changed after that trial
         here = (t for t in study.complete if record_of(t).items == items)
         best = max(here, key=rank, default=None)
     latest = (t for t in reversed(study.complete) if t is not best and record_of(t).items == items)
@@ -30,9 +37,9 @@ def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[Fro
 
 
 def make_race_setup(study: SearchStudy, known: list[Baseline], evaluations: StoredEvaluations) -> RaceSetup | None:
-    """The race race setup of a search whose baselines have all been evaluated.
+    """The race setup of a search whose baselines have all been scored.
 
-    None if the configuration wants no race, or the study says that looking early does not pay.
+    None if the configuration turns races off, or if looking before the last item was found not to pay.
     """
     config = study.space.config
     if not config.racing.enabled:
@@ -44,7 +51,7 @@ def make_race_setup(study: SearchStudy, known: list[Baseline], evaluations: Stor
         if trial is not None and record_of(trial).items == items:
             scores.append(objective_scores(trial))
         elif (found := evaluations.stored("search", baseline.recipe)) is not None:
-            scores.append(evaluations.task_set.of(found, "objective"))
+            scores.append(evaluations.task_set.scores_of(found, "objective"))
     looks = looks_of(study, items)
     if looks is not None and len(looks.ends) == 1:
         return None
@@ -52,21 +59,27 @@ def make_race_setup(study: SearchStudy, known: list[Baseline], evaluations: Stor
 
 
 def looks_of(study: SearchStudy, items: str) -> Looks | None:
-    """Where the study's races look, None if it does not say."""
+    """After how many items the study's races look, None if that has not been chosen for these items."""
     found: dict[str, Any] = study.stored.user_attrs.get(LOOKS, {})
     return Looks(tuple(found["ends"]), tuple(found["costs"])) if found.get("items") == items else None
 
 
 def must_choose_looks(study: SearchStudy, items: str) -> bool:
-    """Whether it is still to be found out where races look; those that began before it was are cut as they were."""
+    """Whether the looks still have to be chosen.
+
+    A study whose races began before looks were chosen by their cost keeps the looks of `even_looks`.
+    """
     if looks_of(study, items) is not None:
         return False
     return LOOKS in study.stored.user_attrs or not any(record_of(t).raced for t in study.finished)
 
 
 def may_race(study: SearchStudy, race_setup: RaceSetup) -> bool:
-    """Whether the next candidate may race: if it and those in hand ran to their ends, the search would still have cost
-    at most WORST times what it would have without races, by the costs of `place_looks`."""
+    """Whether the next candidate may race.
+
+    It may if, should it and all running trials be scored on every item, the search would still take at most WORST times
+    as long as without races, by the costs of `place_looks`.
+    """
     spent = plain = 0.0
     for trial in study.finished:
         record = record_of(trial)
@@ -78,7 +91,7 @@ def may_race(study: SearchStudy, race_setup: RaceSetup) -> bool:
 
 
 def cost_of(record: TrialRecord, race_setup: RaceSetup) -> float:
-    """What a trial cost, as a part of scoring all items at once."""
+    """The cost of a trial, as a share of the cost of scoring all items at once."""
     if not record.raced:
         return 1.0
     seen = (1.0 if record.partial is None else record.partial) * len(race_setup.ceiling)

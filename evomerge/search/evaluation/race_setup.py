@@ -1,4 +1,10 @@
-"""A search's races: one order of the items for every candidate, and whom a candidate runs against."""
+"""What all races of one search share: the order of the items, the places of the looks, the items of each chunk.
+
+In a race a candidate is scored chunk by chunk.  After each chunk a sequential test looks at the scores so far (this is
+a look) and may stop the candidate.  `evaluate/racing.py` is that test; `evaluate/looks.py` chooses after which items it
+looks.  This file applies both to the items of a search and knows nothing of its trials; `race_policy.py` decides which
+candidate races, and against which trials.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,10 +34,16 @@ from evomerge.search.storage.item_scores import objective_scores
 
 @dataclass(frozen=True)
 class RaceSetup:
-    """The items of the search split, task after task, in the order in which every candidate meets them.
+    """The items of the search split, and how every race of the search goes through them.
 
-    items: the name under which the study keeps their ids.  sizes: items per task.  ceiling: (N,) see `Race`.
-    looks: where a race looks.
+    Vectors have one element for each of the N items, task after task.
+
+    items: the name under which the study keeps the items' ids.
+    sizes: items per task.
+    order: in which every candidate is scored on the items.
+    ceiling: (N,) the highest score that counts, see `Race`.
+    alpha: the chance that a race stops a candidate that is not worse.
+    looks: after how many items a race looks.
     """
 
     items: str
@@ -43,24 +55,28 @@ class RaceSetup:
 
     @cached_property
     def name(self) -> str:
-        """A hash of the order: workers keep a race setup's batches under it."""
+        """A hash of the order and the looks; workers keep the batches of a race setup under it."""
         return hashlib.sha256(f"{self.items}{self.looks.ends}".encode() + self.order.items.tobytes()).hexdigest()[:16]
 
     def by_task(self, scores: Vector) -> dict[str, Vector]:
-        """Scores of all items, (N,), task by task."""
+        """Split scores of all items, (N,), by task."""
         ends = np.cumsum(list(self.sizes.values()))
         return dict(zip(self.sizes, np.split(scores, ends[:-1]), strict=True))
 
     def joined(self, scores: Mapping[str, Sequence[float] | Vector]) -> Vector:
-        """(N,) the scores of `by_task`."""
+        """Join scores by task into one vector, (N,)."""
         return np.concatenate([scores[task] for task in self.sizes])
 
     def vector(self, trial: FrozenTrial) -> Vector:
-        """(N,) a trial's item scores."""
+        """The item scores of a trial, (N,)."""
         return self.joined(objective_scores(trial))
 
     def race(self, incumbent: Vector, others: Sequence[Vector]) -> Race:
-        """A race against the incumbent's item scores, (N,); others: of candidates that were evaluated in full."""
+        """Begin a race.
+
+        incumbent: (N,) the item scores of the trial to beat.
+        others: (N,) each, item scores of other candidates that were scored on all items.
+        """
         return Race(self.order, incumbent, self.ceiling, np.stack(others) if others else None, self.alpha)
 
 
@@ -72,11 +88,13 @@ def build_race_setup(
     config: RacingConfig,
     looks: Looks | None = None,
 ) -> RaceSetup:
-    """The race setup of a search.
+    """Build the race setup of a search.
 
-    items: the name of the search split's item ids in the study.  baselines: the objective's item scores, task by task,
-    of models that were evaluated in full; they say which items tell models apart.  looks: without
-    them those of `even_looks`.
+    items: the name under which the study keeps the ids of the search split's items.
+    baselines: item scores of the objective, by task, of models that were scored on all items; they tell which items
+        distinguish models.
+    seed: of the search; decides the order.
+    looks: after how many items to look; without them those of `even_looks`.
     """
     split = task_set.split("search")
     sizes = {task: len(found) for task, found in split.items()}
@@ -89,18 +107,21 @@ def build_race_setup(
 
 
 def even_looks(order: Order) -> Looks:
-    """The looks of `chunks`, as they were before they were placed by what they cost."""
+    """Looks after chunks of equal size (`chunks`), for studies that have not yet chosen looks by their cost."""
     ends = np.cumsum([len(piece) for piece in chunks(order)])
     return Looks(tuple(ends.tolist()), tuple((ends / ends[-1]).tolist()))
 
 
-def choose_looks(race_setup: RaceSetup, engine: Engine, asked: Sequence[Workload], whole: Workload) -> Looks:
-    """Where a race should look, see `place_looks`.  asked: every task's items.  whole: all at once."""
+def choose_looks(race_setup: RaceSetup, engine: Engine, works: Sequence[Workload], whole: Workload) -> Looks:
+    """Choose after how many items a race should look, see `place_looks`.
+
+    works: the workload of each task.  whole: all of them as one.
+    """
 
     def pieces_of(ends: Sequence[int]) -> list[Workload]:
         return [
             race_chunk.work
-            for race_chunk in build_race_chunks(replace(race_setup, looks=Looks(tuple(ends), ())), engine, asked)
+            for race_chunk in build_race_chunks(replace(race_setup, looks=Looks(tuple(ends), ())), engine, works)
         ]
 
     cost = Cost.on(engine.model.device.type, engine.batch_tokens)
@@ -109,19 +130,25 @@ def choose_looks(race_setup: RaceSetup, engine: Engine, asked: Sequence[Workload
 
 @dataclass(frozen=True)
 class RaceChunk:
-    """What is scored between two looks.  items: (n,) in the order of the race.  where: for each part of the work, the
-    places of its items among all items."""
+    """The items that are scored between two looks.
+
+    items: (n,) their places among all N items, in the order of the race.
+    work: their workload, with a part for each task.
+    where: for each part of the workload, the places of its items among all N items.
+    """
 
     items: NDArray[np.intp]
     work: Workload
     where: list[NDArray[np.intp]]
 
 
-def build_race_chunks(race_setup: RaceSetup, engine: Engine, asked: Sequence[Workload]) -> list[RaceChunk]:
-    """The work between the looks of a race setup.  asked: every task's items."""
+def build_race_chunks(race_setup: RaceSetup, engine: Engine, works: Sequence[Workload]) -> list[RaceChunk]:
+    """Build the chunks of a race setup.  works: the workload of each task."""
     pieces = np.split(race_setup.order.items, race_setup.looks.ends[:-1])
     ends = np.cumsum(list(race_setup.sizes.values()))
     starts = ends - list(race_setup.sizes.values())
     split = [[p[(first <= p) & (p < end)] for first, end in zip(starts, ends, strict=True)] for p in pieces]
-    works = engine.in_chunks(asked, [[w - s for w, s in zip(row, starts, strict=True)] for row in split])
-    return [RaceChunk(p, work, [w for w in row if len(w)]) for p, work, row in zip(pieces, works, split, strict=True)]
+    chunk_works = engine.in_chunks(works, [[w - s for w, s in zip(row, starts, strict=True)] for row in split])
+    return [
+        RaceChunk(p, work, [w for w in row if len(w)]) for p, work, row in zip(pieces, chunk_works, split, strict=True)
+    ]

@@ -1,9 +1,10 @@
-"""What candidates are judged by: the tasks and the items of each split.  No model is needed for it."""
+"""The tasks of a search and the items of each split.  No model is needed to open them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
@@ -19,40 +20,55 @@ Scores = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class TaskSet:
-    """items: task -> split -> its items."""
+    """The tasks of a search with their items.
+
+    items: task -> split -> its items; no item is in two splits.
+    """
 
     tasks: list[Task]
     items: dict[str, dict[Split, list[Item]]]
 
     @cached_property
     def weights(self) -> dict[str, float]:
+        """The weight of each task, by name."""
         return {t.name: t.weight for t in self.tasks}
 
     def split(self, split: Split) -> dict[str, list[Item]]:
         """The items of a split by task."""
         return {t.name: self.items[t.name][split] for t in self.tasks}
 
-    def of(self, scores: Scores, which: str) -> dict[str, list[float]]:
-        """Item scores of every task's `objective` or `metric`."""
+    @cached_property
+    def item_counts(self) -> dict[Split, int]:
+        """How many items each split has, all tasks together."""
+        return {split: sum(len(self.items[t.name][split]) for t in self.tasks) for split in get_args(Split)}
+
+    def scores_of(self, scores: Scores, which: Literal["objective", "metric"]) -> dict[str, list[float]]:
+        """The item scores of every task's objective, or of every task's metric, by task."""
         return {t.name: scores[t.name][getattr(t, which)] for t in self.tasks}
 
     def wanted(self, task: Task, split: Split) -> tuple[str, ...]:
-        """The metrics of a task that a split is for: trials and soups are compared by the objective alone."""
+        """The metrics of a task that are needed on a split: the search split compares by the objective alone."""
         return (task.objective,) if split == "search" else (task.objective, task.metric)
 
-    def mean(self, scores: Scores, which: str) -> float:
-        """The weighted mean over tasks of the mean `objective` or `metric`."""
-        return mean_score(self.of(scores, which), self.weights)
+    def mean(self, scores: Scores, which: Literal["objective", "metric"]) -> float:
+        """The mean over tasks, by their weights, of each task's mean objective or mean metric."""
+        return mean_score(self.scores_of(scores, which), self.weights)
 
 
 def open_task_set(config: SearchConfig) -> TaskSet:
-    """The tasks of a configuration with their items dealt.  EvomergeError if a task cannot be opened or dealt."""
+    """Open the tasks of a configuration and divide their items into splits.
+
+    EvomergeError if a task cannot be opened or has too few items.
+    """
     tasks = open_tasks(config.tasks)
     return TaskSet(tasks, {t.name: deal(t, config.splits, config.seed) for t in tasks})
 
 
 def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) -> None:
-    """EvomergeError if a statistics file does not fit its source, or saw items that the search judges by."""
+    """Check the statistics files of a configuration.
+
+    EvomergeError if one does not fit its source, or was gathered on items of the selection or the holdout split.
+    """
     kind = METHODS[config.method].statistics
     judging: Sequence[Split] = ("holdout", "selection")
     for number, source in enumerate(config.sources if kind else []):

@@ -1,1 +1,5 @@
-"""What a running search tells a person: one small state, drawn here or read by `status --watch`."""
+"""What a running search shows to its user.
+
+- `monitor.py`: collects what the driver reports.
+- `snapshot.py`: the state of the search at one moment, drawn in this terminal and read by `status --watch`.
+"""

@@ -1,4 +1,4 @@
-"""What a running search says of itself to a person, in this terminal or in another: one small file in its folder."""
+"""The state of a running search at one moment: drawn in this terminal, and written into the run folder for others."""
 
 import json
 import os
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 STATE = "state.json"
-SILENT = 30.0  # seconds without a beat that need an explanation
-POINTS = 200  # of the best score over trials, at most
+SILENT = 30.0  # seconds without a new snapshot after which a search on another host counts as ended
+POINTS = 200  # at most, of the curve of the best score
 
 State = Literal["starting", "idle", "busy", "restarting", "dead"]
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """One worker.  trial: in hand, None if it does something else.  since_seconds: in this state.
+    """The state of one worker.
 
-    restarts: how often it was started anew.
+    trial: number of the trial that it runs; None if it runs none.
+    since_seconds: how long it has been in this state.
+    restarts: how often it was started again.
     """
 
     name: str
@@ -33,7 +35,7 @@ class WorkerState:
 
 @dataclass(frozen=True)
 class LastFailure:
-    """A trial that gave no score.  broken: its model was, and the sampler knows."""
+    """A trial without a score.  broken: whether its model is the cause; the sampler then learned the worst value."""
 
     trial: int
     reason: str
@@ -44,16 +46,27 @@ class LastFailure:
 class Snapshot:
     """A search at one moment; plain data.
 
-    title: method, sources and sampler in a few words.  compute_dtype: what forwards are computed in.  pid, host: of the
-    driver.  beat: seconds since the epoch.  phase: what it is doing.  step: batches done in it and their total.
-    ended: why it stopped, None while it runs.
+    title: method, sources and sampler in a few words.
+    compute_dtype: the type in which forwards are computed.
+    pid, host: of the driver.
+    beat: when this snapshot was made, in seconds since the epoch.
+    phase: what the search does now.
+    step: batches of one model that are done in this phase, and their total.
+    ended: why the search ended; None while it runs.
 
-    trials: finished ones.  limit: how many there will be, None if that is not known.  partial, broken, failed: of
-    them.  best, best_trial, best_name: evaluated in full; the name is a baseline's.  points: (trials finished, best
-    score) where it rose.  since_best: see `Progress`.  target, patience: see `Limits`.
+    trials: how many have finished.
+    limit: how many there will be; None if that is not known.
+    partial, broken, failed: how many of the finished ones were stopped early, had a broken model, or failed.
+    best, best_trial, best_name: of the trials that were scored on all items; the name is that of a baseline.
+    points: (finished trials, best value), one for each time that the best value rose.
+    since_best: see `SearchProgress`.
+    target, patience: see `Limits`.
 
-    per_minute: trials, lately.  left: seconds until the result by its limits, None if it cannot be told.  reserved: of
-    these, kept for the verdict.  used: see `Usage`.  price: (amount so far, currency).
+    per_minute: latest trials per minute.
+    left: seconds until the result, by the limits; None if that is not known.
+    reserved: how many of these seconds are kept for judging the finalists.
+    used: see `Usage`.
+    price: (amount so far, currency).
     """
 
     name: str
@@ -87,9 +100,9 @@ class Snapshot:
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
-    """Replace the file in one step; whether that was possible.  A full disk must not end a search for a picture of it.
+    """Replace the snapshot in the run folder in one step; return whether that was possible.
 
-    It is not synced: after a power cut the study is what counts.
+    An error, such as a full disk, must not end the search.  The file is not synced: the study has all that counts.
     """
     aside = folder / f"{STATE}.part"
     try:
@@ -101,7 +114,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
 
 
 def read_snapshot(folder: Path) -> Snapshot | None:
-    """What `write_snapshot` wrote last; None if there is nothing that can be read."""
+    """Read what `write_snapshot` wrote last; None if there is no file or it cannot be read."""
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         known = {f.name for f in fields(Snapshot)}
@@ -117,17 +130,18 @@ def read_snapshot(folder: Path) -> Snapshot | None:
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """At most `POINTS` of the points, the first and the last among them."""
+    """Choose at most `POINTS` points evenly, the first and the last among them."""
     if len(points) <= POINTS:
         return tuple(points)
     return tuple(points[round(k * (len(points) - 1) / (POINTS - 1))] for k in range(POINTS))
 
 
-def silence(snapshot: Snapshot, now: float) -> str | None:
-    """Why nobody should wait for the next snapshot, None while the driver gives signs of life.
+def why_ended(snapshot: Snapshot, now: float) -> str | None:
+    """Why there will be no newer snapshot; None while the driver runs.
 
-    now: seconds since the epoch.  A driver on this host is there if its process is; of another host's only the beat is
-    known.
+    A driver on this host runs if its process exists.  A driver on another host counts as ended if its snapshot is old.
+
+    now: seconds since the epoch.
     """
     if snapshot.ended is not None:
         return snapshot.ended
@@ -137,11 +151,12 @@ def silence(snapshot: Snapshot, now: float) -> str | None:
             return f"not running: its process {snapshot.pid} is gone"
         return None
     if age > SILENT:
-        return f"not running: no sign of life from {snapshot.host} for {age:.0f} s"
+        return f"not running: no news from {snapshot.host} for {age:.0f} s"
     return None
 
 
 def process_exists(pid: int) -> bool:
+    """Whether a process of this host has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -20,7 +20,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Split
 from evomerge.files import write_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
-from evomerge.search.evaluation.full_evaluations import Evaluations, digest
+from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
@@ -97,8 +97,8 @@ async def finish(
 
     judged = {f.name: (f, s) for f, s in zip(rivals, rival_scores, strict=True) if s is not None}
     verdict = judge(
-        task_set.of(scores, "metric"),
-        [Rival(f.name, f.kind, task_set.of(s, "metric")) for f, s in judged.values()],
+        task_set.scores_of(scores, "metric"),
+        [Rival(f.name, f.kind, task_set.scores_of(s, "metric")) for f, s in judged.values()],
         {task.name: task.metric for task in task_set.tasks},
         task_set.weights,
         seed,

@@ -1,4 +1,8 @@
-"""The pool: any worker may take any job; who dies or hangs is replaced, and the job goes to another."""
+"""The pool gives jobs to free workers.
+
+A worker that dies or hangs is restarted, and its job is given to another worker; a job over which `MAX_DEATHS` workers
+died has failed.  A job that takes longer than it may has failed at once, and its worker is restarted.
+"""
 
 import asyncio
 import time
@@ -10,169 +14,190 @@ from typing import TypeVar
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.jobs import Failure, Job, Result
 from evomerge.search.monitor.snapshot import State, WorkerState
-from evomerge.search.workers.worker import Died, Progress, Worker
+from evomerge.search.workers.worker import BatchProgress, Worker, WorkerDied
 
-DEATHS = 3  # of workers over one job, or of one worker while it starts
-STARTING = 1800.0  # seconds until a worker must be ready: a large model may come over a network
-TICK = 0.5  # seconds between looks at a worker's beats
+MAX_DEATHS = 3  # of workers over one job, or of one worker while it starts
+START_LIMIT = 1800.0  # seconds until a worker must be ready: a large model may come over a network
+TICK = 0.5  # seconds between two looks at a worker's heartbeats
 
 
 T = TypeVar("T")
 
 
-class Late(Exception):
+class JobTimeout(Exception):
     """A job took longer than it may."""
 
 
 @dataclass
-class Post:
-    """A place in the pool.  trial: in hand.  since: monotonic seconds."""
+class PoolMember:
+    """A worker of the pool and what it does now.
 
+    number: of the worker, from 0.
+    trial: number of the trial that it runs; None if it runs none.
+    since: when its state began, in seconds of the monotonic clock.
+    restarts: how often it was started again.
+    """
+
+    number: int
     worker: Worker
     state: State = "starting"
     trial: int | None = None
     since: float = 0.0
     restarts: int = 0
 
-    def turn(self, state: State, trial: int | None = None) -> None:
+    def set_state(self, state: State, trial: int | None = None) -> None:
+        """A new state begins now."""
+        self.restarts += state == "restarting"
         self.state, self.trial, self.since = state, trial, time.monotonic()
 
 
 class Pool:
-    """Workers behind one queue.
+    """Workers with one queue of those that are free.
 
-    stuck: seconds without a beat after which a working worker counts as hung.  longest: seconds that a job may take
-    (None: any); one that takes longer has failed.  Neither counts while this process itself is suspended.
+    log: gets a line when a worker dies.
+    max_silence: seconds without a heartbeat after which a worker counts as hung.
+    max_job_time: seconds that a job may take; None for any.
+    Neither counts time in which this process itself was suspended.
     """
 
     def __init__(
         self,
         workers: Sequence[Worker],
         log: Callable[[str], None],
-        stuck: float = 300.0,
-        longest: float | None = None,
+        max_silence: float = 300.0,
+        max_job_time: float | None = None,
     ) -> None:
-        self.posts = [Post(w) for w in workers]
+        self.members = [PoolMember(number, w) for number, w in enumerate(workers)]
         self.log = log
-        self.stuck = stuck
-        self.longest = longest
-        self.idle: asyncio.Queue[Post | None] = asyncio.Queue()
+        self.max_silence = max_silence
+        self.max_job_time = max_job_time
+        self.free: asyncio.Queue[PoolMember | None] = asyncio.Queue()  # None: no worker is left
         self.tasks: set[asyncio.Task[None]] = set()
         self.error: Exception | None = None
 
     @property
     def size(self) -> int:
-        return len(self.posts)
+        """The number of workers."""
+        return len(self.members)
 
     def states(self) -> list[WorkerState]:
-        """For whoever watches."""
+        """What every worker does now."""
         now = time.monotonic()
         return [
-            WorkerState(str(number), post.worker.device, post.state, post.trial, now - post.since, post.restarts)
-            for number, post in enumerate(self.posts)
+            WorkerState(str(m.number), m.worker.device, m.state, m.trial, now - m.since, m.restarts)
+            for m in self.members
         ]
 
     async def open(self) -> None:
-        """Start all workers; return when the first is ready.  EvomergeError if none can be started; an error of another
-        kind, which is a mistake in this program, is raised as it is."""
-        for post in self.posts:
-            self.launch(post)
-        self.idle.put_nowait(await self.ready())
+        """Start all workers and return when the first one is ready.
+
+        EvomergeError if none can be started.  Any other error in a worker's start is a bug and is raised as it is.
+        """
+        for member in self.members:
+            self.begin_start(member)
+        self.free.put_nowait(await self.free_member())
 
     async def close(self) -> None:
         """End all workers, whatever they do."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.gather(*(post.worker.kill() for post in self.posts), return_exceptions=True)
-        for post in self.posts:
-            post.worker.close()
+        await asyncio.gather(*(m.worker.kill() for m in self.members), return_exceptions=True)
+        for member in self.members:
+            member.worker.close()
 
     async def run(
-        self, job: Job, title: str, progress: Progress = lambda done, total: None, trial: int | None = None
+        self, job: Job, title: str, progress: BatchProgress = lambda done, total: None, trial: int | None = None
     ) -> Result:
-        """Give a job to the first free worker.  EvomergeError if no worker is left.
+        """Give a job to the first free worker and wait for its result.
 
-        title: for the log.  trial: its number, if the job is one.
+        title: names the job in the log.
+        trial: number of the trial, if the job is one.
+        EvomergeError if no worker is left.
         """
-        for _ in range(DEATHS):
-            post = await self.ready()
-            post.turn("busy", trial)
+        for _ in range(MAX_DEATHS):
+            member = await self.free_member()
+            member.set_state("busy", trial)
+            work = member.worker.run(job, progress)
             try:
-                result = await self.watched(post.worker, post.worker.run(job, progress), self.stuck, self.longest)
-            except (Died, Late) as end:
-                self.log(f"{title}: worker {self.posts.index(post)} {end}")
-                post.restarts += 1
-                self.launch(post, "restarting")
-                if isinstance(end, Late):
+                result = await self.wait_for(member.worker, work, self.max_silence, self.max_job_time)
+            except (WorkerDied, JobTimeout) as end:
+                self.log(f"{title}: worker {member.number} {end}")
+                self.begin_start(member, "restarting")
+                if isinstance(end, JobTimeout):
                     return Failure(str(end))
                 cause = end
             except BaseException:
-                await post.worker.kill()
+                await member.worker.kill()
                 raise
             else:
-                post.turn("idle")
-                self.idle.put_nowait(post)
+                member.set_state("idle")
+                self.free.put_nowait(member)
                 return result
-        return Failure(f"its worker died {DEATHS} times; the last one {cause}")
+        return Failure(f"its worker died {MAX_DEATHS} times; the last one {cause}")
 
-    async def ready(self) -> Post:
-        post = await self.idle.get()
-        if post is None:
-            self.idle.put_nowait(None)  # for whoever else waits
+    async def free_member(self) -> PoolMember:
+        """Wait for a free worker.  EvomergeError if no worker is left."""
+        member = await self.free.get()
+        if member is None:
+            self.free.put_nowait(None)  # for other callers that wait
             raise self.error or EvomergeError("no worker is left")
-        return post
+        return member
 
-    def launch(self, post: Post, state: State = "starting") -> None:
-        task = asyncio.create_task(self.start(post, state))
+    def begin_start(self, member: PoolMember, state: State = "starting") -> None:
+        """Start a worker in the background."""
+        task = asyncio.create_task(self.start(member, state))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def start(self, post: Post, state: State) -> None:
-        """Bring a worker to its post; give it up when it dies too often."""
-        post.turn(state)
-        for _ in range(DEATHS):
+    async def start(self, member: PoolMember, state: State) -> None:
+        """Start a worker and add it to the free ones; give it up after `MAX_DEATHS` deaths."""
+        member.set_state(state)
+        for _ in range(MAX_DEATHS):
             try:
                 if state == "restarting":
-                    await post.worker.kill()
-                await self.watched(post.worker, post.worker.start(), STARTING, None)
-            except (Died, Late) as end:
-                self.log(f"worker {self.posts.index(post)} did not start: it {end}")
+                    await member.worker.kill()
+                await self.wait_for(member.worker, member.worker.start(), START_LIMIT, None)
+            except (WorkerDied, JobTimeout) as end:
+                self.log(f"worker {member.number} did not start: it {end}")
                 state, cause = "restarting", EvomergeError(f"no worker could be started; the last one {end}")
-            except Exception as error:  # another worker would say the same
-                post.turn("dead")
+            except Exception as error:  # every other worker would fail in the same way
+                member.set_state("dead")
                 self.error = error
-                self.idle.put_nowait(None)
+                self.free.put_nowait(None)
                 return
             else:
-                post.turn("idle")
-                self.idle.put_nowait(post)
+                member.set_state("idle")
+                self.free.put_nowait(member)
                 return
-        post.turn("dead")
-        if all(p.state == "dead" for p in self.posts):
+        member.set_state("dead")
+        if all(m.state == "dead" for m in self.members):
             self.error = cause
-            self.idle.put_nowait(None)
+            self.free.put_nowait(None)
 
-    async def watched(self, worker: Worker, work: Awaitable[T], stuck: float, longest: float | None) -> T:
-        """Wait for a worker; Died if it is silent for `stuck` seconds, Late after `longest`.
+    async def wait_for(self, worker: Worker, work: Awaitable[T], max_silence: float, max_time: float | None) -> T:
+        """Wait for something that a worker does.
 
-        Time is counted in looks of at most twice a TICK, so that a machine that slept accuses nobody.
+        Between two looks at the worker at most two TICKs are counted, so that the time in which the machine slept is
+        not held against the worker.
+
+        WorkerDied after `max_silence` seconds without a heartbeat, JobTimeout after `max_time` seconds.
         """
         task = asyncio.ensure_future(work)
         silent = whole = 0.0
-        beats, looked = worker.beats, time.monotonic()
+        heartbeats, looked = worker.heartbeats, time.monotonic()
         try:
             while not task.done():
                 await asyncio.wait([task], timeout=TICK)
                 now = time.monotonic()
                 passed, looked = min(now - looked, 2 * TICK), now
                 whole += passed
-                silent = 0.0 if worker.beats != beats else silent + passed
-                beats = worker.beats
-                if not task.done() and silent > stuck:
-                    raise Died(f"was silent for {silent:.0f} s")
-                if not task.done() and longest is not None and whole > longest:
-                    raise Late(f"took longer than the {longest:g} s that a trial may take")
+                silent = 0.0 if worker.heartbeats != heartbeats else silent + passed
+                heartbeats = worker.heartbeats
+                if not task.done() and silent > max_silence:
+                    raise WorkerDied(f"was silent for {silent:.0f} s")
+                if not task.done() and max_time is not None and whole > max_time:
+                    raise JobTimeout(f"took longer than the {max_time:g} s that a trial may take")
             return task.result()
         finally:
             if not task.done():
@@ -182,7 +207,7 @@ class Pool:
 
 
 async def run_all(*works: Awaitable[T]) -> list[T]:
-    """The results of all; if one raises, the others are stopped first."""
+    """Wait for several awaitables and return their results; if one raises, the others are cancelled first."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))

@@ -1,146 +1,98 @@
-"""Workers that are Ray actors, one for each accelerator of a cluster, on whatever Ray runs."""
+"""A worker that is a Ray actor, placed by Ray on a machine of the cluster.
+
+`RayEvaluator` runs in the actor's process; `RayWorker` is the actor as the driver sees it.  Ray restarts an actor that
+dies a few times by itself; after that the worker makes a new one.
+"""
 
 import asyncio
 import contextlib
 import os
-import signal
-import socket
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
 
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.jobs import Job, Result
-from evomerge.search.workers.worker import Died, Progress, Setup
+from evomerge.search.workers.ray_cluster import cluster_device
+from evomerge.search.workers.worker import BatchProgress, WorkerDied, WorkerSetup
 
-try:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-except ImportError as error:
-    raise EvomergeError('--ray needs Ray; install it with: pip install "evomerge[ray]"') from error
-
-POLL = 0.5  # seconds between looks at an actor's beats
-RESTARTS = 3  # of an actor by Ray itself: the pool asks for a new one after that
+POLL = 0.5  # seconds between two questions for an actor's state
+RESTARTS = 3  # of an actor by Ray itself
 
 
 class RayEvaluator:
-    """The actor: one thread works, another answers how far it is."""
+    """The actor: one of its threads does jobs, another answers questions for its state."""
 
     def __init__(self) -> None:
-        self.beats = 0
+        self.heartbeats = 0
         self.lines: list[str] = []
         self.done = (0, 0)
         self.lock = threading.Lock()
         self.evaluator: Any = None
 
-    def beat(self) -> None:
-        self.beats += 1
+    def heartbeat(self) -> None:
+        """Called between batches."""
+        self.heartbeats += 1
 
     def progress(self, done: int, total: int) -> None:
-        self.beats, self.done = self.beats + 1, (done, total)
+        """Batches of a job that are done, and their total."""
+        self.heartbeats, self.done = self.heartbeats + 1, (done, total)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Keep a line for the run's log until the driver asks for it."""
         with self.lock:
             self.lines.append(text)
 
-    def open(self, setup: Setup) -> str | None:
-        """Open the evaluator; what is wrong with it, if anything is."""
+    def open(self, setup: WorkerSetup) -> str | None:
+        """Open the evaluator; return the message of an EvomergeError, or None."""
         from evomerge.search.workers.remote_evaluator import open_evaluator
 
         try:
-            self.evaluator = open_evaluator(setup, self.beat, self.say, self.progress)
+            self.evaluator = open_evaluator(setup, self.heartbeat, self.log, self.progress)
         except EvomergeError as error:
             return str(error)
         return None
 
     def work(self, job: Job) -> Result | str:
-        """The result; a text if the search is at fault."""
+        """Do a job; return its result, or the message of an EvomergeError."""
         try:
             found: Result = self.evaluator.run(job)
         except EvomergeError as error:
             return str(error)
         return found
 
-    def look(self) -> tuple[int, tuple[int, int], list[str]]:
-        """Beats so far, how far an full evaluation is, and what was logged since the last look."""
+    def state(self) -> tuple[int, tuple[int, int], list[str]]:
+        """Heartbeats so far, (batches done, their total), and the log's lines since the last call."""
         with self.lock:
             lines, self.lines = self.lines, []
-        return self.beats, self.done, lines
+        return self.heartbeats, self.done, lines
 
     def process(self) -> int:
         """Its process id, on its own machine."""
         return os.getpid()
 
 
-def connect(address: str) -> None:
-    """Join a cluster, or start one of this machine alone (`local`).  EvomergeError if there is none at the address."""
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        host, _, port = address.rpartition(":")
-        if host and port.isdecimal():  # Ray itself would try for minutes
-            socket.create_connection((host.removeprefix("ray://").strip("[]"), int(port)), timeout=10).close()
-        if address == "local":
-            ray.init(address="local", **quiet)
-        else:
-            quiet.pop("include_dashboard")
-            ray.init(address=address, **quiet)
-    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvomergeError(f"--ray {address}: no cluster can be reached there ({reason})") from error
-    for number, handler in handlers.items():  # Ray puts its own in their place
-        signal.signal(number, handler)
-
-
-def cluster_room(device: str, wanted: int | Literal["auto"]) -> int:
-    """How many workers a cluster gets: one for each accelerator, or one for each machine where there are none.
-
-    EvomergeError if it has no room for those wanted.
-    """
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if device.startswith("cuda") and not gpus:
-        raise EvomergeError(f"device: {device!r} was asked for, but the Ray cluster has no GPU")
-    on_gpus = gpus > 0 and device != "cpu"
-    if wanted == "auto":
-        return gpus if on_gpus else sum(bool(node["Alive"]) for node in ray.nodes())
-    if wanted > (gpus if on_gpus else cpus):
-        has = f"{gpus} GPUs" if on_gpus else f"{cpus} CPUs"
-        raise EvomergeError(f"--workers {wanted}: the Ray cluster has {has}, and every worker takes one")
-    return wanted
-
-
-def cluster_device(device: str) -> str:
-    """The kind of device that workers get for this `device` of the configuration."""
-    return "cuda" if ray.cluster_resources().get("GPU", 0) and device != "cpu" else "cpu"
-
-
-def workers_of_a_machine(count: int) -> int:
-    """How many of so many workers may come to stand on one machine of the cluster: no more than it has accelerators,
-    or processors where there are none."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = max([int(found.get("GPU", 0) or found.get("CPU", 1)) for found in alive], default=1)
-    return max(1, min(count, most))
-
-
 class RayWorker:
-    """A worker that Ray places: on a machine with a free accelerator, spread over the cluster."""
+    """A worker that Ray places on a machine with a free accelerator, spread over the cluster.
 
-    def __init__(self, setup: Setup, log: Callable[[str], None]) -> None:
+    setup: what the actor must know.
+    log: gets the lines that belong into the run's log.
+    """
+
+    def __init__(self, setup: WorkerSetup, log: Callable[[str], None]) -> None:
         self.setup = setup
         self.log = log
-        self.beats = 0
+        self.heartbeats = 0
         self.actor: Any = None
-        self.gone = False  # the actor died, and Ray is at it already
+        self.dead = False  # the actor died, and Ray restarts it already
         self.gpus = 1 if cluster_device(setup.config.device) == "cuda" else 0
         self.device = "ray cuda" if self.gpus else "ray cpu"
         threads = os.environ.get("OMP_NUM_THREADS")
         variables = {"OMP_NUM_THREADS": threads} if threads else {}
-        self.made = ray.remote(RayEvaluator).options(
+        self.actor_class = ray.remote(RayEvaluator).options(
             num_gpus=self.gpus,
             num_cpus=1,
             max_restarts=RESTARTS,
@@ -150,61 +102,65 @@ class RayWorker:
         )
 
     async def start(self) -> None:
-        """A new actor, or the old one that Ray has restarted."""
+        """Make an actor, or take the old one that Ray has restarted, and open its evaluator."""
         if self.actor is None:
-            self.actor = self.made.remote()
-        self.gone = False
+            self.actor = self.actor_class.remote()
+        self.dead = False
         try:
             wrong = await self.ask(self.actor.open.remote(self.setup), lambda done, total: None)
-        except Died:
-            self.close()  # Ray restarts it no more
+        except WorkerDied:
+            self.close()  # so that Ray restarts it no more
             raise
         if wrong is not None:
             raise EvomergeError(wrong)
 
-    async def run(self, job: Job, progress: Progress) -> Result:
+    async def run(self, job: Job, progress: BatchProgress) -> Result:
+        """Send a job and wait for its result."""
         found = await self.ask(self.actor.work.remote(job), progress)
         if isinstance(found, str):
             raise EvomergeError(found)
         result: Result = found
         return result
 
-    async def ask(self, answer: Any, progress: Progress) -> Any:
-        """Wait for an actor's answer, looking at its beats meanwhile.  Died if the actor or its machine is gone."""
+    async def ask(self, answer: Any, progress: BatchProgress) -> Any:
+        """Wait for an answer of the actor, asking for its state meanwhile.  WorkerDied if the actor is gone."""
         waiting = asyncio.wrap_future(answer.future())
         try:
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=POLL)
                 if not waiting.done():
-                    await self.look(progress)
+                    await self.update_state(progress)
             found = await waiting
-            await self.look(progress)
+            await self.update_state(progress)
         except RayTaskError:
             raise
         except RayError as error:
-            waiting.exception() if waiting.done() else waiting.cancel()  # nobody else asks for it
-            self.gone = True
-            raise Died(f"is gone: {str(error).strip().splitlines()[0]}") from None
+            waiting.exception() if waiting.done() else waiting.cancel()  # nothing else waits for it
+            self.dead = True
+            raise WorkerDied(f"is gone: {str(error).strip().splitlines()[0]}") from None
         return found
 
-    async def look(self, progress: Progress) -> None:
-        looking = asyncio.wrap_future(self.actor.look.remote().future())
-        await asyncio.wait([looking], timeout=30 * POLL)
-        if not looking.done():
-            return  # a silent actor is the pool's affair
-        beats, done, lines = looking.result()
-        if done[1] and beats != self.beats:
+    async def update_state(self, progress: BatchProgress) -> None:
+        """Ask the actor for its state; give up after a while, as the pool notices a worker that hangs."""
+        asking = asyncio.wrap_future(self.actor.state.remote().future())
+        await asyncio.wait([asking], timeout=30 * POLL)
+        if not asking.done():
+            return
+        heartbeats, done, lines = asking.result()
+        if done[1] and heartbeats != self.heartbeats:
             progress(*done)
-        self.beats = beats
+        self.heartbeats = heartbeats
         for line in lines:
             self.log(line)
 
     async def kill(self) -> None:
-        if self.actor is not None and not self.gone:
+        """Kill the actor's process; Ray restarts it."""
+        if self.actor is not None and not self.dead:
             with contextlib.suppress(RayError):
                 ray.kill(self.actor, no_restart=False)
 
     def close(self) -> None:
+        """Kill the actor for good."""
         if self.actor is not None:
             with contextlib.suppress(RayError):
                 ray.kill(self.actor, no_restart=True)

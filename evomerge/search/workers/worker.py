@@ -1,4 +1,4 @@
-"""What a worker is, and what it must know to begin."""
+"""The interface of a worker, and what a worker must know before its first job."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,21 +9,24 @@ from evomerge.config.schema import SearchConfig
 from evomerge.merge.bank.memory import Share
 from evomerge.search.evaluation.jobs import Job, Result
 
-Progress = Callable[[int, int], None]
-"""Called with the batches of an full evaluation that are done, and their total."""
+BatchProgress = Callable[[int, int], None]
+"""Called with the number of batches of an `EvaluationJob` that are done, and their total."""
 
 
-class Died(Exception):
-    """A worker is gone; the message says how.  What it worked on can be given to another."""
+class WorkerDied(Exception):
+    """A worker has ended; the message says how.  Its job can be given to another worker."""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """All that a worker knows before its first job.
+class WorkerSetup:
+    """All that a worker outside the driver's process knows before its first job.
 
-    folder: the run's, absolute.  host: the driver's.  stamps: who the models' files are on that host.  inputs, items:
-    hashes of the models' files and of the dealt items, as the driver sees them.  share: how many workers use the same
-    device and the same machine, None for it alone.
+    config: of the search.
+    folder: the run folder, absolute.
+    host: name of the driver's machine.
+    stamps: what tells on the driver's machine that a model's file is still the same, see `model_stamps`.
+    inputs, items: hashes of the models' files and of the items of each split, as the driver sees them.
+    share: how many workers use the same device and the same machine; None if there is only this one.
     """
 
     config: SearchConfig
@@ -36,24 +39,25 @@ class Setup:
 
 
 class Worker(Protocol):
-    """Bank and live model on one device; it knows nothing of the study.
-
-    A worker is started, then runs one job at a time.  `beats` grows while it works, so that one who hangs is noticed.
-    """
+    """An evaluator on one device.  It is started, then runs one job at a time."""
 
     device: str
 
     @property
-    def beats(self) -> int: ...
+    def heartbeats(self) -> int:
+        """A number that changes while the worker works; it stays the same while the worker hangs."""
 
     async def start(self) -> None:
-        """Until it is ready, also again after it died.  Died if it dies first; EvomergeError if its inputs differ."""
+        """Start the worker, also again after it died, and wait until it is ready.
 
-    async def run(self, job: Job, progress: Progress) -> Result:
-        """Died if the worker dies first; EvomergeError if the search is at fault."""
+        WorkerDied if it dies first; EvomergeError if its models or items are not the driver's.
+        """
+
+    async def run(self, job: Job, progress: BatchProgress) -> Result:
+        """Do a job.  WorkerDied if the worker dies first; EvomergeError if the search itself cannot go on."""
 
     async def kill(self) -> None:
-        """Stop at once, whatever it does now; it can be started again."""
+        """Stop the worker at once, whatever it does; it can be started again."""
 
     def close(self) -> None:
-        """Be gone for good, after a kill."""
+        """Free what is left after a `kill`; the worker is not started again."""

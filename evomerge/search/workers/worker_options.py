@@ -1,4 +1,4 @@
-"""How many workers of which kind a person asks for."""
+"""What the command line says about workers: how many, and whether on a Ray cluster."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,18 @@ from evomerge.errors import EvomergeError
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """count: workers; `auto` is one for each accelerator.  ray: the address of a Ray cluster (`local`: a fresh one on
-    this machine), None to do without."""
+    """How many workers a search gets, and where.
+
+    count: of workers; `auto` is one for each accelerator.
+    ray: address of a Ray cluster, `local` to start one on this machine; None to use no Ray.
+    """
 
     count: int | Literal["auto"] = 1
     ray: str | None = None
 
 
 def parse_worker_options(workers: str | None, ray: str | None) -> WorkerOptions:
-    """The worker options of the command line.  EvomergeError if `workers` is neither `auto` nor a count."""
+    """Read the options `--workers` and `--ray`.  EvomergeError if `workers` is neither `auto` nor a count."""
     if workers is None or workers == "auto":
         return WorkerOptions("auto" if workers or ray else 1, ray)
     if not workers.isascii() or not workers.isdecimal() or not 1 <= int(workers) <= 1024:

@@ -1,4 +1,4 @@
-"""Evaluations outside the trials: their item scores are kept in the study, so that nothing is scored twice."""
+"""Item scores of models that are not trials (baselines, soups, finalists), kept in the study; none is scored twice."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import optuna
 from evomerge.evaluate.tasks import Item, Split
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage
-from evomerge.search.evaluation.jobs import Failure, FullEvaluation, Outcome
+from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_record, pack, rows_of_record, store_items
@@ -19,12 +19,12 @@ Known = dict[str, dict[str, dict[str, float]]]
 
 
 def digest(recipe: Recipe) -> str:
-    """Sixteen hexadecimal digits that name a recipe."""
+    """A hash that names a recipe: sixteen hexadecimal digits."""
     return hashlib.sha256(recipe.model_dump_json(exclude={"outputs"}).encode()).hexdigest()[:16]
 
 
 class StoredEvaluations:
-    """What the study knows of recipes."""
+    """Reads the item scores of models that a study has stored."""
 
     def __init__(self, study: optuna.Study, task_set: TaskSet) -> None:
         self.study = study
@@ -32,7 +32,7 @@ class StoredEvaluations:
         self.names: dict[Split, str] = {}
 
     def known(self, split: Split, recipe: Recipe) -> Known:
-        """What is in the study already."""
+        """The item scores of a recipe on a split that are in the study already."""
         attributes = self.study.user_attrs
         found: Known = {}
         for row in rows_of_record(attributes, evaluation_record(attributes, split, digest(recipe)), {}):
@@ -46,7 +46,7 @@ class StoredEvaluations:
         return self.names[split]
 
     def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
-        """Per task, the items that lack a score that the split is for."""
+        """The items that lack a score which is needed on the split, by task."""
         found = {}
         for task in self.task_set.tasks:
             tables = [known.get(task.name, {}).get(metric, {}) for metric in self.task_set.wanted(task, split)]
@@ -54,12 +54,12 @@ class StoredEvaluations:
         return {task: items for task, items in found.items() if items}
 
     def stored(self, split: Split, recipe: Recipe) -> Scores | None:
-        """The metrics of a recipe that a split is for, None if the study does not have all of them."""
+        """The scores of a recipe that are needed on a split, None if the study does not have all of them."""
         known = self.known(split, recipe)
         return None if self.missing(split, known) else self.arranged(split, known)
 
     def arranged(self, split: Split, known: Known) -> Scores:
-        """The scores of the split's items, in the split's order; only metrics that every item has."""
+        """Arrange scores in the order of the split's items; only metrics that every item has."""
         found: Scores = {}
         for task in self.task_set.tasks:
             ids = [i.id for i in self.task_set.items[task.name][split]]
@@ -69,7 +69,7 @@ class StoredEvaluations:
 
 
 class Evaluations(StoredEvaluations):
-    """What the study knows of recipes; what it does not know, the pool's workers find out."""
+    """Item scores of models: those in the study are read, missing ones are computed by the pool's workers."""
 
     def __init__(self, study: optuna.Study, task_set: TaskSet, pool: Pool, monitor: Monitor) -> None:
         super().__init__(study, task_set)
@@ -77,16 +77,16 @@ class Evaluations(StoredEvaluations):
         self.monitor = monitor
 
     async def score(self, split: Split, recipe: Recipe, title: str) -> Scores:
-        """The metrics of a recipe that a split is for; what the study has is taken from there, the rest is evaluated.
+        """The scores of a recipe that are needed on a split.
 
-        title: for whoever watches.  ArithmeticError if the model is broken.
+        title: names the model in the log.  ArithmeticError if the model is broken.
         """
         known = self.known(split, recipe)
         if missing := self.missing(split, known):
             ids = {task: [i.id for i in items] for task, items in missing.items()}
             count = sum(map(len, ids.values()))
             self.pool.log(f"scoring {recipe.method} {digest(recipe)} on {count} items of {split}")
-            result = await self.pool.run(FullEvaluation(recipe, split, ids), title, self.monitor.step)
+            result = await self.pool.run(EvaluationJob(recipe, split, ids), title, self.monitor.step)
             if isinstance(result, Failure):
                 raise result.error()
             for task, metrics in result.scores.items():
@@ -97,7 +97,7 @@ class Evaluations(StoredEvaluations):
         return self.arranged(split, known)
 
     def store(self, split: Split, recipe: Recipe, scores: Scores, count: int, result: Outcome) -> None:
-        """Keep scores in the study, in one write.
+        """Store scores in the study, in one write.
 
         scores: of all items that were ever scored.  count: how many were scored now.  result: of scoring those.
         """
@@ -111,4 +111,4 @@ class Evaluations(StoredEvaluations):
             elapsed=self.monitor.stopwatch.elapsed,
         )
         self.study.set_user_attr(evaluation_key(split, digest(recipe)), record.to_json())
-        self.monitor.spend(result.used)
+        self.monitor.add_used(result.used)
