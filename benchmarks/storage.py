@@ -21,7 +21,7 @@ from cmaes import CMA
 from optuna.trial import TrialState, create_trial
 
 from evomerge.config.schema import SearchConfig
-from evomerge.evaluate.canary import Signs
+from evomerge.evaluate.signs import Signs
 from evomerge.search.space.space import Group, Space
 from evomerge.search.storage import sql_statements
 from evomerge.search.storage.database import open_study, sqlite_url, storage_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from optuna.trial import create_trial
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Signs
+from evomerge.evaluate.signs import Signs
 from evomerge.search.budget.usage import Elapsed, Usage
 from evomerge.search.storage.item_scores import objective_scores, pack
 from evomerge.search.storage.trial_record import (

@@ -20,8 +20,9 @@ from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome, TrialJob
 from evomerge.search.evaluation.race_setup import build_race_setup
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
+from evomerge.search.inputs import create_run
 from evomerge.search.models import open_config_models
-from evomerge.search.run import Run, create_run
+from evomerge.search.run import Run
 from evomerge.search.workers.make_workers import make_workers, setup_of
 from evomerge.search.workers.pool import MAX_DEATHS, Pool
 from evomerge.search.workers.remote_evaluator import open_evaluator

@@ -15,6 +15,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import open_run as open_run_folder
 from evomerge.search.storage.database import storage_of
+from evomerge.search.storage.optuna_private import key_of_study
 from evomerge.search.storage.study import in_full, rank, trial_seconds
 from evomerge.search.storage.trial_record import record_of
 from evomerge.search.verdict.verdict import Verdict
@@ -196,7 +197,7 @@ def reader_of_trials(run: RunFolder) -> Callable[[int], Trial]:
     storage = storage_of(study)
 
     def read(number: int) -> Trial:
-        key = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        key = storage.get_trial_id_from_study_id_trial_number(key_of_study(study), number)
         return trial_of(storage.get_trial(key))
 
     return read

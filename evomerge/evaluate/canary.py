@@ -6,11 +6,12 @@ models, so a candidate is compared with its parents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from evomerge.evaluate.signs import Signs
 
 WIDTH = 48  # the last tokens of a prompt that are used
 PROMPTS = 4
@@ -21,20 +22,6 @@ SUSPECT = 0.5  # text is generated if one token is more than this share of all p
 
 class Broken(ArithmeticError):
     """A candidate is broken and is not scored; the message says why."""
-
-
-@dataclass(frozen=True)
-class Signs:
-    """What the canary measures of a model.
-
-    entropy: the entropy of the next token in nats, averaged over all positions.
-    sameness: the share of positions whose most probable next token is the most frequent one.
-    repeats: whether every prompt was continued by an endless repetition.
-    """
-
-    entropy: float
-    sameness: float
-    repeats: bool = False
 
 
 def canary_prompts(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

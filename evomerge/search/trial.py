@@ -14,8 +14,9 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Signs, normal_signs
+from evomerge.evaluate.canary import normal_signs
 from evomerge.evaluate.racing import Race, Vector
+from evomerge.evaluate.signs import Signs
 from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
 from evomerge.search.evaluation.race_policy import may_race, rivals

@@ -22,12 +22,13 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.canary import Broken, Signs, canary_prompts, check_signs, measure_signs
+from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
+from evomerge.evaluate.signs import Signs
 from evomerge.evaluate.tasks import Item, Split
 from evomerge.evaluate.token_budget import token_budget
 from evomerge.evaluate.workload import Workload, join_workloads

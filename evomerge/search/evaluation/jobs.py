@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evomerge.evaluate.canary import Broken, Signs
+from evomerge.evaluate.canary import Broken
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Estimate, Race
+from evomerge.evaluate.signs import Signs
 from evomerge.evaluate.tasks import Split
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage

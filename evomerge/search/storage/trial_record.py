@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:  # both import torch, which takes seconds; `evomerge studies` reads records without it
-    from evomerge.evaluate.canary import Signs
+    from evomerge.evaluate.signs import Signs
     from evomerge.search.budget.usage import Elapsed, Usage
 
 RECORD = "record"  # the trial's user attribute
@@ -260,7 +260,7 @@ class Reader:
         return known
 
     def signs(self) -> "Signs | None":
-        from evomerge.evaluate.canary import Signs
+        from evomerge.evaluate.signs import Signs
 
         found = self.take("signs", (list,), "a list")
         if found is None:
