@@ -1,5 +1,7 @@
 """The merge methods by name: the built-in ones, and those that other installed packages offer as entry points.
 
+A file of this folder with a `METHOD` is a built-in method; it needs no line here.
+
 A package offers a method in its pyproject.toml; the entry point's name is the method's, its object a `Method`:
 
     [project.entry-points."evomerge.methods"]

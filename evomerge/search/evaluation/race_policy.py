@@ -1,7 +1,8 @@
 """Which candidate of a study races, and against which trials; decided from what the study has stored.
 
 `race_setup.py` has what all races of a search share.  A candidate races against the incumbent, as long as races have
-not made the whole search clearly slower than scoring every candidate on all items.
+not made the whole search clearly slower than scoring every candidate on all items.  The test itself is
+`evaluate/racing.py`; `Evaluator.objectives_in_race` (`evaluator.py`) asks it after each chunk and stops the candidate.
 """
 
 from itertools import islice

@@ -1,6 +1,7 @@
 """Item scores as a study stores them: float32, packed into text, beside the ids of the items they belong to.
 
-This is a format, not a layer of the database: `study.py` and `database.py` write what is packed here.
+This is a format, not a layer of the database.  `search/trial.py` packs the scores of a trial into its record, and
+`SearchStudy.finish` (`study.py`) writes the record through `database.py`.
 """
 
 import base64

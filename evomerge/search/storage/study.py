@@ -1,5 +1,7 @@
 """The study of a search: its trials, from their parameters to their results, and the sampler that proposes them.
 
+A trial that was running when its process was killed is *interrupted*: it is begun again before all others.
+
 The highest of the three layers of a write: here is decided what is stored, `database.py` opens the transaction, and the
 functions of `sql_statements.py` write the rows.
 """
