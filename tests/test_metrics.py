@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributions import install
 from lm_eval_tasks import metrics, write_task
 from models import write_llama
 
@@ -130,13 +131,7 @@ POINTS = {
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed distribution that adds objectives: a module and its metadata on the path."""
-    folder = tmp_path / "installed"
-    info = folder / "added_objectives-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / "added_objectives.py").write_text(CODE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: added-objectives\nVersion: 1.0\n")
-    lines = [f"{name} = {value}\n" for name, value in POINTS.items()]
-    (info / "entry_points.txt").write_text("[evomerge.objectives]\n" + "".join(lines))
+    folder = install(tmp_path / "installed", "added-objectives", CODE, "evomerge.objectives", POINTS)
     monkeypatch.syspath_prepend(str(folder))
 
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributions import install
 from optuna.samplers import BaseSampler
 from searches import run_cli, write_config
 from test_storage import opened, space_of
@@ -33,25 +34,20 @@ corner = SamplerKind(Corner)
 needy = SamplerKind(Corner, requires=("numpy", "no_such_package"))
 wrong = Corner
 """
-ENTRY_POINTS = """[evomerge.samplers]
-corner = corner_sampler:corner
-needy = corner_sampler:needy
-wrong = corner_sampler:wrong
-broken = no_such_module:kind
-random = corner_sampler:corner
-"""
+ENTRY_POINTS = {
+    "corner": "corner_sampler:corner",
+    "needy": "corner_sampler:needy",
+    "wrong": "corner_sampler:wrong",
+    "broken": "no_such_module:kind",
+    "random": "corner_sampler:corner",
+}
 
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package on the path that brings samplers, as pip would have laid it there."""
-    folder = tmp_path / "site"
-    info = folder / "corner_sampler-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / "corner_sampler.py").write_text(MODULE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: corner-sampler\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    monkeypatch.syspath_prepend(folder)
+    site = install(tmp_path / "site", "corner-sampler", MODULE, "evomerge.samplers", ENTRY_POINTS)
+    monkeypatch.syspath_prepend(site)
     monkeypatch.delitem(sys.modules, "corner_sampler", raising=False)
     sampler_kind.cache_clear()
 

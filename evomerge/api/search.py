@@ -234,9 +234,11 @@ class SearchListener:
         if self.view is not None:
             self.view.step(done, total)
 
-    def trial(self, number: int, *progress: Any, **more: Any) -> None:
+    def trial(
+        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
+    ) -> None:
         if self.view is not None:
-            self.view.trial(number, *progress, **more)
+            self.view.trial(number, done, total, value, best, note)
         if self.on_trial is not None:
             self.read = self.read or reader_of_trials(self.run)
             self.on_trial(self.read(number))

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evomerge.errors import EvomergeError, first_line
+from evomerge.errors import EvomergeError
+from evomerge.plugins import load_plugin
 
 Needs = Literal["gold", "choices", "generation", "lm_eval"]
 KINDS: dict[Needs, tuple[str, ...]] = {
@@ -161,12 +162,7 @@ def added_metric(name: str) -> Metric | None:
     if entry is None:
         return None
     where = f"objective {name!r}: the entry point {entry.value} of {entry.dist.name if entry.dist else 'a package'}"
-    try:
-        found = entry.load()
-    except Exception as error:  # another package's code may raise anything
-        raise EvomergeError(f"{where} cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
-    if not isinstance(found, Metric):
-        raise EvomergeError(f"{where} is not an evomerge.evaluate.metrics.Metric")
+    found = load_plugin(entry, Metric, where, "is not an evomerge.evaluate.metrics.Metric")
     if found.name != name or found.formula is None or found.needs not in KINDS:
         raise EvomergeError(f"{where} needs the name {name!r}, a formula, and one of {', '.join(KINDS)} as `needs`")
     return found

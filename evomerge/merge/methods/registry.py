@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from evomerge.errors import EvomergeError, first_line
+from evomerge.errors import EvomergeError
 from evomerge.merge.methods.method import Method
+from evomerge.plugins import load_plugin
 
 GROUP = "evomerge.methods"
 
@@ -34,13 +35,10 @@ class Methods(dict[str, Method]):
             raise EvomergeError(self.unknown(name))
         if len(packages := sorted({point.dist.name if point.dist else point.value for point in offered})) > 1:
             raise EvomergeError(f"{name!r} is in several packages: {', '.join(packages)}; uninstall all but one")
-        try:
-            method = offered[0].load()
-        except Exception as error:  # code of another package may fail in any way
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise EvomergeError(f"{name!r} of the package {packages[0]} cannot be loaded ({reason})") from error
+        where = f"{name!r} of the package {packages[0]}"
+        method = load_plugin(offered[0], object, where, "")
         if not isinstance(method, Method) or method.name != name:
-            raise EvomergeError(f"{name!r} of the package {packages[0]} is no `Method` of that name ({method!r:.60})")
+            raise EvomergeError(f"{where} is no `Method` of that name ({method!r:.60})")
         self[name] = method
         return method
 

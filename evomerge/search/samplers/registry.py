@@ -16,6 +16,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
 from evomerge.errors import EvomergeError, first_line
+from evomerge.plugins import load_plugin
 from evomerge.search.samplers import cmaes, optuna_samplers
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup
 
@@ -58,12 +59,5 @@ def plugged_in(name: str) -> SamplerKind:
         names = ", ".join([*BUILT_IN, *sorted(points.names - BUILT_IN.keys())])
         raise EvomergeError(f"sampler.name: {name!r} is not a sampler; give one of {names}")
     point = points[name]
-    try:
-        kind = point.load()
-    except Exception as error:  # whatever a foreign module raises when it is imported
-        raise EvomergeError(
-            f"sampler.name: {name!r} is {point.value}, which cannot be loaded ({first_line(error)})"
-        ) from error
-    if not isinstance(kind, SamplerKind):
-        raise EvomergeError(f"sampler.name: {name!r} is {point.value}, which is not a SamplerKind")
-    return kind
+    where = f"sampler.name: {name!r} is {point.value}, which"
+    return load_plugin(point, SamplerKind, where, "is not a SamplerKind", first_line)

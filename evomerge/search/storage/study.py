@@ -81,7 +81,8 @@ class SearchStudy:
     """
 
     def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
-        """stored: the study in its database, of `open_study`.  workers: see `set_workers`.
+        """stored: the study in its database, of `open_study`.  workers: how many trials may run at once; CMA-ES
+        sizes its population by it at its first proposal.
 
         EvomergeError if the study is damaged.
         """
@@ -109,10 +110,6 @@ class SearchStudy:
         ended = (t for t in self.trials if t.state in FINISHED)
         for trial in sorted(ended, key=lambda t: (place_in_order(t), t.number)):
             self.count_in(trial)
-
-    def set_workers(self, count: int) -> None:
-        """Say how many trials may run at once; CMA-ES sizes its population by it at its first proposal."""
-        self.workers = count
 
     def take(self, trial: FrozenTrial) -> None:
         """Add a stored trial to the study in memory; one that lacks parameters waits there for its sampler."""

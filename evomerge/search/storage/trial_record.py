@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.signs import Signs
 
-if TYPE_CHECKING:  # both import torch, which takes seconds; `evomerge studies` reads records without it
-    from evomerge.evaluate.signs import Signs
+if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
 
 RECORD = "record"  # the trial's user attribute
@@ -82,7 +82,7 @@ class TrialRecord:
 
     items: str | None = None
     scores: Packed = field(default_factory=dict)
-    signs: "Signs | None" = None
+    signs: Signs | None = None
     partial: float | None = None
     broken: str | None = None
     reason: str | None = None
@@ -179,7 +179,7 @@ class EvaluationRecord:
 
 
 def is_in_full(content: Mapping[str, Any]) -> bool:
-    """`TrialRecord.in_full` of a record as JSON; what `from_json` reads beside that needs torch."""
+    """`TrialRecord.in_full` of a record as JSON, of which nothing else is read."""
     return content.get("partial") is None and content.get("broken") is None
 
 
@@ -259,9 +259,7 @@ class Reader:
             raise damaged(key, "an object of numbers")
         return known
 
-    def signs(self) -> "Signs | None":
-        from evomerge.evaluate.signs import Signs
-
+    def signs(self) -> Signs | None:
         found = self.take("signs", (list,), "a list")
         if found is None:
             return None

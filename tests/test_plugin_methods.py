@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import distributions
 import pytest
 import yaml
 from models import write_family
@@ -29,15 +30,11 @@ METHOD = Method("part_way", {"part": Knob(0.5, 0.0, 1.0)}, plan)
 """
 
 
-def install(folder: Path, name: str = "part-way", code: str = PART_WAY, offered: str = "part_way") -> Path:
-    """A folder for sys.path with one installed distribution: a module and its dist-info."""
-    module = name.replace("-", "_")
-    info = folder / f"{module}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"{module}.py").write_text(code)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[evomerge.methods]\n{offered} = {module}:METHOD\n")
-    return folder
+def install(folder: Path, name: str = "part-way", code: str = PART_WAY) -> Path:
+    """Install a package that offers the method `part_way`; the folder for sys.path."""
+    return distributions.install(
+        folder, name, code, "evomerge.methods", {"part_way": f"{name.replace('-', '_')}:METHOD"}
+    )
 
 
 @pytest.fixture
