@@ -179,11 +179,13 @@ class SamplerConfig(Strict):
     name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
     sigma0: the first step of cma-es, as a share of the bounds.
     population: samples per generation of cma-es.
+    steps: gradient steps of `auto` and `learned`, at most.
     """
 
     name: str = Field(default="cma-es", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    steps: int | None = Field(default=None, ge=1)
 
 
 def parse_duration(value: object) -> object:

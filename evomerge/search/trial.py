@@ -82,17 +82,20 @@ class TrialRunner:
         self.monitor = monitor
         self.storing = 0.0  # seconds that it took to store the last trial
 
-    async def run(self, baselines: Sequence[Baseline], races: Races | None) -> None:
-        """Run one trial: an interrupted one, else the next baseline, else the sampler's proposal.
+    async def run(
+        self, baselines: Sequence[Baseline], races: Races | None, learned: tuple[int, Point] | None = None
+    ) -> None:
+        """Run one trial: an interrupted one, else the next baseline, else a learned point, else a proposal.
 
         baselines: all that are known so far.
         races: None if candidates do not race, or not yet.
+        learned: the number of gradient steps and the point that they led to; None lets the sampler propose.
 
         An error inside the trial becomes the trial's recorded reason.  Raises EvomergeError if the search itself is at
         fault, or when too many trials in a row have failed.
         """
         started = time.perf_counter()
-        trial = self.study.begin(next_baseline(self.study, baselines))
+        trial = self.study.begin(next_baseline(self.study, baselines), learned)
         proposed = time.perf_counter()
         self.log(f"trial {trial.number} begins")
         work, race = self.job_of(trial, baselines, races)

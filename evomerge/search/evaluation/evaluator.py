@@ -25,6 +25,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
+from evomerge.evaluate.gradient import backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
@@ -35,13 +36,14 @@ from evomerge.evaluate.workload import Workload, join_workloads
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import Share
 from evomerge.merge.compute_dtype import faster_type, measure
+from evomerge.merge.gradient import KnobTaps
 from evomerge.merge.kernels.compiled import compiled_for
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
-from evomerge.search.evaluation.jobs import Failure, Job, Outcome, RaceLooksJob, Result, TrialJob
+from evomerge.search.evaluation.jobs import Failure, GradientJob, Job, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
 from evomerge.search.evaluation.score_checks import finite_scores, needed_scores
 from evomerge.search.evaluation.task_set import Scores, TaskSet
@@ -92,6 +94,7 @@ class Evaluator:
         self.bank = Bank(models, device, compiled=compiled, cache=cache, live=held, share=share)
         self.model = candidate_model(self.bank, dtype, held)
         self.destinations = destinations(self.model, self.bank)
+        self.taps = KnobTaps(self.model, self.bank, self.destinations)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
         self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
@@ -127,6 +130,8 @@ class Evaluator:
                 return self.score_trial(job.recipe, job.normal, job.race_setup, job.race)
             if isinstance(job, RaceLooksJob):
                 return self.choose_looks(job.race_setup)
+            if isinstance(job, GradientJob):
+                return self.gradient(job)
             everything = job.split != "search"  # there only objectives are compared, and generating answers takes long
             only = self.items_with_ids(job.split, job.only)
             return self.evaluate(job.recipe, job.split, everything, only)
@@ -138,7 +143,7 @@ class Evaluator:
             free_memory(self.bank.device)
             return Failure(reason(error), traceback=traceback.format_exc())
 
-    # --- The three kinds of jobs ---
+    # --- The kinds of jobs ---
 
     def score_trial(
         self, recipe: Recipe, normal: Signs | None, race_setup: RaceSetup | None = None, race: Race | None = None
@@ -184,6 +189,23 @@ class Evaluator:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
         work = self.prepared("search", everything=False)
         return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, work.by_task, work))
+
+    def gradient(self, job: GradientJob) -> Outcome:
+        """Compute the derivative of a mini-batch's objective by every coefficient, see `GradientJob`.
+
+        NotFinite or NotFiniteScore if the candidate is broken.
+        """
+        items = self.items_with_ids("search", job.items) or {}
+        tasks = [t for t in self.task_set.tasks if t.name in items]
+        works = [self.engine.workload(t, items[t.name], everything=False) for t in tasks]
+        clock = Clock(self.check, counts=self.counts, device=self.bank.device)
+        self.materialise(job.recipe, clock)
+        weights = {t.name: [job.weights[t.name]] * len(items[t.name]) for t in tasks}
+        with clock.time("forward"), self.taps.watch(job.recipe) as found:
+            values = backward(self.engine, works, weights, clock)
+        scores = {t.name: {t.objective: finite_scores(t, t.objective, {t.objective: values[t.name]})} for t in tasks}
+        gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
+        return Outcome(scores, clock.seconds, gradient=gradient)
 
     # --- Merging and scoring ---
 

@@ -1,7 +1,7 @@
 """What the driver asks a worker to do (`Job`) and what comes back (`Result`).  Plain data, sent between processes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evomerge.evaluate.canary import Broken
 from evomerge.evaluate.looks import Looks
@@ -12,6 +12,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage
 from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.task_set import Scores
+from evomerge.search.space.space import KnobGradient
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,20 @@ class RaceLooksJob:
     race_setup: RaceSetup
 
 
-Job = TrialJob | EvaluationJob | RaceLooksJob
+@dataclass(frozen=True)
+class GradientJob:
+    """Compute the derivative of a mini-batch's objective by every coefficient of a recipe.
+
+    items: the ids of the items by task, all of the search split.
+    weights: what the raw objective of one item counts, by task.
+    """
+
+    recipe: Recipe
+    items: Mapping[str, Sequence[str]]
+    weights: Mapping[str, float]
+
+
+Job = TrialJob | EvaluationJob | RaceLooksJob | GradientJob
 
 NOTHING = Usage()
 
@@ -62,6 +76,7 @@ class Outcome:
     signs: what the canary found, of a `TrialJob`.
     estimate: the estimated value, of a candidate that a race stopped.
     looks: of a `RaceLooksJob`.
+    gradient: of a `GradientJob`; what is derived rises with the objectives.
     used: time, tokens and memory that the job took.
     """
 
@@ -70,6 +85,7 @@ class Outcome:
     signs: Signs | None = None
     estimate: Estimate | None = None
     looks: Looks | None = None
+    gradient: KnobGradient = field(default_factory=dict)
     used: Usage = NOTHING
 
 

@@ -52,11 +52,13 @@ class SamplerKind:
     requires: the packages that it imports and that evomerge does not depend on.
     serves_all_trials: the sampler is made once a process and seeds itself anew for each trial by `trial_seed`; else it
         is made anew for each trial.
+    learned_start: the search climbs along the gradient before the sampler's first trial, see search/learned/.
     """
 
     make: Callable[[SamplerSetup], BaseSampler]
     requires: tuple[str, ...] = ()
     serves_all_trials: bool = False
+    learned_start: bool = False
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ From a recipe to a point (`Space.point_of`): the coefficient at every tensor giv
 `axis_values`, the inverse of `spread`, gives the values of the group.  Many recipes have no point.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
+
+KnobGradient = Mapping[tuple[str, str | None], Mapping[Component, Sequence[float]]]
+"""(Knob, source or None) -> component -> the derivative by the knob's value there, one a layer."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,22 @@ class Space:
             allow_differences=self.config.allow_differences,
         )
 
+    def gradient(self, by_knob: KnobGradient) -> Point:
+        """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule)."""
+        found: Point = {}
+        for group in self.groups:
+            if group.fixed:
+                continue
+            own = self.own_components(group)
+            per_layer = np.zeros(max(1, self.layers))
+            for component, values in by_knob.get((group.knob, group.source), {}).items():
+                if (component if component in own else "default") == group.component:
+                    per_layer += values
+            for number, axis in enumerate(group.axes):
+                one = [float(k == number) for k in range(len(group.axes))]
+                found[axis] = float(np.sum(np.asarray(spread(one, group.granularity, self.layers)) * per_layer))
+        return found
+
     def point(self, each: Mapping[str, Mapping[str, float]], shared: Mapping[str, float]) -> Point | None:
         """The point where knobs have the same value everywhere in the model; None if it lies outside the bounds.
 
@@ -162,9 +181,13 @@ class Space:
                 point |= dict(zip(group.axes, values, strict=True))
         return point
 
+    def own_components(self, group: Group) -> set[str]:
+        """The components for which a group's knob and source have groups of their own, and `default`."""
+        return {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
+
     def places(self, group: Group) -> list[TensorRole]:
         """The tensors that a group is for."""
-        own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
+        own = self.own_components(group)
         found = [tensor_role(name) for name in self.tensors]
         return [p for p in found if (p.component if p.component in own else "default") == group.component]
 

@@ -1,0 +1,165 @@
+"""The learned start: from the best baseline along the gradient, by mini-batches, to a trial of the sampler's study.
+
+    start      the best baseline that is a point of the space
+    step       a mini-batch for each worker; their mean gradient moves the point (adam.py)
+    look       every LOOK steps the mean point of the last AVERAGED share of the steps is scored as a trial
+    end        after `steps` steps, or at a look whose trial is not better than the one before
+
+A step is in the study before the next one begins, so a resumed search computes none twice and goes on with the same
+bits as long as it has as many workers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from evomerge.evaluate.metrics import find_metric
+from evomerge.merge.methods import METHODS
+from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
+from evomerge.search.evaluation.scale import Scale
+from evomerge.search.evaluation.stored_evaluations import Evaluations
+from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.learned.adam import Adam, average
+from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.space.baselines import Baseline
+from evomerge.search.space.space import Point, Space
+from evomerge.search.storage.step_record import StepRecord, step_key, step_records
+from evomerge.search.storage.study import SearchStudy, in_full, rank
+from evomerge.search.trial import TrialRunner
+from evomerge.search.workers.pool import Pool, run_all
+
+RATE = 0.06  # of the first step, in units of a coefficient
+STEPS = 60
+ITEMS = 16  # of all tasks together, in one mini-batch
+LOOK = 20  # steps between two trials
+AVERAGED = 0.3  # share of the steps so far whose mean point is tried
+
+
+class Learner:
+    """Takes the steps of a search's learned start.
+
+    study, evaluations, pool, monitor: the search's.
+    trials: runs the trials of the looks.
+    baselines: all of the search.
+    scale: of the objectives.
+    """
+
+    def __init__(
+        self,
+        study: SearchStudy,
+        evaluations: Evaluations,
+        pool: Pool,
+        monitor: Monitor,
+        trials: TrialRunner,
+        baselines: Sequence[Baseline],
+        scale: Scale,
+    ) -> None:
+        self.study = study
+        self.space = study.space
+        self.task_set = evaluations.task_set
+        self.pool = pool
+        self.monitor = monitor
+        self.trials = trials
+        self.baselines = baselines
+        self.scale = scale
+        self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
+        self.steps = self.space.config.sampler.steps or STEPS
+
+    async def learn(self, ended: Callable[[], str | None]) -> None:
+        """Take steps until one of the ends above, or until a limit of the search is reached.
+
+        ended: why the search must end, None if it need not.
+        """
+        point = self.start()
+        if point is None:
+            self.pool.log("no learned start: no baseline is a point of the search space")
+            return
+        adam = Adam(self.space.axes, RATE, self.steps)
+        points: list[Point] = []
+        known = step_records(self.study.stored.user_attrs)
+        best: float | None = None
+        while len(points) < self.steps and ended() is None:
+            number = len(points)
+            self.monitor.phase(f"learning the coefficients: step {number + 1} of {self.steps}")
+            step = known[number] if number < len(known) else await self.step(number, point)
+            if step is None:
+                return
+            points.append(point)
+            point = adam.step(point, step.gradient)
+            if len(points) % LOOK == 0 or len(points) == self.steps:
+                value = await self.look(len(points), points, ended)
+                if value is None or (best is not None and value <= best):
+                    self.pool.log(f"the learned coefficients end after {len(points)} steps: {value} after {best}")
+                    return
+                best = value
+
+    def start(self) -> Point | None:
+        """The point of the best baseline in the space, None if no baseline in it has a value."""
+        tried = [self.study.of_baseline(name) for name in self.study.baselines]
+        valued = [trial for trial in tried if trial is not None and in_full(trial)]
+        return dict(max(valued, key=rank).params) if valued else None
+
+    async def step(self, number: int, point: Point) -> StepRecord | None:
+        """Compute the gradient at a point and store it; None, with a line in the log, if that fails.
+
+        number: of the step, from 0.
+        """
+        recipe = self.space.recipe(point)
+        count = self.pool.size
+        batches = [minibatch(self.ids, self.space.config.seed, number * count + k, ITEMS) for k in range(count)]
+        jobs = [GradientJob(recipe, batch, self.weights(batch)) for batch in batches]
+        results = await run_all(*(self.pool.run(job, f"gradient step {number}") for job in jobs))
+        done = [result for result in results if isinstance(result, Outcome)]
+        if len(done) < len(results):
+            failures = [f"{r.reason}\n{r.traceback}".strip() for r in results if isinstance(r, Failure)]
+            self.pool.log(f"the learned start ends, gradient step {number} failed: {failures[0]}")
+            return None
+        gradients = [self.space.gradient(result.gradient) for result in done]
+        used = sum((result.used for result in done[1:]), done[0].used)
+        record = StepRecord(
+            point,
+            average(gradients),
+            sum(self.value(result) for result in done) / count,
+            sum(len(items) for batch in batches for items in batch.values()),
+            used,
+            self.monitor.stopwatch.elapsed,
+        )
+        self.study.stored.set_user_attr(step_key(number), record.to_json())
+        self.monitor.add_used(used)
+        return record
+
+    def weights(self, batch: Mapping[str, list[str]]) -> dict[str, float]:
+        """What a unit of the raw objective of one item is worth, by task: the loss is minus the scaled mean."""
+        total = sum(self.task_set.weights.values())
+        return {
+            task: self.task_set.weights[task] / total / len(items) / self.scale.unit(task, "objective")
+            for task, items in batch.items()
+        }
+
+    def value(self, result: Outcome) -> float:
+        """The mean scaled objective of a mini-batch."""
+        return self.scale.objective(self.task_set, result.scores)
+
+    async def look(self, count: int, points: list[Point], ended: Callable[[], str | None]) -> float | None:
+        """The value of the trial at the mean point of the last steps; None if it has none.
+
+        count: the steps taken so far.
+        """
+        point = average(points[-max(1, round(AVERAGED * count)) :])
+        while (trial := self.study.of_learned(count)) is None and ended() is None:
+            await self.trials.run(self.baselines, None, learned=(count, point))
+        return None if trial is None or not in_full(trial) else trial.value
+
+
+def why_not(space: Space, task_set: TaskSet) -> str | None:
+    """Why the coefficients of a search cannot be learned, None if they can."""
+    from evomerge.merge.gradient import learnable  # it imports torch
+
+    method = METHODS[space.config.method]
+    searched = {group.knob for group in space.groups if not group.fixed}
+    if not searched & learnable(method):
+        return f"no searched coefficient of {method.name} has a derivative"
+    for task in task_set.tasks:
+        metric = task.own.get(task.objective) or find_metric(task.objective)
+        if metric is None or metric.differentiable is None:
+            return f"task {task.name}: its objective {task.objective} has no derivative"
+    return None
