@@ -271,6 +271,7 @@ class SearchConfig(Strict):
     start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
         the configuration does not.
     sampler, budget, price, workers, racing: see their classes.
+    scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
     seed: of the splits, the sampler, random masks and the bootstrap.
     device: of the workers; `auto` is an accelerator if there is one.
     dtype: the type of the candidate's values.
@@ -295,6 +296,7 @@ class SearchConfig(Strict):
     price: PriceConfig | None = None
     workers: WorkersConfig = WorkersConfig()
     racing: RacingValue = RacingConfig()
+    scale: Literal["parents", "none"] = "parents"
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"
