@@ -114,8 +114,9 @@ class TaskConfig(Strict):
 
     task: a YAML file or the name of one of lm-eval's own tasks.
     weight: its share in the score.
-    objective: the metric that the search optimises (default: `metric`): one that the task has per item, or one of
-        `evaluate/metrics.py`.  It is checked when the task is opened, since only then its metrics are known.
+    objective: what the search optimises: a metric that the task has per item, or one of `evaluate/metrics.py`; `auto`
+        is a smooth one that fits the task, `entropy` one without labels.  It is checked when the task is opened, since
+        only then its metrics are known.
     metric: the metric that the verdict compares (default: the task's first).
     gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
     num_fewshot, apply_chat_template: as in lm-eval.
@@ -126,7 +127,7 @@ class TaskConfig(Strict):
 
     task: str
     weight: float = Field(default=1.0, gt=0)
-    objective: str | None = None
+    objective: str = "auto"
     metric: str | None = None
     gold: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -272,6 +273,7 @@ class SearchConfig(Strict):
     start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
         the configuration does not.
     sampler, budget, price, workers, racing: see their classes.
+    scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
     seed: of the splits, the sampler, random masks and the bootstrap.
     device: of the workers; `auto` is an accelerator if there is one.
     dtype: the type of the candidate's values.
@@ -296,6 +298,7 @@ class SearchConfig(Strict):
     price: PriceConfig | None = None
     workers: WorkersConfig = WorkersConfig()
     racing: RacingValue = RacingConfig()
+    scale: Literal["parents", "none"] = "parents"
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"

@@ -149,7 +149,9 @@ def remaining_work(
     searched = [t for t in study.complete if "baseline" not in t.user_attrs]
     best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
-    finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 1  # the mean
+    finalists = (
+        sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 2
+    )  # the mean, the best by metric
     rivals = [b for b in known if b.kind != "recommended"]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one

@@ -30,7 +30,7 @@ from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
 from evomerge.evaluate.signs import Signs
-from evomerge.evaluate.tasks import Item, Split
+from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.token_budget import token_budget
 from evomerge.evaluate.workload import Workload, join_workloads
 from evomerge.merge.bank.bank import Bank
@@ -132,9 +132,9 @@ class Evaluator:
                 return self.choose_looks(job.race_setup)
             if isinstance(job, GradientJob):
                 return self.gradient(job)
-            everything = job.split != "search"  # there only objectives are compared, and generating answers takes long
+            everything = job.everything or job.split != "search"  # generating answers takes long
             only = self.items_with_ids(job.split, job.only)
-            return self.evaluate(job.recipe, job.split, everything, only)
+            return self.evaluate(job.recipe, job.split, everything, only, job.canary)
         except EvomergeError:
             raise
         except (NotFinite, NotFiniteScore, Broken) as error:
@@ -148,42 +148,44 @@ class Evaluator:
     def score_trial(
         self, recipe: Recipe, normal: Signs | None, race_setup: RaceSetup | None = None, race: Race | None = None
     ) -> Outcome:
-        """Score a candidate on the search split by the objectives, see `TrialJob`.
+        """Score a candidate on the search split, see `TrialJob`.
 
         NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         work = self.prepared("search", everything=False)
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(recipe, clock)
-        if self.prompts is None:
-            self.prompts = canary_prompts(contexts(work.by_task), self.bank.device)
-        with clock.time("canary"), forwards_of(self.model, self.counts):
-            seen = measure_signs(self.model, self.prompts, normal)
-            check_signs(seen, normal)
+        seen = self.seen_by_canary(normal, clock)
         if race_setup is None or race is None:
-            return Outcome(self.objectives(work, clock, None), clock.seconds, seen)
-        scores = self.objectives_in_race(race_setup, race, work, clock)
+            return Outcome(self.trial_scores(work, clock, None), clock.seconds, seen)
+        scores = self.trial_scores_in_race(race_setup, race, work, clock)
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
     def evaluate(
-        self, recipe: Recipe, split: Split, everything: bool, only: Mapping[str, Sequence[Item]] | None = None
+        self,
+        recipe: Recipe,
+        split: Split,
+        everything: bool,
+        only: Mapping[str, Sequence[Item]] | None = None,
+        canary: bool = False,
     ) -> Outcome:
         """Score a recipe on a split, see `EvaluationJob`.
 
-        everything: by every metric; else by the objectives alone.  only: the items by task, None for all.
-        NotFinite or NotFiniteScore if the candidate is broken.
+        everything: by every metric; else by what trials are scored by.  only: the items by task, None for all.
+        NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         if only is None or only == self.task_set.split(split):
             work = self.prepared(split, everything)
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
-            work = self.join([self.engine.workload(t, only[t.name], everything) for t in tasks])
+            work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
         clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
+        seen = self.seen_by_canary(None, clock) if canary else None
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
             scores = {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}
-        return Outcome(scores, clock.seconds)
+        return Outcome(scores, clock.seconds, seen)
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
@@ -214,36 +216,53 @@ class Evaluator:
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
 
-    def objectives(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
-        """Score a workload: task -> its objective -> item scores."""
+    def seen_by_canary(self, normal: Signs | None, clock: Clock) -> Signs:
+        """The signs of the candidate in the live model.  Broken if they are not healthy beside the normal ones."""
+        if self.prompts is None:
+            self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.device)
+        with clock.time("canary"), forwards_of(self.model, self.counts):
+            seen = measure_signs(self.model, self.prompts, normal)
+            check_signs(seen, normal)
+        return seen
+
+    def trial_scores(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
+        """Score a workload of the search split by what trials are scored by."""
         found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
         with clock.time("score"):
             tasks = [(part.task, metrics) for part, metrics in found]
-            return {t.name: {t.objective: finite_scores(t, t.objective, metrics)} for t, metrics in tasks}
+            return {
+                t.name: {m: finite_scores(t, m, metrics) for m in self.task_set.wanted(t, "search")}
+                for t, metrics in tasks
+            }
 
-    def objectives_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
+    def trial_scores_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
         """Score chunk by chunk until the race stops the candidate; items that were not scored are NaN.
+
+        The race is run on the items' values (`scale.py`).
 
         work: all items of the search split.
         """
         if race_setup.name not in self.race_chunks:
             self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, work.by_task)}
         trunks: Trunks = {}
-        every = np.full(len(race_setup.ceiling), np.nan)  # (N,)
+        every = {
+            t.name: {m: np.full(race_setup.sizes[t.name], np.nan) for m in self.task_set.wanted(t, "search")}
+            for t in self.task_set.tasks
+        }
         for race_chunk in self.race_chunks[race_setup.name]:
-            found = self.objectives(race_chunk.work, clock, trunks)
+            found = self.trial_scores(race_chunk.work, clock, trunks)
             with clock.time("race"):
-                for metrics, where in zip(found.values(), race_chunk.where, strict=True):
-                    (every[where],) = metrics.values()
-                if race.observe(every[race_chunk.items]):
+                for (task, metrics), where in zip(found.items(), race_chunk.where, strict=True):
+                    for metric, scores in metrics.items():
+                        every[task][metric][where - race_setup.starts[task]] = scores
+                if race.observe(race_setup.values(every)[race_chunk.items]):
                     break
-        own = race_setup.by_task(every)
-        return {t.name: {t.objective: own[t.name].tolist()} for t in self.task_set.tasks}
+        return {task: {m: scores.tolist() for m, scores in metrics.items()} for task, metrics in every.items()}
 
     # --- Prepared items ---
 
     def prepared(self, split: Split, everything: bool) -> Workload:
-        """All items of a split as one workload, built once.  everything: for all metrics, not the objective alone."""
+        """All items of a split as one workload, built once.  everything: for all metrics, not only those of trials."""
         key = (split, everything)
         if key not in self.workloads:
             self.workloads[key] = self.join(self.task_workloads(split, everything))
@@ -252,12 +271,15 @@ class Evaluator:
     def task_workloads(self, split: Split, everything: bool) -> list[Workload]:
         """One workload per task with all its items of a split, read from the cache where it has them."""
         items = self.task_set.split(split)
+        asked = [(t, items[t.name], self.complete(t, everything)) for t in self.task_set.tasks]
         if self.cache is None:
-            return [self.engine.workload(t, items[t.name], everything) for t in self.task_set.tasks]
+            return [self.engine.workload(*each) for each in asked]
         folder = self.cache / "items"
-        return [
-            prepared_workload(self.engine, t, split, items[t.name], everything, folder) for t in self.task_set.tasks
-        ]
+        return [prepared_workload(self.engine, t, split, found, whole, folder) for t, found, whole in asked]
+
+    def complete(self, task: Task, everything: bool) -> bool:
+        """Whether a task's workload has to be for all its metrics."""
+        return everything or self.task_set.scores_metric(task)
 
     def join(self, works: Sequence[Workload]) -> Workload:
         """Join workloads of single tasks into one and plan its batches."""

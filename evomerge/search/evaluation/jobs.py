@@ -17,7 +17,7 @@ from evomerge.search.space.space import KnobGradient
 
 @dataclass(frozen=True)
 class TrialJob:
-    """Score a candidate on the search split by the objectives.
+    """Score a candidate on the search split by what trials are scored by (`TaskSet.wanted`).
 
     recipe: of the candidate.
     normal: what the canary found in healthy models; None accepts every candidate with finite logits.
@@ -32,14 +32,18 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Score a model on a split: by the objectives on the search split, by every metric on the others.
+    """Score a model on a split: by what trials are scored by on the search split, by every metric on the others.
 
     only: the ids of the items by task; None for all items.
+    everything: by every metric also on the search split.
+    canary: also measure the signs of a healthy model (`evaluate/canary.py`).
     """
 
     recipe: Recipe
     split: Split
     only: Mapping[str, Sequence[str]] | None = None
+    everything: bool = False
+    canary: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Outcome:
 
     scores: item scores; NaN for items that were not scored.
     seconds: by part of the work.
-    signs: what the canary found, of a `TrialJob`.
+    signs: what the canary found; None if it was not asked.
     estimate: the estimated value, of a candidate that a race stopped.
     looks: of a `RaceLooksJob`.
     gradient: of a `GradientJob`; what is derived rises with the objectives.

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.metrics import find_metric
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.measure.statistics_file import open_statistics_file
 from evomerge.merge.methods import METHODS
@@ -46,9 +47,24 @@ class TaskSet:
         """The item scores of every task's objective, or of every task's metric, by task."""
         return {t.name: scores[t.name][getattr(t, which)] for t in self.tasks}
 
-    def wanted(self, task: Task, split: Split) -> tuple[str, ...]:
-        """The metrics of a task that are needed on a split: the search split compares by the objective alone."""
-        return (task.objective,) if split == "search" else (task.objective, task.metric)
+    def scores_metric(self, task: Task) -> bool:
+        """Whether trials are scored by the task's metric too.
+
+        They are where evomerge chose the objective, and the metric says right or wrong: such a metric is flat far from
+        the goal, and near it no objective can replace it.
+        """
+        if not task.auto or task.metric == task.objective:
+            return False
+        metric = find_metric(task.metric.split(",")[0])
+        return metric is None or not metric.smooth
+
+    def wanted(self, task: Task, split: Split, everything: bool = False) -> tuple[str, ...]:
+        """The metrics of a task that are needed on a split, the objective first.
+
+        everything: also on the search split by every metric, as the base and the parents are.
+        """
+        both = everything or split != "search" or self.scores_metric(task)
+        return tuple(dict.fromkeys((task.objective, task.metric))) if both else (task.objective,)
 
     def mean(self, scores: Scores, which: Literal["objective", "metric"]) -> float:
         """The mean over tasks, by their weights, of each task's mean objective or mean metric."""

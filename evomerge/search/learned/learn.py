@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from evomerge.evaluate.metrics import find_metric
 from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
-from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.learned.adam import Adam, average
@@ -25,6 +24,7 @@ from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.trial import TrialRunner
+from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
 RATE = 0.06  # of the first step, in units of a coefficient
@@ -40,7 +40,6 @@ class Learner:
     study, evaluations, pool, monitor: the search's.
     trials: runs the trials of the looks.
     baselines: all of the search.
-    scale: of the objectives.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Learner:
         monitor: Monitor,
         trials: TrialRunner,
         baselines: Sequence[Baseline],
-        scale: Scale,
     ) -> None:
         self.study = study
         self.space = study.space
@@ -60,7 +58,7 @@ class Learner:
         self.monitor = monitor
         self.trials = trials
         self.baselines = baselines
-        self.scale = scale
+        self.scale = evaluations.scale
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.steps = self.space.config.sampler.steps or STEPS
 
@@ -131,13 +129,19 @@ class Learner:
         """What a unit of the raw objective of one item is worth, by task: the loss is minus the scaled mean."""
         total = sum(self.task_set.weights.values())
         return {
-            task: self.task_set.weights[task] / total / len(items) / self.scale.unit(task, "objective")
+            task: self.task_set.weights[task] / total / len(items) / self.scale.tasks[task].objective.unit
             for task, items in batch.items()
         }
 
     def value(self, result: Outcome) -> float:
         """The mean scaled objective of a mini-batch."""
-        return self.scale.objective(self.task_set, result.scores)
+        return mean_score(
+            {
+                task.name: self.scale.scaled(task.name, "objective", result.scores[task.name][task.objective]).tolist()
+                for task in self.task_set.tasks
+            },
+            self.task_set.weights,
+        )
 
     async def look(self, count: int, points: list[Point], ended: Callable[[], str | None]) -> float | None:
         """The value of the trial at the mean point of the last steps; None if it has none.

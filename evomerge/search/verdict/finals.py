@@ -1,9 +1,11 @@
 """The finals: which models are scored on which split, and who is compared with whom.
 
-    search split     every trial and every baseline was scored here; the five best trials by objective are finalists,
-                     with the mean of the final search distribution
+    search split     every trial and every baseline was scored here; finalists are the five best trials by value, the
+                     best by metric, learned points, and the mean of the final search distribution
     selection split  the finalists, the base and every baseline: the finalist with the best metric becomes the chosen
-                     candidate, the baseline with the best metric is recommended if the candidate does not win
+                     candidate, unless a baseline is better; then nothing that was searched is a candidate, and that
+                     baseline takes its place.  The baseline with the best metric is recommended if the candidate does
+                     not win
     holdout split    the chosen candidate against the base and every baseline, once: the verdict (verdict.py).  Of
                      the recipes that papers recommend (kind `recommended`) only the best of the selection split
                      takes part
@@ -16,10 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Split
 from evomerge.files import write_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
+from evomerge.search.evaluation.agreement import scored_models
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
@@ -30,7 +36,8 @@ from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
 
-FINALISTS = 5
+FINALISTS = 5  # trials by value
+LEARNED = "learned"  # user attribute of trials that are finalists whatever their value
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,15 @@ class Finalist:
 
 @dataclass(frozen=True)
 class Selected:
-    """A finalist with its mean scores on the selection split."""
+    """A finalist on the selection split.
+
+    metric: the mean metric.
+    value: see `scale.py`.
+    """
 
     finalist: Finalist
     metric: float
-    objective: float
+    value: float
 
     def as_dict(self) -> dict[str, Any]:
         """Its entry in verdict.json."""
@@ -62,7 +73,7 @@ class Selected:
             "kind": self.finalist.kind,
             "trial": self.finalist.trial,
             "selection_metric": self.metric,
-            "selection_objective": self.objective,
+            "selection_value": self.value,
         }
 
 
@@ -85,8 +96,8 @@ async def finish(
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
 
-    candidates = [s for s in selected if s.finalist.kind == "candidate"]
-    chosen = (candidates or selected)[0].finalist
+    searched = any(s.finalist.kind == "candidate" for s in selected)
+    chosen = selected[0].finalist
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
     rivals = without_weaker_recipes(others)
     scores, *rival_scores = await run_all(
@@ -102,7 +113,8 @@ async def finish(
         {task.name: task.metric for task in task_set.tasks},
         task_set.weights,
         seed,
-        stand_in=None if candidates else chosen.name,
+        stand_in=None if chosen.kind == "candidate" else chosen.name,
+        searched=searched,
     )
 
     uses = int(study.stored.user_attrs.get("holdout_uses", 0)) + (0 if judged_before(run, chosen.recipe) else 1)
@@ -126,10 +138,18 @@ async def finish(
 
 
 def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> list[Finalist]:
-    """The best candidates of the search by objective and the mean of its distribution; none that is a baseline."""
+    """The best candidates of the search by value and by metric, its learned points and the mean of its distribution.
+
+    None of them makes the same model as a baseline.
+    """
     space = study.space
     complete = sorted((t for t in study.complete if "baseline" not in t.user_attrs), key=rank, reverse=True)
-    found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in complete[:FINALISTS]]
+    trials = [
+        *complete[:FINALISTS],
+        *best_by_metric(study, complete),
+        *(t for t in complete if LEARNED in t.user_attrs),
+    ]
+    found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in trials]
     if (mean := study.distribution_mean()) is not None:
         found.append(Finalist("mean of the search distribution", "candidate", None, space.recipe(mean)))
     known = {model_key(baseline.recipe, space.layers) for baseline in baselines}
@@ -139,19 +159,33 @@ def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> lis
     return [finalist for key, finalist in unique.items() if key not in known]
 
 
-async def select(run: Run, evaluations: Evaluations, finalists: Sequence[Finalist]) -> list[Selected]:
-    """The finalists with their scores on the selection split, the best first: by metric, equal ones by objective.
+def best_by_metric(study: SearchStudy, ranked: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trial that is best by the metric on the search split, of those that were scored by it; empty if none was.
 
-    Finalists that are equal in both stay in the order given; broken ones are left out.
+    ranked: the trials to choose among, the best by value first; it is chosen if several are equal.
+    """
+    models = scored_models(study.trials, attributes := study.stored.user_attrs)
+    if not models:
+        return []
+    scale = Scale.from_json(attributes[SCALE])
+    means = {m.trial: found[1] for m in models if (found := m.means(scale, list(scale.tasks))) is not None}
+    known = [t for t in ranked if t.number in means]
+    return [max(known, key=lambda t: means[t.number])] if known else []
+
+
+async def select(run: Run, evaluations: Evaluations, finalists: Sequence[Finalist]) -> list[Selected]:
+    """The finalists with their scores on the selection split, the best first: by metric.
+
+    Of equal ones what was searched comes first, then what has the higher value; broken ones are left out.
     """
     task_set = evaluations.task_set
     tables = await run_all(*(score_or_none(run, evaluations, "selection", f.name, f.recipe) for f in finalists))
     found = [
-        Selected(finalist, task_set.mean(scores, "metric"), task_set.mean(scores, "objective"))
+        Selected(finalist, task_set.mean(scores, "metric"), evaluations.scale.value(scores))
         for finalist, scores in zip(finalists, tables, strict=True)
         if scores is not None
     ]
-    return sorted(found, key=lambda s: (-s.metric, -s.objective))
+    return sorted(found, key=lambda s: (-s.metric, s.finalist.kind != "candidate", -s.value))
 
 
 def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:
@@ -163,7 +197,7 @@ def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:
 async def score_or_none(run: Run, evaluations: Evaluations, split: Split, name: str, recipe: Recipe) -> Scores | None:
     """A recipe's scores on a split; None, and a line in the log, if its model is broken on these items."""
     try:
-        return await evaluations.score(split, recipe, f"{split}: {name}")
+        return await evaluations.score(split, recipe, name)
     except ArithmeticError as error:
         run.log(f"{name} is left out, it is broken on the {split} items: {error}")
         return None

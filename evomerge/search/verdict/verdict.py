@@ -16,7 +16,9 @@ from evomerge.search.verdict.intervals import (
     score_range,
 )
 
-Outcome = Literal["better", "no difference shown", "worse", "too little searched", "nothing to compare"]
+Outcome = Literal[
+    "better", "no difference shown", "worse", "nothing better found", "too little searched", "nothing to compare"
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def judge(
     weights: Mapping[str, float],
     seed: int,
     stand_in: str | None = None,
+    searched: bool = True,
 ) -> Verdict:
     """Compare the chosen candidate with every baseline on the same holdout items.
 
@@ -91,7 +94,9 @@ def judge(
     metrics: task -> its metric.
     weights: task -> its weight.
     seed: of the bootstrap.
-    stand_in: the name of the baseline that takes the candidate's place where the search has none.
+    stand_in: the name of the baseline that takes the candidate's place, where the search has none that is at least as
+        good as every baseline on the selection split.
+    searched: whether any candidate of the search was scored on the selection split.
 
     The candidate wins if the lower end of the paired difference lies above zero against each rival.  This is an
     intersection-union test (Berger 1982): luck alone makes a winner in at most 5% of all searches, however many rivals
@@ -109,7 +114,7 @@ def judge(
         Comparison(rival.name, rival.kind, mean_score(rival.scores, weights), gap)
         for rival, gap in zip(rivals, gaps, strict=True)
     ]
-    outcome = outcome_of(comparisons, stand_in is None)
+    outcome = outcome_of(comparisons, stand_in, searched)
     winner = outcome == "better"
     return Verdict(
         outcome,
@@ -122,14 +127,14 @@ def judge(
     )
 
 
-def outcome_of(comparisons: Sequence[Comparison], searched: bool) -> Outcome:
+def outcome_of(comparisons: Sequence[Comparison], stand_in: str | None, searched: bool) -> Outcome:
     """The outcome of the comparisons.
 
     comparisons: first the one with the best baseline of the selection split.
-    searched: whether the search has a candidate of its own.
+    stand_in, searched: as in `judge`.
     """
-    if not searched:
-        return "too little searched"
+    if stand_in is not None:
+        return "nothing better found" if searched else "too little searched"
     if not comparisons:
         return "nothing to compare"
     if all(c.beaten for c in comparisons):
@@ -145,6 +150,11 @@ def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison
         return (
             f"Too little searched: no candidate of the search was scored in full. {stand_in}, the best baseline on the "
             f"selection items, has {holdout} and is recommended."
+        )
+    if outcome == "nothing better found":
+        return (
+            f"Nothing better found: on the selection items {stand_in} is better than every candidate of the search. It "
+            f"has {holdout} and is recommended."
         )
     if not comparisons:
         return f"Nothing to compare: {holdout}, but no baseline could be scored; the run's log.txt says why."

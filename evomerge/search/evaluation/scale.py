@@ -1,0 +1,203 @@
+"""The scale of a study: item scores of all tasks become values of one kind, whose mean is the value of a trial.
+
+    o, m    the objective and the metric of one item of a task
+    a, u    offset and unit of the task's objective; b, r those of its metric
+    s       the share of the metric in the task's values
+
+    v = (1 - s) (o - a) / u + s (m - b) / r
+
+Offset and unit come from the means on the search split: the base is 0, and the best parent on this task is 1.  So a
+task's weight means the same whatever its scores are measured in.  A study keeps its scale as an attribute, so all its
+values stay comparable.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.search.evaluation.task_set import Scores, TaskSet
+from evomerge.search.verdict.intervals import mean_score
+
+Vector = NDArray[np.float64]
+Which = Literal["objective", "metric"]
+
+SCALE = "evomerge:scale"  # study attribute
+METRIC_SHARE = 0.5  # the share of the metric in the values of a task whose trials are scored by both
+NOISE = (
+    2.0  # a parent beats the base if its mean is higher by more than so many standard errors of the paired difference
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """x -> (x - offset) / unit, for the item scores of one metric of one task.
+
+    name: of the metric.
+    offset: the base's mean.
+    unit: the best parent's mean minus the base's; 1 if no parent beats the base by more than noise.
+    parent: the name of that parent; None if the unit is 1.
+    """
+
+    name: str
+    offset: float = 0.0
+    unit: float = 1.0
+    parent: str | None = None
+
+    def of(self, scores: Sequence[float] | Vector) -> Vector:
+        """The scaled scores, (n,)."""
+        scaled: Vector = (np.asarray(scores, dtype=np.float64) - self.offset) / self.unit
+        return scaled
+
+    def sentence(self, task: str) -> str:
+        """What 0 and 1 mean, in words."""
+        if self.parent is None:
+            return (
+                f"task {task}: 0 is the base ({self.offset:.3f} by {self.name}); no parent is better by more than "
+                "noise, so its own unit stays"
+            )
+        return (
+            f"task {task}: 0 is the base ({self.offset:.3f} by {self.name}), 1 is its best parent, {self.parent} "
+            f"({self.offset + self.unit:.3f})"
+        )
+
+
+@dataclass(frozen=True)
+class TaskScale:
+    """The scale of one task.
+
+    weight: the task's share in the value of a trial.
+    share: the share of the metric in the task's values; 0 if trials are scored by the objective alone.
+    """
+
+    weight: float
+    share: float
+    objective: Line
+    metric: Line
+
+    def lines(self) -> list[Line]:
+        """Those that the task's values depend on."""
+        return [self.objective, self.metric] if self.share else [self.objective]
+
+    def values(self, objective: Sequence[float] | Vector, metric: Sequence[float] | Vector | None) -> Vector:
+        """The values of items, (n,), by their scores.  metric: not needed if its share is 0."""
+        scaled = self.objective.of(objective)
+        if not self.share:
+            return scaled
+        assert metric is not None, "trials of this task are scored by the metric too"
+        mixed: Vector = (1 - self.share) * scaled + self.share * self.metric.of(metric)
+        return mixed
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of every task of a study, by name."""
+
+    tasks: dict[str, TaskScale]
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The weight of each task, by name."""
+        return {name: task.weight for name, task in self.tasks.items()}
+
+    @property
+    def relative(self) -> bool:
+        """Whether 0 is the base: not with `scale: none`, and not in studies that are older than scales."""
+        return any(line.offset or line.parent for task in self.tasks.values() for line in task.lines())
+
+    def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
+        """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""
+        line: Line = getattr(self.tasks[task], which)
+        return line.of(scores)
+
+    def item_values(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> dict[str, Vector]:
+        """The values of items by task.  scores: task -> metric -> one an item; NaN where an item was not scored."""
+        return {
+            name: self.tasks[name].values(
+                metrics[self.tasks[name].objective.name], metrics.get(self.tasks[name].metric.name)
+            )
+            for name, metrics in scores.items()
+        }
+
+    def value(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> float:
+        """The value of a model: the mean over tasks, by their weights, of the mean value of the task's items."""
+        return mean_score({task: v.tolist() for task, v in self.item_values(scores).items()}, self.weights)
+
+    def sentences(self) -> list[str]:
+        """What 0 and 1 mean in every task, in words."""
+        return [line.sentence(name) for name, task in self.tasks.items() for line in task.lines()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The scale as a study keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Scale":
+        """The scale of `to_json`."""
+        return cls(
+            {
+                name: TaskScale(task["weight"], task["share"], Line(**task["objective"]), Line(**task["metric"]))
+                for name, task in content["tasks"].items()
+            }
+        )
+
+
+def scale_of(attributes: Mapping[str, Any], task_set: TaskSet) -> Scale:
+    """The scale that a study has, one that leaves all scores as they are if it has none.  attributes: the study's."""
+    return Scale.from_json(attributes[SCALE]) if SCALE in attributes else plain_scale(task_set)
+
+
+def plain_scale(task_set: TaskSet) -> Scale:
+    """The scale that leaves all scores as they are."""
+    return Scale(
+        {
+            task.name: TaskScale(
+                task.weight,
+                METRIC_SHARE if task_set.scores_metric(task) else 0.0,
+                Line(task.objective),
+                Line(task.metric),
+            )
+            for task in task_set.tasks
+        }
+    )
+
+
+def make_scale(task_set: TaskSet, base: Scores, parents: Mapping[str, Scores]) -> Scale:
+    """The scale on which the base is 0 and each task's best parent 1.
+
+    base: its item scores on the search split, by every metric.
+    parents: name -> the same of a parent; those that could not be scored are left out.
+    """
+
+    def line(task: str, metric: str) -> Line:
+        return fitted(metric, base[task][metric], {name: scores[task][metric] for name, scores in parents.items()})
+
+    plain = plain_scale(task_set)
+    return Scale(
+        {
+            name: TaskScale(task.weight, task.share, line(name, task.objective.name), line(name, task.metric.name))
+            for name, task in plain.tasks.items()
+        }
+    )
+
+
+def fitted(metric: str, base: Sequence[float], parents: Mapping[str, Sequence[float]]) -> Line:
+    """The line on which the base's mean is 0 and the best parent's 1.
+
+    base: (n,) item scores.
+    parents: name -> (n,) item scores of the same items.
+
+    The unit stays 1 unless that parent's mean is higher by more than NOISE standard errors of the paired difference: a
+    smaller difference may be luck, and as a unit it would make the task count far more than its weight says.
+    """
+    offset = float(np.mean(base))
+    best = max(parents, key=lambda name: float(np.mean(parents[name])), default=None)
+    if best is not None and len(base) > 1:
+        gains = np.subtract(parents[best], base)  # (n,)
+        unit = float(np.mean(parents[best])) - offset
+        if unit > NOISE * float(np.std(gains, ddof=1)) / len(gains) ** 0.5:
+            return Line(metric, offset, unit, best)
+    return Line(metric, offset)
