@@ -155,7 +155,7 @@ def plain_score(model: Any, work: Workload, place: int) -> Tensor:
         if name == "margin":
             return lls[gold] - max(lls[k] for k in range(len(lls)) if k != gold)
         p = lls.exp() / lls.exp().sum()
-        return -sum((p[k] - float(k == gold)) ** 2 for k in range(len(lls)))  # type: ignore[return-value]
+        return -sum((p[k] - float(k == gold)) ** 2 for k in range(len(lls)))
     assert asked.gold is not None
     gold_logprob = plain_logprob(model, asked.rows[asked.gold])
     formulas = {
@@ -208,8 +208,8 @@ def test_the_gradient_is_that_of_plain_forwards(
         chosen = [choice, *(OBJECTIVES[name][round_ % len(OBJECTIVES[name])] for name in names[1:])]
         works = [workload(engine, folder, n, o) for n, o in zip(names, chosen, strict=True)]
         weights = weights_of(works)
-        scores, found = gradient_of(engine.model, lambda w=works, by=weights: backward(engine, w, by))  # type: ignore[misc]
-        _, expected = gradient_of(engine.model, lambda w=works, by=weights: plain_loss(engine.model, w, by))  # type: ignore[misc]
+        scores, found = gradient_of(engine.model, lambda w=works, by=weights: backward(engine, w, by))
+        _, expected = gradient_of(engine.model, lambda w=works, by=weights: plain_loss(engine.model, w, by))
         assert_same(found, expected)
         for work in works:
             plain = [float(plain_score(engine.model, work, k)) for k in range(len(work.items))]
@@ -227,7 +227,7 @@ def test_batches_and_checkpoints_do_not_change_the_gradient(engines: dict[str, E
         results.append(
             gradient_of(
                 engine.model, lambda m=memory, s=steps: backward(engine, works, weights, lambda: s.append(None), m)
-            )  # type: ignore[misc]
+            )
         )
         counted.append(len(steps))
     assert counted[0] < counted[1] < counted[2] == 23  # batches of everything, of some items, of one item each

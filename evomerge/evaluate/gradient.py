@@ -150,7 +150,7 @@ def token_logprobs(logits: Tensor, batch: Batch, rows: Sequence[Row]) -> list[Te
     if not bool(logprob.detach().isfinite().all()):
         raise NotFiniteScore("a log-probability is not finite")
     in_order = batch.owner.argsort(stable=True)  # row by row; `make_batch` has the tokens of a row in order
-    return list(logprob[in_order].split([row.scored for row in rows]))
+    return list(torch.split(logprob[in_order], [row.scored for row in rows]))
 
 
 def batches_of_items(
@@ -161,10 +161,10 @@ def batches_of_items(
     tokens: padded tokens per forward; a batch has at least one item.
     """
     ordered = sorted(items, key=lambda item: -max(len(row.tokens) for row in item.rows))
-    packed, single = [], []  # items whose rows may share a row with others, and those longer than the model's window
+    kinds: dict[bool, list[ItemObjective]] = {True: [], False: []}  # whether sequences may share a row -> the items
     for item in ordered:
-        fits = engine.capabilities.packs and all(engine.capabilities.reaches(len(row.tokens)) for row in item.rows)
-        (packed if fits else single).append(item)
+        fits = all(engine.capabilities.reaches(len(row.tokens)) for row in item.rows)
+        kinds[fits and engine.capabilities.packs].append(item)
 
     def divide(chosen: list[ItemObjective], packs: bool) -> Iterator[tuple[list[ItemObjective], Batch]]:
         # A plan without bounds is one batch.
@@ -181,10 +181,9 @@ def batches_of_items(
         for k in range(parts):
             yield from divide(chosen[k * len(chosen) // parts : (k + 1) * len(chosen) // parts], packs)
 
-    if packed:
-        yield from divide(packed, True)
-    if single:
-        yield from divide(single, False)
+    for packs, alike in kinds.items():
+        if alike:
+            yield from divide(alike, packs)
 
 
 def item_objective(task: Task, asked: ItemRequests, place: int, weight: float) -> ItemObjective:
