@@ -282,7 +282,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             {
                 "task": draw(st.sampled_from(["task.yaml", "hellaswag"])),
                 "weight": draw(unit),
-                "objective": draw(st.sampled_from([None, "gold_prob"])),
+                "objective": draw(st.sampled_from(["auto", "gold_prob"])),
                 "gold": draw(st.none() | st.text(max_size=10)),
                 "num_fewshot": draw(st.none() | st.integers(0, 5)),
             }
