@@ -19,7 +19,7 @@ from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
-from evomerge.search.evaluation.scale import SCALE, make_scale, plain_scale
+from evomerge.search.evaluation.scale import SCALE, make_scale, plain_scale, with_first_objectives
 from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores, open_task_set
@@ -72,9 +72,10 @@ async def open_and_search(
     models = open_config_models(config)
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
-    task_set = open_task_set(config)
     retry = Retry(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
+    config = with_first_objectives(stored, config)
+    task_set = open_task_set(config)
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:

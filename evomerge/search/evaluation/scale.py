@@ -14,13 +14,17 @@ values stay comparable.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
 
-from evomerge.search.evaluation.task_set import Scores, TaskSet
+from evomerge.config.schema import SearchConfig
 from evomerge.search.verdict.intervals import mean_score
+
+if TYPE_CHECKING:  # opening tasks needs libraries whose import takes seconds
+    from evomerge.search.evaluation.task_set import Scores, TaskSet
 
 Vector = NDArray[np.float64]
 Which = Literal["objective", "metric"]
@@ -145,12 +149,24 @@ class Scale:
         )
 
 
-def scale_of(attributes: Mapping[str, Any], task_set: TaskSet) -> Scale:
+def scale_of(attributes: Mapping[str, Any], task_set: "TaskSet") -> Scale:
     """The scale that a study has, one that leaves all scores as they are if it has none.  attributes: the study's."""
     return Scale.from_json(attributes[SCALE]) if SCALE in attributes else plain_scale(task_set)
 
 
-def plain_scale(task_set: TaskSet) -> Scale:
+def with_first_objectives(study: optuna.Study, config: SearchConfig) -> SearchConfig:
+    """The configuration with the objectives that a study began with.
+
+    A study whose trials are older than scales was scored by the metric where the configuration names no objective, and
+    goes on with that.
+    """
+    if SCALE in study.user_attrs or not study.get_trials(deepcopy=False):
+        return config
+    tasks = [t.model_copy(update={"objective": "metric"}) if t.objective == "auto" else t for t in config.tasks]
+    return config.model_copy(update={"tasks": tasks})
+
+
+def plain_scale(task_set: "TaskSet") -> Scale:
     """The scale that leaves all scores as they are."""
     return Scale(
         {
@@ -165,7 +181,7 @@ def plain_scale(task_set: TaskSet) -> Scale:
     )
 
 
-def make_scale(task_set: TaskSet, base: Scores, parents: Mapping[str, Scores]) -> Scale:
+def make_scale(task_set: "TaskSet", base: "Scores", parents: "Mapping[str, Scores]") -> Scale:
     """The scale on which the base is 0 and each task's best parent 1.
 
     base: its item scores on the search split, by every metric.
