@@ -12,7 +12,7 @@ values stay comparable.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +82,11 @@ class TaskScale:
     objective: Line
     metric: Line
 
+    def fits(self, other: "TaskScale") -> bool:
+        """Whether what is scored for this scale is enough for another one."""
+        names = (self.objective.name, self.metric.name)
+        return names == (other.objective.name, other.metric.name) and (self.share > 0 or other.share == 0)
+
     def lines(self) -> list[Line]:
         """Those that the task's values depend on."""
         return [self.objective, self.metric] if self.share else [self.objective]
@@ -111,6 +116,15 @@ class Scale:
     def relative(self) -> bool:
         """Whether 0 is the base: not with `scale: none`, and not in studies that are older than scales."""
         return any(line.offset or line.parent for task in self.tasks.values() for line in task.lines())
+
+    def with_tasks(self, other: "Scale") -> "Scale":
+        """This scale with the tasks of another one that are scored by the same; their weights stay."""
+        fitting = {
+            name: replace(other.tasks[name], weight=own.weight)
+            for name, own in self.tasks.items()
+            if name in other.tasks and own.fits(other.tasks[name])
+        }
+        return Scale(self.tasks | fitting)
 
     def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
         """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""
@@ -150,8 +164,9 @@ class Scale:
 
 
 def scale_of(attributes: Mapping[str, Any], task_set: "TaskSet") -> Scale:
-    """The scale that a study has, one that leaves all scores as they are if it has none.  attributes: the study's."""
-    return Scale.from_json(attributes[SCALE]) if SCALE in attributes else plain_scale(task_set)
+    """The scale that a study has; tasks that have none keep their scores as they are.  attributes: the study's."""
+    plain = plain_scale(task_set)
+    return plain.with_tasks(Scale.from_json(attributes[SCALE])) if SCALE in attributes else plain
 
 
 def with_first_objectives(study: optuna.Study, config: SearchConfig) -> SearchConfig:
