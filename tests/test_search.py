@@ -19,6 +19,7 @@ from searches import finished_search, run_cli, trials_of, verdict_of, write_conf
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import Granularity
 from evomerge.errors import EvomergeError
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.samplers.cmaes import CmaEsSampler
@@ -374,7 +375,9 @@ def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
 def test_a_candidate_that_runs_to_the_end_has_the_mean_of_its_items(raced: Path) -> None:
     for trial in study_of(raced).get_trials():
         if in_full(trial):
-            means = [unpack(t).mean() for m in record_of(trial).scores.values() for t in m.values()]
+            scale = Scale.from_json(study_of(raced).user_attrs[SCALE])
+            each = {task: unpack(m["gold_logprob"]) for task, m in record_of(trial).scores.items()}
+            means = [scale.scaled(task, "objective", scores).mean() for task, scores in each.items()]
             assert trial.value == pytest.approx(np.mean(means), abs=1e-9)
 
 
@@ -397,7 +400,9 @@ def test_every_item_score_is_in_the_table(raced: Path, tmp_path: Path) -> None:
     assert set(table[table.recipe.notna()].split) == {"search", "selection", "holdout"}
     best = study_of(raced).best_trial
     own = table[table.trial == best.number].groupby("task").score.mean()
-    assert own.mean() == pytest.approx(best.value, abs=1e-6)
+    scale = Scale.from_json(study_of(raced).user_attrs[SCALE])
+    values = [scale.scaled(task, "objective", [mean])[0] for task, mean in own.items()]
+    assert np.mean(values) == pytest.approx(best.value, abs=1e-6)
     again = run_cli("items", raced, "--out", out)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     wrong = run_cli("items", raced, "--out", tmp_path / "items.xlsx")

@@ -166,8 +166,11 @@ def require_metric(task: Task, key: str, name: str) -> None:
 def objective_for(task: Task, name: str, metric: str) -> str:
     """The objective that a name in a configuration stands for; most names stand for themselves.
 
-    metric: the task's metric.  `auto` is the metric if that is smooth or if no smooth objective fits the task.
+    metric: the task's metric, which `metric` stands for.  `auto` is the metric if that is smooth or if no smooth
+        objective fits the task.
     """
+    if name == "metric" and name not in task.metrics:
+        return metric
     if name not in CHOSEN or name in task.metrics:
         return name
     chosen = CHOSEN[name].get(task.kind, name)

@@ -37,6 +37,7 @@ RED_TO_BLUE = [  # ColorBrewer's RdBu; the scale that Plotly's JavaScript has un
     [i / 10, f"#{colour}"]
     for i, colour in enumerate("67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061".split())
 ]
+VALUE_TITLE = {False: "value on the search items", True: "value on the search items (0: base, 1: best parent)"}
 PALETTE = {"parent": "#8a97a3", "uniform": "#c47f0a", "recommended": "#7a5bb5"}
 
 
@@ -66,6 +67,7 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         "<h2>Holdout scores</h2>",
         score_table(verdict),
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
+        *(f"<p class=dim>{html.escape(a.sentence)}.</p>" for a in status.agreements),
         f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
     parts.append(f"<script>{plotly_file('plotly.min.js')}</script>")
@@ -176,7 +178,7 @@ def progress_figure(status: Status) -> tuple[str, str, Figure]:
     margin = (top - floor) * 0.08 or 0.1
     layout = {
         "xaxis": {"title": {"text": "trial"}},
-        "yaxis": {"title": {"text": "objective on the search items"}, "range": [floor - margin, top + margin]},
+        "yaxis": {"title": {"text": VALUE_TITLE[status.relative]}, "range": [floor - margin, top + margin]},
         "height": 380, "margin": {"t": 20, "r": 20},
     }  # fmt: skip
     figure = {"data": data, "layout": layout}

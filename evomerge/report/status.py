@@ -9,6 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
+from evomerge.search.evaluation.agreement import Agreement, agreements
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
 from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
@@ -29,6 +31,8 @@ class Status:
     baselines: names of the trials that are baselines, by number.
     used: by the whole run.
     compute_dtype: the type in which forwards are computed; None in old runs.
+    relative: whether a value of 0 is the base's and 1 that of each task's best parent.
+    agreements: how alike objective and metric rank models.
     """
 
     config: SearchConfig
@@ -40,6 +44,8 @@ class Status:
     baselines: dict[int, str] = field(default_factory=dict)
     used: Usage = field(default_factory=Usage)
     compute_dtype: str | None = None
+    relative: bool = False
+    agreements: list[Agreement] = field(default_factory=list)
 
     def count(self, state: TrialState) -> int:
         """How many trials are in a state."""
@@ -108,6 +114,8 @@ def read_status(run: Run) -> Status:
         names,
         used,
         recorded_type(study.user_attrs),
+        SCALE in study.user_attrs and Scale.from_json(study.user_attrs[SCALE]).relative,
+        agreements(trials, study.user_attrs),
     )
 
 

@@ -108,7 +108,10 @@ def print_status(status: Status, timing: bool) -> None:
     if status.best is not None:
         name = status.baselines.get(status.best.number)
         also = f" ({name})" if name else ""
-        console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}")
+        meaning = "; 0 is the base, 1 the best parent of each task" if status.relative else ""
+        console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}{meaning}")
+    for found in status.agreements:
+        console.print(found.sentence, style="bold" if found.disagrees else None)
     if status.seconds:
         console.print(f"rate: {60 / status.seconds:.1f} trials per minute ({status.seconds:.2f} s each)")
     if status.seconds_left is not None:

@@ -22,7 +22,7 @@ from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
-from evomerge.search.evaluation.scale import SCALE, make_scale, plain_scale
+from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale, with_first_objectives
 from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores, open_task_set
@@ -77,9 +77,10 @@ async def open_and_search(
     models = open_config_models(config)
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
-    task_set = open_task_set(config)
     retry = Retry(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
+    config = with_first_objectives(stored, config)
+    task_set = open_task_set(config)
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -179,9 +180,14 @@ class Driver:
         """Phase 1, first half: score base and parents by every metric, and keep the scale that they give.
 
         A study whose trials began before there were scales goes on without one, so that its values stay comparable.
+        What has a scale keeps it; a task that was added since gets one.
         """
         evaluations, study = self.evaluations, self.study
-        if SCALE in study.stored.user_attrs or study.trials:
+        plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
+        earlier = None if kept is None else Scale.from_json(kept)
+        if study.trials and earlier is None:
+            return
+        if earlier is not None and all(n in earlier.tasks and t.fits(earlier.tasks[n]) for n, t in plain.tasks.items()):
             return
         self.monitor.phase("scoring base and parents")
         base = base_alone(study.space)
@@ -189,16 +195,14 @@ class Driver:
         known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
         tables = await run_all(*(self.every_metric_of(b) for b in known))
         found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}
-        scale = plain_scale(evaluations.task_set)
-        if study.space.config.scale == "none":
-            pass
-        elif base.name in found:
+        scale = plain
+        if study.space.config.scale == "parents" and base.name in found:
             scale = make_scale(evaluations.task_set, found.pop(base.name), found)
-            for sentence in scale.sentences():
-                self.monitor.say(sentence)
-        else:
+        elif study.space.config.scale == "parents":
             self.monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
-        evaluations.keep_scale(scale)
+        evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
+        for sentence in scale.sentences() if scale is not plain else []:
+            self.monitor.say(sentence)
 
     async def every_metric_of(self, baseline: Baseline) -> Scores | None:
         """A baseline's scores on the search split by every metric; None, and a line in the log, if there are none."""

@@ -8,6 +8,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.race_policy import make_race_setup
+from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
@@ -42,9 +43,10 @@ def repeat(run: Run, number: int) -> Repeated:
 
     Raises EvomergeError if there is no such trial, if it has no scores to compare with, or if it fails now.
     """
-    config = run.config()
+    stored = run.study()
+    config = with_first_objectives(stored, run.config())
     models = open_config_models(config)
-    study = SearchStudy(run.study(), build_space(config, models))
+    study = SearchStudy(stored, build_space(config, models))
     trial = next((t for t in study.finished if t.number == number), None)
     if trial is None or trial.value is None or not record_of(trial).scores:
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")

@@ -25,7 +25,7 @@ from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
 from evomerge.search.storage.study import SearchStudy, in_full, rank
-from evomerge.search.storage.trial_record import Seconds, record_of
+from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
 from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.sources.open_models import Models
@@ -105,16 +105,18 @@ def step_seconds(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -
     The lower median is taken, because the first evaluation of a run also fills caches.
 
     attributes: the study's.
-    Returns None before there is such a trial.
+    Before there is such a trial, base and parents are taken; None before they were scored.
     """
-    latest = [r for t in trials if in_full(t) and (r := record_of(t)).seconds.forward is not None][-LATEST:]
+    latest: list[TrialRecord | EvaluationRecord] = [record_of(t) for t in trials if in_full(t)]
+    latest = [r for r in latest if r.seconds.forward is not None][-LATEST:]
+    latest = latest or list(evaluation_records(attributes, ["search"]).values())
     if not latest:
         return None
     merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
     objective = statistics.median(scoring(r.seconds) / sum(map(len, item_ids(attributes, r).values())) for r in latest)
     judged = evaluation_records(attributes, [split for split in SPLITS if split != "search"]).values()
     each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [UNMEASURED * objective]
-    trial = max(r.seconds.total or 0.0 for r in latest)
+    trial = max(r.seconds.total or (r.seconds.merge or 0.0) + scoring(r.seconds) for r in latest)
     return StepSeconds(merge, statistics.median_low(each), trial, objective, draw_time())
 
 
@@ -149,9 +151,8 @@ def remaining_work(
     searched = [t for t in study.complete if "baseline" not in t.user_attrs]
     best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
-    finalists = (
-        sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 2
-    )  # the mean, the best by metric
+    others = 2  # the mean of the distribution, and the best by metric
+    finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others
     rivals = [b for b in known if b.kind != "recommended"]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one

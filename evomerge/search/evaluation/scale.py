@@ -12,15 +12,19 @@ values stay comparable.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import optuna
 from numpy.typing import NDArray
 
-from evomerge.search.evaluation.task_set import Scores, TaskSet
+from evomerge.config.schema import SearchConfig
 from evomerge.search.verdict.intervals import mean_score
+
+if TYPE_CHECKING:  # opening tasks needs libraries whose import takes seconds
+    from evomerge.search.evaluation.task_set import Scores, TaskSet
 
 Vector = NDArray[np.float64]
 Which = Literal["objective", "metric"]
@@ -78,6 +82,11 @@ class TaskScale:
     objective: Line
     metric: Line
 
+    def fits(self, other: "TaskScale") -> bool:
+        """Whether what is scored for this scale is enough for another one."""
+        names = (self.objective.name, self.metric.name)
+        return names == (other.objective.name, other.metric.name) and (self.share > 0 or other.share == 0)
+
     def lines(self) -> list[Line]:
         """Those that the task's values depend on."""
         return [self.objective, self.metric] if self.share else [self.objective]
@@ -107,6 +116,15 @@ class Scale:
     def relative(self) -> bool:
         """Whether 0 is the base: not with `scale: none`, and not in studies that are older than scales."""
         return any(line.offset or line.parent for task in self.tasks.values() for line in task.lines())
+
+    def with_tasks(self, other: "Scale") -> "Scale":
+        """This scale with the tasks of another one that are scored by the same; their weights stay."""
+        fitting = {
+            name: replace(other.tasks[name], weight=own.weight)
+            for name, own in self.tasks.items()
+            if name in other.tasks and own.fits(other.tasks[name])
+        }
+        return Scale(self.tasks | fitting)
 
     def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
         """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""
@@ -145,12 +163,25 @@ class Scale:
         )
 
 
-def scale_of(attributes: Mapping[str, Any], task_set: TaskSet) -> Scale:
-    """The scale that a study has, one that leaves all scores as they are if it has none.  attributes: the study's."""
-    return Scale.from_json(attributes[SCALE]) if SCALE in attributes else plain_scale(task_set)
+def scale_of(attributes: Mapping[str, Any], task_set: "TaskSet") -> Scale:
+    """The scale that a study has; tasks that have none keep their scores as they are.  attributes: the study's."""
+    plain = plain_scale(task_set)
+    return plain.with_tasks(Scale.from_json(attributes[SCALE])) if SCALE in attributes else plain
 
 
-def plain_scale(task_set: TaskSet) -> Scale:
+def with_first_objectives(study: optuna.Study, config: SearchConfig) -> SearchConfig:
+    """The configuration with the objectives that a study began with.
+
+    A study whose trials are older than scales was scored by the metric where the configuration names no objective, and
+    goes on with that.
+    """
+    if SCALE in study.user_attrs or not study.get_trials(deepcopy=False):
+        return config
+    tasks = [t.model_copy(update={"objective": "metric"}) if t.objective == "auto" else t for t in config.tasks]
+    return config.model_copy(update={"tasks": tasks})
+
+
+def plain_scale(task_set: "TaskSet") -> Scale:
     """The scale that leaves all scores as they are."""
     return Scale(
         {
@@ -165,7 +196,7 @@ def plain_scale(task_set: TaskSet) -> Scale:
     )
 
 
-def make_scale(task_set: TaskSet, base: Scores, parents: Mapping[str, Scores]) -> Scale:
+def make_scale(task_set: "TaskSet", base: "Scores", parents: "Mapping[str, Scores]") -> Scale:
     """The scale on which the base is 0 and each task's best parent 1.
 
     base: its item scores on the search split, by every metric.
