@@ -14,7 +14,8 @@ from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.plan import Blend, Clip, Derived, FisherBlend, Plan, SliceBlend, SparseBlend
 
 STEP = 1e-5  # of the differences: the error of central ones is near 1e-10 of the result
-FAINT = 1e-30  # stands for a weight of 0 of a sparse plan; 0 would leave the source out
+# The least |weight| of a sparse plan, as 0 would leave the source out; the larger one where weights divide in float32.
+FAINT, FAINT_DIVISOR = 1e-30, 1e-4
 NOTHING = 1e-8  # differences below this share of the largest are rounding errors
 
 
@@ -32,7 +33,7 @@ def learnable(method: Method) -> frozenset[str]:
 class PlanDerivative:
     """A plan, and how its numbers change with the knobs.
 
-    plan: at the point; weights of 0 of a `SparseBlend` are replaced by `FAINT`.
+    plan: at the point, but with no |weight| of a `SparseBlend` below `FAINT` or, with a divisor, `FAINT_DIVISOR`.
     places: K pairs (knob, number of the source among those of the tensor, or None if the knob is shared).
     matrix: (K, n) float64, the derivative of each of `numbers` by each knob.
     """
@@ -72,14 +73,15 @@ def numbers(plan: Plan) -> NDArray[np.float64]:
 def derivative_of_plan(method: Method, knobs: Knobs, measured: Measured) -> PlanDerivative:
     """The plan of a tensor and the derivative of its numbers by every learnable knob.
 
-    The derivatives are central differences of the planner, one-sided at a knob's bounds.  By a weight of 0 in a sparse
-    plan it is the one from the right: as if the weight were small and positive.
+    The derivatives are central differences of the planner, one-sided at a knob's bounds.  The derivative by a weight of
+    0 in a sparse plan is the one beside 0 (`FAINT`): at 0 the source takes part in no election.
     """
     known: Any = Remembered(measured)
     point = method.plan(knobs, known)
     names = [name for name in method.knobs if name in learnable(method)]
     if isinstance(point, SparseBlend):
-        each = {k: tuple(v or FAINT for v in values) if k in names else values for k, values in knobs.each.items()}
+        least = FAINT_DIVISOR if point.normalize else FAINT
+        each = {k: tuple(at_least(v, least) for v in x) if k in names else x for k, x in knobs.each.items()}
         knobs = replace(knobs, each=each)
         point = method.plan(knobs, known)
     places = [(k, i) for k in names for i in (range(knobs.count) if method.knobs[k].each else [None])]
@@ -94,6 +96,11 @@ def derivative_of_plan(method: Method, knobs: Knobs, measured: Measured) -> Plan
     matrix = np.concatenate(rows)
     matrix[np.abs(matrix) < NOTHING * np.abs(matrix).max(initial=0.0)] = 0.0
     return PlanDerivative(point, places, matrix)
+
+
+def at_least(weight: float, least: float) -> float:
+    """The weight, or one of the size `least` if it is smaller."""
+    return weight if abs(weight) >= least else -least if weight < 0.0 else least
 
 
 def changed(knobs: Knobs, name: str, source: int | None, value: float) -> Knobs:

@@ -24,18 +24,16 @@ class LowRankTap:
         present = [(i, c) for i, c in enumerate(changes) if c is not None]
         self.right = torch.cat([c.right.float().to(device) for _, c in present])  # (R, in)
         self.left = torch.cat([c.left.float().to(device) * c.scale for _, c in present], 1)  # (out, R)
-        owner = torch.tensor([i for i, c in present for _ in range(c.right.shape[0])], device=device)
-        self.owner = owner  # (R,)
+        owner = [i for i, c in present for _ in range(c.right.shape[0])]
+        self.owner = torch.tensor(owner, device=device)  # (R,) the source of each column
         self.inner = torch.zeros(len(changes) + 1, dtype=torch.float64, device=device)
-        self.start = torch.zeros((), device=device, requires_grad=True)
-        """A leaf, so that there is a graph even where no weight and no input needs a gradient."""
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         """A forward hook: the output, connected with this tap."""
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else kwargs["input"]
-        found: Tensor = Tap.apply(self.start, x, output, self)  # type: ignore[no-untyped-call]
+        found: Tensor = Tap.apply(x, output, self)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -43,16 +41,16 @@ class Tap(torch.autograd.Function):
     """The identity on a linear layer's output, whose backward adds to `LowRankTap.inner`."""
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, x: Tensor, output: Tensor, tap: LowRankTap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, output: Tensor, tap: LowRankTap) -> Tensor:
         """x: (..., in).  output: (..., out)."""
         ctx.tap = tap
         ctx.save_for_backward(x.detach().reshape(-1, x.shape[-1]).float() @ tap.right.T)  # (T, R)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (projected,) = ctx.saved_tensors
         tap: LowRankTap = ctx.tap
         back = gradient.reshape(-1, gradient.shape[-1]).float() @ tap.left  # (T, R)
         tap.inner.index_add_(0, tap.owner, (back * projected).sum(0).double())
-        return None, None, gradient, None
+        return None, gradient, None

@@ -114,6 +114,7 @@ class KnobTaps:
                     handles.append(module.register_forward_hook(low_rank.hook, with_kwargs=True))
                 else:
                     full.setdefault(parameter, []).append(tap)
+            handles.append(self.model.get_input_embeddings().register_forward_hook(start_graph))
             inputs = RecipeInputs(recipe, self.bank)
             for parameter, parts in full.items():
                 required[parameter] = parameter.requires_grad
@@ -252,3 +253,9 @@ class KnobTaps:
             by_component = gradient.values.setdefault((knob, None if source is None else tap.names[source]), {})
             values = by_component.setdefault(tap.where.component, np.zeros(max(layers, 1)))
             values[coefficient_layer(tap.where, layers)] += value
+
+
+def start_graph(module: nn.Module, args: object, output: Tensor) -> None:
+    """A forward hook on the embeddings: what follows has a gradient even where no weight requires one."""
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
