@@ -19,6 +19,7 @@ from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore, Row
+from evomerge.evaluate.metrics import FLOOR
 from evomerge.evaluate.tasks import items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 
@@ -27,10 +28,19 @@ TINY = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eo
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 OBJECTIVES = {
-    "choice": ["margin", "brier", "gold_logprob", "brier_score"],
-    "generation": ["gold_logprob", "gold_prob", "bits_per_byte"],
-    "answer": ["gold_logprob", "perplexity"],
-    "rolling": ["bits_per_byte", "word_perplexity"],
+    "choice": [
+        "auto",
+        "choice_logprob_norm",
+        "entropy",
+        "margin",
+        "brier",
+        "gold_logprob",
+        "brier_score",
+        "answer_logprob",
+    ],
+    "generation": ["auto", "entropy", "gold_logprob", "gold_prob", "bits_per_byte"],
+    "answer": ["auto", "entropy", "gold_logprob", "perplexity"],
+    "rolling": ["auto", "word_perplexity", "byte_perplexity"],
 }
 
 
@@ -66,7 +76,7 @@ def write_tasks(folder: Path) -> None:
         "rolling",
         texts,
         output_type="loglikelihood_rolling",
-        metric_list=metrics("bits_per_byte", "word_perplexity"),
+        metric_list=metrics("bits_per_byte", "word_perplexity", "byte_perplexity"),
         **ask | {"doc_to_text": "", "doc_to_target": "{{text}}"},
     )
 
@@ -133,36 +143,50 @@ def gradient_of(model: Any, compute: Callable[[], Any]) -> tuple[Any, dict[str, 
             parameter.grad = None
 
 
-def plain_logprob(model: Any, row: Row) -> Tensor:
-    """The log-likelihood of a row by one forward of its own: no padding, no mask, all logits."""
+def plain_logprobs(model: Any, row: Row) -> Tensor:
+    """The log-probabilities of all tokens where those of a row are scored, (T, V), by one forward of its own."""
     logits = model(torch.tensor([row.tokens[:-1]]), use_cache=False).logits[0]
-    found = logits.log_softmax(-1)[-row.scored :]
-    return found.gather(1, torch.tensor(row.tokens[-row.scored :])[:, None]).sum()
+    return logits.log_softmax(-1)[-row.scored :]
+
+
+def plain_logprob(model: Any, row: Row) -> Tensor:
+    """The log-likelihood of each scored token of a row, (T,)."""
+    return plain_logprobs(model, row).gather(1, torch.tensor(row.tokens[-row.scored :])[:, None])[:, 0]
 
 
 def plain_score(model: Any, work: Workload, place: int) -> Tensor:
-    """The item score from plain forwards, by the formulas as textbooks write them."""
+    """The item score from plain forwards, by the formulas as papers write them."""
     asked = work.items[place]
     name, doc = work.task.objective, asked.item.doc
     if work.task.kind == "loglikelihood_rolling":
-        total = torch.stack([plain_logprob(model, row) for row in asked.rows]).sum()
-        if name == "word_perplexity":
-            return total / len(doc["text"].split())
-        return total / math.log(2) / len(doc["text"].encode())
-    if name in ("margin", "brier", "brier_score"):
+        total = torch.cat([plain_logprob(model, row) for row in asked.rows]).sum()
+        count = len(doc["text"].split()) if name == "word_perplexity" else len(doc["text"].encode())
+        return total / count / (math.log(2) if name == "bits_per_byte" else 1)
+    if name in ("choice_logprob", "choice_logprob_norm", "choice_entropy", "margin", "brier", "brier_score"):
         gold = doc["gold"]
-        lls = torch.stack([plain_logprob(model, asked.rows[span.start]) for span in asked.spans])
+        lls = torch.stack([plain_logprob(model, asked.rows[span.start]).sum() for span in asked.spans])
         if name == "margin":
             return lls[gold] - max(lls[k] for k in range(len(lls)) if k != gold)
+        if name == "choice_logprob_norm":
+            lengths = torch.tensor([float(len(choice)) for choice in doc["choices"]])
+            lls = lls / lengths * lengths.mean()
         p = lls.exp() / lls.exp().sum()
-        return -sum((p[k] - float(k == gold)) ** 2 for k in range(len(lls)))
+        if name.startswith("choice_logprob"):
+            return ((p[gold] + math.exp(FLOOR)) / (1 + math.exp(FLOOR))).log()
+        if name == "choice_entropy":
+            return (p * p.log()).sum()
+        return -torch.stack([(p[k] - float(k == gold)) ** 2 for k in range(len(lls))]).sum()
     assert asked.gold is not None
-    gold_logprob = plain_logprob(model, asked.rows[asked.gold])
-    formulas = {
-        "gold_prob": gold_logprob.exp(),
-        "bits_per_byte": gold_logprob / math.log(2) / len(str(doc.get("answer")).encode()),
-    }
-    return formulas.get(name, gold_logprob)
+    row = asked.rows[asked.gold]
+    logprob = plain_logprob(model, row)
+    if name == "answer_logprob":
+        return ((logprob.exp() + math.exp(FLOOR)) / (1 + math.exp(FLOOR))).log().mean()
+    if name == "token_entropy":
+        first = plain_logprobs(model, row)[0]
+        return (first.exp() * first).sum()
+    if name == "bits_per_byte":
+        return logprob.sum() / math.log(2) / len(doc["answer"].encode())
+    return logprob.sum().exp() if name == "gold_prob" else logprob.sum()
 
 
 def plain_loss(model: Any, works: list[Workload], weights: dict[str, list[float]]) -> None:
@@ -190,7 +214,7 @@ def test_scores_are_the_engines(
     engine = engines["llama"]
     work = workload(engine, folder, name, objective, everything)
     found, _ = gradient_of(engine.model, lambda: backward(engine, [work], weights_of([work])))
-    expected = scores_of(work.task, objective, engine.score(work, Clock()))
+    expected = scores_of(work.task, work.task.objective, engine.score(work, Clock()))
     assert found == {name: pytest.approx(expected, abs=1e-4, rel=1e-5)}
     assert len(set(expected)) > 2
 
@@ -230,7 +254,7 @@ def test_batches_and_checkpoints_do_not_change_the_gradient(engines: dict[str, E
             )
         )
         counted.append(len(steps))
-    assert counted[0] < counted[1] < counted[2] == 23  # batches of everything, of some items, of one item each
+    assert counted[0] < counted[1] < counted[2] == 25  # 20 items and 5 windows
     for scores, found in results[1:]:
         assert_same(found, results[0][1])
         assert scores["choice"] == pytest.approx(results[0][0]["choice"], rel=1e-6)
@@ -336,5 +360,7 @@ def test_a_score_that_is_not_finite_leaves_no_gradient(folder: Path, engines: di
 @pytest.mark.parametrize(("name", "objective"), [("choice", "acc"), ("generation", "exact_match")])
 def test_right_or_wrong_has_no_derivative(engines: dict[str, Engine], folder: Path, name: str, objective: str) -> None:
     work = workload(engines["llama"], folder, name, objective)
-    with pytest.raises(EvomergeError, match=f"task {name}: the objective '{objective}' has no derivative"):
+    with pytest.raises(
+        EvomergeError, match=f"task {name}: the objective '{objective}' has no derivative.*gold_logprob"
+    ):
         backward(engines["llama"], [work], weights_of([work]))

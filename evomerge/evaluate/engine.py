@@ -246,12 +246,9 @@ def answer_of(task: Task, complete: bool, asked: ItemRequests, lls: Sequence[Row
     lengths: list[int] = []
     gold = 0
     if complete and task.kind == "multiple_choice" and asked.gold is not None:
-        # Behind the choices, `acc_mutual_info` asks for each of them again, without the prompt.
-        choices = len(asked.spans) // (2 if "acc_mutual_info" in task.metrics else 1)
-        logprobs = [lls[span.start].logprob for span in asked.spans[:choices]]
-        delimiter = task.lm.config.target_delimiter
-        lengths = [len(i.args[1].removeprefix(delimiter)) for i in asked.instances[:choices]]
-        gold = asked.spans.index(range(asked.gold, asked.gold + 1))
+        numbers, lengths = choices_of(task, asked)
+        logprobs = [lls[number].logprob for number in numbers]
+        gold = numbers.index(asked.gold)
     if asked.gold is None:
         return Answer(asked.item.doc, text="".join(texts))
     row = lls[asked.gold]
@@ -267,6 +264,18 @@ def answer_of(task: Task, complete: bool, asked: ItemRequests, lls: Sequence[Row
         token_entropies=row.token_entropies,
         lengths=lengths,
     )
+
+
+def choices_of(task: Task, asked: ItemRequests) -> tuple[list[int], list[int]]:
+    """For each choice of a multiple-choice item, which of its rows it is, and the number of its characters.
+
+    All requests of the item are needed, not only the gold answer's.
+    """
+    # Behind the choices, `acc_mutual_info` asks for each of them again, without the prompt.
+    count = len(asked.spans) // (2 if "acc_mutual_info" in task.metrics else 1)
+    delimiter = task.lm.config.target_delimiter
+    lengths = [len(instance.args[1].removeprefix(delimiter)) for instance in asked.instances[:count]]
+    return [span.start for span in asked.spans[:count]], lengths
 
 
 def scores_of(task: Task, metric: str, found: ItemMetrics) -> list[float]:

@@ -14,22 +14,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.engine import Engine, choices_of
 from evomerge.evaluate.item_values import item_score
-from evomerge.evaluate.loglikelihood import LOGITS, Batch, NotFiniteScore, Plan, Row, kept_logits, plan_batches
+from evomerge.evaluate.loglikelihood import (
+    LOGITS,
+    Batch,
+    NotFiniteScore,
+    Plan,
+    Row,
+    entropies,
+    kept_logits,
+    plan_batches,
+)
+from evomerge.evaluate.metrics import Extra, TensorAnswer
 from evomerge.evaluate.tasks import Task
 from evomerge.evaluate.token_budget import LEAST
 from evomerge.evaluate.workload import ItemRequests, Workload
 
 SHARE = 4  # `auto` is the engine's token budget divided by this: the activations of all layers are kept
 LM_EVAL = {"brier_score": "brier", "perplexity": "gold_logprob"}
-"""Metric of lm-eval -> the metric of ours with the same item score; the perplexities of texts have `text_objective`."""
+"""Metric of lm-eval -> the metric of ours with the same item scores; for texts see `text_factor`."""
 
 
 @dataclass
@@ -60,22 +70,34 @@ class GradientMemory:
         return True
 
 
+class RowTensors(NamedTuple):
+    """What the model says about the T scored tokens of a row.
+
+    logprobs: (T,) their log-probabilities in nats.
+    entropies: (T,) the entropies in nats of the distributions that they are drawn from, None if no objective asks.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None
+
+
 @dataclass(frozen=True)
 class ItemObjective:
-    """The objective of one item as a function of log-probabilities.
+    """The objective of one item, or a term of it that may be computed apart from the others.
 
     task, place: the task's name and the item's place in its workload.
     weight: the item's weight in the loss.
-    rows: the rows that the objective needs.
-    value: from the log-probabilities of each row's scored tokens, (T,) each, to the item score, a scalar tensor, the
-        higher the better.
+    rows: the rows that it needs.
+    value: from these rows to the item score, the higher the better, or to the term: a scalar tensor.
+    extra: what `value` reads beside the log-probabilities.
     """
 
     task: str
     place: int
     weight: float
     rows: list[Row]
-    value: Callable[[Sequence[Tensor]], Tensor]
+    value: Callable[[Sequence[RowTensors]], Tensor]
+    extra: Extra | None = None
 
 
 def backward(
@@ -102,18 +124,19 @@ def backward(
     """
     memory = GradientMemory.of(engine) if memory is None else memory
     items = [
-        item_objective(work.task, asked, place, float(weight))
+        term
         for work in works
         for place, (asked, weight) in enumerate(zip(work.items, weights[work.task.name], strict=True))
+        for term in objectives_of(work.task, asked, place, float(weight))
     ]
     while True:
-        found: dict[str, list[float]] = {work.task.name: [math.nan] * len(work.items) for work in works}
+        found: dict[str, list[float]] = {work.task.name: [0.0] * len(work.items) for work in works}
         try:
             with checkpointed_layers(engine.model, memory.checkpointed):
                 for chosen, batch in batches_of_items(engine, items, memory.tokens):
                     check()
                     for item, score in zip(chosen, backward_batch(engine.model, chosen, batch), strict=True):
-                        found[item.task][item.place] = score
+                        found[item.task][item.place] += score
             return found
         except torch.OutOfMemoryError:
             if not memory.shrink():
@@ -129,28 +152,33 @@ def backward(
 
 def backward_batch(model: Any, items: Sequence[ItemObjective], batch: Batch) -> list[float]:
     """Forward and backward of one batch, which has the rows of `items` in their order.  Returns the item scores."""
-    rows = [row for item in items for row in item.rows]
     with torch.enable_grad():
-        logprobs = iter(token_logprobs(kept_logits(model, batch), batch, rows))
-        scores = torch.stack([item.value([next(logprobs) for _ in item.rows]) for item in items])  # (n,)
+        logits = kept_logits(model, batch)  # (K, V)
+        rows = iter(row_tensors(logits, batch, items))
+        scores = torch.stack([item.value([next(rows) for _ in item.rows]) for item in items])  # (n,)
         loss = -(scores * scores.new_tensor([item.weight for item in items])).sum()
+    del logits, rows  # the graph keeps what it needs
     loss.backward()  # type: ignore[no-untyped-call]
     return [float(score) for score in scores.detach().tolist()]
 
 
-def token_logprobs(logits: Tensor, batch: Batch, rows: Sequence[Row]) -> list[Tensor]:
-    """The log-probabilities of each row's scored tokens, (T,) each, in float64.
+def row_tensors(logits: Tensor, batch: Batch, items: Sequence[ItemObjective]) -> list[RowTensors]:
+    """What the model says about the rows of `items`, one item after another, in float64.
 
     logits: (K, V).  The softmax is in float32, or in the model's type if that is wider.
 
-    NotFiniteScore if one of them is NaN or infinite.
+    NotFiniteScore if a log-probability is NaN or infinite.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprob = (logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]).double()  # (M,)
     if not bool(logprob.detach().isfinite().all()):
         raise NotFiniteScore("a log-probability is not finite")
-    in_order = batch.owner.argsort(stable=True)  # row by row; `make_batch` has the tokens of a row in order
-    return list(torch.split(logprob[in_order], [row.scored for row in rows]))
+    in_order = batch.owner.argsort(stable=True)  # row by row; `make_batch` has the tokens of a row in their order
+    lengths = [row.scored for item in items for row in item.rows]
+    columns: list[Sequence[Tensor | None]] = [torch.split(logprob[in_order], lengths), [None] * len(lengths)]
+    if any(item.extra == "entropies" for item in items):
+        columns[1] = torch.split(entropies(logits)[batch.node].double()[in_order], lengths)
+    return list(map(RowTensors, *columns))
 
 
 def batches_of_items(
@@ -186,44 +214,63 @@ def batches_of_items(
             yield from divide(alike, packs)
 
 
-def item_objective(task: Task, asked: ItemRequests, place: int, weight: float) -> ItemObjective:
-    """The objective of one item.  EvomergeError if it has no derivative."""
-    name = task.objective
-    metric = task.own.get(name) or task.own.get(LM_EVAL.get(name, ""))
-    if task.kind == "loglikelihood_rolling":
-        return ItemObjective(task.name, place, weight, asked.rows, text_objective(task, asked))
-    if metric is None or metric.name not in FORMULAS or asked.gold is None:
-        raise EvomergeError(f"task {task.name}: the objective {name!r} has no derivative")
-    formula = FORMULAS[metric.name]
-    sign = 1.0 if metric.higher_is_better else -1.0
-    rows, gold = [asked.rows[asked.gold]], 0
-    if metric.needs == "choices":
-        rows = [asked.rows[span.start] for span in asked.spans]
-        gold = asked.spans.index(range(asked.gold, asked.gold + 1))
+def objectives_of(task: Task, asked: ItemRequests, place: int, weight: float) -> list[ItemObjective]:
+    """The objective of one item; that of a text as one term for each of its windows.
 
-    def value(logprobs: Sequence[Tensor]) -> Tensor:
-        sums = torch.stack([row.sum() for row in logprobs])
-        answer = TensorAnswer(sums[gold], logprobs[gold], sums, gold, asked.gold_bytes)
+    EvomergeError if it has no derivative.
+    """
+    if task.kind == "loglikelihood_rolling":
+        factor = text_factor(task, asked)
+
+        def product(rows: Sequence[RowTensors]) -> Tensor:
+            return factor * rows[0].logprobs.sum()
+
+        return [ItemObjective(task.name, place, weight, [row], product) for row in asked.rows]
+    metric = task.own.get(LM_EVAL.get(task.objective, task.objective))
+    if metric is None or metric.differentiable is None or asked.gold is None:
+        raise no_derivative(task)
+    formula, sign = metric.differentiable, 1.0 if metric.higher_is_better else -1.0
+    numbers, gold = [asked.gold], 0
+    lengths: list[int] = []
+    if metric.needs == "choices":
+        numbers, lengths = choices_of(task, asked)
+        gold = numbers.index(asked.gold)
+
+    def value(rows: Sequence[RowTensors]) -> Tensor:
+        sums = torch.stack([row.logprobs.sum() for row in rows])  # (C,), or (1,)
+        chosen = rows[gold]
+        choices = sums if metric.needs == "choices" else sums[:0]
+        answer = TensorAnswer(
+            sums[gold], chosen.logprobs, choices, gold, asked.gold_bytes, lengths, token_entropies=chosen.entropies
+        )
         return sign * formula(answer)
 
-    return ItemObjective(task.name, place, weight, rows, value)
+    return [ItemObjective(task.name, place, weight, [asked.rows[n] for n in numbers], value, metric.extra)]
 
 
-def text_objective(task: Task, asked: ItemRequests) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The objective of a text: its log-likelihood, the sum over all windows, times a constant.
+def text_factor(task: Task, asked: ItemRequests) -> float:
+    """The number by which a text's log-likelihood is multiplied in its item score: lm-eval's words or bytes divide it.
 
-    The constant is lm-eval's, whose metrics divide by the number of words or bytes.  EvomergeError if the metric is not
-    such a product.
+    EvomergeError if the objective is not such a product.
     """
 
     def score(loglikelihood: float) -> float:
-        values = task.lm.process_results(asked.item.doc, [loglikelihood])
-        return item_score(task, task.objective, values[task.objective])
+        return item_score(
+            task, task.objective, task.lm.process_results(asked.item.doc, [loglikelihood])[task.objective]
+        )
 
     factor = score(1.0)
     if not math.isclose(score(-100.0), -100.0 * factor):
-        raise EvomergeError(f"task {task.name}: the objective {task.objective!r} has no derivative")
-    return lambda logprobs: factor * torch.cat(list(logprobs)).sum()
+        raise no_derivative(task)
+    return factor
+
+
+def no_derivative(task: Task) -> EvomergeError:
+    """The error for an objective that has no derivative; it lists those of the task that have one."""
+    known = sorted(name for name, metric in task.own.items() if metric.differentiable is not None)
+    return EvomergeError(
+        f"task {task.name}: the objective {task.objective!r} has no derivative; these have one: {', '.join(known)}"
+    )
 
 
 @contextmanager
@@ -244,36 +291,3 @@ def checkpointed_layers(model: Any, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward  # the class's own one is found again
-
-
-# Until `Metric.differentiable` exists.
-
-
-@dataclass(frozen=True)
-class TensorAnswer:
-    gold_logprob: Tensor
-    token_logprobs: Tensor
-    logprobs: Tensor
-    gold: int
-    gold_bytes: int
-
-
-def _margin(a: TensorAnswer) -> Tensor:
-    others = [x for k, x in enumerate(a.logprobs) if k != a.gold]
-    return a.logprobs[a.gold] - (torch.stack(others).max() if others else a.logprobs[a.gold])
-
-
-def _brier(a: TensorAnswer) -> Tensor:
-    p = a.logprobs.softmax(0)
-    onehot = torch.zeros_like(p)
-    onehot[a.gold] = 1.0
-    return ((p - onehot) ** 2).sum()
-
-
-FORMULAS: dict[str, Callable[[TensorAnswer], Tensor]] = {
-    "gold_logprob": lambda a: a.gold_logprob,
-    "gold_prob": lambda a: a.gold_logprob.clamp(max=0).exp(),
-    "bits_per_byte": lambda a: -a.gold_logprob / math.log(2) / max(1, a.gold_bytes),
-    "margin": _margin,
-    "brier": _brier,
-}
