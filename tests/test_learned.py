@@ -81,7 +81,9 @@ def test_a_minibatch_depends_on_seed_and_number_alone() -> None:
     granularity=st.sampled_from(["model", "depth", "group", "layer"]),
     data=st.data(),
 )
-def test_the_gradient_by_the_axes_is_that_of_the_spread_values(layers: int, granularity: str, data: st.DataObject) -> None:
+def test_the_gradient_by_the_axes_is_that_of_the_spread_values(
+    layers: int, granularity: str, data: st.DataObject
+) -> None:
     """Against the definition: a linear function of the values at every layer and component."""
     count = {"model": 1, "depth": 3, "group": min(2, layers), "layer": layers}[granularity]
     names = {c: tuple(f"weight.s.{c}.{k}" for k in range(count)) for c in ("mlp", "default")}
@@ -110,7 +112,9 @@ def test_a_step_record_comes_back_from_the_study_as_it_was() -> None:
     assert step_records({step_key(1): other.to_json(), step_key(0): record.to_json(), "x": 1}) == [record, other]
 
 
-@pytest.mark.parametrize("content", [None, {}, {"point": 1}, {"point": {"a": "x"}, "gradient": {}, "value": 1, "items": 1}])
+@pytest.mark.parametrize(
+    "content", [None, {}, {"point": 1}, {"point": {"a": "x"}, "gradient": {}, "value": 1, "items": 1}]
+)
 def test_a_damaged_step_record_is_an_error(content: object) -> None:
     with pytest.raises(EvomergeError, match="cannot be read"):
         StepRecord.from_json(content)

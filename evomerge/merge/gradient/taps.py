@@ -35,9 +35,16 @@ class KnobGradient:
     values: (knob, source, or None for a knob that all share) -> component -> (layers,) float64, the derivative by the
         knob's value at that component and layer, summed over the backward passes.  Components whose weights do not
         depend on the knob are absent.
+    sums: of each tensor that is watched, the derivative by its plan's numbers so far.
     """
 
     values: dict[tuple[str, str | None], dict[Component, NDArray[np.float64]]] = field(default_factory=dict)
+    sums: list[Tensor] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget the backward passes so far."""
+        for each in self.sums:
+            each.zero_()
 
 
 @dataclass(eq=False)
@@ -114,6 +121,7 @@ class KnobTaps:
                     handles.append(module.register_forward_hook(low_rank.hook, with_kwargs=True))
                 else:
                     full.setdefault(parameter, []).append(tap)
+            gradient.sums = [tap.inner for tap in tapped]
             handles.append(self.model.get_input_embeddings().register_forward_hook(start_graph))
             inputs = RecipeInputs(recipe, self.bank)
             for parameter, parts in full.items():

@@ -25,7 +25,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
-from evomerge.evaluate.gradient import backward
+from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
@@ -100,6 +100,7 @@ class Evaluator:
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.prompts: torch.Tensor | None = None
+        self.gradient_memory: GradientMemory | None = None
         self.counts = Counts()
 
     def prepare(self, inputs: Fingerprints) -> None:
@@ -203,8 +204,10 @@ class Evaluator:
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(job.recipe, clock)
         weights = {t.name: [job.weights[t.name]] * len(items[t.name]) for t in tasks}
-        with clock.time("forward"), self.taps.watch(job.recipe) as found:
-            values = backward(self.engine, works, weights, clock)
+        if self.gradient_memory is None:
+            self.gradient_memory = GradientMemory.of(self.engine)
+        with clock.time("forward"), forwards_of(self.model, self.counts), self.taps.watch(job.recipe) as found:
+            values = backward(self.engine, works, weights, self.check, self.gradient_memory, found.reset)
         scores = {t.name: {t.objective: finite_scores(t, t.objective, {t.objective: values[t.name]})} for t in tasks}
         gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
         return Outcome(scores, clock.seconds, gradient=gradient)

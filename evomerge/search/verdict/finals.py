@@ -31,13 +31,12 @@ from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
 from evomerge.search.space.greedy_soup import GreedySoup
-from evomerge.search.storage.study import SearchStudy, rank
+from evomerge.search.storage.study import LEARNED, SearchStudy, rank
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
 
 FINALISTS = 5  # trials by value
-LEARNED = "learned"  # user attribute of trials that are finalists whatever their value
 
 
 @dataclass(frozen=True)
