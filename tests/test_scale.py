@@ -153,7 +153,8 @@ def test_a_disagreement_names_the_model_that_the_objective_overlooks() -> None:
     assert (found.best, found.place, found.disagrees) == ("upper", 3, True)
     assert "upper is the best by exact_match and number 3 by the objective" in found.sentence
     alike = agreement("all tasks", [(name, m, m) for name, _, m in rows], "the objective", "exact_match")
-    assert (alike.correlation, alike.place, alike.disagrees) == (pytest.approx(1.0), 1, False)
+    assert alike.correlation == pytest.approx(1.0)
+    assert (alike.place, alike.disagrees) == (1, False)
     assert "disagree" not in alike.sentence
 
 
@@ -221,9 +222,8 @@ def test_a_parents_trial_takes_the_stored_scores_with_what_the_canary_saw(finish
     for parent in ("rev", "add"):
         assert trials[parent].seconds.forward is None
         assert trials[parent].signs == records[parent].signs is not None
-        assert trials[parent].scores.items() <= {t: dict(m) for t, m in records[parent].scores.items()}.items() or all(
-            records[parent].scores[t][m] == text for t, ms in trials[parent].scores.items() for m, text in ms.items()
-        )
+        for task, metrics in trials[parent].scores.items():
+            assert all(records[parent].scores[task][metric] == text for metric, text in metrics.items())
 
 
 def test_a_trial_in_both_metrics_is_repeated_bit_for_bit(finished: Path) -> None:
