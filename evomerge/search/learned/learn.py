@@ -2,13 +2,14 @@
 
     start      the best baseline that is a point of the space
     step       a mini-batch for each worker; their mean gradient moves the point (adam.py)
-    look       every LOOK steps the mean point of the last AVERAGED share of the steps is scored as a trial
+    look       LOOKS times the mean point of the last AVERAGED share of the steps so far is scored as a trial
     end        after `steps` steps, or at a look whose trial is not better than the one before
 
 A step is in the study before the next one begins, so a resumed search computes none twice and goes on with the same
 bits as long as it has as many workers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.evaluate.metrics import find_metric
@@ -27,10 +28,10 @@ from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
-RATE = 0.06  # of the first step, in units of a coefficient
-STEPS = 60
+RATE = 0.05  # of the first step, in units of a coefficient
+STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
-LOOK = 20  # steps between two trials
+LOOKS = 3  # trials on the way, at equal distances
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
 
 
@@ -61,6 +62,7 @@ class Learner:
         self.scale = evaluations.scale
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.steps = self.space.config.sampler.steps or STEPS
+        self.looks = {math.ceil(self.steps * k / LOOKS) for k in range(1, LOOKS + 1)}
 
     async def learn(self, ended: Callable[[], str | None]) -> None:
         """Take steps until one of the ends above, or until a limit of the search is reached.
@@ -83,7 +85,7 @@ class Learner:
                 return
             points.append(point)
             point = adam.step(point, step.gradient)
-            if len(points) % LOOK == 0 or len(points) == self.steps:
+            if len(points) in self.looks:
                 value = await self.look(len(points), points, ended)
                 if value is None or (best is not None and value <= best):
                     self.pool.log(f"the learned coefficients end after {len(points)} steps: {value} after {best}")
