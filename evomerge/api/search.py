@@ -92,6 +92,7 @@ def search(
     from evomerge.search.evaluation.task_set import check_statistics, open_task_set
     from evomerge.search.inputs import create_run
     from evomerge.search.models import open_config_models
+    from evomerge.search.space.start_points import read_start, refuse_seen_items
 
     loaded = pin(loaded, {})
     models = open_config_models(loaded)
@@ -100,6 +101,9 @@ def search(
             print(f"note: {note}", file=sys.stderr)
     task_set = open_task_set(loaded)
     check_statistics(loaded, models, task_set)
+    if loaded.start_from is not None:
+        read_start(loaded)
+        refuse_seen_items(loaded, task_set)
     created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)

@@ -268,8 +268,8 @@ class SearchConfig(Strict):
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.
-    start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
-        the configuration does not.
+    start_from: where the search begins: a recipe, a mergekit file or the folder of an earlier run; it also gives the
+        base, the sources and the method where the configuration does not.
     sampler, budget, price, workers, racing: see their classes.
     scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
     seed: of the splits, the sampler, random masks and the bootstrap.

@@ -153,7 +153,7 @@ def remaining_work(
     recipes = {digest(study.space.recipe(t.params)) for t in best}
     others = 2  # the mean of the distribution, and the best by metric
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others
-    rivals = [b for b in known if b.kind != "recommended"]
+    rivals = [b for b in known if b.kind not in ("recommended", "start")]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
     selected = finalists + sum(not scored("selection", digest(b.recipe)) for b in known) + 1  # the base

@@ -91,7 +91,8 @@ async def finish(
     task_set, seed = evaluations.task_set, study.space.config.seed
     baselines = distinct([base_alone(study.space), *known], study.space.layers)
     found = searched_finalists(study, baselines)
-    found += [Finalist(b.name, b.kind, study.baselines.get(b.name), b.recipe) for b in baselines]
+    kinds = {"start": "candidate"}  # what an earlier search found is a candidate of this one
+    found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
     selected = await select(run, evaluations, found)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
