@@ -174,14 +174,15 @@ def test_a_search_starts_from_a_run_of_another_space(earlier: Path, tiny_family:
     config = write_config(tmp_path, tiny_family, sources=sources, space=space, start_from=str(earlier), **QUICK)
     run = finished_search(config)
     study = open_run(run).study()
-    names = [t.user_attrs.get("baseline", "") for t in study.get_trials()]
+    trials = study.get_trials()
+    names = [t.user_attrs.get("baseline", "") for t in trials]
     assert names[0].startswith("earlier winner")
     assert sum(n.startswith("earlier trial") for n in names) >= 2
     starts = study.user_attrs[START]
     assert len(starts) <= 5
     recipe = yaml.safe_load((earlier / "winner.yaml").read_text())
     weights = {s["name"]: s["parameters"]["weight"] for s in recipe["sources"]}
-    first = study.get_trials()[0].params
+    first = trials[0].params
     for axis, value in first.items():
         _, source, *_, layer = axis.split(".")
         wanted = weights[source][int(layer.removeprefix("layer"))] if source in weights else 0.0
@@ -199,7 +200,7 @@ def test_a_search_starts_from_a_run_of_another_space(earlier: Path, tiny_family:
     finally:
         gone.rename(earlier)
     again = open_run(run).study().get_trials()
-    assert [t.params for t in again[:9]] == [t.params for t in study.get_trials()]
+    assert [t.params for t in again[:9]] == [t.params for t in trials]
     assert len(again) == 11
 
 
