@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import write_family
 from searches import finished_search, run_cli, verdict_of, write_config
@@ -73,6 +73,7 @@ def points(draw: st.DrawFn, space: Space) -> dict[str, float]:
     return {axis: draw(st.floats(d.low, d.high)) for axis, d in space.axes.items()}
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(2, 12))
 def test_a_point_is_the_nearest_one_to_its_own_recipe(data: st.DataObject, layers: int) -> None:
     """In every granularity, also where knots lie between layers."""
@@ -88,6 +89,7 @@ def test_a_point_is_the_nearest_one_to_its_own_recipe(data: st.DataObject, layer
         assert again.knobs(role, layers).each["weight"] == pytest.approx(recipe.knobs(role, layers).each["weight"])
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(2, 40), st.sampled_from(["model", "depth", "group", "layer"]))
 def test_the_values_of_a_group_come_back(data: st.DataObject, layers: int, granularity: Granularity) -> None:
     """As long as there are no more values than layers; knots may lie between layers."""
@@ -99,6 +101,7 @@ def test_the_values_of_a_group_come_back(data: st.DataObject, layers: int, granu
     assert nearest_values(wanted, group, layers, 0.0) == pytest.approx(values, abs=1e-7)
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(2, 8))
 def test_the_nearest_point_is_nearer_than_its_neighbours_and_its_own_nearest(data: st.DataObject, layers: int) -> None:
     """Of recipes of any space, and of coefficients beyond the bounds."""
@@ -178,7 +181,7 @@ def test_a_search_starts_from_a_run_of_another_space(earlier: Path, tiny_family:
     names = [t.user_attrs.get("baseline", "") for t in trials]
     assert names[0].startswith("earlier winner")
     assert sum(n.startswith("earlier trial") for n in names) >= 2
-    starts = study.user_attrs[START]
+    starts = study.user_attrs[START]["recipes"]
     assert len(starts) <= 5
     recipe = yaml.safe_load((earlier / "winner.yaml").read_text())
     weights = {s["name"]: s["parameters"]["weight"] for s in recipe["sources"]}
@@ -235,7 +238,7 @@ def test_what_a_search_cannot_start_from_is_said_before_there_is_a_run_folder(
     (tmp_path / "empty").mkdir()
     assert "empty is no run folder (it has no config.yaml)" in refusal(tmp_path / "empty")
     assert "no such file or run folder" in refusal(tmp_path / "nothing")
-    assert "belong to this search's" in refusal(earlier, seed=4)
+    assert "belong to this search's" in refusal(earlier, seed=4, splits={"search": 6, "selection": 4, "holdout": 0.9})
     assert "has none of this search's sources (sort)" in refusal(
         earlier, sources=[{"name": "sort", "path": str(tiny_family / "sort")}]
     )

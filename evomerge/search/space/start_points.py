@@ -30,7 +30,7 @@ from evomerge.search.storage.trial_record import record_of
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.locate import locate
 
-START = "evomerge:start"  # study attribute: the recipes of `start_from`
+START = "evomerge:start"  # study attribute: `start_from` and its recipes
 BEST = 3  # trials of an earlier run
 
 
@@ -55,17 +55,18 @@ def start_baselines(study: optuna.Study, space: Space, log: Callable[[str], None
 
     Raises EvomergeError as `read_start` does.
     """
-    if (stored := study.user_attrs.get(START)) is None:
-        if space.config.start_from is None:
-            return []
+    if space.config.start_from is None:
+        return []
+    stored = study.user_attrs.get(START, {})
+    if stored.get("from") != space.config.start_from:
         starts, notes = read_start(space.config)
         found, more = points_of(space, starts)
         for note in (*notes, *more):
             log(f"start_from: {note}")
         content = [{"name": s.name, "rival": s.rival, "recipe": s.recipe.model_dump(mode="json")} for s in starts]
-        study.set_user_attr(START, content)
+        study.set_user_attr(START, {"from": space.config.start_from, "recipes": content})
         return found
-    starts = [Start(s["name"], s["rival"], Recipe.model_validate(s["recipe"])) for s in stored]
+    starts = [Start(s["name"], s["rival"], Recipe.model_validate(s["recipe"])) for s in stored["recipes"]]
     return points_of(space, starts)[0]
 
 
