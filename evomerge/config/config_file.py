@@ -260,9 +260,10 @@ def write_config(path: Path, config: SearchConfig) -> None:
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, the price, the limits of workers and the table of hub commits may differ.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ.  Passwords are
+    not shown.
     """
-    free = {"budget", "price", "workers", "hub"}
+    free = {"budget", "simplify", "price", "workers", "hub"}
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:
