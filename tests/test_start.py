@@ -179,22 +179,24 @@ def test_a_search_starts_from_a_run_of_another_space(earlier: Path, tiny_family:
     study = open_run(run).study()
     trials = study.get_trials()
     names = [t.user_attrs.get("baseline", "") for t in trials]
-    assert names[0].startswith("earlier winner")
-    assert sum(n.startswith("earlier trial") for n in names) >= 2
-    starts = study.user_attrs[START]["recipes"]
+    begun = [n for n in names if n.startswith("earlier trial")]
+    assert len(begun) >= 2
+    starts = {start["name"]: start for start in study.user_attrs[START]["recipes"]}
+    assert starts["earlier winner"]["rival"]
     assert len(starts) <= 5
-    recipe = yaml.safe_load((earlier / "winner.yaml").read_text())
-    weights = {s["name"]: s["parameters"]["weight"] for s in recipe["sources"]}
-    first = trials[0].params
-    for axis, value in first.items():
-        _, source, *_, layer = axis.split(".")
-        wanted = weights[source][int(layer.removeprefix("layer"))] if source in weights else 0.0
-        assert value == pytest.approx(np.clip(wanted, 0.0, 1.0)), axis
     log = (run / "log.txt").read_text()
-    if any(w > 1.0 for ws in weights.values() for w in ws):
-        assert "start_from: earlier winner: the nearest point of this space, largest difference" in log
     kinds = {f["name"]: f["kind"] for f in verdict_of(run)["finalists"]}
-    assert kinds[names[0]] == ("candidate" if names[0].endswith("nearest point") else "given")
+    for name in begun:
+        recipe = starts[name.removesuffix(", nearest point")]["recipe"]
+        weights = {source["name"]: source["parameters"]["weight"] for source in recipe["sources"]}
+        for axis, value in trials[names.index(name)].params.items():
+            _, source, *_, layer = axis.split(".")
+            wanted = weights[source][int(layer.removeprefix("layer"))] if source in weights else 0.0
+            assert value == pytest.approx(np.clip(wanted, 0.0, 1.0)), axis
+        if name.endswith(", nearest point"):
+            start = name.removesuffix(", nearest point")
+            assert f"start_from: {start}: the nearest point of this space, largest difference" in log
+        assert kinds[name] == "candidate"
 
     gone = earlier.rename(tmp_path / "moved")  # the run is not needed any more
     try:
