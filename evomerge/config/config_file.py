@@ -150,21 +150,35 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 def with_start(content: dict[str, Any]) -> dict[str, Any]:
     """The content with the base, the sources and the method of `start_from` where it does not give them itself.
 
-    EvomergeError if that file is not a recipe or mergekit file, or a search cannot start from it.
+    EvomergeError if that is no recipe, mergekit file or run folder, or if a search cannot start from it.
     """
-    file = content.get("start_from")
-    if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
+    start = content.get("start_from")
+    if not isinstance(start, str) or {"base", "sources", "method"} <= content.keys():
         return content
+    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start))) | content
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The base, the sources and the method of an earlier run, as a configuration has them."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise EvomergeError(f"start_from: {folder} is no run folder (it has no config.yaml)")
+    earlier = load_config(file).model_dump(by_alias=True, exclude_none=True)
+    return {key: earlier[key] for key in ("base", "sources", "method", "allow_differences")}
+
+
+def of_file(file: Path) -> dict[str, Any]:
+    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them."""
     from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
-    recipe, _ = load_merge(Path(file))
+    recipe, _ = load_merge(file)
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
     sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
     given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
     if recipe.allow_differences:
         given["allow_differences"] = recipe.allow_differences
-    return given | content
+    return given
 
 
 def readable(error: dict[str, Any]) -> str:
@@ -246,9 +260,10 @@ def write_config(path: Path, config: SearchConfig) -> None:
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, the price, the limits of workers and the table of hub commits may differ.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ.  Passwords are
+    not shown.
     """
-    free = {"budget", "price", "workers", "hub"}
+    free = {"budget", "simplify", "price", "workers", "hub"}
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

@@ -270,8 +270,10 @@ class SearchConfig(Strict):
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.
-    start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
-        the configuration does not.
+    start_from: where the search begins: a recipe, a mergekit file or the folder of an earlier run; it also gives the
+        base, the sources and the method where the configuration does not.
+    simplify: the largest loss of the mean metric for which the candidate may get fewer sources and coefficients; None
+        leaves it as it is.
     sampler, budget, price, workers, racing: see their classes.
     scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
     seed: of the splits, the sampler, random masks and the bootstrap.
@@ -293,6 +295,7 @@ class SearchConfig(Strict):
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []
     start_from: str | None = None
+    simplify: float | None = Field(default=None, gt=0)
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     price: PriceConfig | None = None

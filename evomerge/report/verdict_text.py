@@ -12,7 +12,7 @@ def interval_text(span: dict[str, Any], signed: bool = False) -> str:
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
     """The sentences that belong to the table of a verdict."""
-    found = [verdict["greedy_soup"]] if verdict.get("greedy_soup") else []
+    found = [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
     if verdict["detectable"] is not None:
         found.append(
             f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."

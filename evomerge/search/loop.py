@@ -36,6 +36,7 @@ from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.space.baselines import Baseline, base_alone, baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
+from evomerge.search.space.start_points import start_baselines
 from evomerge.search.storage.database import Retry, open_study
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.study_lease import acquire_lease
@@ -150,7 +151,8 @@ class Driver:
         self.monitor = monitor
         self.trials = TrialRunner(run, study, evaluations, pool, monitor)
         self.kind = sampler_kind(study.space.config.sampler.name)
-        self.state = SearchState(baselines(study.space))
+        first = start_baselines(study.stored, study.space, run.log)
+        self.state = SearchState(baselines(study.space, first))
         self.reserved = ReservedTime(study, self.state.baselines, evaluations.task_set.item_counts, export)
 
     async def search(self) -> Verdict:

@@ -4,8 +4,9 @@
                      best by metric, learned points, and the mean of the final search distribution
     selection split  the finalists, the base and every baseline: the finalist with the best metric becomes the chosen
                      candidate, unless a baseline is better; then nothing that was searched is a candidate, and that
-                     baseline takes its place.  The baseline with the best metric is recommended if the candidate does
-                     not win
+                     baseline takes its place.  With `simplify` a simpler recipe takes the candidate's place if it is
+                     no worse than the margin allows (simplify.py).  The baseline with the best metric is recommended
+                     if the candidate does not win
     holdout split    the chosen candidate against the base and every baseline, once: the verdict (verdict.py).  Of
                      the recipes that papers recommend (kind `recommended`) only the best of the selection split
                      takes part
@@ -32,6 +33,7 @@ from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
 from evomerge.search.space.greedy_soup import GreedySoup
 from evomerge.search.storage.study import LEARNED, SearchStudy, rank
+from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
@@ -90,13 +92,22 @@ async def finish(
     task_set, seed = evaluations.task_set, study.space.config.seed
     baselines = distinct([base_alone(study.space), *known], study.space.layers)
     found = searched_finalists(study, baselines)
-    found += [Finalist(b.name, b.kind, study.baselines.get(b.name), b.recipe) for b in baselines]
+    kinds = {"start": "candidate"}  # what an earlier search found is a candidate of this one
+    found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
     selected = await select(run, evaluations, found)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
 
     searched = any(s.finalist.kind == "candidate" for s in selected)
-    chosen = selected[0].finalist
+    chosen, simplified = selected[0].finalist, ""
+    if (margin := study.space.config.simplify) is not None and chosen.kind == "candidate":
+        for simple in await simplify(study.space, evaluations, chosen.recipe, margin, run.log):
+            tried = await select(run, evaluations, [Finalist("simplified", "candidate", None, simple.recipe)])
+            if tried and tried[0].metric >= least_metric(selected, margin):
+                chosen, simplified = tried[0].finalist, simple.sentence
+                selected = sorted([*selected, *tried], key=lambda s: -s.metric)
+                break
+        run.log(simplified or f"{chosen.name} is not simplified")
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
     rivals = without_weaker_recipes(others)
     scores, *rival_scores = await run_all(
@@ -127,6 +138,7 @@ async def finish(
         soup.sentence,
         task_set,
         seed,
+        simplified,
     )
     recipes = {f.name: f.recipe for f in (chosen, *(f for f, _ in judged.values()))} | {"winner": chosen.recipe}
     write_text(run.recommended_file, dump_recipe(recipes[verdict.recommended]))
@@ -185,6 +197,14 @@ async def select(run: Run, evaluations: Evaluations, finalists: Sequence[Finalis
         if scores is not None
     ]
     return sorted(found, key=lambda s: (-s.metric, s.finalist.kind != "candidate", -s.value))
+
+
+def least_metric(selected: Sequence[Selected], margin: float) -> float:
+    """The metric that a simplified candidate needs: no loss beyond the margin, and no baseline is better.
+
+    selected: the best first; the first is the candidate.
+    """
+    return max([selected[0].metric - margin, *(s.metric for s in selected if s.finalist.kind != "candidate")])
 
 
 def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:
