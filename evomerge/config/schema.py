@@ -275,8 +275,8 @@ class SearchConfig(Strict):
 
     name: of the study and of the run folder.
     base, sources, allow_differences: as in a recipe.
-    method: as in a recipe.  Where the file has a list of methods, one of `methods`: the first until the search has chosen.
-    methods: the methods that the search chooses from; None if the file names one.
+    method: as in a recipe; of a list of methods the first, and once the search has chosen, the chosen one.
+    methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.

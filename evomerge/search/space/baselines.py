@@ -34,12 +34,14 @@ class Baseline:
     point: Point | None
 
 
-def baselines(space: Space) -> list[Baseline]:
+def baselines(space: Space, tried: Sequence[Baseline] = ()) -> list[Baseline]:
     """The baselines of a search, in the order in which they are evaluated.
 
-    First the recipe of `start_from`, then each source alone, the uniform blend, the recommended recipes, and the files
-    that the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
-    (greedy_soup.py).
+    tried: the best recipe of each method that the search could choose (choose_method.py).
+
+    First the recipe of `start_from`, then each source alone, the uniform blend, the recommended recipes, those tried,
+    and the files that the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes
+    later (greedy_soup.py).
 
     Recommended are task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
     dare_ties with density and weight 0.5 (the usual starting point), and, where the configuration gives roles, a linear
@@ -69,7 +71,8 @@ def baselines(space: Space) -> list[Baseline]:
         start = given(space, Path(space.config.start_from))
         point = space.point_of(start.recipe)
         found.insert(0, start if point is None else replace(start, recipe=space.recipe(point), point=point))
-    return distinct(found + [given(space, Path(path)) for path in space.config.baselines], space.layers)
+    files = [given(space, Path(path)) for path in space.config.baselines]
+    return distinct([*found, *tried, *files], space.layers)
 
 
 def base_alone(space: Space) -> Baseline:
