@@ -112,8 +112,8 @@ async def open_and_search(
         try:
             await stoppable(stop, pool.open(), monitor.refresh)
             if must_choose_method(config, study):
-                monitor.phase("choosing the method")
                 await stoppable(stop, driver.find_scale(), show_life)
+                monitor.phase("choosing the method")
                 choice = await stoppable(stop, choose_method(config, models, driver.objective_of), show_life)
                 monitor.say(choice.sentence)
                 stored.set_user_attr(METHOD, choice.to_json())
