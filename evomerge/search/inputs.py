@@ -64,6 +64,8 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     free = {"name", "budget", "simplify", "price", "workers", "storage", "hub"}
     content = config.model_dump(mode="json", exclude=free)
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
+    if content.pop("methods"):  # the search chooses among them, so its choice does not count
+        content["method"] = config.methods
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
         for entry in content[part]:
             entry[key] = ""

@@ -37,13 +37,14 @@ class Baseline:
     point: Point | None
 
 
-def baselines(space: Space, first: Sequence[Baseline] = ()) -> list[Baseline]:
+def baselines(space: Space, first: Sequence[Baseline] = (), tried: Sequence[Baseline] = ()) -> list[Baseline]:
     """The baselines of a search, in the order in which they are evaluated.
 
     first: those of `start_from` (start_points.py).
+    tried: the best recipe of each method that the search could choose (choose_method.py).
 
-    After these come each source alone, the uniform blend, the recommended recipes, and the files
-    that the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
+    After the first come each source alone, the uniform blend, the recommended recipes, those tried, and the files that
+    the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
     (greedy_soup.py).
 
     Recommended are task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
@@ -72,7 +73,7 @@ def baselines(space: Space, first: Sequence[Baseline] = ()) -> list[Baseline]:
         found.append(in_space(space, "specialists 0.65", "recommended", weights, "linear"))
     files = [Path(path) for path in space.config.baselines]
     own = [Baseline(path.stem, "given", given_recipe(space.config, path), None) for path in files]
-    return distinct([*first, *found, *own], space.layers)
+    return distinct([*first, *found, *tried, *own], space.layers)
 
 
 def base_alone(space: Space) -> Baseline:
