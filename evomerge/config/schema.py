@@ -183,7 +183,7 @@ class SamplerConfig(Strict):
     steps: gradient steps of `auto` and `learned`, at most.
     """
 
-    name: str = Field(default="cma-es", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="auto", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
     steps: int | None = Field(default=None, ge=1)
