@@ -63,7 +63,7 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     """
     content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
-    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
+    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
             entry[key] = ""
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}
