@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.evaluate.metrics import find_metric
 from evomerge.merge.methods import METHODS
+from evomerge.search.evaluation.guards import Guard
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.minibatches import minibatch
-from evomerge.search.learned.multipliers import Multiplier, multiplier
+from evomerge.search.learned.multipliers import Multiplier, State, multiplier
 from evomerge.search.monitor.monitor import Monitor
-from evomerge.search.space.baselines import Baseline, reference
+from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
 from evomerge.search.storage.study import SearchStudy, in_full, rank
@@ -65,14 +66,16 @@ class Learner:
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.steps = self.space.config.sampler.steps or STEPS
         self.objectives = {task.name: task.objective for task in self.task_set.tasks}
-        self.guards = {
-            guard.name: multiplier(
-                guard,
-                self.objectives,
-                evaluations.known("search", reference(self.space, baselines, guard.of).recipe),
-            )
-            for guard in self.task_set.guards
-        }
+        self.guards = {guard.name: self.multiplier(guard, evaluations) for guard in self.task_set.guards}
+
+    def multiplier(self, guard: Guard, evaluations: Evaluations) -> Multiplier:
+        """The multiplier of a guard, by what base and parents score."""
+        models = [base_alone(self.space), *(b for b in self.baselines if b.kind == "parent")]
+        every = [evaluations.known("search", model.recipe) for model in models]
+        wanted = [(task, {self.objectives[task], metric}) for task, metric in guard.metrics.items()]
+        others = [known for known in every if all(names <= known.get(task, {}).keys() for task, names in wanted)]
+        own = evaluations.known("search", reference(self.space, self.baselines, guard.of).recipe)
+        return multiplier(guard, self.objectives, own, others)
 
     async def learn(self, ended: Callable[[], str | None]) -> None:
         """Take steps until one of the ends above, or until a limit of the search is reached.
@@ -85,19 +88,19 @@ class Learner:
             return
         adam = Adam(self.space.axes, RATE, self.steps)
         points: list[Point] = []
-        multipliers = dict.fromkeys(self.guards, 0.0)
+        states = {name: State() for name in self.guards}
         known = step_records(self.study.stored.user_attrs)
         best: float | None = None
         while len(points) < self.steps and ended() is None:
             number = len(points)
             self.monitor.phase(f"learning the coefficients: step {number + 1} of {self.steps}")
-            step = known[number] if number < len(known) else await self.step(number, point, multipliers)
+            step = known[number] if number < len(known) else await self.step(number, point, states)
             if step is None:
                 return
             points.append(point)
             point = adam.step(point, step.gradient)
             for name, drop in step.drops.items():
-                multipliers[name] = self.guards[name].after(multipliers[name], drop)
+                states[name] = self.guards[name].after(states[name], drop)
             if len(points) % LOOK == 0 or len(points) == self.steps:
                 value = await self.look(len(points), points, ended)
                 if value is None or (best is not None and value <= best):
@@ -111,16 +114,16 @@ class Learner:
         valued = [trial for trial in tried if trial is not None and in_full(trial)]
         return dict(max(valued, key=rank).params) if valued else None
 
-    async def step(self, number: int, point: Point, multipliers: Mapping[str, float]) -> StepRecord | None:
+    async def step(self, number: int, point: Point, states: Mapping[str, State]) -> StepRecord | None:
         """Compute the gradient at a point and store it; None, with a line in the log, if that fails.
 
         number: of the step, from 0.
-        multipliers: of the guards, by name.
+        states: of the guards' multipliers, by name.
         """
         recipe = self.space.recipe(point)
         count = self.pool.size
         batches = [minibatch(self.ids, self.space.config.seed, number * count + k, ITEMS) for k in range(count)]
-        jobs = [GradientJob(recipe, batch, self.weights(batch, multipliers)) for batch in batches]
+        jobs = [GradientJob(recipe, batch, self.weights(batch, states)) for batch in batches]
         results = await run_all(*(self.pool.run(job, f"gradient step {number}") for job in jobs))
         done = [result for result in results if isinstance(result, Outcome)]
         if len(done) < len(results):
@@ -142,7 +145,7 @@ class Learner:
         self.monitor.add_used(used)
         return record
 
-    def weights(self, batch: Mapping[str, list[str]], multipliers: Mapping[str, float]) -> dict[str, float]:
+    def weights(self, batch: Mapping[str, list[str]], states: Mapping[str, State]) -> dict[str, float]:
         """What a unit of the raw objective of one item is worth, by task: the loss is minus the scaled mean of the
         goals, plus what the guards' multipliers make of their drops.
         """
@@ -155,7 +158,7 @@ class Learner:
         }
         for name, guard in self.guards.items():
             for task, items in batch.items():
-                found[task] += guard.weight(multipliers[name], task, len(items))
+                found[task] += guard.weight(states[name], task, len(items))
         return found
 
     def drop(self, guard: Multiplier, done: Sequence[Outcome], batches: Sequence[Mapping[str, list[str]]]) -> float:
