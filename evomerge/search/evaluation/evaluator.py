@@ -45,7 +45,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Job, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
-from evomerge.search.evaluation.score_checks import finite_scores, needed_scores
+from evomerge.search.evaluation.score_checks import checked, finite_scores, needed_scores
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.sources.open_models import Models
@@ -211,7 +211,7 @@ class Evaluator:
             self.gradient_memory = GradientMemory.of(self.engine)
         with clock.time("forward"), forwards_of(self.model, self.counts), self.taps.watch(job.recipe) as found:
             values = backward(self.engine, works, weights, self.check, self.gradient_memory, found.reset)
-        scores = {t.name: {t.objective: finite_scores(t, t.objective, {t.objective: values[t.name]})} for t in tasks}
+        scores = {t.name: {t.objective: checked(t, t.objective, values[t.name])} for t in tasks}
         gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
         return Outcome(scores, clock.seconds, gradient=gradient)
 
