@@ -360,7 +360,6 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: bits_per_byte, higher_is_better: false}]
 """
-EVERY_FOURTH_STEP = "import evomerge.search.learned.learn as l\nl.LOOK = 4\n"
 
 
 def test_a_killed_learned_start_with_a_perplexity_guard_resumes_with_the_same_bits(
@@ -369,19 +368,19 @@ def test_a_killed_learned_start_with_a_perplexity_guard_resumes_with_the_same_bi
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    run = finished_search(write_text_guarded(whole, tiny_family), EVERY_FOURTH_STEP)
+    run = finished_search(write_text_guarded(whole, tiny_family))
     study = open_run(run).study()
     steps = step_records(study.user_attrs)
-    assert len(steps) in (4, 8)
+    assert len(steps) in (6, 8)  # two looks at least
     assert all(list(step.drops) == ["sums"] for step in steps)
     assert any(step.drops["sums"] > 0.1 for step in steps[:-1]), "no step was held: the multipliers are not tested"
     verdict = verdict_of(run)
     assert verdict["guards"][0]["metric"] == "bits_per_byte"
     assert verdict["guards"][0]["drop"]["low"] is not None
     prelude = (
-        EVERY_FOURTH_STEP
-        + KILL
+        KILL
         + """
+import evomerge.search.learned.learn as l
 calls, real = [0], l.Learner.weights
 def counted(*a):
     calls[0] += 1
@@ -393,7 +392,7 @@ l.Learner.weights = counted
     )
     killed = run_cli("search", write_text_guarded(parts, tiny_family), "--run", parts / "run", prelude=prelude)
     assert killed.returncode == -signal.SIGKILL
-    done = run_cli("resume", parts / "run", prelude=EVERY_FOURTH_STEP)
+    done = run_cli("resume", parts / "run")
     assert done.returncode == 0, done.stderr
     again = step_records(open_run(parts / "run").study().user_attrs)
     assert [(s.point, s.gradient, s.drops) for s in again] == [(s.point, s.gradient, s.drops) for s in steps]

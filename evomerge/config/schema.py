@@ -285,17 +285,31 @@ def parse_racing(value: object) -> object:
 RacingValue = Annotated[RacingConfig, BeforeValidator(parse_racing)]
 
 
+def check_method(value: object) -> object:
+    """ValueError if a value is not the name of a method."""
+    if not isinstance(value, str):
+        raise ValueError("give the name of a method, or a list of names")
+    return value
+
+
+MethodName = Annotated[str, BeforeValidator(check_method)]
+
+
 class SearchConfig(Strict):
     """A whole search.  In the file relative paths are relative to its folder; here they are absolute.
 
     name: of the study and of the run folder.
-    base, sources, method, allow_differences: as in a recipe.
+    base, sources, allow_differences: as in a recipe.
+    method: as in a recipe; of a list of methods the first, and once the search has chosen, the chosen one.
+    methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
     guards: tasks that must not get worse.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.
-    start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
-        the configuration does not.
+    start_from: where the search begins: a recipe, a mergekit file or the folder of an earlier run; it also gives the
+        base, the sources and the method where the configuration does not.
+    simplify: the largest loss of the mean metric for which the candidate may get fewer sources and coefficients; None
+        leaves it as it is.
     sampler, budget, price, workers, racing: see their classes.
     scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
     seed: of the splits, the sampler, random masks and the bootstrap.
@@ -311,13 +325,15 @@ class SearchConfig(Strict):
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     allow_differences: list[Allowed] = []
-    method: str
+    method: MethodName
+    methods: list[MethodName] | None = None
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))
     tasks: list[TaskConfig] = Field(min_length=1)
     guards: list[GuardConfig] = []
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []
     start_from: str | None = None
+    simplify: float | None = Field(default=None, gt=0)
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     price: PriceConfig | None = None
@@ -331,3 +347,19 @@ class SearchConfig(Strict):
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None
     hub: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_list_of_methods(cls, content: object) -> object:
+        """`method: [ties, linear]` as `method: ties` and `methods: [ties, linear]`."""
+        if not isinstance(content, dict) or content.get("methods") is not None:
+            return content
+        listed = content.get("method")
+        if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+            return content
+        return content | {"method": listed[0]} | ({"methods": listed} if len(listed) > 1 else {})
+
+    @property
+    def candidate_methods(self) -> list[str]:
+        """The methods that the search chooses from, or the only one."""
+        return self.methods or [self.method]

@@ -97,12 +97,13 @@ def drawing(place: str, figure: Figure) -> str:
 
 
 def summary(status: Status) -> str:
-    """Method, sampler, seed, trials and types in one line."""
+    """Method, sampler, seed, trials, types and the choice of the method in one line."""
     config = status.config
     sources = f"{config.method} of {len(config.sources)} sources"
     types = f"; weights in {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
     searched = f"{config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
-    return f"{sources}; {searched}{types}"
+    choice = f". Method: {status.choice.sentence}" if status.choice else ""
+    return f"{sources}; {searched}{types}{choice}"
 
 
 def explanation(verdict: dict[str, Any]) -> str:

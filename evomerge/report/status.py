@@ -13,6 +13,7 @@ from evomerge.search.evaluation.agreement import Agreement, agreements
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
+from evomerge.search.storage.method_choice import MethodChoice, recorded_choice
 from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
 from evomerge.search.storage.trial_record import Seconds, record_of
 
@@ -33,6 +34,7 @@ class Status:
     compute_dtype: the type in which forwards are computed; None in old runs.
     relative: whether a value of 0 is the base's and 1 that of each task's best parent.
     agreements: how alike objective and metric rank models.
+    choice: how the method was chosen; None if the configuration names one, or before the choice.
     """
 
     config: SearchConfig
@@ -46,6 +48,7 @@ class Status:
     compute_dtype: str | None = None
     relative: bool = False
     agreements: list[Agreement] = field(default_factory=list)
+    choice: MethodChoice | None = None
 
     def count(self, state: TrialState) -> int:
         """How many trials are in a state."""
@@ -116,6 +119,7 @@ def read_status(run: Run) -> Status:
         recorded_type(study.user_attrs),
         SCALE in study.user_attrs and Scale.from_json(study.user_attrs[SCALE]).relative,
         agreements(trials, study.user_attrs),
+        recorded_choice(study.user_attrs) if config.methods else None,
     )
 
 

@@ -100,6 +100,8 @@ def print_status(status: Status, timing: bool) -> None:
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
+    if status.choice is not None:
+        console.print(f"method: {status.choice.sentence}")
     if status.compute_dtype is not None:
         console.print(f"weights in {config.dtype}, computed in {status.compute_dtype}")
     planned = f" of {config.budget.most}" if config.budget.most else ""

@@ -18,7 +18,7 @@ def remarks(verdict: dict[str, Any]) -> list[str]:
         for c in verdict["comparisons"]
         if c.get("breaks")
     ]
-    found += [verdict["greedy_soup"]] if verdict.get("greedy_soup") else []
+    found += [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
     if verdict["detectable"] is not None:
         found.append(
             f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."

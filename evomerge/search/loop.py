@@ -1,5 +1,6 @@
 """The search: its phases in the order in which they happen.
 
+    0  choice of the method                    only if the configuration lists several (space/choose_method.py)
     1  base, parents, baselines outside the    scored on all items of the search split; base and parents give the scale
        search space                            of all values (evaluation/scale.py)
     2  baselines that are points of the space  the first trials
@@ -12,10 +13,14 @@ One trial is in trial.py, the finals in verdict/finals.py.  A trial may fail, th
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import optuna
+
+from evomerge.config.config_file import write_config
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds
@@ -35,9 +40,12 @@ from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.space.baselines import Baseline, base_alone, baselines, reference
+from evomerge.search.space.choose_method import choose_method, tried_baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
+from evomerge.search.space.start_points import start_baselines
 from evomerge.search.storage.database import Retry, open_study
+from evomerge.search.storage.method_choice import METHOD, recorded_choice
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.trial import Races, TrialRunner, next_baseline
@@ -92,6 +100,7 @@ async def open_and_search(
         claim(stored, run)
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
+        config = settle_method(run, config, stored, monitor)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
@@ -99,14 +108,49 @@ async def open_and_search(
             monitor.phase(f"starting {len(workers)} workers")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
         monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
-        driver = Driver(run, study, Evaluations(stored, task_set, pool, monitor), pool, monitor, export)
+        evaluations = Evaluations(stored, task_set, pool, monitor)
+
+        def driver_of(study: SearchStudy) -> Driver:
+            tried = tried_baselines(study.space.config, models, recorded_choice(stored.user_attrs))
+            return Driver(run, study, evaluations, pool, monitor, export, tried)
+
+        driver = driver_of(study)
         try:
             await stoppable(stop, pool.open(), monitor.refresh)
+            if must_choose_method(config, study):
+                await stoppable(stop, driver.find_scale(), show_life)
+                monitor.phase("choosing the method")
+                choice = await stoppable(stop, choose_method(config, models, driver.objective_of), show_life)
+                monitor.say(choice.sentence)
+                stored.set_user_attr(METHOD, choice.to_json())
+                config = settle_method(run, config, stored, monitor)
+                driver = driver_of(SearchStudy(stored, build_space(config, models), len(workers)))
             return await stoppable(stop, driver.search(), show_life)
         finally:
             await pool.close()
     finally:
         holder.release()
+
+
+def settle_method(run: Run, config: SearchConfig, stored: optuna.Study, monitor: Monitor) -> SearchConfig:
+    """The configuration with the method that the study has chosen; config.yaml and the monitor get the method too.
+
+    Nothing changes if the study has not chosen (yet).
+    """
+    choice = recorded_choice(stored.user_attrs)
+    if choice is None or choice.chosen not in (config.methods or ()):
+        return config
+    monitor.name_method(choice.chosen)
+    if (written := run.config()).method != choice.chosen:
+        write_config(run.config_file, written.model_copy(update={"method": choice.chosen}))
+    return config.model_copy(update={"method": choice.chosen})
+
+
+def must_choose_method(config: SearchConfig, study: SearchStudy) -> bool:
+    """Whether the method still has to be chosen; a study that has trials goes on with the method that they have."""
+    choice = recorded_choice(study.stored.user_attrs)
+    chosen = choice is not None and choice.chosen == config.method
+    return bool(config.methods) and not chosen and not study.trials
 
 
 @dataclass
@@ -139,10 +183,18 @@ class Driver:
     pool: the workers.
     monitor: is told what happens; it has the limits.
     export: seconds that writing the model will take.
+    tried: the best recipe of each method that the search could choose.
     """
 
     def __init__(
-        self, run: Run, study: SearchStudy, evaluations: Evaluations, pool: Pool, monitor: Monitor, export: float
+        self,
+        run: Run,
+        study: SearchStudy,
+        evaluations: Evaluations,
+        pool: Pool,
+        monitor: Monitor,
+        export: float,
+        tried: Sequence[Baseline],
     ) -> None:
         self.run = run
         self.study = study
@@ -151,7 +203,8 @@ class Driver:
         self.monitor = monitor
         self.trials = TrialRunner(run, study, evaluations, pool, monitor)
         self.kind = sampler_kind(study.space.config.sampler.name)
-        self.state = SearchState(baselines(study.space))
+        first = start_baselines(study.stored, study.space, run.log)
+        self.state = SearchState(baselines(study.space, first, tried))
         self.reserved = ReservedTime(study, self.state.baselines, evaluations.task_set.item_counts, export)
 
     async def search(self) -> Verdict:

@@ -14,8 +14,10 @@ from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
+from evomerge.search.space.choose_method import tried_baselines
 from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import trial_scores
+from evomerge.search.storage.method_choice import recorded_choice
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.trial_record import record_of
 from evomerge.search.trial import parent_signs, value_of
@@ -52,7 +54,8 @@ def repeat(run: Run, number: int) -> Repeated:
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
     task_set = open_task_set(config)
     evaluations = StoredEvaluations(study.stored, task_set)
-    known, record = baselines(study.space), record_of(trial)
+    tried = tried_baselines(config, models, recorded_choice(study.stored.user_attrs))
+    known, record = baselines(study.space, tried), record_of(trial)
     job = TrialJob(study.space.recipe(trial.params), None)
     if "baseline" not in trial.user_attrs:
         race_setup = make_race_setup(study, known, evaluations)

@@ -112,7 +112,9 @@ class TrialRunner:
         try:
             recipe = self.study.space.recipe(trial.params)
             known = self.evaluations.stored("search", recipe) if trial.baseline else None
-            if known:  # the parents have been scored for the scale, the greedy soup to be found
+            if (
+                known
+            ):  # as of the parents for the scale, of the greedy soup, of the recipe that the method was chosen by
                 return Outcome(known, {}, self.evaluations.signs("search", recipe)), None
             if trial.baseline:
                 return TrialJob(recipe, None), None

@@ -113,11 +113,12 @@ def changed(knobs: Knobs, name: str, source: int | None, value: float) -> Knobs:
 
 
 class Remembered:
-    """The measurements of a tensor, with masked norms kept too: each would read the tensor again."""
+    """The measurements of a tensor; norms and magnitudes are kept, as each of them may read the tensor again."""
 
     def __init__(self, measured: Measured) -> None:
         self.measured = measured
         self.l1: Callable[..., float] = cache(measured.l1)
+        self.magnitude: Callable[..., float] = cache(measured.magnitude)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.measured, name)

@@ -28,6 +28,7 @@ from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
 from evomerge.search.verdict.finals import FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
+from evomerge.search.verdict.simplify import most_steps
 from evomerge.sources.open_models import Models
 
 FIXED = 5.0  # seconds for drawing the report and syncing files
@@ -153,11 +154,16 @@ def remaining_work(
     recipes = {digest(study.space.recipe(t.params)) for t in best}
     others = 2  # the mean of the distribution, and the best by metric
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others
-    rivals = [b for b in known if b.kind != "recommended"]
+    rivals = [b for b in known if b.kind not in ("recommended", "start")]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
     selected = finalists + sum(not scored("selection", digest(b.recipe)) for b in known) + 1  # the base
-    models: dict[Split, int] = {"search": len(lacking) + soups, "selection": selected, "holdout": judged + 1}
+    steps = 0 if study.space.config.simplify is None else most_steps(study.space)
+    models: dict[Split, int] = {
+        "search": len(lacking) + soups + steps,
+        "selection": selected + steps,
+        "holdout": judged + 1,
+    }
     return RemainingWork(models, items, trials=len(study.trials))
 
 

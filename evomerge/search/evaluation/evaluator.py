@@ -111,7 +111,8 @@ class Evaluator:
         """
         self.prepared("search", everything=False)
         if self.cache is not None:
-            measure_sources(self.bank, self.config.method, [s.name for s in self.config.sources], self.cache, inputs)
+            for method in self.config.candidate_methods:
+                measure_sources(self.bank, method, [s.name for s in self.config.sources], self.cache, inputs)
 
     def run(self, job: Job) -> Result:
         """Do a job; whatever goes wrong with the candidate is returned as a `Failure`.

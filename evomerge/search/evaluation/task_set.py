@@ -1,5 +1,6 @@
 """The tasks of a search and the items of each split.  No model is needed to open them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,10 +111,9 @@ def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) ->
 
     EvomergeError if one does not fit its source, or was gathered on items of the selection or the holdout split.
     """
-    kind = METHODS[config.method].statistics
+    kinds = {kind for name in config.candidate_methods if (kind := METHODS[name].statistics)}
     judging: Sequence[Split] = ("holdout", "selection")
-    for number, source in enumerate(config.sources if kind else []):
-        assert kind is not None
+    for kind, (number, source) in itertools.product(sorted(kinds), enumerate(config.sources)):
         origin = open_statistics_file(Path(str(source.statistics)), kind, source.name, models).origin
         for task, splits in task_set.items.items():
             seen = set(origin.items.get(task, ()))

@@ -3,13 +3,14 @@
     start      the best baseline that is a point of the space
     step       a mini-batch for each worker; their mean gradient moves the point (adam.py); a guard takes part in the
                gradient by its multiplier (multipliers.py)
-    look       every LOOK steps the mean point of the last AVERAGED share of the steps is scored as a trial
+    look       LOOKS times the mean point of the last AVERAGED share of the steps so far is scored as a trial
     end        after `steps` steps, or at a look whose trial is not better than the one before
 
 A step is in the study before the next one begins, so a resumed search computes none twice and goes on with the same
 bits as long as it has as many workers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.evaluate.metrics import find_metric
@@ -30,10 +31,10 @@ from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
-RATE = 0.06  # of the first step, in units of a coefficient
-STEPS = 60
+RATE = 0.05  # of the first step, in units of a coefficient
+STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
-LOOK = 20  # steps between two trials
+LOOKS = 3  # trials on the way, at equal distances
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of texts; `evaluate/gradient.py` knows them
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
 
@@ -67,6 +68,7 @@ class Learner:
         self.steps = self.space.config.sampler.steps or STEPS
         self.objectives = {task.name: task.objective for task in self.task_set.tasks}
         self.guards = {guard.name: self.multiplier(guard, evaluations) for guard in self.task_set.guards}
+        self.looks = {math.ceil(self.steps * k / LOOKS) for k in range(1, LOOKS + 1)}
 
     def multiplier(self, guard: Guard, evaluations: Evaluations) -> Multiplier:
         """The multiplier of a guard, by what base and parents score."""
@@ -100,8 +102,9 @@ class Learner:
             points.append(point)
             point = adam.step(point, step.gradient)
             for name, drop in step.drops.items():
-                states[name] = self.guards[name].after(states[name], drop)
-            if len(points) % LOOK == 0 or len(points) == self.steps:
+                if name in states:  # a guard may have been taken out of the configuration
+                    states[name] = self.guards[name].after(states[name], drop)
+            if len(points) in self.looks:
                 value = await self.look(len(points), points, ended)
                 if value is None or (best is not None and value <= best):
                     self.pool.log(f"the learned coefficients end after {len(points)} steps: {value} after {best}")

@@ -4,8 +4,9 @@
                      best by metric, learned points, and the mean of the final search distribution
     selection split  the finalists, the base and every baseline: the finalist with the best metric becomes the chosen
                      candidate, unless a baseline is better; then nothing that was searched is a candidate, and that
-                     baseline takes its place.  The baseline with the best metric is recommended if the candidate does
-                     not win.  What breaks a guard here comes after all that break none
+                     baseline takes its place.  With `simplify` a simpler recipe takes the candidate's place if it is
+                     no worse than the margin allows (simplify.py).  The baseline with the best metric is recommended
+                     if the candidate does not win.  What breaks a guard here comes after all that break none
     holdout split    the chosen candidate against the base and every baseline, once: the verdict (verdict.py).  Of
                      the recipes that papers recommend (kind `recommended`) only the best of the selection split
                      takes part.  A candidate that does not keep every guard here (guards.py) is no winner
@@ -33,6 +34,7 @@ from evomerge.search.space.baselines import Baseline, base_alone, distinct, mode
 from evomerge.search.space.greedy_soup import GreedySoup
 from evomerge.search.storage.study import LEARNED, SearchStudy, rank
 from evomerge.search.verdict.guards import judge_guard
+from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
@@ -95,14 +97,26 @@ async def finish(
     task_set, seed = evaluations.task_set, study.space.config.seed
     baselines = distinct([base_alone(study.space), *known], study.space.layers)
     found = searched_finalists(study, baselines)
-    found += [Finalist(b.name, b.kind, study.baselines.get(b.name), b.recipe) for b in baselines]
+    kinds = {"start": "candidate"}  # what an earlier search found is a candidate of this one
+    found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
     references = {guard.of: reference(study.space, known, guard.of).recipe for guard in task_set.guards}
-    selected = await select(run, evaluations, found, await reference_scores(evaluations, "selection", references))
+    unguarded = await reference_scores(evaluations, "selection", references)
+    selected = await select(run, evaluations, found, unguarded)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
 
     searched = any(s.finalist.kind == "candidate" for s in selected)
-    chosen = selected[0].finalist
+    chosen, simplified = selected[0].finalist, ""
+    if (margin := study.space.config.simplify) is not None and chosen.kind == "candidate":
+        for simple in await simplify(study.space, evaluations, chosen.recipe, margin, run.log):
+            finalist = Finalist("simplified", "candidate", None, simple.recipe)
+            tried = await select(run, evaluations, [finalist], unguarded)
+            keeps = tried and set(tried[0].breaks) <= set(selected[0].breaks)
+            if keeps and tried[0].metric >= least_metric(selected, margin):
+                chosen, simplified = tried[0].finalist, simple.sentence
+                selected = sorted([*selected, *tried], key=lambda s: (bool(s.breaks), -s.metric))
+                break
+        run.log(simplified or f"{chosen.name} is not simplified")
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
     rivals = without_weaker_recipes(others)
     scores, *rival_scores = await run_all(
@@ -140,6 +154,7 @@ async def finish(
         soup.sentence,
         task_set,
         seed,
+        simplified,
     )
     recipes = {f.name: f.recipe for f in (chosen, *(f for f, _ in judged.values()))} | {"winner": chosen.recipe}
     write_text(run.recommended_file, dump_recipe(recipes[verdict.recommended]))
@@ -218,6 +233,15 @@ async def select(
         metric, value = task_set.mean(scores, "metric"), evaluations.scale.goals(scores)
         found.append(Selected(finalist, metric, value, drops, breaks))
     return sorted(found, key=lambda s: (bool(s.breaks), -s.metric, s.finalist.kind != "candidate", -s.value))
+
+
+def least_metric(selected: Sequence[Selected], margin: float) -> float:
+    """The metric that a simplified candidate needs: no loss beyond the margin, and no baseline is better.
+
+    selected: the best first; the first is the candidate.  Baselines that break a guard do not count if it breaks none.
+    """
+    counting = [s for s in selected if selected[0].breaks or not s.breaks]
+    return max([selected[0].metric - margin, *(s.metric for s in counting if s.finalist.kind != "candidate")])
 
 
 def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:

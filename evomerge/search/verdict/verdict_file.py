@@ -51,6 +51,7 @@ class VerdictFile(BaseModel):
     holdout: dict[str, dict[str, Interval]]
     holdout_uses: int
     greedy_soup: str = ""
+    simplified: str = ""
     tasks: dict[str, JudgedBy]
 
 
@@ -63,12 +64,14 @@ def verdict_content(
     greedy_soup: str,
     task_set: "TaskSet",
     seed: int,
+    simplified: str = "",
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
     holdout: model -> its scores on the holdout split.
     greedy_soup: the sentence about the greedy soup.
     seed: of the bootstrap.
+    simplified: what the chosen candidate leaves out, in words; empty if it was not simplified.
     The other arguments are keys of `VerdictFile`.
     """
     return verdict.as_dict() | {
@@ -77,6 +80,7 @@ def verdict_content(
         "holdout": task_tables(task_set, holdout, seed),
         "holdout_uses": uses,
         "greedy_soup": greedy_soup,
+        "simplified": simplified,
         "tasks": {
             t.name: {
                 "metric": t.metric,
