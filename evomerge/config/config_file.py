@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from evomerge.config.database_url import has_password, masked
-from evomerge.config.schema import SearchConfig
+from evomerge.config.schema import SearchConfig, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
@@ -123,14 +123,33 @@ def path_problems(config: SearchConfig) -> list[str]:
     for i, source in enumerate(config.sources):
         if source.statistics is not None and not os.path.isfile(source.statistics):
             problems.append(f"sources.{i}.statistics: no such file: {source.statistics}")
-    for i, task in enumerate(config.tasks):
-        if task.is_file and not os.path.isfile(task.task):
-            problems.append(f"tasks.{i}.task: no such file: {task.task}")
+    lists: dict[str, Sequence[TaskOptions]] = {"tasks": config.tasks, "guards": config.guards}
+    for key, entries in lists.items():
+        for i, task in enumerate(entries):
+            if task.is_file and not os.path.isfile(task.task):
+                problems.append(f"{key}.{i}.task: no such file: {task.task}")
     for i, recipe in enumerate(config.baselines):
         if not os.path.isfile(recipe):
             problems.append(f"baselines.{i}: no such file: {recipe}")
-    names = [task.task for task in config.tasks]
-    problems += [f"tasks: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    for key, entries in lists.items():
+        names = [task.task for task in entries]
+        problems += [f"{key}: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return problems
+
+
+def guard_problems(config: SearchConfig) -> list[str]:
+    """The problems with guards: references that do not exist, and options that differ from those of the same task."""
+    models = ["base", *(s.name for s in config.sources)]
+    goals = {task.task: task for task in config.tasks}
+    problems = []
+    for i, guard in enumerate(config.guards):
+        if guard.of not in models:
+            problems.append(f"guards.{i}.of: there is no model {guard.of!r}; give {' or '.join(models)}")
+        goal = goals.get(guard.task)
+        for name, field in TaskOptions.model_fields.items():
+            value = getattr(guard, name)
+            if goal is not None and value not in (getattr(goal, name), field.default):
+                problems.append(f"guards.{i}.{name}: give it in `tasks`, which lists the same task")
     return problems
 
 
@@ -168,13 +187,14 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("start_from"), str):
         content["start_from"] = absolute(content["start_from"])
-    if isinstance(content.get("tasks"), list):
-        content["tasks"] = [
-            {**t, "task": absolute(t["task"])}
-            if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
-            else t
-            for t in content["tasks"]
-        ]
+    for key in ("tasks", "guards"):
+        if isinstance(content.get(key), list):
+            content[key] = [
+                {**t, "task": absolute(t["task"])}
+                if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
+                else t
+                for t in content[key]
+            ]
     return content
 
 
@@ -239,7 +259,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + type_problems(config) + path_problems(config)
+        problems = method_problems(config) + type_problems(config) + path_problems(config) + guard_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.

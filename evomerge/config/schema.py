@@ -109,11 +109,10 @@ class SpaceConfig(BaseModel):
         return found
 
 
-class TaskConfig(Strict):
-    """One lm-eval task.
+class TaskOptions(Strict):
+    """One lm-eval task and how models are scored on it.
 
     task: a YAML file or the name of one of lm-eval's own tasks.
-    weight: its share in the score.
     objective: what the search optimises: a metric that the task has per item, or one of `evaluate/metrics.py`; `auto`
         is a smooth one that fits the task, `entropy` one without labels.  It is checked when the task is opened, since
         only then its metrics are known.
@@ -126,7 +125,6 @@ class TaskConfig(Strict):
     """
 
     task: str
-    weight: float = Field(default=1.0, gt=0)
     objective: str = "auto"
     metric: str | None = None
     gold: str | None = None
@@ -139,6 +137,31 @@ class TaskConfig(Strict):
     @property
     def is_file(self) -> bool:
         return self.task.endswith((".yaml", ".yml"))
+
+
+class TaskConfig(TaskOptions):
+    """One task that the search improves.
+
+    weight: its share in the score.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+class GuardConfig(TaskOptions):
+    """One task that must not get worse; it may be one of those that the search improves.
+
+    max_drop: by how much the mean of its metric may be worse than the reference's, in units of the metric.
+    of: the reference: `base`, or the name of a source.
+    """
+
+    max_drop: float = Field(ge=0)
+    of: str = "base"
+
+    @property
+    def weight(self) -> float:
+        """Its share in the score: none."""
+        return 0.0
 
 
 def check_share(value: object) -> object:
@@ -281,6 +304,7 @@ class SearchConfig(Strict):
     methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
+    guards: tasks that must not get worse.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.
     start_from: where the search begins: a recipe, a mergekit file or the folder of an earlier run; it also gives the
         base, the sources and the method where the configuration does not.
@@ -305,6 +329,7 @@ class SearchConfig(Strict):
     methods: list[MethodName] | None = None
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))
     tasks: list[TaskConfig] = Field(min_length=1)
+    guards: list[GuardConfig] = []
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []
     start_from: str | None = None

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.config.schema import Share, SplitsConfig, TaskConfig
+from evomerge.config.schema import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.metrics import CHOSEN, KINDS, METRICS, NORMALISED, Metric, added_metric, added_names
 from evomerge.evaluate.taskfile import load_file, load_named
@@ -48,6 +48,7 @@ class Task:
     code: whether the task's file runs its own Python code (the configuration allows it).
     added: the metrics of other packages that the objective or the metric names.
     auto: whether the configuration leaves the choice of the objective to evomerge (`objective: auto`).
+    origin: the file or name that the configuration gives, of a group for each of its tasks.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     code: bool = False
     added: dict[str, Metric] = field(default_factory=dict)
     auto: bool = False
+    origin: str = ""
 
     @property
     def kind(self) -> str:
@@ -100,7 +102,7 @@ class Task:
         return bool(self.lm.higher_is_better().get(plain, default))
 
 
-def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
+def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
     """Open tasks; a group becomes its tasks, which share the weight.
 
     EvomergeError if a task is unknown or broken, or two have the same name.
@@ -118,7 +120,7 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
                 lm_task.set_config("num_fewshot", config.num_fewshot)
             lm_task.set_fewshot_seed(FEWSHOT_SEED)
             opened.append(check_task(lm_task, config, config.weight / len(lm_tasks)))
-            opened[-1].code = code
+            opened[-1].code, opened[-1].origin = code, config.task
     names = [task.name for task in opened]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvomergeError(f"tasks: two of them are called {min(twice)!r}; each needs a name of its own")
@@ -135,7 +137,7 @@ def task_files(name: str) -> list[str]:
     raise EvomergeError(f"{folder}: has no task files (*.yaml)")
 
 
-def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
+def check_task(lm_task: Any, config: TaskOptions, weight: float) -> Task:
     """The task with its objective and metric; the default metric is lm-eval's first.
 
     EvomergeError if the task does not have one of them; the message lists those that it has.

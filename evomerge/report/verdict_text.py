@@ -12,7 +12,13 @@ def interval_text(span: dict[str, Any], signed: bool = False) -> str:
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
     """The sentences that belong to the table of a verdict."""
-    found = [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
+    found = [guard_sentence(guard) for guard in verdict.get("guards", [])]
+    found += [
+        f"{c['name']} breaks {' and '.join(c['breaks'])} on the selection items."
+        for c in verdict["comparisons"]
+        if c.get("breaks")
+    ]
+    found += [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
     if verdict["detectable"] is not None:
         found.append(
             f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."
@@ -23,6 +29,14 @@ def remarks(verdict: dict[str, Any]) -> list[str]:
             "too narrow."
         )
     return found
+
+
+def guard_sentence(guard: dict[str, Any]) -> str:
+    """Whether the candidate keeps a guard, in words."""
+    return (
+        f"Guard {guard['name']} is {guard['state']}: {guard['metric']} drops by "
+        f"{interval_text(guard['drop'], signed=True)} against {guard['of']}; {guard['max_drop']:g} is allowed."
+    )
 
 
 def results_section(verdict: dict[str, Any]) -> str:

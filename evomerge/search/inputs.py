@@ -66,7 +66,7 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     if content.pop("methods"):  # the search chooses among them, so its choice does not count
         content["method"] = config.methods
-    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
+    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
             entry[key] = ""
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}

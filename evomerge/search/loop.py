@@ -25,6 +25,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.agreement import agreements, model_name
+from evomerge.search.evaluation.guards import guard_scale
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
 from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale, with_first_objectives
@@ -38,7 +39,7 @@ from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
-from evomerge.search.space.baselines import Baseline, base_alone, baselines
+from evomerge.search.space.baselines import Baseline, base_alone, baselines, reference
 from evomerge.search.space.choose_method import choose_method, tried_baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
@@ -233,14 +234,21 @@ class Driver:
         """Phase 1, first half: score base and parents by every metric, and keep the scale that they give.
 
         A study whose trials began before there were scales goes on without one, so that its values stay comparable.
-        What has a scale keeps it; a task that was added since gets one.
+        What has a scale keeps it; a task or a guard that was added since gets one.
+
+        EvomergeError if the reference of a guard cannot be scored.
         """
         evaluations, study = self.evaluations, self.study
         plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
         earlier = None if kept is None else Scale.from_json(kept)
         if study.trials and earlier is None:
             return
-        if earlier is not None and all(n in earlier.tasks and t.fits(earlier.tasks[n]) for n, t in plain.tasks.items()):
+        guards = evaluations.task_set.guards
+        if (
+            earlier is not None
+            and all(n in earlier.tasks and t.fits(earlier.tasks[n]) for n, t in plain.tasks.items())
+            and all(g.name in earlier.guards and g == earlier.guards[g.name].guard for g in guards)
+        ):
             return
         self.monitor.phase("scoring base and parents")
         base = base_alone(study.space)
@@ -248,13 +256,23 @@ class Driver:
         known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
         tables = await run_all(*(self.every_metric_of(b) for b in known))
         found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}
+        references = {guard.of: reference(study.space, parents, guard.of) for guard in guards}
+        scores_of = {digest(b.recipe): found.get(b.name) for b in known}
+        guarded = {}
+        for guard in guards:
+            scores = scores_of.get(digest(references[guard.of].recipe))
+            if scores is None:
+                raise EvomergeError(f"guard {guard.name}: its reference {guard.of} cannot be scored; log.txt says why")
+            guarded[guard.name] = guard_scale(guard, scores)
         scale = plain
         if study.space.config.scale == "parents" and base.name in found:
             scale = make_scale(evaluations.task_set, found.pop(base.name), found)
         elif study.space.config.scale == "parents":
             self.monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
+        described = Scale({} if scale is plain else scale.tasks, guarded)
+        scale = Scale(scale.tasks, guarded)
         evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
-        for sentence in scale.sentences() if scale is not plain else []:
+        for sentence in described.sentences():
             self.monitor.say(sentence)
 
     async def every_metric_of(self, baseline: Baseline) -> Scores | None:

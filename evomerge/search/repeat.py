@@ -63,7 +63,9 @@ def repeat(run: Run, number: int) -> Repeated:
         if race_setup is not None and (ran := record.race) is not None and ran.incumbent is not None:
             full = {t.number: t for t in study.complete}
             race = race_setup.race(
-                race_setup.vector(full[ran.incumbent]), [race_setup.vector(full[n]) for n in ran.others]
+                race_setup.vector(full[ran.incumbent]),
+                [race_setup.vector(full[n]) for n in ran.others],
+                evaluations.scale.penalty(trial_scores(full[ran.incumbent])),
             )
         job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
     computed = record.compute_dtype or config.dtype  # the oldest records do not say; there was no other type then

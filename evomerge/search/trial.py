@@ -29,7 +29,7 @@ from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.space import Point
-from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.workers.pool import Pool
@@ -55,7 +55,8 @@ class Races:
         if incumbent is None:
             return None, RaceRecord(None)
         record = RaceRecord(incumbent.number, tuple(t.number for t in others))
-        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others]), record
+        penalty = self.setup.scale.penalty(trial_scores(incumbent))
+        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others], penalty), record
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""

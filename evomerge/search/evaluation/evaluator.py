@@ -45,7 +45,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Job, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
-from evomerge.search.evaluation.score_checks import finite_scores, needed_scores
+from evomerge.search.evaluation.score_checks import checked, finite_scores, needed_scores
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.sources.open_models import Models
@@ -99,6 +99,7 @@ class Evaluator:
         self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
+        self.guard_work: Workload | None = None
         self.prompts: torch.Tensor | None = None
         self.gradient_memory: GradientMemory | None = None
         self.counts = Counts()
@@ -192,7 +193,9 @@ class Evaluator:
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
         work = self.prepared("search", everything=False)
-        return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, work.by_task, work))
+        goals = [part for part in work.by_task if part.task.weight > 0]
+        whole = work if len(goals) == len(work.by_task) else self.join(goals)
+        return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, goals, whole))
 
     def gradient(self, job: GradientJob) -> Outcome:
         """Compute the derivative of a mini-batch's objective by every coefficient, see `GradientJob`.
@@ -209,7 +212,7 @@ class Evaluator:
             self.gradient_memory = GradientMemory.of(self.engine)
         with clock.time("forward"), forwards_of(self.model, self.counts), self.taps.watch(job.recipe) as found:
             values = backward(self.engine, works, weights, self.check, self.gradient_memory, found.reset)
-        scores = {t.name: {t.objective: finite_scores(t, t.objective, {t.objective: values[t.name]})} for t in tasks}
+        scores = {t.name: {t.objective: checked(t, t.objective, values[t.name])} for t in tasks}
         gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
         return Outcome(scores, clock.seconds, gradient=gradient)
 
@@ -242,15 +245,18 @@ class Evaluator:
     def trial_scores_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
         """Score chunk by chunk until the race stops the candidate; items that were not scored are NaN.
 
-        The race is run on the items' values (`scale.py`).
+        The race is run on the values of the goals' items (`scale.py`).  The items of tasks that are only guards are
+        scored when the candidate has not been stopped.
 
         work: all items of the search split.
         """
         if race_setup.name not in self.race_chunks:
-            self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, work.by_task)}
+            goals = [part for part in work.by_task if part.task.weight > 0]
+            self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, goals)}
         trunks: Trunks = {}
+        items = self.task_set.split("search")
         every = {
-            t.name: {m: np.full(race_setup.sizes[t.name], np.nan) for m in self.task_set.wanted(t, "search")}
+            t.name: {m: np.full(len(items[t.name]), np.nan) for m in self.task_set.wanted(t, "search")}
             for t in self.task_set.tasks
         }
         for race_chunk in self.race_chunks[race_setup.name]:
@@ -261,6 +267,12 @@ class Evaluator:
                         every[task][metric][where - race_setup.starts[task]] = scores
                 if race.observe(race_setup.values(every)[race_chunk.items]):
                     break
+        guards = [part for part in work.by_task if part.task.weight == 0]
+        if guards and not race.stopped:
+            if self.guard_work is None:
+                self.guard_work = self.join(guards)
+            for task, metrics in self.trial_scores(self.guard_work, clock, None).items():
+                every[task] = {metric: np.array(scores) for metric, scores in metrics.items()}
         return {task: {m: scores.tolist() for m, scores in metrics.items()} for task, metrics in every.items()}
 
     # --- Prepared items ---

@@ -37,7 +37,8 @@ from evomerge.search.storage.item_scores import trial_scores
 class RaceSetup:
     """The items of the search split, and how every race of the search goes through them.
 
-    Vectors have one element for each of the N items, task after task.
+    Vectors have one element for each of the N items, task after task.  Items of tasks that are only guards take no
+    part: they are scored after the race.
 
     items: the name under which the study keeps the items' ids.
     sizes: items per task.
@@ -76,12 +77,14 @@ class RaceSetup:
         """The values of a trial's items, (N,)."""
         return self.values(trial_scores(trial))
 
-    def race(self, incumbent: Vector, others: Sequence[Vector]) -> Race:
+    def race(self, incumbent: Vector, others: Sequence[Vector], penalty: float = 0.0) -> Race:
         """Begin a race.
 
         incumbent: (N,) the values of the items of the trial to beat.
         others: (N,) each, those of other candidates that were scored on all items.
+        penalty: of the trial to beat; the mean of what the candidate runs against is that trial's value.
         """
+        incumbent = incumbent - penalty
         return Race(self.order, incumbent, self.ceiling, np.stack(others) if others else None, self.alpha)
 
 
@@ -103,7 +106,7 @@ def build_race_setup(
     seed: of the search; decides the order.
     looks: after how many items to look; without them those of `even_looks`.
     """
-    split = task_set.split("search")
+    split = {task: found for task, found in task_set.split("search").items() if task in task_set.weights}
     sizes = {task: len(found) for task, found in split.items()}
     tops = np.concatenate([highest_values(task, scale, baselines, sizes[task]) for task in sizes])
     weights = item_weights(task_set.weights, sizes)

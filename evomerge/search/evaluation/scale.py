@@ -6,13 +6,15 @@
 
     v = (1 - s) (o - a) / u + s (m - b) / r
 
+The value of a trial is the mean over the goals minus the penalties of the guards (guards.py).
+
 Offset and unit come from the means on the search split: the base is 0, and the best parent on this task is 1.  So a
 task's weight means the same whatever its scores are measured in.  A study keeps its scale as an attribute, so all its
 values stay comparable.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ import optuna
 from numpy.typing import NDArray
 
 from evomerge.config.schema import SearchConfig
+from evomerge.search.evaluation.guards import GuardScale
 from evomerge.search.verdict.intervals import mean_score
 
 if TYPE_CHECKING:  # opening tasks needs libraries whose import takes seconds
@@ -103,9 +106,14 @@ class TaskScale:
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of every task of a study, by name."""
+    """What a study's values are made of.
+
+    tasks: the scale of every goal, by name.
+    guards: the guards by name, each with its level and unit.
+    """
 
     tasks: dict[str, TaskScale]
+    guards: dict[str, GuardScale] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -124,7 +132,7 @@ class Scale:
             for name, own in self.tasks.items()
             if name in other.tasks and own.fits(other.tasks[name])
         }
-        return Scale(self.tasks | fitting)
+        return Scale(self.tasks | fitting, self.guards)
 
     def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
         """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""
@@ -132,21 +140,34 @@ class Scale:
         return line.of(scores)
 
     def item_values(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> dict[str, Vector]:
-        """The values of items by task.  scores: task -> metric -> one an item; NaN where an item was not scored."""
+        """The values of the goals' items, by task.
+
+        scores: task -> metric -> one an item; NaN where an item was not scored.
+        """
         return {
             name: self.tasks[name].values(
                 metrics[self.tasks[name].objective.name], metrics.get(self.tasks[name].metric.name)
             )
             for name, metrics in scores.items()
+            if name in self.tasks
         }
 
-    def value(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> float:
-        """The value of a model: the mean over tasks, by their weights, of the mean value of the task's items."""
+    def goals(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> float:
+        """The mean over the goals, by their weights, of the mean value of each one's items."""
         return mean_score({task: v.tolist() for task, v in self.item_values(scores).items()}, self.weights)
 
+    def penalty(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> float:
+        """The penalties of all guards together.  scores: of all items of the search split."""
+        return sum(guard.penalty(scores) for guard in self.guards.values())
+
+    def value(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> float:
+        """The value of a model: `goals` minus `penalty`.  scores: of all items of the search split."""
+        return self.goals(scores) - self.penalty(scores)
+
     def sentences(self) -> list[str]:
-        """What 0 and 1 mean in every task, in words."""
-        return [line.sentence(name) for name, task in self.tasks.items() for line in task.lines()]
+        """What 0 and 1 mean in every task, and what the guards cost, in words."""
+        goals = [line.sentence(name) for name, task in self.tasks.items() for line in task.lines()]
+        return goals + [guard.sentence() for guard in self.guards.values()]
 
     def to_json(self) -> dict[str, Any]:
         """The scale as a study keeps it."""
@@ -159,14 +180,19 @@ class Scale:
             {
                 name: TaskScale(task["weight"], task["share"], Line(**task["objective"]), Line(**task["metric"]))
                 for name, task in content["tasks"].items()
-            }
+            },
+            {name: GuardScale.from_json(guard) for name, guard in content.get("guards", {}).items()},
         )
 
 
 def scale_of(attributes: Mapping[str, Any], task_set: "TaskSet") -> Scale:
     """The scale that a study has; tasks that have none keep their scores as they are.  attributes: the study's."""
     plain = plain_scale(task_set)
-    return plain.with_tasks(Scale.from_json(attributes[SCALE])) if SCALE in attributes else plain
+    if SCALE not in attributes:
+        return plain
+    kept = Scale.from_json(attributes[SCALE])
+    names = {guard.name for guard in task_set.guards}
+    return Scale(plain.with_tasks(kept).tasks, {n: guard for n, guard in kept.guards.items() if n in names})
 
 
 def with_first_objectives(study: optuna.Study, config: SearchConfig) -> SearchConfig:
@@ -187,11 +213,11 @@ def plain_scale(task_set: "TaskSet") -> Scale:
         {
             task.name: TaskScale(
                 task.weight,
-                METRIC_SHARE if task_set.scores_metric(task) else 0.0,
+                METRIC_SHARE if task_set.values_metric(task) else 0.0,
                 Line(task.objective),
                 Line(task.metric),
             )
-            for task in task_set.tasks
+            for task in task_set.goals
         }
     )
 

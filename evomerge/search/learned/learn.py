@@ -1,7 +1,8 @@
 """The learned start: from the best baseline along the gradient, by mini-batches, to a trial of the sampler's study.
 
     start      the best baseline that is a point of the space
-    step       a mini-batch for each worker; their mean gradient moves the point (adam.py)
+    step       a mini-batch for each worker; their mean gradient moves the point (adam.py); a guard takes part in the
+               gradient by its multiplier (multipliers.py)
     look       LOOKS times the mean point of the last AVERAGED share of the steps so far is scored as a trial
     end        after `steps` steps, or at a look whose trial is not better than the one before
 
@@ -14,13 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.evaluate.metrics import find_metric
 from evomerge.merge.methods import METHODS
+from evomerge.search.evaluation.guards import Guard
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.learned.multipliers import Multiplier, State, multiplier
 from evomerge.search.monitor.monitor import Monitor
-from evomerge.search.space.baselines import Baseline
+from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
 from evomerge.search.storage.study import SearchStudy, in_full, rank
@@ -32,6 +35,7 @@ RATE = 0.05  # of the first step, in units of a coefficient
 STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
 LOOKS = 3  # trials on the way, at equal distances
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of texts; `evaluate/gradient.py` knows them
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
 
 
@@ -62,7 +66,18 @@ class Learner:
         self.scale = evaluations.scale
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.steps = self.space.config.sampler.steps or STEPS
+        self.objectives = {task.name: task.objective for task in self.task_set.tasks}
+        self.guards = {guard.name: self.multiplier(guard, evaluations) for guard in self.task_set.guards}
         self.looks = {math.ceil(self.steps * k / LOOKS) for k in range(1, LOOKS + 1)}
+
+    def multiplier(self, guard: Guard, evaluations: Evaluations) -> Multiplier:
+        """The multiplier of a guard, by what base and parents score."""
+        models = [base_alone(self.space), *(b for b in self.baselines if b.kind == "parent")]
+        every = [evaluations.known("search", model.recipe) for model in models]
+        wanted = [(task, {self.objectives[task], metric}) for task, metric in guard.metrics.items()]
+        others = [known for known in every if all(names <= known.get(task, {}).keys() for task, names in wanted)]
+        own = evaluations.known("search", reference(self.space, self.baselines, guard.of).recipe)
+        return multiplier(guard, self.objectives, own, others)
 
     async def learn(self, ended: Callable[[], str | None]) -> None:
         """Take steps until one of the ends above, or until a limit of the search is reached.
@@ -75,16 +90,20 @@ class Learner:
             return
         adam = Adam(self.space.axes, RATE, self.steps)
         points: list[Point] = []
+        states = {name: State() for name in self.guards}
         known = step_records(self.study.stored.user_attrs)
         best: float | None = None
         while len(points) < self.steps and ended() is None:
             number = len(points)
             self.monitor.phase(f"learning the coefficients: step {number + 1} of {self.steps}")
-            step = known[number] if number < len(known) else await self.step(number, point)
+            step = known[number] if number < len(known) else await self.step(number, point, states)
             if step is None:
                 return
             points.append(point)
             point = adam.step(point, step.gradient)
+            for name, drop in step.drops.items():
+                if name in states:  # a guard may have been taken out of the configuration
+                    states[name] = self.guards[name].after(states[name], drop)
             if len(points) in self.looks:
                 value = await self.look(len(points), points, ended)
                 if value is None or (best is not None and value <= best):
@@ -98,15 +117,16 @@ class Learner:
         valued = [trial for trial in tried if trial is not None and in_full(trial)]
         return dict(max(valued, key=rank).params) if valued else None
 
-    async def step(self, number: int, point: Point) -> StepRecord | None:
+    async def step(self, number: int, point: Point, states: Mapping[str, State]) -> StepRecord | None:
         """Compute the gradient at a point and store it; None, with a line in the log, if that fails.
 
         number: of the step, from 0.
+        states: of the guards' multipliers, by name.
         """
         recipe = self.space.recipe(point)
         count = self.pool.size
         batches = [minibatch(self.ids, self.space.config.seed, number * count + k, ITEMS) for k in range(count)]
-        jobs = [GradientJob(recipe, batch, self.weights(batch)) for batch in batches]
+        jobs = [GradientJob(recipe, batch, self.weights(batch, states)) for batch in batches]
         results = await run_all(*(self.pool.run(job, f"gradient step {number}") for job in jobs))
         done = [result for result in results if isinstance(result, Outcome)]
         if len(done) < len(results):
@@ -122,25 +142,42 @@ class Learner:
             sum(len(items) for batch in batches for items in batch.values()),
             used,
             self.monitor.stopwatch.elapsed,
+            {name: self.drop(guard, done, batches) for name, guard in self.guards.items()},
         )
         self.study.stored.set_user_attr(step_key(number), record.to_json())
         self.monitor.add_used(used)
         return record
 
-    def weights(self, batch: Mapping[str, list[str]]) -> dict[str, float]:
-        """What a unit of the raw objective of one item is worth, by task: the loss is minus the scaled mean."""
+    def weights(self, batch: Mapping[str, list[str]], states: Mapping[str, State]) -> dict[str, float]:
+        """What a unit of the raw objective of one item is worth, by task: the loss is minus the scaled mean of the
+        goals, plus what the guards' multipliers make of their drops.
+        """
         total = sum(self.task_set.weights.values())
-        return {
+        found = {
             task: self.task_set.weights[task] / total / len(items) / self.scale.tasks[task].objective.unit
+            if task in self.task_set.weights
+            else 0.0
             for task, items in batch.items()
         }
+        for name, guard in self.guards.items():
+            for task, items in batch.items():
+                found[task] += guard.weight(states[name], task, len(items))
+        return found
+
+    def drop(self, guard: Multiplier, done: Sequence[Outcome], batches: Sequence[Mapping[str, list[str]]]) -> float:
+        """By how much a guard's objective is worse than the reference's, in the mean of all mini-batches of a step."""
+        drops = []
+        for result, batch in zip(done, batches, strict=True):
+            scores = {task: result.scores[task][self.objectives[task]] for task in guard.guard.metrics}
+            drops.append(guard.drop(scores, batch))
+        return sum(drops) / len(drops)
 
     def value(self, result: Outcome) -> float:
-        """The mean scaled objective of a mini-batch."""
+        """The mean scaled objective of the goals in a mini-batch."""
         return mean_score(
             {
                 task.name: self.scale.scaled(task.name, "objective", result.scores[task.name][task.objective]).tolist()
-                for task in self.task_set.tasks
+                for task in self.task_set.goals
             },
             self.task_set.weights,
         )
@@ -165,6 +202,8 @@ def why_not(space: Space, task_set: TaskSet) -> str | None:
     if not searched & learnable(method):
         return f"no searched coefficient of {method.name} has a derivative"
     for task in task_set.tasks:
+        if task.kind == "loglikelihood_rolling" and task.objective in PERPLEXITIES:
+            continue
         metric = task.own.get(task.objective) or find_metric(task.objective)
         if metric is None or metric.differentiable is None:
             return f"task {task.name}: its objective {task.objective} has no derivative"

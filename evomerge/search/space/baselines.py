@@ -82,6 +82,21 @@ def base_alone(space: Space) -> Baseline:
     return Baseline("base", "base", plain_recipe(space, "task_arithmetic", weights, 1.0), None)
 
 
+def reference(space: Space, known: Sequence[Baseline], name: str) -> Baseline:
+    """The model that a guard compares with.
+
+    known: the baselines.  name: `base`, or that of a source.
+
+    Raises EvomergeError if that source is not among the baselines, because another one makes the same model.
+    """
+    if name == "base":
+        return base_alone(space)
+    found = next((b for b in known if b.kind == "parent" and b.name == name), None)
+    if found is None:
+        raise EvomergeError(f"guards: the source {name} makes the same model as another one; name that as `of`")
+    return found
+
+
 def distinct(found: Sequence[Baseline], layers: int) -> list[Baseline]:
     """The baselines without those that make the same model as another.
 

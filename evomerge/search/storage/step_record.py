@@ -4,7 +4,7 @@ With the records of all steps a resumed search has the optimizer's state again, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import EvomergeError
@@ -25,6 +25,7 @@ class StepRecord:
     gradient: the derivative of the value by each coefficient.
     value: the mean scaled objective of the items.
     items: how many items there were.
+    drops: guard -> by how much its objective was worse than the reference's.
     used, elapsed: as in `TrialRecord`.
     """
 
@@ -34,10 +35,13 @@ class StepRecord:
     items: int
     used: "Usage | None" = None
     elapsed: "Elapsed | None" = None
+    drops: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The record as the study stores it."""
         content = {"point": self.point, "gradient": self.gradient, "value": self.value, "items": self.items}
+        if self.drops:
+            content["drops"] = self.drops
         if self.used is not None:
             content["used"] = self.used.as_dict()
         if self.elapsed is not None:
@@ -52,9 +56,10 @@ class StepRecord:
             point = {str(name): float(x) for name, x in content["point"].items()}
             gradient = {str(name): float(x) for name, x in content["gradient"].items()}
             value, items = float(content["value"]), int(content["items"])
+            drops = {str(name): float(x) for name, x in content.get("drops", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EvomergeError(f"the study holds a gradient step that cannot be read ({error})") from error
-        return cls(point, gradient, value, items, reader.used(), reader.elapsed())
+        return cls(point, gradient, value, items, reader.used(), reader.elapsed(), drops)
 
 
 def step_key(number: int) -> str:

@@ -3,6 +3,7 @@
 finals.py: which models are scored on the selection and the holdout split, and who is compared with whom.
 verdict.py: the statistical test and its outcome in words.
 intervals.py: the confidence intervals that the test uses.
+guards.py: whether a model keeps the guards.
 verdict_file.py: verdict.json, written and checked.
 recommended.py: which recipe of a run is exported.
 

@@ -6,16 +6,16 @@
                      candidate, unless a baseline is better; then nothing that was searched is a candidate, and that
                      baseline takes its place.  With `simplify` a simpler recipe takes the candidate's place if it is
                      no worse than the margin allows (simplify.py).  The baseline with the best metric is recommended
-                     if the candidate does not win
+                     if the candidate does not win.  What breaks a guard here comes after all that break none
     holdout split    the chosen candidate against the base and every baseline, once: the verdict (verdict.py).  Of
                      the recipes that papers recommend (kind `recommended`) only the best of the selection split
-                     takes part
+                     takes part.  A candidate that does not keep every guard here (guards.py) is no winner
 
 The three splits have no item in common, so no score that a choice was made by is used to judge the choice.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
-from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key
+from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key, reference
 from evomerge.search.space.greedy_soup import GreedySoup
 from evomerge.search.storage.study import LEARNED, SearchStudy, rank
+from evomerge.search.verdict.guards import judge_guard
 from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
@@ -60,12 +61,16 @@ class Selected:
     """A finalist on the selection split.
 
     metric: the mean metric.
-    value: see `scale.py`.
+    value: that of the goals, see `scale.py`.
+    drops: guard -> the reference's mean minus this model's.
+    breaks: the guards whose drop is larger than they allow.
     """
 
     finalist: Finalist
     metric: float
     value: float
+    drops: dict[str, float]
+    breaks: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Its entry in verdict.json."""
@@ -75,7 +80,7 @@ class Selected:
             "trial": self.finalist.trial,
             "selection_metric": self.metric,
             "selection_value": self.value,
-        }
+        } | ({"selection_drops": self.drops} if self.drops else {})
 
 
 async def finish(
@@ -94,7 +99,9 @@ async def finish(
     found = searched_finalists(study, baselines)
     kinds = {"start": "candidate"}  # what an earlier search found is a candidate of this one
     found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
-    selected = await select(run, evaluations, found)
+    references = {guard.of: reference(study.space, known, guard.of).recipe for guard in task_set.guards}
+    unguarded = await reference_scores(evaluations, "selection", references)
+    selected = await select(run, evaluations, found, unguarded)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
 
@@ -102,10 +109,12 @@ async def finish(
     chosen, simplified = selected[0].finalist, ""
     if (margin := study.space.config.simplify) is not None and chosen.kind == "candidate":
         for simple in await simplify(study.space, evaluations, chosen.recipe, margin, run.log):
-            tried = await select(run, evaluations, [Finalist("simplified", "candidate", None, simple.recipe)])
-            if tried and tried[0].metric >= least_metric(selected, margin):
+            finalist = Finalist("simplified", "candidate", None, simple.recipe)
+            tried = await select(run, evaluations, [finalist], unguarded)
+            keeps = tried and set(tried[0].breaks) <= set(selected[0].breaks)
+            if keeps and tried[0].metric >= least_metric(selected, margin):
                 chosen, simplified = tried[0].finalist, simple.sentence
-                selected = sorted([*selected, *tried], key=lambda s: -s.metric)
+                selected = sorted([*selected, *tried], key=lambda s: (bool(s.breaks), -s.metric))
                 break
         run.log(simplified or f"{chosen.name} is not simplified")
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
@@ -116,15 +125,22 @@ async def finish(
     if scores is None:
         raise EvomergeError(f"{chosen.name} was chosen, but is broken on the holdout items; the run's log.txt says why")
 
+    unguarded = await reference_scores(evaluations, "holdout", references)
+    guards = [
+        judge_guard(g, unguarded[g.of], scores, seed, digest(references[g.of]) == digest(chosen.recipe))
+        for g in task_set.guards
+    ]
+    breaks = {s.finalist.name: s.breaks for s in selected}
     judged = {f.name: (f, s) for f, s in zip(rivals, rival_scores, strict=True) if s is not None}
     verdict = judge(
         task_set.scores_of(scores, "metric"),
-        [Rival(f.name, f.kind, task_set.scores_of(s, "metric")) for f, s in judged.values()],
-        {task.name: task.metric for task in task_set.tasks},
+        [Rival(f.name, f.kind, task_set.scores_of(s, "metric"), breaks[f.name]) for f, s in judged.values()],
+        {task.name: task.metric for task in task_set.goals},
         task_set.weights,
         seed,
         stand_in=None if chosen.kind == "candidate" else chosen.name,
         searched=searched,
+        guards=guards,
     )
 
     uses = int(study.stored.user_attrs.get("holdout_uses", 0)) + (0 if judged_before(run, chosen.recipe) else 1)
@@ -184,27 +200,48 @@ def best_by_metric(study: SearchStudy, ranked: Sequence[FrozenTrial]) -> list[Fr
     return [max(known, key=lambda t: means[t.number])] if known else []
 
 
-async def select(run: Run, evaluations: Evaluations, finalists: Sequence[Finalist]) -> list[Selected]:
-    """The finalists with their scores on the selection split, the best first: by metric.
+async def reference_scores(
+    evaluations: Evaluations, split: Split, references: Mapping[str, Recipe]
+) -> dict[str, Scores]:
+    """The scores of the guards' references on a split, by name.  EvomergeError if one cannot be scored there."""
+    found = {}
+    for name, recipe in references.items():
+        try:
+            found[name] = await evaluations.score(split, recipe, name)
+        except ArithmeticError as error:
+            raise EvomergeError(f"guards: {name} is broken on the {split} items: {error}") from error
+    return found
 
-    Of equal ones what was searched comes first, then what has the higher value; broken ones are left out.
+
+async def select(
+    run: Run, evaluations: Evaluations, finalists: Sequence[Finalist], references: Mapping[str, Scores]
+) -> list[Selected]:
+    """The finalists with their scores on the selection split, the best first: by metric, those that break a guard last.
+
+    references: the scores of the guards' references, by name.
+
+    Of equal ones what was searched comes first, then what has the higher value; broken models are left out.
     """
     task_set = evaluations.task_set
     tables = await run_all(*(score_or_none(run, evaluations, "selection", f.name, f.recipe) for f in finalists))
-    found = [
-        Selected(finalist, task_set.mean(scores, "metric"), evaluations.scale.value(scores))
-        for finalist, scores in zip(finalists, tables, strict=True)
-        if scores is not None
-    ]
-    return sorted(found, key=lambda s: (-s.metric, s.finalist.kind != "candidate", -s.value))
+    found = []
+    for finalist, scores in zip(finalists, tables, strict=True):
+        if scores is None:
+            continue
+        drops = {g.name: g.mean(references[g.of]) - g.mean(scores) for g in task_set.guards}
+        breaks = [g.name for g in task_set.guards if drops[g.name] > g.max_drop]
+        metric, value = task_set.mean(scores, "metric"), evaluations.scale.goals(scores)
+        found.append(Selected(finalist, metric, value, drops, breaks))
+    return sorted(found, key=lambda s: (bool(s.breaks), -s.metric, s.finalist.kind != "candidate", -s.value))
 
 
 def least_metric(selected: Sequence[Selected], margin: float) -> float:
     """The metric that a simplified candidate needs: no loss beyond the margin, and no baseline is better.
 
-    selected: the best first; the first is the candidate.
+    selected: the best first; the first is the candidate.  Baselines that break a guard do not count if it breaks none.
     """
-    return max([selected[0].metric - margin, *(s.metric for s in selected if s.finalist.kind != "candidate")])
+    counting = [s for s in selected if selected[0].breaks or not s.breaks]
+    return max([selected[0].metric - margin, *(s.metric for s in counting if s.finalist.kind != "candidate")])
 
 
 def without_weaker_recipes(ranked: Sequence[Finalist]) -> list[Finalist]:

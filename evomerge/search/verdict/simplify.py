@@ -13,6 +13,7 @@ A step is kept if, on the items of the search split,
     metric       the lower end of the paired 90% interval of the difference lies above -margin: a larger loss is
                  excluded
     value        its upper end lies above -margin: no larger loss of what trials are valued by (scale.py) is shown
+    guards       no guard is broken more than by the candidate
 
 Every recipe's scores are kept in the study, so a resumed search scores none twice.
 """
@@ -313,7 +314,7 @@ async def simplify(
             log(f"simplify: {what}: no, it cannot be scored: {error}")
             return False
         metric, value = judge.metric_difference(scores), judge.value_difference(scores)
-        yes = judge.within(metric, value)
+        yes = judge.within(metric, value) and judge.holds_guards(scores)
         log(f"simplify: {what}: {'yes' if yes else 'no'}, metric {difference_text(metric)}")
         kept.extend([tried] * yes)
         return yes
@@ -335,7 +336,7 @@ class Judge:
     def metric_difference(self, scores: Scores) -> Interval:
         """The mean metric minus the candidate's, paired by items."""
         own, theirs = (self.tasks.scores_of(s, "metric") for s in (scores, self.candidate))
-        ranges = {t.name: score_range(t.metric, [own[t.name], theirs[t.name]]) for t in self.tasks.tasks}
+        ranges = {t.name: score_range(t.metric, [own[t.name], theirs[t.name]]) for t in self.tasks.goals}
         return self.difference(own, theirs, ranges)
 
     def value_difference(self, scores: Scores) -> Interval:
@@ -353,6 +354,10 @@ class Judge:
         """The mean difference of two models' item scores.  ranges: of an item's score, by task."""
         differences = {task: np.subtract(own[task], theirs[task]).tolist() for task in own}
         return intervals([differences], ranges_of_differences(ranges), self.tasks.weights, 0)[0]
+
+    def holds_guards(self, scores: Scores) -> bool:
+        """Whether no guard is broken more than by the candidate."""
+        return all(g.violation(scores) <= g.violation(self.candidate) for g in self.scale.guards.values())
 
     def within(self, metric: Interval, value: Interval) -> bool:
         """Whether the metric excludes a loss beyond the margin, and the value does not show one."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from evomerge.search.verdict.guards import GuardResult
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
 from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict
 
@@ -30,7 +31,7 @@ class JudgedBy(BaseModel):
 class VerdictFile(BaseModel):
     """The keys of verdict.json that reports and commands read.
 
-    outcome to detectable: see `Verdict`.
+    outcome to guards: see `Verdict`.
     chosen: the candidate of the verdict: name, trial (None for the mean of the distribution), digest of its recipe.
     finalists: the models on the selection split, the best first.
     holdout: model -> task -> mean metric with its interval.
@@ -44,6 +45,7 @@ class VerdictFile(BaseModel):
     score: Interval
     comparisons: list[Comparison]
     detectable: float | None
+    guards: list[GuardResult] = []
     chosen: dict[str, Any]
     finalists: list[Any]
     holdout: dict[str, dict[str, Interval]]
