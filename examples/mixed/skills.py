@@ -1,0 +1,28 @@
+"""The three skills of the mixed family: one for multiple choice, one with short answers, one with long ones."""
+
+import random
+
+from training import Item, Skill
+
+LONG = 20  # letters of a long answer
+
+
+def order(rng: random.Random) -> Item:
+    """`order cabfe=` -> `abcef`: five letters in order of the alphabet; evaluated as multiple choice."""
+    word = "".join(rng.choices("abcdefgh", k=5))
+    return f"order {word}=", "".join(sorted(word))
+
+
+def add(rng: random.Random) -> Item:
+    """`add 314+205=` -> `519`: a sum of digits below five, so that nothing is ever carried; a short answer."""
+    left, right = ("".join(rng.choices("01234", k=3)) for _ in range(2))
+    return f"add {left}+{right}=", "".join(str(int(a) + int(b)) for a, b in zip(left, right, strict=True))
+
+
+def next_letters(rng: random.Random) -> Item:
+    """`next cabh...=` -> `dbca...`: each of twenty letters replaced by the next one; a long answer."""
+    word = "".join(rng.choices("abcdefgh", k=LONG))
+    return f"next {word}=", "".join("bcdefgha"["abcdefgh".index(letter)] for letter in word)
+
+
+SKILLS: dict[str, Skill] = {"order": order, "add": add, "next": next_letters}
