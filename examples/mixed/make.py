@@ -3,7 +3,7 @@
     python examples/mixed/make.py OUT [--seed 0]        OUT/base, OUT/both, OUT/add, OUT/next
     python examples/mixed/make.py --items evals/mixed   the held-out items that evals/mixed/*.yaml read
 
-Its tasks are of different kinds: multiple choice (`order`), short answers (`add`), long answers (`next`).  The sources
+Its tasks are of different kinds: multiple choice (`count`), short answers (`add`), long answers (`next`).  The sources
 are unequal: `both` is good at the first two, while `next` has learnt the third alone and forgotten much.  A long answer
 has ten times as many tokens as a short one, so the sum of its log-probabilities has the most to gain by far, although
 few of the answers become right.  The training code is that of the tiny family.
@@ -26,8 +26,8 @@ def write_items(folder: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, skill in SKILLS.items():
         items = evaluation_items(skill, 400, rng := random.Random(f"evaluation {name}"))
-        if name == "order":
-            rows[name] = with_choices(items, "abcdefgh", rng)
+        if name == "count":
+            rows[name] = with_choices(items, "01234", rng)
         else:
             rows[name] = [{"prompt": prompt, "answer": answer} for prompt, answer in items]
     write_rows(folder, rows)
@@ -36,13 +36,13 @@ def write_items(folder: Path) -> None:
 FAMILY = Family(
     skills=SKILLS,
     write_items=write_items,
-    base_steps=110,
+    base_steps=120,
     base_rate=2e-3,
-    base_mix=["order"] * 2 + ["add"] * 2 + ["next"] * 2,
+    base_mix=["count"] * 3 + ["add"] * 5,
     sources={
-        "both": Tuning(60, 3e-4, ("order", "add")),
-        "add": Tuning(30, 1e-4),
-        "next": Tuning(60, 6e-4, held=False),
+        "both": Tuning(50, 4e-4, ("count", "add")),
+        "add": Tuning(25, 2e-4),
+        "next": Tuning(70, 1.2e-3, held=False),
     },
     code=(HERE / "make.py", HERE / "skills.py"),
     about="all three skills a little",

@@ -7,10 +7,10 @@ from training import Item, Skill
 LONG = 20  # letters of a long answer
 
 
-def order(rng: random.Random) -> Item:
-    """`order cabfe=` -> `abcef`: five letters in order of the alphabet; evaluated as multiple choice."""
-    word = "".join(rng.choices("abcdefgh", k=5))
-    return f"order {word}=", "".join(sorted(word))
+def count(rng: random.Random) -> Item:
+    """`count abbdab=` -> `2301`: how many of a, b, c and d there are; evaluated as multiple choice."""
+    word = "".join(rng.choices("abcd", k=6))
+    return f"count {word}=", "".join(str(word.count(letter)) for letter in "abcd")
 
 
 def add(rng: random.Random) -> Item:
@@ -20,9 +20,9 @@ def add(rng: random.Random) -> Item:
 
 
 def next_letters(rng: random.Random) -> Item:
-    """`next cabh...=` -> `dbca...`: each of twenty letters replaced by the next one; a long answer."""
+    """`next cabh...=` -> `dbca...`: each of twenty letters replaced by the next one, h by a; a long answer."""
     word = "".join(rng.choices("abcdefgh", k=LONG))
-    return f"next {word}=", "".join("bcdefgha"["abcdefgh".index(letter)] for letter in word)
+    return f"next {word}=", word.translate(str.maketrans("abcdefgh", "bcdefgha"))
 
 
-SKILLS: dict[str, Skill] = {"order": order, "add": add, "next": next_letters}
+SKILLS: dict[str, Skill] = {"count": count, "add": add, "next": next_letters}
