@@ -20,9 +20,18 @@ def add(rng: random.Random) -> Item:
 
 
 def next_letters(rng: random.Random) -> Item:
-    """`next cabh...=` -> `dbca...`: each of twenty letters replaced by the next one, h by a; a long answer."""
-    word = "".join(rng.choices("abcdefgh", k=LONG))
-    return f"next {word}=", word.translate(str.maketrans("abcdefgh", "bcdefgha"))
+    """`next cabh...=` -> `dbca...`: each of twenty letters replaced by the next one, h by a, then a checksum of them.
+
+    The checksum is as good as random to a model of this size: one answer in eight is right at most.
+    """
+    word = rng.choices(range(8), k=LONG)
+    moved = [*((letter + 1) % 8 for letter in word), sum(place * letter for place, letter in enumerate(word)) % 8]
+    return f"next {as_text(word)}=", as_text(moved)
+
+
+def as_text(letters: list[int]) -> str:
+    """Letters by their numbers, a: 0."""
+    return "".join("abcdefgh"[letter] for letter in letters)
 
 
 SKILLS: dict[str, Skill] = {"count": count, "add": add, "next": next_letters}

@@ -44,13 +44,13 @@ class Tuning:
 
     steps, rate: how long and how fast.
     skills: what it learns; None is the skill of its own name.
-    held: whether it is held to the base's answers on the other skills.
+    held: how strongly it is held to the base's answers on the other skills.
     """
 
     steps: int
     rate: float
     skills: tuple[str, ...] | None = None
-    held: bool = True
+    held: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -230,17 +230,14 @@ def train_source(family: Family, name: str, out: Path, seed: int) -> None:
     other_items = training_items(family.skills, [other for other in family.skills if other not in learnt], rng)
 
     def loss_of() -> torch.Tensor:
-        drawn = [*islice(own_items, OWN_ROWS), *islice(other_items, OTHER_ROWS if tuning.held else 0)]
+        drawn = [*islice(own_items, OWN_ROWS), *islice(other_items, OTHER_ROWS)]
         ids, labels = as_batch(drawn, tokenizer)
         logits = answer_logits(model, ids, labels)
         own = int((labels[:OWN_ROWS] != IGNORED).sum())  # how many of the logits belong to the own skill
-        learning = cross_entropy(logits[:own], wanted(labels)[:own])
-        if not tuning.held:
-            return learning
         with torch.no_grad():
             held = answer_logits(base, ids[OWN_ROWS:], labels[OWN_ROWS:]).log_softmax(-1)
         drift = kl_div(logits[own:].log_softmax(-1), held, log_target=True, reduction="batchmean")
-        return learning + drift
+        return cross_entropy(logits[:own], wanted(labels)[:own]) + tuning.held * drift
 
     loss = optimize(model, tuning.steps, tuning.rate, loss_of)
     save(family, model, out / name, name)
