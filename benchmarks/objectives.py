@@ -1,18 +1,19 @@
 """Which objective leads to the best metric: rank correlations, and what searches of equal cost reach.
 
     python examples/tiny/make.py runs/tiny && python examples/mixed/make.py runs/mixed
-    python benchmarks/objectives.py run configs/quickstart.yaml configs/mixed.yaml --out runs/objectives.json
+    python benchmarks/objectives.py run benchmarks/tiny24.yaml configs/mixed.yaml --out runs/objectives.json
     python benchmarks/objectives.py table runs/objectives.json
 
 Every candidate is a formula for generation and one for multiple choice.  Each task is scaled so that the base is 0 and
-the best parent is 1, as a search does it.  If the candidate's name says `raw`, it is not scaled; if it says `as metric`,
-the base and the best parent have their own metrics' values, so a task counts as much as its metric can change.
+the best parent is 1, as a search does it.  If the candidate's name says `raw`, it is not scaled; if it says `as
+metric`, the base and the best parent have their own metrics' values: a task counts as much as its metric can change.
 
 correlation   Spearman's, over random points, baselines and points near a good one, between the mean objective on the
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
-cma-es        the metric on the holdout items of the mean of the last distribution of CMA-ES, and of its best point, from
-              the best baseline; a trial's value is (1 - share) times the scaled objective plus share times the metric
+cma-es        the metric on the holdout items of the mean of the last distribution of CMA-ES, and of its best point,
+              from the best baseline; a trial's value is (1 - share) times the scaled objective plus share times the
+              metric
 
 `run` skips what the file has already, so a long run can be done in parts.
 """
@@ -28,8 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr, t as student
-from small_family import Answers, SmallFamily, Vector, open_family
+from scipy.stats import spearmanr
+from scipy.stats import t as student
+from small_family import Answers, SmallFamily, Vector
 from torch import Tensor
 
 Formula = Callable[[Answers], Tensor]
@@ -48,13 +50,15 @@ def floored(logprob: Tensor, floor: float) -> Tensor:
 
 def choice_logprob(answers: Answers) -> Tensor:
     """(N,) the log-softmax over the choices at the gold one."""
-    assert answers.choices is not None and answers.gold is not None
+    assert answers.choices is not None
+    assert answers.gold is not None
     return answers.choices.log_softmax(1).gather(1, answers.gold[:, None])[:, 0]
 
 
 def choice_margin(answers: Answers) -> Tensor:
     """(N,) the gold choice's log-likelihood minus the best other one's."""
-    assert answers.choices is not None and answers.gold is not None
+    assert answers.choices is not None
+    assert answers.gold is not None
     right = answers.choices.gather(1, answers.gold[:, None])
     return (right - answers.choices.scatter(1, answers.gold[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
 
@@ -72,6 +76,11 @@ def whole(answers: Answers) -> Tensor:
 def per_token(answers: Answers) -> Tensor:
     """(N,) the gold answer's log-probability per token."""
     return tokens_mean(answers.logprobs, answers.mask)
+
+
+def per_root_token(answers: Answers) -> Tensor:
+    """(N,) the gold answer's log-probability, divided by the root of its number of tokens."""
+    return whole(answers) / answers.mask.sum(1).sqrt()
 
 
 def per_token_floored(floor: float) -> Formula:
@@ -109,6 +118,7 @@ CANDIDATES: dict[str, Formula] = {
     "gold_prob": by_kind(lambda a: whole(a).exp(), lambda a: choice_logprob(a).exp()),
     "answer floored -6": by_kind(lambda a: floored(whole(a), -6.0), choice_floored(-6.0)),
     "token mean": by_kind(per_token, choice_logprob),
+    "per root of tokens": by_kind(per_root_token, choice_logprob),
     "token mean floored -4": by_kind(per_token_floored(-4.0), choice_floored(-4.0)),
     "token mean floored -6": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
     "token mean floored -6 raw": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),

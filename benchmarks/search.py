@@ -8,8 +8,8 @@
 
 Rows, each against a floor that the same run measures on the same items:
 
-evolve    cost to reach what mergekit-evolve's setting reaches with 100 evaluations: pycma, every source at 1/n, no bounds,
-          sigma 1/6, whole generations, the task's metric as the objective
+evolve    cost to reach what mergekit-evolve's setting reaches with 100 evaluations: pycma, every source at 1/n, no
+          bounds, sigma 1/6, whole generations, the task's metric as the objective
 cma-es    cost to reach what CMA-ES of evomerge reaches with 200 trials
 mixed     tasks of different kinds: the candidate's metric on the selection items less the best parent's
 equals    sources that are equally good by construction: how often the verdict names no winner

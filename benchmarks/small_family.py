@@ -1,7 +1,7 @@
 """A family of models small enough to be held whole in float32: answers and gradients at any point, by plain torch.
 
-The product's engine scores trials; this is the second way, independent of it, by which benchmarks compare what searches
-found.  It is also cheap: the weights at a point are a sum of task vectors, and one forward of padded rows gives both the
+The product's engine scores trials; this is a second way, independent of it, by which benchmarks compare what searches
+found.  It is cheap: the weights at a point are a sum of task vectors, and one forward of padded rows gives both the
 gold answers' log-probabilities and whether they are right.
 
 Only for task_arithmetic, whose weights are linear in the point, and for tasks whose answer is right where greedy
@@ -105,7 +105,7 @@ class SmallFamily:
         self.baselines: list[Baseline] = [base_alone(self.space), *baselines(self.space)]
 
     def weights(self) -> tuple[list[str], list[Tensor], list[Tensor], Tensor]:
-        """Names, base tensors, task vectors (S, ...) of each tensor, and the jacobian (tensors, S, D) of their weights."""
+        """Names, base tensors, task vectors (S, ...) of each tensor, the jacobian (tensors, S, D) of their weights."""
         parameters = {n: p.detach().clone() for n, p in self.evaluator.model.named_parameters()}
         names = [n for n in parameters if n in self.models.base.tensors]
         base, changes, places = [], [], []
