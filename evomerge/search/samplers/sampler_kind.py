@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from optuna.distributions import FloatDistribution
@@ -30,6 +30,7 @@ class SamplerSetup:
     study_seed: the key `seed` of the search configuration.
     number: of the trial, from 0.
     workers: how many trials may run at once.
+    ties: axis -> the group that it belongs to, of those that belong to one.
     """
 
     config: SamplerConfig
@@ -37,6 +38,7 @@ class SamplerSetup:
     study_seed: int
     number: int
     workers: int = 1
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:

@@ -85,6 +85,12 @@ class Space:
         return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
 
     @property
+    def ties(self) -> dict[str, str]:
+        """Axis name -> the name of its group: of its knob, source and component."""
+        named = {".".join(filter(None, (g.knob, g.source, g.component))): g for g in self.groups if not g.fixed}
+        return {axis: name for name, group in named.items() for axis in group.axes}
+
+    @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """`axes` in the type that Optuna's samplers take."""
         return dict(self.axes)

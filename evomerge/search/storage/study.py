@@ -24,9 +24,8 @@ from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
-from evomerge.search.storage.trial_record import RECORD, TrialRecord, place_in_order, record_of
+from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord, place_in_order, record_of
 
-LEARNED = "learned"  # trial attribute: after how many gradient steps its parameters were reached
 COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
@@ -186,7 +185,7 @@ class SearchStudy:
             return self.kept_sampler
         chosen = settled(self.stored.user_attrs, self.space.config.sampler)
         seed = self.space.config.seed
-        sampler = make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers))
+        sampler = make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
         if sampler_kind(chosen.name).serves_all_trials:
             self.kept_sampler = sampler
         return sampler

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
 
 RECORD = "record"  # the trial's user attribute
+LEARNED = "learned"  # trial attribute: after how many gradient steps its parameters were reached
 NUMBER = (int, float)
 VERSION = 1  # written as `version`; a record without that key is of version 0, which had the same keys
 

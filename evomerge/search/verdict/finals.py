@@ -32,7 +32,8 @@ from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key, reference
 from evomerge.search.space.greedy_soup import GreedySoup
-from evomerge.search.storage.study import LEARNED, SearchStudy, rank
+from evomerge.search.storage.study import SearchStudy, rank
+from evomerge.search.storage.trial_record import LEARNED
 from evomerge.search.verdict.guards import judge_guard
 from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
