@@ -67,17 +67,20 @@ class Learner:
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.steps = self.space.config.sampler.steps or STEPS
         self.objectives = {task.name: task.objective for task in self.task_set.tasks}
-        self.guards = {guard.name: self.multiplier(guard, evaluations) for guard in self.task_set.guards}
+        self.evaluations = evaluations
+        self.guards: dict[str, Multiplier] = {}
         self.looks = {math.ceil(self.steps * k / LOOKS) for k in range(1, LOOKS + 1)}
 
-    def multiplier(self, guard: Guard, evaluations: Evaluations) -> Multiplier:
+    async def multiplier(self, guard: Guard) -> Multiplier:
         """The multiplier of a guard, by what base and parents score."""
+        evaluations = self.evaluations
         models = [base_alone(self.space), *(b for b in self.baselines if b.kind == "parent")]
         every = [evaluations.known("search", model.recipe) for model in models]
         wanted = [(task, {self.objectives[task], metric}) for task, metric in guard.metrics.items()]
         others = [known for known in every if all(names <= known.get(task, {}).keys() for task, names in wanted)]
-        own = evaluations.known("search", reference(self.space, self.baselines, guard.of).recipe)
-        return multiplier(guard, self.objectives, own, others)
+        own = reference(self.space, self.baselines, guard.of).recipe
+        await evaluations.score("search", own, guard.of, everything=True)  # not stored if the method was chosen since
+        return multiplier(guard, self.objectives, evaluations.known("search", own), others)
 
     async def learn(self, ended: Callable[[], str | None]) -> None:
         """Take steps until one of the ends above, or until a limit of the search is reached.
@@ -90,6 +93,7 @@ class Learner:
             return
         adam = Adam(self.space.axes, RATE, self.steps)
         points: list[Point] = []
+        self.guards = {guard.name: await self.multiplier(guard) for guard in self.task_set.guards}
         states = {name: State() for name in self.guards}
         known = step_records(self.study.stored.user_attrs)
         best: float | None = None
