@@ -176,7 +176,7 @@ def _(night: Night) -> str:
 @injection("SIGKILL in the learned start", alone=False, quick=False)
 def _(night: Night) -> str:
     """Steps that were taken before stay as they are, and a second search without the kill takes the same ones."""
-    night.changes = {"sampler": {"name": "learned", "steps": 12}}
+    night.changes = {"sampler": {"name": "auto", "steps": 12}}
     started = night.start()
     if not night.moment(started):
         return done_before(started)
