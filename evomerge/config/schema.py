@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.sources.config_differences import Allowed
-from evomerge.sources.tensor_names import Component
+from evomerge.sources.tensor_names import Component, Part
 
 Granularity = Literal["model", "depth", "group", "layer"]
 
@@ -57,7 +57,7 @@ class Axis(Strict):
     high: float
     choice: str | None = None
     granularity: Granularity | None = None
-    components: list[Component] | None = None
+    components: list[Component | Part] | None = None
 
     @model_validator(mode="after")
     def bounds_in_order(self) -> "Axis":
@@ -85,7 +85,7 @@ class SpaceConfig(BaseModel):
 
     granularity: `model` is one value for all layers, `depth` a piecewise linear function of the depth with `knots`
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
-    components: those with coefficients of their own; the others share one.
+    components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
@@ -96,7 +96,7 @@ class SpaceConfig(BaseModel):
     granularity: Granularity = "model"
     knots: int = Field(default=3, ge=2, le=64)
     groups: int = Field(default=4, ge=1, le=256)
-    components: list[Component] = []
+    components: list[Component | Part] = []
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self, method: Method) -> dict[str, Axis]:

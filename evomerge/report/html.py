@@ -21,7 +21,7 @@ from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
 from evomerge.sources.locate import locate
 from evomerge.sources.safetensors_files import stored_tensor_names
-from evomerge.sources.tensor_names import Component, TensorRole, layer_count
+from evomerge.sources.tensor_names import PARTS, Component, Part, TensorRole, layer_count
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
@@ -32,7 +32,11 @@ table{border-collapse:collapse;width:100%} th,td{padding:.35rem .6rem;text-align
 th:first-child,td:first-child{text-align:left} tr.candidate{font-weight:600;background:#f3f7fb}
 small,.dim{color:#67747f} td small{display:block}
 """
-SHOWN: tuple[Component, ...] = ("attention", "mlp", "norm")
+SHOWN: tuple[tuple[Component, Part | None], ...] = (
+    ("attention", None), ("attention", "attention.q"), ("attention", "attention.k"), ("attention", "attention.v"),
+    ("attention", "attention.o"), ("mlp", None), ("mlp", "mlp.gate"), ("mlp", "mlp.up"), ("mlp", "mlp.down"),
+    ("norm", None),
+)  # fmt: skip
 RED_TO_BLUE = [  # ColorBrewer's RdBu; the scale that Plotly's JavaScript has under this name is another one
     [i / 10, f"#{colour}"]
     for i, colour in enumerate("67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061".split())
@@ -201,13 +205,19 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Fig
             continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):
-            per_component = {}
-            for component in SHOWN:
-                known = [recipe.knobs(TensorRole(layer, component), layers) for layer in range(layers)]
-                per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
-            alike = len({tuple(row) for row in per_component.values()}) == 1
+            per_kind = {}
+            for component, part in SHOWN:
+                known = [recipe.knobs(TensorRole(layer, component, part=part), layers) for layer in range(layers)]
+                per_kind[part or component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
+            for component in ("attention", "mlp"):  # one row for parts that have the values of the whole
+                parts = [p for p in PARTS if p.startswith(f"{component}.")]
+                if all(per_kind[p] == per_kind[component] for p in parts):
+                    per_kind = {kind: row for kind, row in per_kind.items() if kind not in parts}
+                else:
+                    del per_kind[component]
+            alike = len({tuple(row) for row in per_kind.values()}) == 1
             title = source.name if source else name
-            rows |= {title if alike else f"{title} · {c}": row for c, row in per_component.items()}
+            rows |= {title if alike else f"{title} · {kind}": row for kind, row in per_kind.items()}
         flat = [x for row in rows.values() for x in row]
         if knob.switch or len(set(flat)) == 1:
             continue

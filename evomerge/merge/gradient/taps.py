@@ -25,20 +25,20 @@ from evomerge.merge.recipe.slices import BASE
 from evomerge.merge.tensor_plan import RecipeInputs, remembered_knobs
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.adapter.tensor_change import LowRank, TensorChange
-from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer
+from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_layer
 
 
 @dataclass
 class KnobGradient:
     """The derivative of a loss by the coefficients of a recipe.
 
-    values: (knob, source, or None for a knob that all share) -> component -> (layers,) float64, the derivative by the
-        knob's value at that component and layer, summed over the backward passes.  Components whose weights do not
-        depend on the knob are absent.
+    values: (knob, source, or None for a knob that all share) -> part, or component without parts -> (layers,) float64,
+        the derivative by the knob's value there, summed over the backward passes.  Those whose weights do not depend on
+        the knob are absent.
     sums: of each tensor that is watched, the derivative by its plan's numbers so far.
     """
 
-    values: dict[tuple[str, str | None], dict[Component, NDArray[np.float64]]] = field(default_factory=dict)
+    values: dict[tuple[str, str | None], dict[Component | Part, NDArray[np.float64]]] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
 
     def reset(self) -> None:
@@ -259,7 +259,7 @@ class KnobTaps:
         found = tap.derivative.matrix @ tap.inner.cpu().numpy()
         for (knob, source), value in zip(tap.derivative.places, found, strict=True):
             by_component = gradient.values.setdefault((knob, None if source is None else tap.names[source]), {})
-            values = by_component.setdefault(tap.where.component, np.zeros(max(layers, 1)))
+            values = by_component.setdefault(tap.where.finest, np.zeros(max(layers, 1)))
             values[coefficient_layer(tap.where, layers)] += value
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
 from evomerge.merge.recipe.pinned_inputs import pin
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.space import Point, Space
-from evomerge.sources.tensor_names import COMPONENTS, TensorRole
+from evomerge.sources.tensor_names import COMPONENTS, PARTS, TensorRole
 
 Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given", "start"]
 OF_THE_USER = ("given", "start")
@@ -125,7 +126,9 @@ def model_key(recipe: Recipe, layers: int) -> object:
     if any(filtered_values(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
     counts = []
-    for where in (TensorRole(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
+    kinds = [(c, None) for c in COMPONENTS] + [(c, p) for c in COMPONENTS for p in PARTS if p.startswith(f"{c}.")]
+    for layer, (component, part) in product((None, *range(layers)), kinds):
+        where = TensorRole(layer, component, part=part)
         knobs = recipe.knobs(where, layers)
         weights = knobs.each["weight"]
         divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0

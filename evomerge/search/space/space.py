@@ -22,16 +22,17 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.tensor_names import Component, TensorRole, layer_count, tensor_role
+from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
 
 if TYPE_CHECKING:
     from evomerge.sources.open_models import Models
 
+Finest = Component | Part
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
 
-KnobGradient = Mapping[tuple[str, str | None], Mapping[Component, Sequence[float]]]
-"""(Knob, source or None) -> component -> the derivative by the knob's value there, one a layer."""
+KnobGradient = Mapping[tuple[str, str | None], Mapping[Finest, Sequence[float]]]
+"""(Knob, source or None) -> part, or component without parts -> the derivative by the knob there, one a layer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Space:
     layers: how many the base model has.
     groups: every knob of the method, the fixed ones too.
     tensors: names of the base model's tensors.
-    reach: source -> the components that it can change; empty: all sources change all of them.
+    reach: source -> the parts, or components without parts, that it can change; empty: all sources change all of them.
     """
 
     config: SearchConfig
@@ -134,7 +135,7 @@ class Space:
             own = self.own_components(group)
             per_layer = np.zeros(max(1, self.layers))
             for component, values in by_knob.get((group.knob, group.source), {}).items():
-                if (component if component in own else "default") == group.component:
+                if coefficient_key(component, own) == group.component:
                     per_layer += values
             for number, axis in enumerate(group.axes):
                 one = [float(k == number) for k in range(len(group.axes))]
@@ -170,17 +171,17 @@ class Space:
         """The tensors that a group is for and that its source (without one, any source) can change."""
         own = self.own_components(group)
         found = [tensor_role(name) for name in self.tensors]
-        found = [p for p in found if (p.component if p.component in own else "default") == group.component]
+        found = [p for p in found if coefficient_key(p.finest, own) == group.component]
         reach = self.reach.get(group.source) if group.source else frozenset[str]().union(*self.reach.values())
-        return [p for p in found if p.component in reach] if reach else found
+        return [p for p in found if p.finest in reach] if reach else found
 
 
-def changed_components(models: "Models") -> dict[str, set[Component]]:
-    """Source -> the components in which it can differ from the base; an adapter leaves some alone."""
+def changed_components(models: "Models") -> dict[str, set[Finest]]:
+    """Source -> the parts, or components without parts, in which it can differ; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
         touched = [t for t in models.base.tensors if source.may_differ(t)]
-        found[name] = {tensor_role(t).component for t in touched}
+        found[name] = {tensor_role(t).finest for t in touched}
     return found
 
 
@@ -209,14 +210,14 @@ def build_space(config: SearchConfig, models: "Models") -> Space:
 
 
 def component_groups(
-    knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Component]
+    knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Finest]
 ) -> list[Group]:
     """The groups of one knob of one source: one per component that has coefficients of its own, one for the rest.
 
     axis: bounds, granularity and components of the knob, as configured.
     space: what holds where `axis` says nothing.
     layers: how many the base model has.
-    reach: the components that the source can change.
+    reach: the parts, or components without parts, that the source can change.
     """
     fixed = axis.low == axis.high
     granularity: Granularity = "model" if fixed else axis.granularity or space.granularity
@@ -229,7 +230,7 @@ def component_groups(
     }
     groups = []
     for component in [*components, "default"]:
-        moves = reach & {component} if component != "default" else reach - set(components)
+        moves = any(coefficient_key(finest, components) == component for finest in reach)
         fine: Granularity = granularity if moves else "model"
         stem = ".".join(p for p in (knob, source, None if component == "default" else component) if p)
         axes = (stem,) if fine == "model" else tuple(f"{stem}.{fine}{k}" for k in range(counts[fine]))
