@@ -75,9 +75,11 @@ class TaskSet:
 def open_task_set(config: SearchConfig) -> TaskSet:
     """Open the tasks of a configuration and divide their items into splits.
 
-    EvomergeError if a task cannot be opened or has too few items.
+    EvomergeError if a task cannot be opened or has too few items, or if there are too few tasks for `goals`.
     """
     tasks = open_tasks(config.tasks)
+    if config.goals == "pareto" and len(tasks) < 2:
+        raise EvomergeError("goals: pareto needs at least two tasks")
     return TaskSet(tasks, {t.name: deal(t, config.splits, config.seed) for t in tasks})
 
 
