@@ -177,7 +177,8 @@ class Run:
         if (trial is not None) + (prefer is not None) + knee > 1:
             raise EvomergeError("give one of trial, prefer and knee")
         if prefer is not None or knee:
-            from evomerge.search.verdict.choices import choose_knee, prefer as choose
+            from evomerge.search.verdict.choices import choose_knee
+            from evomerge.search.verdict.choices import prefer as choose
 
             found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
             recipe, results = found.recipe, f"{found.sentence}\n"

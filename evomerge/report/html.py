@@ -224,18 +224,21 @@ def front_figures(front: Front) -> list[tuple[str, str, Figure]]:
             {"type": "scatter", "mode": "lines+markers", "name": "front", "x": [v[0] for v in line],
              "y": [v[1] for v in line], "line": {"color": "#1f5f99", "dash": "dot"}, "marker": {"size": 9}},
         ]  # fmt: skip
-        axes = {"xaxis": {"title": {"text": front.tasks[0]}}, "yaxis": {"title": {"text": front.tasks[1]}}}
-        figure = {"data": data, "layout": {**axes, "height": 420, "margin": margin}}
+        figure: Figure = {"data": data, "layout": {**axes(*front.tasks), "height": 420, "margin": margin}}
         figures.append(("Trials by task", "Values on the search items.", figure))
     if front.hypervolumes is not None:
         numbers = list(range(1, len(front.hypervolumes) + 1))
         curve = {"type": "scatter", "mode": "lines", "x": numbers, "y": front.hypervolumes,
                  "line": {"color": "#1f5f99", "shape": "hv"}}  # fmt: skip
-        axes = {"xaxis": {"title": {"text": "trials scored in full"}}, "yaxis": {"title": {"text": "hypervolume"}}}
-        figure = {"data": [curve], "layout": {**axes, "height": 300, "margin": margin}}
+        layout = {**axes("trials scored in full", "hypervolume"), "height": 300, "margin": margin}
         text = "The volume of values above the base that some trial reaches or exceeds in every task."
-        figures.append(("Hypervolume over trials", text, figure))
+        figures.append(("Hypervolume over trials", text, {"data": [curve], "layout": layout}))
     return figures
+
+
+def axes(x: str, y: str) -> dict[str, Any]:
+    """The part of a layout that gives the axes their titles."""
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Figure]]:

@@ -1,4 +1,4 @@
-"""The climbs of a learned start: one by the search's task weights, and with `goals: pareto` one for each of a few others.
+"""The climbs of a learned start: by the search's task weights, and with `goals: pareto` by a few others.
 
     w    (T,) the search's task weights, sum 1
     S    the tasks that a climb emphasises: each one; with three tasks also each pair
