@@ -191,11 +191,14 @@ def export(
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
     from evomerge.api.run import open_run
-    from evomerge.search.verdict.choices import parse_weights
 
     opened = open_run(run)
     refuse_nothing(out, mergekit)
-    weights = None if prefer is None else parse_weights(prefer)
+    weights = None
+    if prefer is not None:
+        from evomerge.search.verdict.choices import parse_weights
+
+        weights = parse_weights(prefer)
     opened.export(out, mergekit=mergekit, trial=trial, prefer=weights, knee=knee)
 
 

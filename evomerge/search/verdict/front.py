@@ -124,13 +124,12 @@ def front_name(trial: FrozenTrial) -> str:
 
 def non_dominated(points: Matrix) -> list[int]:
     """The indices of the points that no other one dominates; of equal ones the first.  points: (N, T)."""
-    kept = []
-    for i, point in enumerate(points):
-        as_good = (points >= point).all(axis=1)
-        better = as_good & (points > point).any(axis=1)
-        if not better.any() and not as_good[:i].any():
-            kept.append(i)
-    return kept
+    as_good = np.ones((len(points), len(points)), dtype=bool)  # [i, j]: point i is at least as good as point j
+    for values in points.T:
+        as_good &= values[:, None] >= values
+    dominated = (as_good & ~as_good.T).any(axis=0)
+    repeated = np.triu(as_good & as_good.T, 1).any(axis=0)
+    return np.flatnonzero(~(dominated | repeated)).tolist()
 
 
 def hypervolume(points: Matrix) -> float:
