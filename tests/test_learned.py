@@ -148,10 +148,10 @@ DURING_A_LOOK = """
 import os, signal
 import evomerge.search.learned.learn as l
 real = l.Learner.look
-async def killed(self, count, points, ended):
-    if count == 6:
+async def killed(self, learned, ended):
+    if learned.steps == 6:
         self.trials.pool.run = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-    return await real(self, count, points, ended)
+    return await real(self, learned, ended)
 l.Learner.look = killed
 """
 

@@ -113,6 +113,8 @@ def show_export(run: "Run", out: Path | None) -> None:
     """Name the command that writes the model, unless the search has written it."""
     if out is None:
         print(f"export: evomerge export {run.folder} --out merged/")
+        if run.config.goals == "pareto":
+            print("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -176,6 +178,15 @@ def export(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of what is recommended.")] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS", help="Export the finalist that is best by these weights of tasks: math=0.7,chat=0.3."
+        ),
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Export the finalist that gains most in the task in which it gains least.")
+    ] = False,
     mergekit: Mergekit = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
@@ -183,7 +194,12 @@ def export(
 
     opened = open_run(run)
     refuse_nothing(out, mergekit)
-    opened.export(out, mergekit=mergekit, trial=trial)
+    weights = None
+    if prefer is not None:
+        from evomerge.search.verdict.choices import parse_weights
+
+        weights = parse_weights(prefer)
+    opened.export(out, mergekit=mergekit, trial=trial, prefer=weights, knee=knee)
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")

@@ -312,6 +312,7 @@ class SearchConfig(Strict):
         leaves it as it is.
     sampler, budget, price, workers, racing: see their classes.
     scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
+    goals: `mean`: the best mean over the tasks; `pareto`: also the best models for other weights of the tasks.
     seed: of the splits, the sampler, random masks and the bootstrap.
     device: of the workers; `auto` is an accelerator if there is one.
     dtype: the type of the candidate's values.
@@ -340,6 +341,7 @@ class SearchConfig(Strict):
     workers: WorkersConfig = WorkersConfig()
     racing: RacingValue = RacingConfig()
     scale: Literal["parents", "none"] = "parents"
+    goals: Literal["mean", "pareto"] = "mean"
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"

@@ -19,6 +19,7 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
+from evomerge.search.verdict.front import Front
 from evomerge.sources.locate import locate
 from evomerge.sources.safetensors_files import stored_tensor_names
 from evomerge.sources.tensor_names import PARTS, Component, Part, TensorRole, layer_count
@@ -56,7 +57,8 @@ def write_report(run: Run) -> None:
     recipe = load_recipe(run.winner_file)
     layers = sum(part.length for part in recipe.slices)
     layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
-    figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
+    front = [] if status.front is None else front_figures(status.front)
+    figures = [progress_figure(status), *front, *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 
 
@@ -74,6 +76,9 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         *(f"<p class=dim>{html.escape(a.sentence)}.</p>" for a in status.agreements),
         f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
+    if status.front is not None:
+        parts += ["<h2>The front</h2>", front_table(status.front)]
+        parts.append(f"<p class=dim>{html.escape(front_text(status.front))}</p>")
     parts.append(f"<script>{plotly_file('plotly.min.js')}</script>")
     for number, (title, text, figure) in enumerate(figures):
         drawn = drawing(f"figure{number}", figure)
@@ -188,6 +193,56 @@ def progress_figure(status: Status) -> tuple[str, str, Figure]:
     }  # fmt: skip
     figure = {"data": data, "layout": layout}
     return "Best score over trials", "The lowest tenth of the values may lie below the axis.", figure
+
+
+def front_table(front: Front) -> str:
+    """The table of the front: the values of each trial by task."""
+    head = "".join(f"<th>{html.escape(task)}</th>" for task in front.tasks)
+    rows = (
+        f"<tr><td>{html.escape(m.name)}</td>{''.join(f'<td>{value:.3f}</td>' for value in m.values)}</tr>"
+        for m in front.members
+    )
+    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def front_text(front: Front) -> str:
+    """What the table of the front shows, and how one of its models is exported."""
+    unit = "0 is the base, 1 the task's best parent" if front.relative else "unscaled"
+    return (
+        f"{front.sentence}. Values on the search items ({unit}). Models along the front met on the selection items: "
+        "evomerge export --prefer TASK=0.7,TASK=0.3 or --knee writes one of them."
+    )
+
+
+def front_figures(front: Front) -> list[tuple[str, str, Figure]]:
+    """Title, text and figure: with two tasks all trials by their values, and the hypervolume over the trials."""
+    figures = []
+    margin = {"t": 20, "r": 20}
+    if len(front.tasks) == 2:
+        x, y = front.points.T.tolist()
+        names = [t.name for t in front.trials]
+        line = sorted(m.values for m in front.members)
+        data: list[dict[str, Any]] = [
+            {"type": "scatter", "mode": "markers", "name": "trial", "x": x, "y": y, "text": names,
+             "marker": {"color": "#9db7d1", "size": 6}},
+            {"type": "scatter", "mode": "lines+markers", "name": "front", "x": [v[0] for v in line],
+             "y": [v[1] for v in line], "line": {"color": "#1f5f99", "dash": "dot"}, "marker": {"size": 9}},
+        ]  # fmt: skip
+        figure: Figure = {"data": data, "layout": {**axes(*front.tasks), "height": 420, "margin": margin}}
+        figures.append(("Trials by task", "Values on the search items.", figure))
+    if front.hypervolumes is not None:
+        numbers = list(range(1, len(front.hypervolumes) + 1))
+        curve = {"type": "scatter", "mode": "lines", "x": numbers, "y": front.hypervolumes,
+                 "line": {"color": "#1f5f99", "shape": "hv"}}  # fmt: skip
+        layout = {**axes("trials scored in full", "hypervolume"), "height": 300, "margin": margin}
+        text = "The volume of values above the base that some trial reaches or exceeds in every task."
+        figures.append(("Hypervolume over trials", text, {"data": [curve], "layout": layout}))
+    return figures
+
+
+def axes(x: str, y: str) -> dict[str, Any]:
+    """The part of a layout that gives the axes their titles."""
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Figure]]:

@@ -39,8 +39,11 @@ def guard_sentence(guard: dict[str, Any]) -> str:
     )
 
 
-def results_section(verdict: dict[str, Any]) -> str:
-    """The verdict as Markdown: the sentence and the holdout table with its intervals."""
+def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
+    """The verdict as Markdown: the sentence and the holdout table with its intervals.
+
+    model: the one in the folder, `winner` or the name of a baseline (default: what the verdict recommends).
+    """
     tasks = list(verdict["tasks"])
     head = f"| holdout | mean | {' | '.join(tasks)} |"
     rows = [head, "|---" * (2 + len(tasks)) + "|"]
@@ -55,7 +58,7 @@ def results_section(verdict: dict[str, Any]) -> str:
     note += " ".join(remarks(verdict))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
-    recommended = verdict["recommended"]
+    recommended = model or verdict["recommended"]
     which = "" if recommended == "winner" else f"This folder holds the recommended simpler model: {recommended}.\n\n"
     return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
 

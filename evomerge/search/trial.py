@@ -30,7 +30,7 @@ from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.space import Point
 from evomerge.search.storage.item_scores import pack, trial_scores
-from evomerge.search.storage.study import Begun, SearchStudy, in_full
+from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.workers.pool import Pool
 
@@ -84,13 +84,13 @@ class TrialRunner:
         self.storing = 0.0  # seconds that it took to store the last trial
 
     async def run(
-        self, baselines: Sequence[Baseline], races: Races | None, learned: tuple[int, Point] | None = None
+        self, baselines: Sequence[Baseline], races: Races | None, learned: LearnedPoint | None = None
     ) -> None:
         """Run one trial: an interrupted one, else the next baseline, else a learned point, else a proposal.
 
         baselines: all that are known so far.
         races: None if candidates do not race, or not yet.
-        learned: the number of gradient steps and the point that they led to; None lets the sampler propose.
+        learned: the point that gradient steps led to; None lets the sampler propose.
 
         An error inside the trial becomes the trial's recorded reason.  Raises EvomergeError if the search itself is at
         fault, or when too many trials in a row have failed.

@@ -26,7 +26,7 @@ from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
-from evomerge.search.verdict.finals import FINALISTS
+from evomerge.search.verdict.finals import ALONG_FRONT, FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.search.verdict.simplify import most_steps
 from evomerge.sources.open_models import Models
@@ -153,6 +153,7 @@ def remaining_work(
     best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
     others = 2  # the mean of the distribution, and the best by metric
+    others += ALONG_FRONT if study.space.config.goals == "pareto" else 0
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others
     rivals = [b for b in known if b.kind not in ("recommended", "start")]
     recommended = any(b.kind == "recommended" for b in known)

@@ -89,10 +89,12 @@ class TaskSet:
 def open_task_set(config: SearchConfig) -> TaskSet:
     """Open the tasks of a configuration and divide their items into splits.
 
-    EvomergeError if a task cannot be opened or has too few items.
+    EvomergeError if a task cannot be opened or has too few items, or if there are too few tasks for `goals`.
     """
     goals = {task.task for task in config.tasks}
     tasks = open_tasks([*config.tasks, *(guard for guard in config.guards if guard.task not in goals)])
+    if config.goals == "pareto" and sum(task.weight > 0 for task in tasks) < 2:
+        raise EvomergeError("goals: pareto needs at least two tasks")
     return TaskSet(tasks, {t.name: deal(t, config.splits, config.seed) for t in tasks}, guards_of(config, tasks))
 
 

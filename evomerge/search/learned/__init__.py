@@ -5,6 +5,7 @@ the search items, stores each step in the study, and tries the running average o
 the sampler goes on from there.
 
     learn.py        the phase of the search: start, steps, trials, when it ends
+    climbs.py       by which task weights it climbs
     multipliers.py  how strongly the steps hold each guard
     adam.py         one step from a point and a gradient (Kingma and Ba 2015)
     minibatches.py  which items a step is computed on

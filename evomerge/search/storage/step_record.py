@@ -14,7 +14,7 @@ from evomerge.search.storage.trial_record import Reader
 if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
 
-STEPS = "learned:"  # study attributes: the records of steps, by number
+STEPS = "learned:"  # study attributes: the records of steps, by climb and number
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,14 @@ class StepRecord:
         return cls(point, gradient, value, items, reader.used(), reader.elapsed(), drops)
 
 
-def step_key(number: int) -> str:
-    """The study attribute that holds a step's record.  number: from 0."""
-    return f"{STEPS}{number:05d}"
+def step_key(number: int, climb: int = 0) -> str:
+    """The study attribute that holds a step's record.  number: from 0.  climb: see `learned/climbs.py`."""
+    return f"{STEPS}{climb:02d}:{number:05d}" if climb else f"{STEPS}{number:05d}"
 
 
-def step_records(attributes: Mapping[str, Any]) -> list[StepRecord]:
-    """The records of all steps, in order.  attributes: the study's."""
-    return [StepRecord.from_json(attributes[key]) for key in sorted(attributes) if key.startswith(STEPS)]
+def step_records(attributes: Mapping[str, Any], climb: int | None = None) -> list[StepRecord]:
+    """The records of steps, in order.  attributes: the study's.  climb: only those of this climb."""
+    keys = sorted(key for key in attributes if key.startswith(STEPS))
+    if climb is not None:
+        keys = [key for key in keys if key[:-5] == step_key(0, climb)[:-5]]
+    return [StepRecord.from_json(attributes[key]) for key in keys]

@@ -26,6 +26,7 @@ from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
 from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord, place_in_order, record_of
 
+WEIGHTS = "weights"  # trial attribute: the task weights that its parameters were learned with, if not the search's
 COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
@@ -67,6 +68,19 @@ class Begun:
     params: Point
     baseline: str | None
     learned: int | None = None
+
+
+@dataclass(frozen=True)
+class LearnedPoint:
+    """A point that gradient steps led to.
+
+    steps: how many.
+    weights: the task weights that they were taken with; None: the search's.
+    """
+
+    steps: int
+    point: Point
+    weights: dict[str, float] | None = None
 
 
 class SearchStudy:
@@ -175,9 +189,14 @@ class SearchStudy:
         trial = None if number is None else self.memory.get_trial(number)
         return trial if trial is not None and trial.state in FINISHED else None
 
-    def of_learned(self, steps: int) -> FrozenTrial | None:
-        """The finished trial at the point that was reached after so many gradient steps, None if there is none."""
-        return next((t for t in self.finished if t.user_attrs.get(LEARNED) == steps), None)
+    def of_learned(self, steps: int, weights: dict[str, float] | None = None) -> FrozenTrial | None:
+        """The finished trial at the point that was reached after so many gradient steps, None if there is none.
+
+        weights: as in `LearnedPoint`.
+        """
+        wanted = (steps, weights)
+        found = (t for t in self.finished if (t.user_attrs.get(LEARNED), t.user_attrs.get(WEIGHTS)) == wanted)
+        return next(found, None)
 
     def sampler(self, number: int) -> BaseSampler:
         """The sampler for one trial."""
@@ -205,11 +224,10 @@ class SearchStudy:
             asked.suggest_float(name, axis.low, axis.high)
         return self.memory.get_trial(number)
 
-    def begin(self, baseline: tuple[str, Point] | None, learned: tuple[int, Point] | None = None) -> Begun:
+    def begin(self, baseline: tuple[str, Point] | None, learned: LearnedPoint | None = None) -> Begun:
         """Begin a trial: an interrupted one if there is any, else one that is given, else a proposed one.
 
         baseline: its name and its parameters.
-        learned: the number of gradient steps and the parameters.
 
         The trial is in the database before it is returned.
         """
@@ -217,12 +235,12 @@ class SearchStudy:
             return self.begin_interrupted()
         if baseline is not None:
             name, point = baseline
-            begun = self.begin_given(point, "baseline", name)
+            begun = self.begin_given(point, {"baseline": name})
             self.baselines[name] = begun.number
             return begun
         if learned is not None:
-            steps, point = learned
-            return self.begin_given(point, LEARNED, steps)
+            weights = {} if learned.weights is None else {WEIGHTS: learned.weights}
+            return self.begin_given(learned.point, {LEARNED: learned.steps, **weights})
         return self.begin_proposed()
 
     def begin_interrupted(self) -> Begun:
@@ -234,14 +252,14 @@ class SearchStudy:
             self.storage.describe_trial(key_of_study(self.stored), key, trial)
         return begun_of(key, trial)
 
-    def begin_given(self, point: Point, attribute: str, value: str | int) -> Begun:
-        """Begin a new trial with parameters that no sampler chose; the attribute says where they come from."""
+    def begin_given(self, point: Point, attributes: dict[str, Any]) -> Begun:
+        """Begin a new trial with parameters that no sampler chose; its attributes say where they come from."""
         trial = self.add(
             create_trial(
                 state=TrialState.RUNNING,
                 params=point,
                 distributions=self.axes,
-                user_attrs={attribute: value},
+                user_attrs=attributes,
                 system_attrs={FIXED_PARAMETERS: point},
             )
         )

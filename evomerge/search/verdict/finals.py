@@ -1,7 +1,8 @@
 """The finals: which models are scored on which split, and who is compared with whom.
 
     search split     every trial and every baseline was scored here; finalists are the five best trials by value, the
-                     best by metric, learned points, and the mean of the final search distribution
+                     best by metric, learned points, the mean of the final search distribution, and with
+                     `goals: pareto` trials along the front (front.py)
     selection split  the finalists, the base and every baseline: the finalist with the best metric becomes the chosen
                      candidate, unless a baseline is better; then nothing that was searched is a candidate, and that
                      baseline takes its place.  With `simplify` a simpler recipe takes the candidate's place if it is
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
@@ -32,8 +34,10 @@ from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key, reference
 from evomerge.search.space.greedy_soup import GreedySoup
-from evomerge.search.storage.study import SearchStudy, rank
+from evomerge.search.storage.study import WEIGHTS, SearchStudy, rank
 from evomerge.search.storage.trial_record import LEARNED
+from evomerge.search.verdict.choices import Entry, Means, write_finalists
+from evomerge.search.verdict.front import front_of, spread_along
 from evomerge.search.verdict.guards import judge_guard
 from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
@@ -41,6 +45,7 @@ from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
 
 FINALISTS = 5  # trials by value
+ALONG_FRONT = 8  # trials of the front, at most
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Selected:
 
     metric: the mean metric.
     value: that of the goals, see `scale.py`.
+    tasks: the means of metric and value by task.
     drops: guard -> the reference's mean minus this model's.
     breaks: the guards whose drop is larger than they allow.
     """
@@ -70,6 +76,7 @@ class Selected:
     finalist: Finalist
     metric: float
     value: float
+    tasks: dict[str, Means]
     drops: dict[str, float]
     breaks: list[str]
 
@@ -83,11 +90,19 @@ class Selected:
             "selection_value": self.value,
         } | ({"selection_drops": self.drops} if self.drops else {})
 
+    def entry(self, chosen: Finalist) -> Entry:
+        """Its entry in finalists.json.  chosen: the candidate of the verdict."""
+        own = self.finalist
+        recipe = own.recipe.model_dump(mode="json")
+        return Entry(
+            name=own.name, kind=own.kind, trial=own.trial, chosen=own is chosen, tasks=self.tasks, recipe=recipe
+        )
+
 
 async def finish(
     run: Run, study: SearchStudy, evaluations: Evaluations, known: list[Baseline], soup: GreedySoup
 ) -> Verdict:
-    """Choose on the selection split, judge on the holdout split, write verdict.json, recommended.yaml and winner.yaml.
+    """Choose on the selection split, judge on the holdout split, write the results' files (run.py).
 
     known: every baseline, the greedy soup among them.
     soup: how the greedy soup was made, for the report.
@@ -160,6 +175,7 @@ async def finish(
     recipes = {f.name: f.recipe for f in (chosen, *(f for f, _ in judged.values()))} | {"winner": chosen.recipe}
     write_text(run.recommended_file, dump_recipe(recipes[verdict.recommended]))
     write_text(run.winner_file, dump_recipe(chosen.recipe))
+    write_finalists(run.finalists_file, [s.entry(chosen) for s in selected])
     write_text(run.verdict_file, json.dumps(content, indent=2) + "\n")
     run.log(verdict.sentence)
     return verdict
@@ -175,7 +191,8 @@ def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> lis
     trials = [
         *complete[:FINALISTS],
         *best_by_metric(study, complete),
-        *(t for t in complete if LEARNED in t.user_attrs),
+        *(t for t in complete if LEARNED in t.user_attrs and WEIGHTS not in t.user_attrs),
+        *along_front(study, complete),
     ]
     found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in trials]
     if (mean := study.distribution_mean()) is not None:
@@ -214,6 +231,17 @@ async def reference_scores(
     return found
 
 
+def along_front(study: SearchStudy, ranked: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """With `goals: pareto` trials along the front, at most ALONG_FRONT; empty without.  ranked: the trials to take."""
+    front = front_of(study.trials, study.stored.user_attrs) if study.space.config.goals == "pareto" else None
+    if front is None:
+        return []
+    known = {t.number: t for t in ranked}
+    members = [m for m in front.members if m.number in known]
+    points = np.array([m.values for m in members])
+    return [known[members[i].number] for i in spread_along(points, ALONG_FRONT)]
+
+
 async def select(
     run: Run, evaluations: Evaluations, finalists: Sequence[Finalist], references: Mapping[str, Scores]
 ) -> list[Selected]:
@@ -232,8 +260,15 @@ async def select(
         drops = {g.name: g.mean(references[g.of]) - g.mean(scores) for g in task_set.guards}
         breaks = [g.name for g in task_set.guards if drops[g.name] > g.max_drop]
         metric, value = task_set.mean(scores, "metric"), evaluations.scale.goals(scores)
-        found.append(Selected(finalist, metric, value, drops, breaks))
+        found.append(Selected(finalist, metric, value, task_means(evaluations, scores), drops, breaks))
     return sorted(found, key=lambda s: (bool(s.breaks), -s.metric, s.finalist.kind != "candidate", -s.value))
+
+
+def task_means(evaluations: Evaluations, scores: Scores) -> dict[str, Means]:
+    """The means of metric and value by task.  scores: of one model."""
+    metrics, values = evaluations.task_set.scores_of(scores, "metric"), evaluations.scale.item_values(scores)
+    tasks = evaluations.task_set.weights
+    return {t: Means(metric=float(np.mean(metrics[t])), value=float(values[t].mean())) for t in tasks}
 
 
 def least_metric(selected: Sequence[Selected], margin: float) -> float:
