@@ -1,6 +1,6 @@
 """What racing costs and saves in seconds: the trials of a finished search, each scored with and without a race.
 
-    (cat configs/quickstart.yaml; echo 'racing: false') > configs/unraced.yaml
+    (cat benchmarks/tiny.yaml; echo 'racing: false') > configs/unraced.yaml
     evomerge search configs/unraced.yaml --trials 100 --run runs/unraced
     python benchmarks/racing_time.py runs/unraced
 
