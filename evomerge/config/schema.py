@@ -57,7 +57,7 @@ class Axis(Strict):
     high: float
     choice: str | None = None
     granularity: Granularity | None = None
-    components: list[Component | Part] | None = None
+    components: list[Literal[Component, Part]] | None = None
 
     @model_validator(mode="after")
     def bounds_in_order(self) -> "Axis":
@@ -96,7 +96,7 @@ class SpaceConfig(BaseModel):
     granularity: Granularity = "model"
     knots: int = Field(default=3, ge=2, le=64)
     groups: int = Field(default=4, ge=1, le=256)
-    components: list[Component | Part] = []
+    components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self, method: Method) -> dict[str, Axis]:

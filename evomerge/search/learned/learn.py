@@ -33,7 +33,7 @@ from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
-RATE = 0.05  # of the first step, in units of a coefficient
+RATE = 0.04  # of the first step, in units of a coefficient
 STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of texts; `evaluate/gradient.py` knows them
