@@ -28,10 +28,10 @@ IN_THE_THIRD_CLIMB = """
 import os, signal
 import evomerge.search.learned.learn as l
 real = l.Learner.step
-async def killed(self, climb, number, point):
+async def killed(self, climb, number, *rest):
     if (climb.number, number) == (2, 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    return await real(self, climb, number, point)
+    return await real(self, climb, number, *rest)
 l.Learner.step = killed
 """
 AT_ITS_LOOK = """
@@ -193,6 +193,20 @@ def test_a_run_without_its_finalists_says_how_to_get_them(pareto: Path, tmp_path
     done = run_cli("export", run, "--knee", "--out", tmp_path / "m")
     assert done.returncode == 2
     assert "finalists.0.kind" in done.stderr
+
+
+def test_what_breaks_a_guard_is_chosen_only_if_every_finalist_does(pareto: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pareto, run)
+    found = finalists_of(run)
+    kept = found[-1]
+    for broken in ([f for f in found if f is not kept], found):
+        for finalist in broken:
+            finalist["breaks"] = ["general"]
+        (run / "finalists.json").write_text(json.dumps({"finalists": found}))
+        for way in ({"knee": True}, {"prefer": {"tiny_rev": 1.0}}):
+            recipe = Run(run).export(mergekit=tmp_path / "m.yml", show=False, **way)
+            assert (recipe.model_dump(mode="json") == kept["recipe"]) == (broken is not found)
 
 
 def test_one_task_has_no_front(tiny_family: Path, tmp_path: Path) -> None:

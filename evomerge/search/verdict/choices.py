@@ -39,6 +39,7 @@ class Entry(BaseModel):
 
     name, kind, trial: as in verdict.json.
     chosen: whether it is the candidate of the verdict.
+    breaks: the guards that it breaks on the selection split.
     tasks: its means by task.
     recipe: the content of its recipe.
     """
@@ -47,6 +48,7 @@ class Entry(BaseModel):
     kind: str
     trial: int | None
     chosen: bool
+    breaks: list[str] = []
     tasks: dict[str, Means]
     recipe: dict[str, Any]
 
@@ -104,7 +106,7 @@ def prefer(run: Run, weights: Mapping[str, float]) -> Choice:
 
     EvomergeError if a weight is wrong, or if the run has no finalists.
     """
-    entries = read_finalists(run)
+    entries = keeping_guards(read_finalists(run))
     check_weights(weights, list(entries[0].tasks))
     best = max(entries, key=lambda entry: entry.mean(weights))
     total = sum(weights.values())
@@ -115,10 +117,21 @@ def prefer(run: Run, weights: Mapping[str, float]) -> Choice:
 def choose_knee(run: Run) -> Choice:
     """The finalist at the knee: see `front.py`; gains begin at the base.  EvomergeError if the run has no finalists."""
     entries = read_finalists(run)
-    points = np.array([[means.metric for means in entry.tasks.values()] for entry in entries])  # (N, T)
-    base = next((p for e, p in zip(entries, points, strict=True) if e.kind == "base"), points.min(axis=0))
-    best = entries[knee(points, base)]
+    base = next((metrics(e) for e in entries if e.kind == "base"), None)
+    entries = keeping_guards(entries)
+    points = np.array([metrics(entry) for entry in entries])  # (N, T)
+    best = entries[knee(points, points.min(axis=0) if base is None else np.array(base))]
     return choice(run, best, "as the knee, with the largest gain over the base in its worst task", len(entries))
+
+
+def metrics(entry: Entry) -> list[float]:
+    """The mean metric of each task."""
+    return [means.metric for means in entry.tasks.values()]
+
+
+def keeping_guards(entries: list[Entry]) -> list[Entry]:
+    """The finalists that break no guard; all if each one does."""
+    return [entry for entry in entries if not entry.breaks] or entries
 
 
 def choice(run: Run, entry: Entry, how: str, count: int, score: str = "") -> Choice:
@@ -131,6 +144,8 @@ def choice(run: Run, entry: Entry, how: str, count: int, score: str = "") -> Cho
         else "The holdout items have not judged this choice: the scores that it was made by are likely too high."
     )
     sentence = f"{entry.name}, chosen among {count} models on the selection items {how}: {scores}. {judged}"
+    if entry.breaks:
+        sentence += f" It breaks {' and '.join(entry.breaks)} on the selection items, as all finalists do."
     return Choice(entry, parse_recipe(entry.recipe, run.finalists_file), sentence)
 
 

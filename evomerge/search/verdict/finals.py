@@ -93,9 +93,14 @@ class Selected:
     def entry(self, chosen: Finalist) -> Entry:
         """Its entry in finalists.json.  chosen: the candidate of the verdict."""
         own = self.finalist
-        recipe = own.recipe.model_dump(mode="json")
         return Entry(
-            name=own.name, kind=own.kind, trial=own.trial, chosen=own is chosen, tasks=self.tasks, recipe=recipe
+            name=own.name,
+            kind=own.kind,
+            trial=own.trial,
+            chosen=own is chosen,
+            breaks=self.breaks,
+            tasks=self.tasks,
+            recipe=own.recipe.model_dump(mode="json"),
         )
 
 
