@@ -78,7 +78,10 @@ def test_a_sampler_of_another_package_proposes(plugin: None, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("cmaes", "'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe, nsga-ii, gp, qmc, random, broken, corner"),
+        (
+            "cmaes",
+            "'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe, nsga-ii, gp, qmc, random, broken, corner",
+        ),
         ("needy", "'needy' needs no_such_package; pip install no_such_package"),
         ("wrong", "'wrong' is corner_sampler:wrong, which is not a SamplerKind"),
         ("broken", "'broken' is no_such_module:kind, which cannot be loaded (No module named 'no_such_module')"),
