@@ -113,6 +113,7 @@ def choice_floored(floor: float) -> Formula:
 
 CANDIDATES: dict[str, Formula] = {
     "metric": lambda answers: answers.right(),
+    "metric raw": lambda answers: answers.right(),
     "gold_logprob raw": whole,
     "gold_logprob": whole,
     "gold_prob": by_kind(lambda a: whole(a).exp(), lambda a: choice_logprob(a).exp()),
@@ -333,7 +334,7 @@ def run(arguments: argparse.Namespace) -> None:
             def by_gradient(f: KnownFamily = family, o: Objective = objective, s: int = seed) -> float:
                 return f.holdout(adam(f, o, s, arguments.steps, arguments.batch))
 
-            if name != "metric" and arguments.steps:
+            if not name.startswith("metric") and arguments.steps:
                 results.once(f"{where}/gradient/{name}/{seed}", by_gradient)
             for share in SHARES if name in SHARED else (0.0,):
                 if not arguments.trials:
