@@ -80,7 +80,8 @@ def test_a_sampler_of_another_package_proposes(plugin: None, tmp_path: Path) -> 
     [
         (
             "cmaes",
-            "'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe, nsga-ii, gp, qmc, random, broken, corner",
+            "'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe, nsga-ii, gp, qmc, random, broken, "
+            "corner",
         ),
         ("needy", "'needy' needs no_such_package; pip install no_such_package"),
         ("wrong", "'wrong' is corner_sampler:wrong, which is not a SamplerKind"),

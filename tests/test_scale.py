@@ -334,3 +334,12 @@ def test_a_study_older_than_scales_goes_on_with_its_objectives_and_values(tiny_f
     done = run_cli("resume", run, "--trials", "16", "--accept-changes")
     assert done.returncode == 0, done.stderr
     assert trials_of(run) == trials_of(named)
+
+
+def test_a_small_gain_of_a_metric_does_not_count_many_times() -> None:
+    """One right item of twenty would else be the whole way from base to best parent."""
+    base, parent = [0.0] * 40, [1.0] * 6 + [0.0] * 34
+    assert fitted("exact_match", base, {"a": parent}) == Line("exact_match", 0.0, 0.15, "a")
+    floored = fitted("exact_match", base, {"a": parent}, 0.25)
+    assert floored == Line("exact_match", 0.0, 0.25)
+    assert "the best parent is below that" in floored.sentence("t")

@@ -34,9 +34,8 @@ Which = Literal["objective", "metric"]
 
 SCALE = "evomerge:scale"  # study attribute
 METRIC_SHARE = 0.5  # the share of the metric in the values of a task whose trials are scored by both
-NOISE = (
-    2.0  # a parent beats the base if its mean is higher by more than so many standard errors of the paired difference
-)
+NOISE = 2.0  # a parent is better than the base if it is by more than so many standard errors of the difference
+LEAST = 0.25  # the smallest unit of a metric: where the best parent gains .05, one right item must not count for twenty
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ class Line:
 
     name: of the metric.
     offset: the base's mean.
-    unit: the best parent's mean minus the base's; 1 if no parent beats the base by more than noise.
-    parent: the name of that parent; None if the unit is 1.
+    unit: the best parent's mean minus the base's; 1 if no parent beats the base by more than noise, LEAST for a metric
+        in which the best parent gains less.
+    parent: the name of that parent; None if the unit is not its gain.
     """
 
     name: str
@@ -61,6 +61,11 @@ class Line:
 
     def sentence(self, task: str) -> str:
         """What 0 and 1 mean, in words."""
+        if self.parent is None and self.unit != 1.0:
+            return (
+                f"task {task}: 0 is the base ({self.offset:.3f} by {self.name}), 1 is {self.offset + self.unit:.3f}; "
+                "the best parent is below that"
+            )
         if self.parent is None:
             return (
                 f"task {task}: 0 is the base ({self.offset:.3f} by {self.name}); no parent is better by more than "
@@ -229,23 +234,27 @@ def make_scale(task_set: "TaskSet", base: "Scores", parents: "Mapping[str, Score
     parents: name -> the same of a parent; those that could not be scored are left out.
     """
 
-    def line(task: str, metric: str) -> Line:
-        return fitted(metric, base[task][metric], {name: scores[task][metric] for name, scores in parents.items()})
+    def line(task: str, metric: str, least: float = 0.0) -> Line:
+        each = {name: scores[task][metric] for name, scores in parents.items()}
+        return fitted(metric, base[task][metric], each, least)
 
     plain = plain_scale(task_set)
     return Scale(
         {
-            name: TaskScale(task.weight, task.share, line(name, task.objective.name), line(name, task.metric.name))
+            name: TaskScale(
+                task.weight, task.share, line(name, task.objective.name), line(name, task.metric.name, LEAST)
+            )
             for name, task in plain.tasks.items()
         }
     )
 
 
-def fitted(metric: str, base: Sequence[float], parents: Mapping[str, Sequence[float]]) -> Line:
+def fitted(metric: str, base: Sequence[float], parents: Mapping[str, Sequence[float]], least: float = 0.0) -> Line:
     """The line on which the base's mean is 0 and the best parent's 1.
 
     base: (n,) item scores.
     parents: name -> (n,) item scores of the same items.
+    least: the smallest unit.
 
     The unit stays 1 unless that parent's mean is higher by more than NOISE standard errors of the paired difference: a
     smaller difference may be luck, and as a unit it would make the task count far more than its weight says.
@@ -256,5 +265,5 @@ def fitted(metric: str, base: Sequence[float], parents: Mapping[str, Sequence[fl
         gains = np.subtract(parents[best], base)  # (n,)
         unit = float(np.mean(parents[best])) - offset
         if unit > NOISE * float(np.std(gains, ddof=1)) / len(gains) ** 0.5:
-            return Line(metric, offset, unit, best)
+            return Line(metric, offset, unit, best) if unit >= least else Line(metric, offset, least)
     return Line(metric, offset)
