@@ -88,7 +88,7 @@ def exact(merged: oracle.Merged | oracle.Elected) -> Tensor:
 
 def place_of(name: str, layers: int = LAYERS) -> tuple[str, int]:
     role = tensor_role(name)
-    return role.component, coefficient_layer(role, layers)
+    return role.finest, coefficient_layer(role, layers)
 
 
 def expected(recipe: Recipe, bank: Bank, model: Any) -> Values:
@@ -318,7 +318,7 @@ def test_experts_in_one_parameter_and_tied_weights_have_their_share(kind: str, m
     share = 1.0 if method == "ties" else 0.3  # ties divides by the weight
     checked = set()
     with torch.no_grad():
-        for component in {tensor_role(name).component for name in places}:
+        for component in {tensor_role(name).finest for name in places}:
             for layer in range(4):
                 here = [n for n in places if place_of(n, 4) == (component, layer)]
                 losses = []

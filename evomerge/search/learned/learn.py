@@ -182,7 +182,7 @@ class Learner:
         weights: of the climb.
         """
         found = {
-            task: weights.get(task, 0.0) / len(items) / self.scale.tasks[task].objective.unit
+            task: weights[task] / len(items) / self.scale.tasks[task].objective.unit if task in weights else 0.0
             for task, items in batch.items()
         }
         for name, guard in self.guards.items():
