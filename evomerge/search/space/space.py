@@ -173,7 +173,7 @@ class Space:
         found = [tensor_role(name) for name in self.tensors]
         found = [p for p in found if coefficient_key(p.finest, own) == group.component]
         reach = self.reach.get(group.source) if group.source else frozenset[str]().union(*self.reach.values())
-        return [p for p in found if p.finest in reach] if reach else found
+        return [p for p in found if coefficient_key(p.finest, reach) != "default"] if reach else found
 
 
 def changed_components(models: "Models") -> dict[str, set[Finest]]:
