@@ -1,8 +1,8 @@
 """What racing saves and what it risks, on the item scores of finished searches.
 
     python examples/tiny/make.py runs/tiny
-    evomerge search configs/quickstart.yaml --trials 200 --run runs/logprob
-    sed 's/, objective: gold_logprob//; s/name: quickstart/name: exact/' configs/quickstart.yaml > configs/exact.yaml
+    evomerge search benchmarks/tiny.yaml --trials 200 --run runs/logprob
+    sed 's/gold_logprob/exact_match/; s/name: quickstart/name: exact/' benchmarks/tiny.yaml > configs/exact.yaml
     evomerge search configs/exact.yaml --trials 200 --run runs/exact
     python benchmarks/racing.py runs/logprob runs/exact
 

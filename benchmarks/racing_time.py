@@ -1,6 +1,6 @@
 """What racing costs and saves in seconds: the trials of a finished search, each scored with and without a race.
 
-    (cat configs/quickstart.yaml; echo 'racing: false') > configs/unraced.yaml
+    (cat benchmarks/tiny.yaml; echo 'racing: false') > configs/unraced.yaml
     evomerge search configs/unraced.yaml --trials 100 --run runs/unraced
     python benchmarks/racing_time.py runs/unraced
 
@@ -21,11 +21,12 @@ import torch
 from evomerge.evaluate.clock import Clock
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.race_setup import build_race_setup, choose_looks
+from evomerge.search.evaluation.scale import scale_of
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.space.space import build_space
-from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.trial_record import record_of
 
@@ -37,9 +38,11 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     models = open_config_models(config)
     study, task_set = SearchStudy(run.study(), build_space(config, models)), open_task_set(config)
     evaluator = Evaluator(config, models, task_set, cache=run.folder / "cache")
-    known = [objective_scores(t) for t in study.complete if "baseline" in t.user_attrs]
+    known = [trial_scores(t) for t in study.complete if "baseline" in t.user_attrs]
     items = record_of(study.complete[0]).items or ""
-    race_setup = build_race_setup(task_set, items, known, config.seed, config.racing)
+    race_setup = build_race_setup(
+        task_set, scale_of(study.stored.user_attrs, task_set), items, known, config.seed, config.racing
+    )
     work = evaluator.prepared("search", everything=False)
     evaluator.materialise(study.space.recipe(study.complete[0].params), Clock())
     began = time.perf_counter()

@@ -110,7 +110,7 @@ VERDICT = {
     "comparisons": [{"name": "one", "kind": "parent", "score": 0.4, "difference": INTERVAL}],
     "sentence": "Winner.",
     "chosen": {"name": "trial 3", "trial": 3, "recipe": "0" * 16},
-    "finalists": [{"name": "trial 3", "trial": 3, "selection_metric": 0.5, "selection_objective": 0.5}],
+    "finalists": [{"name": "trial 3", "trial": 3, "selection_metric": 0.5, "selection_value": 0.5}],
     "holdout": {name: {"task": INTERVAL | {"objective": 0.1}} for name in ("winner", "one")},
     "holdout_uses": 1,
     "greedy_soup": "",

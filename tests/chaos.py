@@ -173,6 +173,36 @@ def _(night: Night) -> str:
     return signalled(night, signal.SIGKILL)
 
 
+@injection("SIGKILL in the learned start", alone=False, quick=False)
+def _(night: Night) -> str:
+    """Steps that were taken before stay as they are, and a second search without the kill takes the same ones."""
+    night.changes = {"sampler": {"name": "auto", "steps": 12}}
+    started = night.start()
+    if not night.moment(started):
+        return done_before(started)
+    time.sleep(night.random.uniform(0, 1.5))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(started.pid, signal.SIGKILL)
+    ended = started.wait()
+    before = gradient_steps(night.run)
+    what = resumed(night, ended, (-signal.SIGKILL, 0))
+    after = gradient_steps(night.run)
+    assert after[: len(before)] == before, "a gradient step changed"
+    night.run.rename(night.folder / "disturbed")
+    undisturbed = wait(night.start())
+    assert undisturbed.returncode == 0, undisturbed
+    assert gradient_steps(night.run) == after, "the resumed search took other steps"
+    return f"{what}, {len(before)} of {len(after)} gradient steps were taken before"
+
+
+def gradient_steps(run: Path) -> list[Any]:
+    """Point and gradient of every step in a study."""
+    from evomerge.search.run import open_run
+    from evomerge.search.storage.step_record import step_records
+
+    return [(step.point, step.gradient, step.value) for step in step_records(open_run(run).study().user_attrs)]
+
+
 @injection("SIGTERM", quick=False)
 def _(night: Night) -> str:
     return signalled(night, signal.SIGTERM)

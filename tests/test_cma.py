@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler, is_enqueued
 from evomerge.search.samplers.sampler_kind import trial_seed
 from evomerge.search.storage.optuna_private import MemoryStorage, key_of_study, key_of_trial, storage_behind
-from evomerge.search.storage.trial_record import RECORD, TrialRecord
+from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord
 
 Point = dict[str, float]
 
@@ -242,3 +242,54 @@ def test_a_proposal_does_not_look_at_all_trials_again() -> None:
     for _ in range(20):
         step(bench, random.Random(0), 1, fail=0)
     assert replayed == list(range(600, 610))
+
+
+# --- Shifts of whole groups, after a learned start in a wide space ---
+
+
+def started(dimensions: int, learned: bool) -> Bench:
+    """Axes in three groups; the start lies 0.3 below the top along the second group."""
+    bench = Bench(sampler_of(dimensions))
+    trial = bench.enqueue(dict.fromkeys(axes_of(dimensions), 0.5))
+    if learned:
+        storage_behind(bench.study).set_trial_user_attr(key_of_trial(trial), LEARNED, 150)
+    bench.finish(trial.number, height(trial.params))
+    return bench
+
+
+def sampler_of(dimensions: int) -> CmaEsSampler:
+    ties = {name: f"g{k % 3}" for k, name in enumerate(axes_of(dimensions))}
+    return CmaEsSampler(axes_of(dimensions), 1, 0.1, None, ties=ties)
+
+
+def height(point: Point) -> float:
+    return -sum((value - (0.8 if k % 3 == 1 else 0.5)) ** 2 for k, value in enumerate(point.values()))
+
+
+def test_a_wide_space_is_shifted_by_groups_after_a_learned_start() -> None:
+    bench = started(60, learned=True)
+    for _ in range(40):
+        number = bench.ask().number
+        bench.finish(number, height(bench.trials[number].params))
+    for trial in bench.trials[1:]:
+        for group in range(3):
+            values = list(trial.params.values())[group::3]
+            assert values == pytest.approx([values[0]] * len(values)), "axes of one group move together"
+    mean = bench.sampler.distribution_mean(bench.study)
+    assert mean is not None
+    assert height(mean) > height(bench.trials[0].params) / 4
+
+
+def test_shifts_are_the_same_in_another_process() -> None:
+    bench = started(60, learned=True)
+    for _ in range(11):
+        number = bench.ask().number
+        bench.finish(number, height(bench.trials[number].params))
+    other = bench.rebuilt(sampler_of(60))
+    assert other.ask().params == bench.ask().params
+
+
+@pytest.mark.parametrize(("learned", "dimensions"), [(False, 60), (True, 30)])
+def test_every_axis_is_searched_in_a_small_space_and_without_a_learned_start(learned: bool, dimensions: int) -> None:
+    bench = started(dimensions, learned)
+    assert len(set(bench.ask().params.values())) == dimensions

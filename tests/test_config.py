@@ -58,7 +58,7 @@ def test_a_correct_file_has_absolute_paths_and_the_defaults(folder: Path) -> Non
     config = parsed(folder)
     assert config.base == str(folder / "base")
     assert config.tasks[0].task == str(folder / "task.yaml")
-    assert config.sampler.name == "cma-es"
+    assert config.sampler.name == "auto"
     assert config.budget.most == 100
     assert (config.splits.search, config.splits.selection, config.splits.holdout) == (0.4, 0.2, 0.4)
 
@@ -282,7 +282,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
             {
                 "task": draw(st.sampled_from(["task.yaml", "hellaswag"])),
                 "weight": draw(unit),
-                "objective": draw(st.sampled_from([None, "gold_prob"])),
+                "objective": draw(st.sampled_from(["auto", "gold_prob"])),
                 "gold": draw(st.none() | st.text(max_size=10)),
                 "num_fewshot": draw(st.none() | st.integers(0, 5)),
             }

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from evomerge.cli import app
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
+from evomerge.evaluate.metrics import METRICS
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knob
 from evomerge.merge.methods.method import Method
@@ -184,6 +185,11 @@ def explained(chapter: str) -> tuple[set[str], dict[str, set[str]]]:
         for owner in row if row is not None else section:
             found.setdefault(owner, set()).update(*map(words, code))
     return rows, found
+
+
+def test_every_metric_with_a_formula_is_explained() -> None:
+    _, found = explained("The search configuration")
+    assert {metric.name for metric in METRICS.values() if metric.formula} <= found["objective"]
 
 
 @pytest.mark.parametrize(("chapter", "model"), [("The search configuration", SearchConfig), ("The recipe", Recipe)])

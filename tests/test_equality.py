@@ -1,5 +1,6 @@
 """The engine's scores against those of lm-eval's HFLM on the same model: all kinds of task and of attention."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,13 @@ def test_smooth_choice_metrics_follow_from_lm_evals_log_likelihoods(pair: Pair) 
         right, probabilities = record["brier_score"]
         squares = sum((p - (n == right)) ** 2 for n, p in enumerate(probabilities))
         assert found["brier"][k] == pytest.approx(squares, abs=1e-4)
+        assert (found["choice_logprob"][k] > -math.log(2)) <= bool(record["acc"])
+        lengths = [len(choice) for choice in record["doc"]["choices"]]
+        scaled = [x / n * sum(lengths) / len(lengths) for x, n in zip(lls, lengths, strict=True)]
+        share = math.exp(scaled[gold]) / sum(map(math.exp, scaled))
+        expected = math.log((share + math.exp(-6)) / (1 + math.exp(-6)))
+        assert found["choice_logprob_norm"][k] == pytest.approx(expected, abs=2e-4)
+        assert (scaled[gold] == max(scaled)) == bool(record["acc_norm"])
         size = len((" " + record["doc"]["choices"][gold]).encode())
         assert found["bits_per_byte"][k] == pytest.approx(-lls[gold] / size / 0.6931471805599453, abs=1e-4)
 

@@ -16,7 +16,8 @@ from evomerge.config.schema import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of
-from evomerge.evaluate.loglikelihood import NotFiniteScore
+from evomerge.evaluate.loglikelihood import NotFiniteScore, score_batches
+from evomerge.evaluate.metrics import Extra
 from evomerge.evaluate.standalone import TaskResult, evaluate_model
 from evomerge.evaluate.tasks import Item, Split, Task, deal, items_of, open_tasks
 from evomerge.evaluate.workload import Workload
@@ -304,6 +305,33 @@ def test_the_gold_answers_log_probability_is_a_plain_forwards(
     expected = [plain_logprob(llama, tokenizer, d["prompt"], answer.format(**d)) for d in docs]
     assert result.raw["gold_logprob"] == pytest.approx(expected, abs=1e-4)
     assert result.raw["gold_prob"] == pytest.approx([torch.tensor(e).exp().item() for e in expected], rel=1e-3)
+
+
+def test_the_values_of_the_gold_answers_tokens_are_a_plain_forwards(
+    llama: Any, tokenizer: Any, generation_task: Path
+) -> None:
+    """In rows of several sequences and behind a trunk too: token by token, in the order of the answer."""
+    task = open_task(generation_task, gold="{{best}}{{answer}}", objective="token_entropy")
+    engine = Engine(llama, tokenizer, 128)
+    work = engine.prepare(task, items_of(task, task.docs), everything=False)
+    extras: set[Extra] = {"margins", "entropies"}
+    found = score_batches(llama, work.batches, len(work.rows), Clock(), None, extras)
+    assert len({row.scored for row in work.rows}) > 1
+    for row, score in zip(work.rows, found, strict=True):
+        with torch.inference_mode():
+            logits = llama(torch.tensor([row.tokens[:-1]])).logits[0, -row.scored :]  # (T, V)
+        targets = torch.tensor(row.tokens[-row.scored :])
+        logprobs = logits.log_softmax(1)
+        right = logits[range(row.scored), targets]
+        others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+        assert score.token_logprobs == pytest.approx(logprobs[range(row.scored), targets].tolist(), abs=1e-4)
+        assert score.token_margins == pytest.approx((right - others).tolist(), abs=1e-4)
+        assert score.token_entropies == pytest.approx((-(logprobs.exp() * logprobs).sum(1)).tolist(), abs=1e-4)
+        assert score.logprob == pytest.approx(sum(score.token_logprobs), abs=1e-5)
+        assert score.greedy == (min(score.token_margins) > 0)
+    first = [-score.token_entropies[0] for score in found]
+    assert scores_of(task, "token_entropy", engine.score(work, Clock())) == pytest.approx(first, abs=1e-6)
+    assert not score_batches(llama, work.batches, len(work.rows), Clock())[0].token_margins
 
 
 def test_the_objective_alone_gives_what_everything_gives(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -736,16 +764,17 @@ def test_data_files_count_from_the_folder_of_the_task_file(
 def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
     generation_task: Path, key: str, name: str
 ) -> None:
-    known = "smooth: gold_logprob, gold_prob, bits_per_byte; others: exact_match"
+    known = "smooth: answer_logprob, gold_logprob, gold_prob, token_entropy, bits_per_byte; others: exact_match"
     message = f"task generation: {key} {name!r} is not one of its metrics ({known})"
     assert refused(generation_task, **{key: name}) == message
 
 
-def test_the_first_metric_is_the_default_for_both(generation_task: Path) -> None:
+def test_the_first_metric_is_the_default_and_the_objective_fits_it(generation_task: Path) -> None:
     task = open_task(generation_task)
-    assert (task.metric, task.objective) == ("exact_match", "exact_match")
-    task = open_task(generation_task, objective="gold_prob")
-    assert (task.metric, task.objective) == ("exact_match", "gold_prob")
+    assert (task.metric, task.objective, task.auto) == ("exact_match", "answer_logprob", True)
+    for name in ("gold_prob", "exact_match"):
+        task = open_task(generation_task, objective=name)
+        assert (task.metric, task.objective, task.auto) == ("exact_match", name, False)
 
 
 def test_gold_is_for_generation_alone(tmp_path: Path) -> None:

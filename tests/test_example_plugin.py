@@ -48,6 +48,7 @@ def test_a_search_uses_the_method_the_objective_and_the_sampler(
         "sampler": {"name": "near-best", "sigma0": 0.1},
         "budget": {"trials": 9},
         "racing": False,
+        "scale": "none",
     }
     config, run = write_config(tmp_path, tiny_family, **changes), tmp_path / "run"
     evomerge(installed, "search", config, "--run", run)

@@ -17,7 +17,7 @@ from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.inputs import check_unchanged, create_run
 from evomerge.search.models import open_config_models
-from evomerge.search.space.baselines import given
+from evomerge.search.space.baselines import given_recipe
 from evomerge.search.space.space import build_space
 from evomerge.sources.locate import locate, pinned, snapshot
 
@@ -117,7 +117,7 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
     space = build_space(config, open_config_models(config))
     recipe = space.recipe(space.point({"a": {"weight": 0.5}}, {}) or {})
     assert [recipe.base.path, recipe.sources[0].path] == [f"me/base@{base}", f"me/one@{one}"]
-    baseline = given(space, tmp_path / "other.yaml").recipe
+    baseline = given_recipe(space.config, tmp_path / "other.yaml")
     assert [baseline.base.path, baseline.sources[0].path] == [f"me/base@{base}", f"me/one@{one}"]
     assert baseline.sources[0].name == "a"
 

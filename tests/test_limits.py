@@ -206,7 +206,7 @@ def test_workers_side_by_side_need_as_many_rounds_as_models_ask_for(workers: int
 
 def test_a_search_ends_at_its_target_and_exports_what_it_recommends(tiny_family: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "merged"
-    config = write_config(tmp_path, tiny_family, budget={"trials": 60, "target": -2.0}, splits=QUICK)
+    config = write_config(tmp_path, tiny_family, budget={"trials": 60, "target": -2.0}, splits=QUICK, scale="none")
     done = run_cli("search", config, "--run", run, "--out", out)
     assert done.returncode == 0, done.stderr
     *before, last = [t[3] for t in trials_of(run) if t[3] is not None]

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from distributions import install
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval_tasks import metrics, write_task
 from models import write_llama
 
@@ -15,7 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of
 from evomerge.evaluate.item_values import MetricFailed
-from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
+from evomerge.evaluate.metrics import KINDS, METRICS, Answer, Metric, TensorAnswer, find_metric
 from evomerge.evaluate.racing import ceiling
 from evomerge.evaluate.tasks import Task, items_of, open_tasks
 from evomerge.search.verdict.intervals import score_range
@@ -67,6 +70,7 @@ def scored(engine: Engine, task: Task, everything: bool) -> dict[str, list[float
 def test_an_entry_is_complete_and_agrees_with_itself(metric: Metric) -> None:
     assert (metric.formula is None) == (metric.needs == "lm_eval")
     assert metric.needs == "lm_eval" or metric.needs in KINDS
+    assert metric.differentiable is None or metric.smooth
     if metric.worst is not None and metric.best is not None:
         assert (metric.best > metric.worst) == metric.higher_is_better
     worst, best = metric.score_bounds
@@ -90,7 +94,11 @@ def test_every_metric_of_the_table_computes_within_its_bounds(engine: Engine, tm
             assert len(scores) == len(DOCS)
             assert len(set(scores)) > 2 or not METRICS[name].smooth, (kind, name)
             seen.add(name)
-    assert seen == set(METRICS)
+    assert seen == {name for name, metric in METRICS.items() if metric.extra is None}
+    assert all(
+        x < 0
+        for x in scored(engine, open_kind(tmp_path, "generate_until", objective="entropy"), False)["token_entropy"]
+    )
 
 
 @pytest.mark.parametrize("name", [m.name for m in METRICS.values() if m.needs in KINDS])
@@ -99,6 +107,131 @@ def test_an_objective_alone_scores_as_beside_all_other_metrics(name: str, engine
         task = open_kind(tmp_path, kind, objective=name)
         alone, beside = (scored(engine, task, everything)[name] for everything in (False, True))
         assert alone == pytest.approx(beside, rel=1e-4), kind
+
+
+nats = st.floats(-40, 0) | st.floats(-2000, 0)
+answers = st.integers(1, 6).flatmap(
+    lambda count: st.builds(
+        Answer,
+        doc=st.just({}),
+        gold_logprob=nats,
+        gold_bytes=st.integers(0, 50),
+        logprobs=st.lists(nats, min_size=count, max_size=count),
+        gold=st.integers(0, count - 1),
+        token_logprobs=st.lists(nats, min_size=1, max_size=8),
+        token_entropies=st.lists(st.floats(0, 12), min_size=1, max_size=8),
+        lengths=st.lists(st.integers(1, 40), min_size=count, max_size=count),
+    )
+)
+
+
+def on_tensors(answer: Answer) -> TensorAnswer:
+    """The same answer in float64, with a gradient."""
+    columns = (answer.gold_logprob, answer.token_logprobs, answer.logprobs, answer.token_entropies)
+    one, tokens, choices, entropies = (torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in columns)
+    return TensorAnswer(one, tokens, choices, answer.gold, answer.gold_bytes, answer.lengths, entropies)
+
+
+@pytest.mark.parametrize("metric", [m for m in METRICS.values() if m.formula], ids=lambda m: m.name)
+@given(answer=answers)
+def test_a_formula_and_its_differentiable_form_agree(metric: Metric, answer: Answer) -> None:
+    assert metric.formula is not None
+    assert metric.differentiable is not None
+    tensors = on_tensors(answer)
+    value = metric.differentiable(tensors)
+    assert value.shape == ()
+    assert value.item() == pytest.approx(metric.formula(answer), rel=1e-9, abs=1e-9)
+    inputs = [x for x in vars(tensors).values() if isinstance(x, torch.Tensor)]
+    gradients = [g for g in torch.autograd.grad(value, inputs, allow_unused=True) if g is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ["answer_logprob", "choice_logprob", "choice_logprob_norm"])
+@given(answer=answers)
+def test_a_floored_objective_stays_within_its_bounds_and_rises_with_the_gold_answer(name: str, answer: Answer) -> None:
+    metric = METRICS[name]
+    assert metric.formula is not None
+    value = metric.formula(answer)
+    assert metric.worst is not None
+    assert metric.worst <= value <= 0
+    better = Answer(
+        {},
+        token_logprobs=[x / 2 for x in answer.token_logprobs],
+        logprobs=[x / 2 if k == answer.gold else x for k, x in enumerate(answer.logprobs)],
+        gold=answer.gold,
+        lengths=answer.lengths,
+    )
+    assert metric.formula(better) >= value - 1e-12
+
+
+def test_far_above_the_floor_an_objective_is_the_log_probability_and_below_it_a_few_nats() -> None:
+    probable = METRICS["answer_logprob"].formula
+    assert probable is not None
+    assert probable(Answer({}, token_logprobs=[-0.5, -1.5])) == pytest.approx(-1.0, abs=0.01)
+    assert (
+        probable(Answer({}, token_logprobs=[-400.0])) == METRICS["answer_logprob"].worst == pytest.approx(-6, abs=0.01)
+    )
+    choice, norm = METRICS["choice_logprob"].formula, METRICS["choice_logprob_norm"].formula
+    assert choice is not None
+    assert norm is not None
+    equal = Answer({}, logprobs=[-3.0, -4.0], gold=1, lengths=[7, 7])
+    assert choice(equal) == norm(equal) == pytest.approx(-math.log(1 + math.e), abs=0.01)
+    unequal = Answer({}, logprobs=[-3.0, -4.0], gold=1, lengths=[5, 10])  # -0.6 and -0.4 nats a character
+    assert choice(unequal) < -math.log(2) < norm(unequal)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "objective"),
+    [
+        ("multiple_choice", {}, "choice_logprob"),
+        ("multiple_choice", {"metric": "acc_norm"}, "choice_logprob_norm"),
+        ("multiple_choice", {"metric": "acc_bytes"}, "choice_logprob_norm"),
+        ("multiple_choice", {"metric": "brier_score"}, "brier_score"),
+        ("multiple_choice", {"metric": "gold_logprob"}, "gold_logprob"),
+        ("generate_until", {}, "answer_logprob"),
+        ("generate_until", {"metric": "exact_match,none"}, "answer_logprob"),
+        ("loglikelihood", {}, "perplexity"),
+        ("loglikelihood", {"metric": "acc"}, "answer_logprob"),
+        ("loglikelihood_rolling", {}, "word_perplexity"),
+        ("multiple_choice", {"objective": "entropy"}, "choice_entropy"),
+        ("loglikelihood", {"objective": "entropy"}, "token_entropy"),
+    ],
+)
+def test_auto_and_entropy_stand_for_an_objective_of_the_tasks_kind(
+    kind: str, config: dict[str, str], objective: str, tmp_path: Path
+) -> None:
+    task = open_kind(tmp_path, kind, **config)
+    assert task.objective == objective
+    assert task.auto == ("objective" not in config)
+
+
+def test_a_text_has_no_entropy_objective(tmp_path: Path) -> None:
+    with pytest.raises(EvomergeError, match="objective 'entropy' is not one of its metrics"):
+        open_kind(tmp_path, "loglikelihood_rolling", objective="entropy")
+
+
+def test_the_objective_of_choices_brings_the_metric_along(engine: Engine, tmp_path: Path) -> None:
+    """No request is made for it; of a generation task the objective alone generates nothing."""
+    choosing = open_kind(tmp_path, "multiple_choice")
+    alone = scored(engine, choosing, everything=False)
+    assert alone["acc"] == scored(engine, choosing, everything=True)["acc"]
+    generating = open_kind(tmp_path, "generate_until")
+    assert {"answer_logprob", "exact_match"} <= set(scored(engine, generating, everything=True))
+    work = engine.prepare(generating, items_of(generating, generating.docs), everything=False)
+    assert not work.prompts
+    assert "answer_logprob" in engine.score(work, Clock())
+
+
+def test_choices_without_their_prompt_are_no_choices(engine: Engine, tmp_path: Path) -> None:
+    """`acc_mutual_info` asks for every choice once more; the formulas read the choices alone."""
+    plain = scored(engine, open_kind(tmp_path, "multiple_choice"), everything=True)
+    content = KINDS_OF_TASK["multiple_choice"] | {"metric_list": metrics("acc", "acc_mutual_info")}
+    file = write_task(tmp_path, "mutual", DOCS, output_type="multiple_choice", **content)
+    (task,) = open_tasks([TaskConfig(task=str(file))])
+    found = scored(engine, task, everything=True)
+    for name in ("choice_logprob", "choice_logprob_norm", "margin", "brier", "choice_entropy"):
+        assert found[name] == pytest.approx(plain[name], abs=1e-4), name
 
 
 # Objectives of other packages
@@ -112,6 +245,7 @@ def overlap(answer):
 
 overlap_metric = Metric("overlap", "generation", True, 0.0, 1.0, False, overlap)
 surprise = Metric("surprise", "gold", False, None, 0.0, True, lambda answer: -answer.gold_logprob)
+steady = Metric("steady", "gold", True, None, None, True, lambda a: min(a.token_margins), extra="margins")
 lead = Metric("lead", "choices", True, None, None, True, lambda answer: answer.logprobs[answer.gold])
 failing = Metric("failing", "gold", True, None, None, True, lambda answer: answer.doc["nothing"])
 unlike = Metric("another", "gold", True, None, None, True, lambda answer: 0.0)
@@ -121,6 +255,7 @@ POINTS = {
     "overlap": "added_objectives:overlap_metric",
     "surprise": "added_objectives:surprise",
     "lead": "added_objectives:lead",
+    "steady": "added_objectives:steady",
     "failing": "added_objectives:failing",
     "unlike": "added_objectives:unlike",
     "nothing": "added_objectives:nothing",
@@ -145,8 +280,10 @@ def test_an_installed_package_adds_objectives(engine: Engine, tmp_path: Path) ->
     choosing = open_kind(tmp_path, "multiple_choice", objective="lead")
     found = scored(engine, choosing, everything=False)
     assert found["lead"] == found["gold_logprob"]
+    found = scored(engine, open_kind(tmp_path, "loglikelihood", objective="steady", metric="acc"), everything=True)
+    assert [x > 0 for x in found["steady"]] == [x == 1 for x in found["acc"]]
     alone = scored(engine, open_kind(tmp_path, "loglikelihood", objective="surprise"), everything=False)
-    assert set(alone) == {"gold_logprob", "gold_prob", "bits_per_byte", "surprise"}
+    assert set(alone) == {"answer_logprob", "gold_logprob", "gold_prob", "bits_per_byte", "surprise"}
 
 
 @pytest.mark.usefixtures("distribution")
@@ -191,7 +328,8 @@ def test_a_formula_that_fails_costs_one_candidate(engine: Engine, tmp_path: Path
 @pytest.mark.usefixtures("distribution")
 def test_a_misspelt_objective_gets_the_names_of_all_there_are(tmp_path: Path) -> None:
     added = ", ".join(sorted(POINTS))
-    listed = f"smooth: gold_logprob, gold_prob, bits_per_byte; others: exact_match; of other packages: {added}"
+    smooth = "answer_logprob, gold_logprob, gold_prob, token_entropy, bits_per_byte"
+    listed = f"smooth: {smooth}; others: exact_match; of other packages: {added}"
     message = f"task generate_until: objective 'gold_logprop' is not one of its metrics ({listed})"
     with pytest.raises(EvomergeError, match=re.escape(message)):
         open_kind(tmp_path, "generate_until", objective="gold_logprop")

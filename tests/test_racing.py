@@ -30,6 +30,7 @@ from evomerge.evaluate.racing import (
 from evomerge.evaluate.workload import Workload
 from evomerge.search.evaluation.race_policy import may_race
 from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.scale import Scale
 from evomerge.search.verdict.intervals import mean_score
 
 
@@ -442,7 +443,7 @@ def test_races_never_make_a_search_cost_five_percent_more(
     """Whatever share of the items the candidates are stopped after, by the costs that were measured."""
     looks = Looks((20, 50, 100), (0.2 * whole, 0.5 * whole, whole))
     order = shuffled(100)
-    race_setup = RaceSetup("items", {"a": 100}, order, np.ones(100), 0.02, looks)
+    race_setup = RaceSetup("items", {"a": 100}, order, np.ones(100), 0.02, looks, Scale({}))
     records: list[dict[str, object]] = [{} for _ in range(baselines)]
     spent = float(baselines)
     for stop in stops:

@@ -287,7 +287,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown component": (
         {"parameters": {"weight": {"brain": 1, "default": 1}}},
         "parameters.weight: 'brain' is not a component; allowed: attention, mixer, mlp, norm, embedding, head, "
-        "vision, audio, projector, other, default",
+        "vision, audio, projector, other, attention.q, attention.k, attention.v, attention.o, mlp.gate, mlp.up, "
+        "mlp.down, default",
     ),
     "component without default": ({"parameters": {"weight": {"mlp": 1}}}, "parameters.weight: needs `default`"),
     "empty list": ({"parameters": {"weight": []}}, "parameters.weight: an empty list"),

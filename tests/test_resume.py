@@ -66,11 +66,18 @@ DURING_THE_HOLDOUT = (
     + """
 import evomerge.search.evaluation.stored_evaluations as l
 real = l.Evaluations.score
-def counted(self, split, recipe, title):
+def counted(self, split, *a, **k):
     if split == "holdout":
         die()
-    return real(self, split, recipe, title)
+    return real(self, split, *a, **k)
 l.Evaluations.score = counted
+"""
+)
+BEFORE_THE_SCALE_IS_STORED = (
+    KILL
+    + """
+import evomerge.search.evaluation.stored_evaluations as l
+l.Evaluations.keep_scale = lambda self, scale: die()
 """
 )
 DURING_THE_EXPORT = (
@@ -102,6 +109,7 @@ def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         pytest.param(BEFORE_THE_PARAMETERS_ARE_STORED, id="parameters"),
         pytest.param(BETWEEN_RESULT_AND_END, id="result"),
         pytest.param(DURING_THE_HOLDOUT, id="holdout"),
+        pytest.param(BEFORE_THE_SCALE_IS_STORED, id="scale"),
     ],
 )
 def test_a_killed_search_resumes_to_the_same_trials_and_winner(

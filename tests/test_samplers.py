@@ -78,7 +78,11 @@ def test_a_sampler_of_another_package_proposes(plugin: None, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("cmaes", "'cmaes' is not a sampler; give one of cma-es, tpe, nsga-ii, gp, qmc, random, broken, corner"),
+        (
+            "cmaes",
+            "'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe, nsga-ii, gp, qmc, random, broken, "
+            "corner",
+        ),
         ("needy", "'needy' needs no_such_package; pip install no_such_package"),
         ("wrong", "'wrong' is corner_sampler:wrong, which is not a SamplerKind"),
         ("broken", "'broken' is no_such_module:kind, which cannot be loaded (No module named 'no_such_module')"),
@@ -97,5 +101,5 @@ def test_a_search_with_an_unknown_sampler_opens_nothing(tmp_path: Path) -> None:
     config = write_config(tmp_path, tmp_path, sampler={"name": "cmaes"})
     done = run_cli("search", config, "--run", tmp_path / "run")
     assert done.returncode == 2
-    assert "sampler.name: 'cmaes' is not a sampler; give one of cma-es, tpe" in done.stderr
+    assert "sampler.name: 'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe" in done.stderr
     assert not (tmp_path / "run").exists()

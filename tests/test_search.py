@@ -17,14 +17,15 @@ from pyarrow import parquet
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import Granularity
 from evomerge.errors import EvomergeError
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
 from evomerge.search.samplers.cmaes import CmaEsSampler
 from evomerge.search.samplers.sampler_kind import trial_seed
 from evomerge.search.space.baselines import Baseline, baselines, distinct, plain_recipe
-from evomerge.search.space.space import Space, axis_values, build_space, spread
+from evomerge.search.space.space import Space, build_space, spread
+from evomerge.search.space.start_points import points_of, read_start
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import unpack
 from evomerge.search.storage.study import SearchStudy, in_full
@@ -102,22 +103,6 @@ def test_groups_are_runs_of_nearly_equal_length(groups: int, layers: int) -> Non
     assert max(lengths) - min(lengths) <= 1
 
 
-@given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(1, 7), st.integers(0, 5))
-def test_axis_values_is_the_inverse_of_spread(values: list[float], stride: int, rest: int) -> None:
-    """Of the granularity `depth`, where every knot lies on a layer."""
-    count = len(values)
-    cases: tuple[tuple[Granularity, list[float], int], ...] = (
-        ("model", values[:1], count + rest),
-        ("depth", values, (count - 1) * stride + 1),
-        ("group", values, count + rest),
-        ("layer", values, count),
-    )
-    for granularity, own, layers in cases:
-        along = spread(own, granularity, layers)
-        known = dict(enumerate(along if isinstance(along, list) else [along] * layers))
-        assert axis_values(known, granularity, len(own), layers) == pytest.approx(own, abs=1e-12), granularity
-
-
 def test_baselines_are_the_parents_the_uniform_blend_and_the_recommended_recipes(family: Path, tmp_path: Path) -> None:
     found = {b.name: b for b in baselines(space_of(family, tmp_path))}
     assert list(found) == ["rev", "add", "uniform", "task_arithmetic 0.8", "dare_ties 0.5"]
@@ -182,7 +167,7 @@ def start(family: Path, folder: Path, rev: str, **changes: Any) -> Space:
 def test_a_search_starts_from_a_mergekit_file(granularity: str, family: Path, tmp_path: Path) -> None:
     space = start(family, tmp_path, "0.5", space={"weight": [0, 1], "granularity": granularity, "components": ["norm"]})
     assert [(s.name, s.path) for s in space.config.sources] == [(n, str(family / n)) for n in ("rev", "add")]
-    first = baselines(space)[0]
+    first = points_of(space, read_start(space.config)[0])[0][0]
     assert (first.name, first.kind) == ("mine", "given")
     assert first.point is not None
     expected = {"weight.rev": 0.5, "weight.rev.norm": 0.7, "weight.add": 0.25, "weight.add.norm": 0.25}
@@ -202,7 +187,9 @@ def test_a_search_starts_from_a_mergekit_file(granularity: str, family: Path, tm
 def test_a_start_that_the_space_cannot_express_is_a_recipe_of_its_own(
     rev: str, space: dict[str, Any], family: Path, tmp_path: Path
 ) -> None:
-    first = baselines(start(family, tmp_path, rev, space=space))[0]
+    found = start(family, tmp_path, rev, space=space)
+    first, near = points_of(found, read_start(found.config)[0])[0]
+    assert (near.name, near.kind) == ("mine, nearest point", "start")
     assert (first.name, first.point) == ("mine", None)
     assert first.recipe.knobs(tensor_role("lm_head.weight"), 2).each["weight"][1] == 0.25
 
@@ -374,7 +361,9 @@ def test_a_stopped_candidate_is_never_the_best(raced: Path) -> None:
 def test_a_candidate_that_runs_to_the_end_has_the_mean_of_its_items(raced: Path) -> None:
     for trial in study_of(raced).get_trials():
         if in_full(trial):
-            means = [unpack(t).mean() for m in record_of(trial).scores.values() for t in m.values()]
+            scale = Scale.from_json(study_of(raced).user_attrs[SCALE])
+            each = {task: unpack(m["gold_logprob"]) for task, m in record_of(trial).scores.items()}
+            means = [scale.scaled(task, "objective", scores).mean() for task, scores in each.items()]
             assert trial.value == pytest.approx(np.mean(means), abs=1e-9)
 
 
@@ -397,7 +386,9 @@ def test_every_item_score_is_in_the_table(raced: Path, tmp_path: Path) -> None:
     assert set(table[table.recipe.notna()].split) == {"search", "selection", "holdout"}
     best = study_of(raced).best_trial
     own = table[table.trial == best.number].groupby("task").score.mean()
-    assert own.mean() == pytest.approx(best.value, abs=1e-6)
+    scale = Scale.from_json(study_of(raced).user_attrs[SCALE])
+    values = [scale.scaled(task, "objective", [mean])[0] for task, mean in own.items()]
+    assert np.mean(values) == pytest.approx(best.value, abs=1e-6)
     again = run_cli("items", raced, "--out", out)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     wrong = run_cli("items", raced, "--out", tmp_path / "items.xlsx")

@@ -138,7 +138,7 @@ def test_the_greedy_soup_is_the_last_baseline_before_the_sampler_begins(finished
 def test_every_soup_is_scored_once(finished: Path) -> None:
     log = (finished / "log.txt").read_text()
     scored = [line.split(" ", 1)[1] for line in log.splitlines() if line.endswith("items of search")]
-    assert len(scored) == len(set(scored)) == 1 + 3  # dare_ties, two sources, those two with each of the others
+    assert len(scored) == len(set(scored)) == 5 + 1 + 3  # known models, dare_ties, soups of two and three
 
 
 def test_the_winner_must_beat_the_greedy_soup(finished: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_soup_that_is_a_baseline_already_is_not_scored_or_judged_again(family:
     verdict = verdict_of(run)
     assert verdict["greedy_soup"].endswith(": the same model as the baseline uniform.")
     assert GREEDY not in {c["name"] for c in verdict["comparisons"]}
-    assert (run / "log.txt").read_text().count("items of search") == 1  # dare_ties, which is no point of the space
+    assert (run / "log.txt").read_text().count("items of search") == 4  # base, parents, dare_ties
 
 
 def test_a_soup_outside_the_bounds_is_judged_but_is_no_trial(family: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ from evomerge.merge.materialise import NotFinite
 calls, real = [0], s.Evaluator.materialise
 def sometimes(self, *a, **k):
     calls[0] += 1
-    if calls[0] == 9:
+    if calls[0] == 10:
         raise NotFinite("a soup with a weight that is not finite")
     return real(self, *a, **k)
 s.Evaluator.materialise = sometimes
@@ -217,7 +217,7 @@ def test_a_search_killed_before_every_soup_resumes_to_the_same_trials_and_winner
     finished: Path, family: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = DYING_AT_EVALUATION.replace("NUMBER", "9")  # dare_ties, four parents, uniform, twice task_arithmetic
+    first = DYING_AT_EVALUATION.replace("NUMBER", "10")  # base, four parents, dare_ties, uniform, two more
     killed = run_cli("search", write_soup_config(tmp_path, family), "--run", run, prelude=first)
     assert killed.returncode == -signal.SIGKILL
     for _ in range(4):  # three soups, and the first trial of the sampler's own
@@ -227,4 +227,4 @@ def test_a_search_killed_before_every_soup_resumes_to_the_same_trials_and_winner
     assert trials_of(run) == trials_of(finished)
     assert verdict_of(run) == verdict_of(finished)
     begun = [(folder / "log.txt").read_text().count("items of search") for folder in (finished, run)]
-    assert begun == [4, 4 + 3]  # each soup was begun twice and finished once
+    assert begun == [9, 9 + 3]  # each soup was begun twice and finished once

@@ -199,3 +199,42 @@ def test_coefficients_for_the_basic_components_are_enough_and_the_rest_is_other(
     assert value_at(weights, tensor_role("model.vision_tower.layers.0.fc1.weight"), 2) == 6.0
     assert value_at({**weights, "vision": 7.0}, tensor_role("model.vision_tower.layers.0.fc1.weight"), 2) == 7.0
     assert "needs `default`" in coefficient_problems("weight", {"vision": 1.0}, knob)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "attention.q"),
+        ("model.layers.3.self_attn.k_proj.bias", "attention.k"),
+        ("model.layers.3.self_attn.v_proj.weight", "attention.v"),
+        ("model.layers.3.self_attn.o_proj.weight", "attention.o"),
+        ("model.layers.3.mlp.gate_proj.weight", "mlp.gate"),
+        ("model.layers.3.mlp.up_proj.weight", "mlp.up"),
+        ("model.layers.3.mlp.down_proj.weight", "mlp.down"),
+        ("model.layers.3.mlp.experts.5.w2.weight", "mlp.down"),
+        ("transformer.h.3.attn.c_proj.weight", "attention.o"),
+        ("transformer.h.3.mlp.c_proj.weight", "mlp.down"),
+        ("transformer.h.3.mlp.c_fc.weight", "mlp.up"),
+        ("transformer.h.3.attn.c_attn.weight", None),  # q, k and v together
+        ("model.layers.3.self_attn.qkv_proj.weight", None),
+        ("model.layers.3.mlp.gate_up_proj.weight", None),
+        ("model.layers.3.self_attn.q_norm.weight", None),
+        ("model.layers.3.input_layernorm.weight", None),
+        ("model.layers.3.mlp.gate.weight", None),  # a router
+        ("model.embed_tokens.weight", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_the_parts_of_attention_and_mlp(name: str, part: str | None) -> None:
+    role = tensor_role(name)
+    assert role.part == part
+    assert role.finest == (part or role.component)
+
+
+def test_a_coefficient_of_a_part_comes_before_that_of_its_component() -> None:
+    value = {"attention.q": 0.1, "attention": 0.2, "default": 0.3}
+    found = [
+        value_at(value, tensor_role(f"model.layers.0.{n}.weight"), 1)
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    ]
+    assert found == [0.1, 0.2, 0.3]

@@ -124,7 +124,8 @@ def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_runs_usage_is_that_of_its_trials_and_its_other_evaluations(finished: Path) -> None:
     status = read_status(open_run(finished))
     each = [record_of(t).used or Usage() for t in status.trials]
-    assert all(u.forwards and u.tokens <= u.padded and u.peak_bytes for u in each)
+    assert any(u.forwards for u in each)
+    assert all(u.tokens <= u.padded and u.peak_bytes for u in each if u.forwards)  # parents were scored before
     trials = used_by(status.trials, {})
     assert trials.forwards == sum(u.forwards for u in each)
     assert status.used.forwards > trials.forwards, "baselines and finalists were evaluated outside of trials"

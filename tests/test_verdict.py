@@ -71,9 +71,16 @@ def test_a_candidate_that_is_surely_worse_is_called_so() -> None:
 
 def test_a_search_without_a_candidate_recommends_the_best_baseline() -> None:
     rival = Rival("soup", "uniform", {"a": hits(0.3, 50, 2)})
-    verdict = judge({"a": hits(0.5, 50, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="one")
+    verdict = judge({"a": hits(0.5, 50, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="one", searched=False)
     assert (verdict.outcome, verdict.winner, verdict.recommended) == ("too little searched", False, "one")
     assert "one, the best baseline" in verdict.sentence
+
+
+def test_a_baseline_that_is_better_than_all_that_was_searched_takes_the_place_of_the_candidate() -> None:
+    rival = Rival("soup", "uniform", {"a": hits(0.3, 200, 2)})
+    verdict = judge({"a": hits(0.9, 200, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="upper")
+    assert (verdict.outcome, verdict.winner, verdict.recommended) == ("nothing better found", False, "upper")
+    assert "upper is better than every candidate of the search" in verdict.sentence
 
 
 def test_without_a_baseline_nothing_is_shown_and_nothing_raised() -> None:

@@ -19,6 +19,7 @@ from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome, TrialJob
 from evomerge.search.evaluation.race_setup import build_race_setup
+from evomerge.search.evaluation.scale import plain_scale
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.inputs import create_run
 from evomerge.search.models import open_config_models
@@ -119,11 +120,11 @@ def test_a_trial_has_the_scores_of_the_evaluator_itself(bench: Bench, truth: Eva
 def test_a_race_is_run_and_stopped_as_in_the_evaluator_itself(bench: Bench, truth: Evaluator) -> None:
     best = truth.run(TrialJob(bench.recipe(0.8, 0.8), None))
     assert isinstance(best, Outcome)
-    scores = bench.task_set.scores_of(best.scores, "objective")
-    race_setup = build_race_setup(bench.task_set, "items", [scores], 0, bench.config.racing)
+    scale = plain_scale(bench.task_set)
+    race_setup = build_race_setup(bench.task_set, scale, "items", [best.scores], 0, bench.config.racing)
     for weights, stopped in (((0.0, 0.1), True), ((0.8, 0.79), False)):
         jobs = [
-            TrialJob(bench.recipe(*weights), None, race_setup, race_setup.race(race_setup.joined(scores), []))
+            TrialJob(bench.recipe(*weights), None, race_setup, race_setup.race(race_setup.values(best.scores), []))
             for _ in range(2)
         ]
         found, wanted = bench.run(bench.pool.run(jobs[0], "trial")), truth.run(jobs[1])

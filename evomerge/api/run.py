@@ -1,6 +1,6 @@
 """A run as Python sees it: its trials, its verdict, its best recipe, the export of its model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -150,6 +150,8 @@ class Run:
         *,
         mergekit: str | Path | None = None,
         trial: int | None = None,
+        prefer: Mapping[str, float] | None = None,
+        knee: bool = False,
         show: bool = True,
     ) -> Recipe:
         """Write the model that the verdict recommends as a model folder, as `evomerge export` does.
@@ -157,10 +159,14 @@ class Run:
         out: the folder to write; it must be new or empty.
         mergekit: a file to write the merge to as a mergekit configuration, instead of the model or beside it.
         trial: the number of a finished trial to export instead.
+        prefer: export instead the finalist with the highest mean metric on the selection split by these weights of
+            tasks, for instance {"math": 0.7, "chat": 0.3}; a task without a weight does not count.
+        knee: export instead the finalist whose gain over the base is largest in the task in which it gains least, as a
+            share of the largest gain of any finalist.
         show: whether to print progress and notes.
 
         Returns the recipe; if `out` is given, with the SHA-256 sums of its inputs and outputs.
-        Raises EvomergeError if there is no verdict, no such trial, or the model cannot be written.
+        Raises EvomergeError if there is no verdict, no such trial or task, or the model cannot be written.
         """
         from evomerge.api.merge import write_merge
         from evomerge.report.status import read_status
@@ -168,7 +174,19 @@ class Run:
         from evomerge.report.verdict_text import results_section
         from evomerge.search.verdict.recommended import recipe_of_trial, recommended_recipe
 
-        if trial is not None:
+        if (trial is not None) + (prefer is not None) + knee > 1:
+            raise EvomergeError("give one of trial, prefer and knee")
+        if prefer is not None or knee:
+            from evomerge.search.verdict.choices import choose_knee
+            from evomerge.search.verdict.choices import prefer as choose
+
+            found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
+            recipe, results = found.recipe, f"{found.sentence}\n"
+            if show:
+                print(found.sentence)
+            if found.entry.chosen and (verdict_content := self.files.verdict()) is not None:
+                results += "\n" + results_section(verdict_content, "winner")
+        elif trial is not None:
             recipe = recipe_of_trial(self.files, trial)
             results = f"Trial {trial} of the search; not judged on the holdout.\n"
         else:

@@ -15,6 +15,7 @@ from evomerge.api.merge import plain
 from evomerge.api.run import Run, Trial, reader_of_trials
 from evomerge.config.config_file import load_config, parse_config, pin, write_config
 from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
 from evomerge.search.budget.limits import Limits, limits_of, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
@@ -52,6 +53,7 @@ def search(
     until: str | None = None,
     target: float | None = None,
     patience: int | None = None,
+    simplify: float | None = None,
     workers: int | str | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
@@ -68,6 +70,7 @@ def search(
     until: have the result at this local time, `07:00`.
     target: end when the best score is this high or higher.
     patience: end when this many sampled trials in a row brought no better score.
+    simplify: recommend fewer sources and coefficients, if that loses at most so much of the mean metric.
     workers: how many workers; `auto`: one on each accelerator (default: 1, with `ray` auto).
     ray: put the workers on a Ray cluster: its address, or `local` to start one.
     out: at the end write the recommended model into this folder; it must be new or empty.
@@ -79,7 +82,7 @@ def search(
     fail; KeyboardInterrupt after Ctrl-C, which leaves a run that can be resumed.
     """
     loaded, origin = read_config(config)
-    loaded = with_budget(loaded, trials, timeout, target, patience)
+    loaded = with_margin(with_budget(loaded, trials, timeout, target, patience), simplify)
     limits, worker_options = limits_of(loaded.budget, until), options_of(workers, ray)
     folder = Path(run) if run is not None else Path("runs") / loaded.name
     refuse_existing(folder)
@@ -92,6 +95,7 @@ def search(
     from evomerge.search.evaluation.task_set import check_statistics, open_task_set
     from evomerge.search.inputs import create_run
     from evomerge.search.models import open_config_models
+    from evomerge.search.space.start_points import read_start, refuse_seen_items
 
     loaded = pin(loaded, {})
     models = open_config_models(loaded)
@@ -100,6 +104,9 @@ def search(
             print(f"note: {note}", file=sys.stderr)
     task_set = open_task_set(loaded)
     check_statistics(loaded, models, task_set)
+    if loaded.start_from is not None:
+        read_start(loaded)
+        refuse_seen_items(loaded, task_set)
     created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
@@ -114,6 +121,7 @@ def resume(
     until: str | None = None,
     target: float | None = None,
     patience: int | None = None,
+    simplify: float | None = None,
     workers: int | str | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
@@ -126,8 +134,8 @@ def resume(
     run: a `Run` or its folder.
     accept_changes: go on although the configuration or a model has changed.
 
-    The other arguments, the result and what is raised are those of `search`; limits that are not given stay as they
-    are in the run, `until` excepted.
+    The other arguments, the result and what is raised are those of `search`; limits and a margin that are not given
+    stay as they are in the run, `until` excepted.
     """
     worker_options = options_of(workers, ray)
     files = (run if isinstance(run, Run) else Run(run)).files
@@ -136,7 +144,7 @@ def resume(
     from evomerge.search.inputs import check_unchanged
 
     config = check_unchanged(files, accept_changes)
-    changed = with_budget(config, trials, timeout, target, patience)
+    changed = with_margin(with_budget(config, trials, timeout, target, patience), simplify)
     limits = limits_of(changed.budget, until)
     if changed is not config:
         write_config(files.config_file, changed)
@@ -149,6 +157,15 @@ def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[
         return load_config(Path(config)), Path(config)
     content = config.model_dump(by_alias=True, exclude_none=True) if isinstance(config, SearchConfig) else config
     return parse_config(plain(content), Path("configuration")), None
+
+
+def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
+    """The configuration with the margin of `simplify`, if one is given.  EvomergeError if it is no margin."""
+    if simplify is None:
+        return config
+    if not 0 < simplify < float("inf"):
+        raise EvomergeError(f"--simplify: {simplify:g} is not a margin; give the largest loss, for instance 0.02")
+    return config.model_copy(update={"simplify": float(simplify)})
 
 
 def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:

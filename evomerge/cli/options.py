@@ -33,6 +33,13 @@ Target = Annotated[float | None, typer.Option(help="End when the best score is t
 Patience = Annotated[
     int | None, typer.Option(min=1, help="End when this many sampled trials in a row brought no better score.")
 ]
+Simplify = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MARGIN",
+        help="At the end drop sources and coefficients if that loses at most so much of the mean metric: 0.02.",
+    ),
+]
 Fewshot = Annotated[
     int | None,
     typer.Option("--num-fewshot", min=0, help="Examples in the prompt; by default as many as the task says."),

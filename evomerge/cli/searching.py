@@ -11,6 +11,7 @@ from evomerge.cli.options import (
     Patience,
     Ray,
     RunFolder,
+    Simplify,
     Target,
     Timeout,
     Trials,
@@ -34,6 +35,7 @@ def search(
     until: Until = None,
     target: Target = None,
     patience: Patience = None,
+    simplify: Simplify = None,
     workers: Workers = None,
     ray: Ray = None,
     run: Annotated[Path | None, typer.Option(help="The run folder (default: runs/NAME).")] = None,
@@ -52,6 +54,7 @@ def search(
             until=until,
             target=target,
             patience=patience,
+            simplify=simplify,
             workers=workers,
             ray=ray,
             out=out,
@@ -69,6 +72,7 @@ def resume(
     until: Until = None,
     target: Target = None,
     patience: Patience = None,
+    simplify: Simplify = None,
     workers: Workers = None,
     ray: Ray = None,
     out: ExportTo = None,
@@ -88,6 +92,7 @@ def resume(
             until=until,
             target=target,
             patience=patience,
+            simplify=simplify,
             workers=workers,
             ray=ray,
             out=out,
@@ -108,6 +113,8 @@ def show_export(run: "Run", out: Path | None) -> None:
     """Name the command that writes the model, unless the search has written it."""
     if out is None:
         print(f"export: evomerge export {run.folder} --out merged/")
+        if run.config.goals == "pareto":
+            print("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -171,6 +178,15 @@ def export(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of what is recommended.")] = None,
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS", help="Export the finalist that is best by these weights of tasks: math=0.7,chat=0.3."
+        ),
+    ] = None,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="Export the finalist that gains most in the task in which it gains least.")
+    ] = False,
     mergekit: Mergekit = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
@@ -178,7 +194,12 @@ def export(
 
     opened = open_run(run)
     refuse_nothing(out, mergekit)
-    opened.export(out, mergekit=mergekit, trial=trial)
+    weights = None
+    if prefer is not None:
+        from evomerge.search.verdict.choices import parse_weights
+
+        weights = parse_weights(prefer)
+    opened.export(out, mergekit=mergekit, trial=trial, prefer=weights, knee=knee)
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +10,71 @@ import yaml
 from pydantic import ValidationError
 
 from evomerge.config.database_url import has_password, masked
-from evomerge.config.schema import SearchConfig
+from evomerge.config.schema import SearchConfig, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import choices_of, is_named, values_of
+from evomerge.merge.methods.method import Method
 from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
 def method_problems(config: SearchConfig) -> list[str]:
-    """The problems with the merge method: its name, the number of sources, the coefficients and their bounds."""
-    names = [s.name for s in config.sources]
+    """The problems with the merge methods: their names, the number of sources, the coefficients and their bounds."""
+    names, listed = [s.name for s in config.sources], config.candidate_methods
     problems = [f"sources: the name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    try:
-        method = METHODS[config.method]
-    except EvomergeError as error:
-        return [f"method: {error}", *problems]
+    problems += [f"method: {n} is listed twice" for n in sorted({n for n in listed if listed.count(n) > 1})]
+    if config.method not in listed:
+        problems.append(f"method: {config.method} is not one of `methods`")
+    methods: list[Method] = []
+    for name in dict.fromkeys(listed):
+        try:
+            methods.append(METHODS[name])
+        except EvomergeError as error:
+            problems.insert(0, f"method: {error}")
+    if len(methods) < len(set(listed)):
+        return problems
+    problems += [
+        f"space.sources.{source}: there is no source of that name; the sources are {', '.join(names)}"
+        for source in config.space.sources
+        if source not in names
+    ]
+    found = [problem for method in methods for problem in problems_of_one(config, method, methods)]
+    return problems + list(dict.fromkeys(found))  # methods may have the same problem
+
+
+def problems_of_one(config: SearchConfig, method: Method, candidates: Sequence[Method]) -> list[str]:
+    """The problems of a search by one of its candidate methods.
+
+    A coefficient that only other candidates have is no problem: it is not used with this method.
+    """
+    problems = []
+    names = [s.name for s in config.sources]
     least, most = method.sources
-    if not least <= len(config.sources) <= (most or len(config.sources)):
+    if not least <= len(names) <= (most or len(names)):
         allowed = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
-        problems.append(f"sources: {config.method} takes {allowed}, here are {len(config.sources)}")
+        problems.append(f"sources: {method.name} takes {allowed}, here are {len(names)}")
     if method.statistics:
         problems += [
-            f"sources.{i}.statistics: {config.method} needs a file there; make it with "
+            f"sources.{i}.statistics: {method.name} needs a file there; make it with "
             f"`evomerge statistics --kind {method.statistics}`"
             for i, s in enumerate(config.sources)
             if s.statistics is None
         ]
     given = {("space", knob): a for knob, a in config.space.axes(method).items()}
     for source, knobs in config.space.sources.items():
-        if source not in names:
-            problems.append(
-                f"space.sources.{source}: there is no source of that name; the sources are {', '.join(names)}"
-            )
         given |= {(f"space.sources.{source}", knob): a for knob, a in knobs.items()}
+    for where, name in list(given):
+        if name not in coefficients(method, where):
+            del given[where, name]
+            allowed_names = dict.fromkeys(n for m in candidates for n in coefficients(m, where))
+            if name not in allowed_names:
+                hint = f"allowed: {', '.join(allowed_names)}" if allowed_names else "it has none"
+                every = " or ".join(m.name for m in candidates)
+                problems.append(f"{where}.{name}: not a coefficient of {every}; {hint}")
     for (where, name), bounds in given.items():
-        knob = method.knobs.get(name)
-        if knob is None or (where != "space" and not knob.each):
-            allowed = ", ".join(k for k, v in method.knobs.items() if where == "space" or v.each)
-            hint = f"allowed: {allowed}" if allowed else "it has none"
-            problems.append(f"{where}.{name}: not a coefficient of {config.method}; {hint}")
-        elif bounds.choice is not None:
+        knob = method.knobs[name]
+        if bounds.choice is not None:
             problems.append(f"{where}.{name}: {bounds.choice!r} is not {choices_of(knob)}")
         elif is_named(knob) and (bounds.low != bounds.high or bounds.low not in values_of(knob)):
             problems.append(f"{where}.{name}: is never searched; give {choices_of(knob)}")
@@ -64,14 +88,21 @@ def method_problems(config: SearchConfig) -> list[str]:
         if knob.default is None and ("space", name) not in given:
             lacking = [n for n in names if (f"space.sources.{n}", name) not in given] if knob.each else ["all"]
             if lacking:
-                problems.append(f"space.{name}: {config.method} needs it; give bounds [low, high] or a number")
+                problems.append(f"space.{name}: {method.name} needs it; give bounds [low, high] or a number")
     for switch, name in method.excludes.items():
         on, moved = given.get(("space", switch)), given.get(("space", name))
         if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
             problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
     if not any(a.low < a.high for a in given.values()) and not problems:
-        problems.append("space: every coefficient is fixed, there is nothing to search; use `evomerge merge` instead")
+        fixed = f"every coefficient of {method.name}" if len(candidates) > 1 else "every coefficient"
+        hint = "leave it out" if len(candidates) > 1 else "use `evomerge merge` instead"
+        problems.append(f"space: {fixed} is fixed, there is nothing to search; {hint}")
     return problems
+
+
+def coefficients(method: Method, where: str) -> list[str]:
+    """The coefficients of a method that may stand in a mapping of the file.  where: its YAML path."""
+    return [name for name, knob in method.knobs.items() if where == "space" or knob.each]
 
 
 def type_problems(config: SearchConfig) -> list[str]:
@@ -92,14 +123,33 @@ def path_problems(config: SearchConfig) -> list[str]:
     for i, source in enumerate(config.sources):
         if source.statistics is not None and not os.path.isfile(source.statistics):
             problems.append(f"sources.{i}.statistics: no such file: {source.statistics}")
-    for i, task in enumerate(config.tasks):
-        if task.is_file and not os.path.isfile(task.task):
-            problems.append(f"tasks.{i}.task: no such file: {task.task}")
+    lists: dict[str, Sequence[TaskOptions]] = {"tasks": config.tasks, "guards": config.guards}
+    for key, entries in lists.items():
+        for i, task in enumerate(entries):
+            if task.is_file and not os.path.isfile(task.task):
+                problems.append(f"{key}.{i}.task: no such file: {task.task}")
     for i, recipe in enumerate(config.baselines):
         if not os.path.isfile(recipe):
             problems.append(f"baselines.{i}: no such file: {recipe}")
-    names = [task.task for task in config.tasks]
-    problems += [f"tasks: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    for key, entries in lists.items():
+        names = [task.task for task in entries]
+        problems += [f"{key}: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return problems
+
+
+def guard_problems(config: SearchConfig) -> list[str]:
+    """The problems with guards: references that do not exist, and options that differ from those of the same task."""
+    models = ["base", *(s.name for s in config.sources)]
+    goals = {task.task: task for task in config.tasks}
+    problems = []
+    for i, guard in enumerate(config.guards):
+        if guard.of not in models:
+            problems.append(f"guards.{i}.of: there is no model {guard.of!r}; give {' or '.join(models)}")
+        goal = goals.get(guard.task)
+        for name, field in TaskOptions.model_fields.items():
+            value = getattr(guard, name)
+            if goal is not None and value not in (getattr(goal, name), field.default):
+                problems.append(f"guards.{i}.{name}: give it in `tasks`, which lists the same task")
     return problems
 
 
@@ -137,34 +187,49 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("start_from"), str):
         content["start_from"] = absolute(content["start_from"])
-    if isinstance(content.get("tasks"), list):
-        content["tasks"] = [
-            {**t, "task": absolute(t["task"])}
-            if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
-            else t
-            for t in content["tasks"]
-        ]
+    for key in ("tasks", "guards"):
+        if isinstance(content.get(key), list):
+            content[key] = [
+                {**t, "task": absolute(t["task"])}
+                if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
+                else t
+                for t in content[key]
+            ]
     return content
 
 
 def with_start(content: dict[str, Any]) -> dict[str, Any]:
     """The content with the base, the sources and the method of `start_from` where it does not give them itself.
 
-    EvomergeError if that file is not a recipe or mergekit file, or a search cannot start from it.
+    EvomergeError if that is no recipe, mergekit file or run folder, or if a search cannot start from it.
     """
-    file = content.get("start_from")
-    if not isinstance(file, str) or {"base", "sources", "method"} <= content.keys():
+    start = content.get("start_from")
+    if not isinstance(start, str) or {"base", "sources", "method"} <= content.keys():
         return content
+    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start))) | content
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """The base, the sources and the method of an earlier run, as a configuration has them."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise EvomergeError(f"start_from: {folder} is no run folder (it has no config.yaml)")
+    earlier = load_config(file).model_dump(by_alias=True, exclude_none=True)
+    return {key: earlier[key] for key in ("base", "sources", "method", "allow_differences")}
+
+
+def of_file(file: Path) -> dict[str, Any]:
+    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them."""
     from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
-    recipe, _ = load_merge(Path(file))
+    recipe, _ = load_merge(file)
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
     sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
     given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
     if recipe.allow_differences:
         given["allow_differences"] = recipe.allow_differences
-    return given | content
+    return given
 
 
 def readable(error: dict[str, Any]) -> str:
@@ -194,7 +259,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + type_problems(config) + path_problems(config)
+        problems = method_problems(config) + type_problems(config) + path_problems(config) + guard_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -246,9 +311,11 @@ def write_config(path: Path, config: SearchConfig) -> None:
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, the price, the limits of workers and the table of hub commits may differ.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ, and so may the
+    method that was chosen from a list.  Passwords are not shown.
     """
-    free = {"budget", "price", "workers", "hub"}
+    chosen = {"method"} if old.methods and new.methods else set()
+    free = {"budget", "simplify", "price", "workers", "hub"} | chosen
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.sources.config_differences import Allowed
-from evomerge.sources.tensor_names import Component
+from evomerge.sources.tensor_names import Component, Part
 
 Granularity = Literal["model", "depth", "group", "layer"]
 
@@ -57,7 +57,7 @@ class Axis(Strict):
     high: float
     choice: str | None = None
     granularity: Granularity | None = None
-    components: list[Component] | None = None
+    components: list[Literal[Component, Part]] | None = None
 
     @model_validator(mode="after")
     def bounds_in_order(self) -> "Axis":
@@ -85,7 +85,7 @@ class SpaceConfig(BaseModel):
 
     granularity: `model` is one value for all layers, `depth` a piecewise linear function of the depth with `knots`
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
-    components: those with coefficients of their own; the others share one.
+    components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
@@ -96,7 +96,7 @@ class SpaceConfig(BaseModel):
     granularity: Granularity = "model"
     knots: int = Field(default=3, ge=2, le=64)
     groups: int = Field(default=4, ge=1, le=256)
-    components: list[Component] = []
+    components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
 
     def axes(self, method: Method) -> dict[str, Axis]:
@@ -109,13 +109,13 @@ class SpaceConfig(BaseModel):
         return found
 
 
-class TaskConfig(Strict):
-    """One lm-eval task.
+class TaskOptions(Strict):
+    """One lm-eval task and how models are scored on it.
 
     task: a YAML file or the name of one of lm-eval's own tasks.
-    weight: its share in the score.
-    objective: the metric that the search optimises (default: `metric`): one that the task has per item, or one of
-        `evaluate/metrics.py`.  It is checked when the task is opened, since only then its metrics are known.
+    objective: what the search optimises: a metric that the task has per item, or one of `evaluate/metrics.py`; `auto`
+        is a smooth one that fits the task, `entropy` one without labels.  It is checked when the task is opened, since
+        only then its metrics are known.
     metric: the metric that the verdict compares (default: the task's first).
     gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
     num_fewshot, apply_chat_template: as in lm-eval.
@@ -125,8 +125,7 @@ class TaskConfig(Strict):
     """
 
     task: str
-    weight: float = Field(default=1.0, gt=0)
-    objective: str | None = None
+    objective: str = "auto"
     metric: str | None = None
     gold: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -138,6 +137,31 @@ class TaskConfig(Strict):
     @property
     def is_file(self) -> bool:
         return self.task.endswith((".yaml", ".yml"))
+
+
+class TaskConfig(TaskOptions):
+    """One task that the search improves.
+
+    weight: its share in the score.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+
+
+class GuardConfig(TaskOptions):
+    """One task that must not get worse; it may be one of those that the search improves.
+
+    max_drop: by how much the mean of its metric may be worse than the reference's, in units of the metric.
+    of: the reference: `base`, or the name of a source.
+    """
+
+    max_drop: float = Field(ge=0)
+    of: str = "base"
+
+    @property
+    def weight(self) -> float:
+        """Its share in the score: none."""
+        return 0.0
 
 
 def check_share(value: object) -> object:
@@ -179,11 +203,13 @@ class SamplerConfig(Strict):
     name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
     sigma0: the first step of cma-es, as a share of the bounds.
     population: samples per generation of cma-es.
+    steps: gradient steps of `auto` and `learned`, at most.
     """
 
-    name: str = Field(default="cma-es", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="auto", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    steps: int | None = Field(default=None, ge=1)
 
 
 def parse_duration(value: object) -> object:
@@ -259,17 +285,34 @@ def parse_racing(value: object) -> object:
 RacingValue = Annotated[RacingConfig, BeforeValidator(parse_racing)]
 
 
+def check_method(value: object) -> object:
+    """ValueError if a value is not the name of a method."""
+    if not isinstance(value, str):
+        raise ValueError("give the name of a method, or a list of names")
+    return value
+
+
+MethodName = Annotated[str, BeforeValidator(check_method)]
+
+
 class SearchConfig(Strict):
     """A whole search.  In the file relative paths are relative to its folder; here they are absolute.
 
     name: of the study and of the run folder.
-    base, sources, method, allow_differences: as in a recipe.
+    base, sources, allow_differences: as in a recipe.
+    method: as in a recipe; of a list of methods the first, and once the search has chosen, the chosen one.
+    methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
     tasks, splits: what candidates are scored on.
+    guards: tasks that must not get worse.
     baselines: the user's own recipe files on the same sources, which the winner must beat too.
-    start_from: one more baseline, a recipe or a mergekit file; it also gives the base, the sources and the method where
-        the configuration does not.
+    start_from: where the search begins: a recipe, a mergekit file or the folder of an earlier run; it also gives the
+        base, the sources and the method where the configuration does not.
+    simplify: the largest loss of the mean metric for which the candidate may get fewer sources and coefficients; None
+        leaves it as it is.
     sampler, budget, price, workers, racing: see their classes.
+    scale: `parents`: in every task 0 is the base and 1 the best parent; `none`: scores are used as they are.
+    goals: `mean`: the best mean over the tasks; `pareto`: also the best models for other weights of the tasks.
     seed: of the splits, the sampler, random masks and the bootstrap.
     device: of the workers; `auto` is an accelerator if there is one.
     dtype: the type of the candidate's values.
@@ -283,17 +326,22 @@ class SearchConfig(Strict):
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     allow_differences: list[Allowed] = []
-    method: str
+    method: MethodName
+    methods: list[MethodName] | None = None
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))
     tasks: list[TaskConfig] = Field(min_length=1)
+    guards: list[GuardConfig] = []
     splits: SplitsConfig = SplitsConfig()
     baselines: list[str] = []
     start_from: str | None = None
+    simplify: float | None = Field(default=None, gt=0)
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     price: PriceConfig | None = None
     workers: WorkersConfig = WorkersConfig()
     racing: RacingValue = RacingConfig()
+    scale: Literal["parents", "none"] = "parents"
+    goals: Literal["mean", "pareto"] = "mean"
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: str = "auto"
     dtype: Dtype = "bfloat16"
@@ -301,3 +349,19 @@ class SearchConfig(Strict):
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None
     hub: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_list_of_methods(cls, content: object) -> object:
+        """`method: [ties, linear]` as `method: ties` and `methods: [ties, linear]`."""
+        if not isinstance(content, dict) or content.get("methods") is not None:
+            return content
+        listed = content.get("method")
+        if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+            return content
+        return content | {"method": listed[0]} | ({"methods": listed} if len(listed) > 1 else {})
+
+    @property
+    def candidate_methods(self) -> list[str]:
+        """The methods that the search chooses from, or the only one."""
+        return self.methods or [self.method]

@@ -1,6 +1,5 @@
 """The engine: score a live model on workloads.  Everything but the model's forwards is prepared once."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,8 +11,8 @@ from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.generation import Stops, generate, plan_generation
 from evomerge.evaluate.item_values import ItemMetrics, formula_values, item_score, lm_eval_values
 from evomerge.evaluate.kv_cache import KeysValues
-from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
-from evomerge.evaluate.metrics import Answer
+from evomerge.evaluate.loglikelihood import Plan, RowScore, plan_batches, score_batches
+from evomerge.evaluate.metrics import Answer, Metric
 from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
@@ -23,9 +22,6 @@ from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
 
 Trunks = dict[Tokens, KeysValues]
 """The keys and values of the trunks that one candidate has computed; they are wrong for every other candidate."""
-
-Loglikelihood = tuple[float, bool]
-"""The log-likelihood of a continuation in nats, and whether greedy decoding gives the continuation."""
 
 
 class Engine:
@@ -155,7 +151,8 @@ class Engine:
 
     def score_planned(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[ItemMetrics]:
         """Run the batches of a workload and compute the metrics of each task."""
-        lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks) if work.rows else []
+        extras = {m.extra for part in work.by_task for m in computed(part.task) if m.extra}
+        lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks, extras) if work.rows else []
         texts = self.texts(work, clock, trunks) if work.prompts else []
         found, row, prompt = [], 0, 0
         with clock.time("score"):
@@ -165,10 +162,10 @@ class Engine:
                 row, prompt = last_row, last_prompt
         return found
 
-    def metrics(self, work: Workload, lls: Sequence[Loglikelihood], texts: Sequence[str]) -> ItemMetrics:
+    def metrics(self, work: Workload, lls: Sequence[RowScore], texts: Sequence[str]) -> ItemMetrics:
         """The metrics of one task.
 
-        lls: of each of the task's rows.  texts: the generated text of each of its prompts.
+        lls: the score of each of the task's rows.  texts: the generated text of each of its prompts.
         """
         task = work.task
         found: ItemMetrics = {}
@@ -178,12 +175,12 @@ class Engine:
                 respond(*each)
             instances = [asked.instances for asked in work.items]
             found = lm_eval_values(task, [asked.item for asked in work.items], instances)
-        computed = {
+        answered = {
             "gold": all(asked.gold is not None for asked in work.items),
             "choices": work.complete,
             "generation": work.complete,
         }
-        return found | formula_values(task, [m for m in task.own.values() if computed[m.needs]], answers)
+        return found | formula_values(task, [m for m in computed(task) if answered[m.needs]], answers)
 
     def texts(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
         """The generated text of every prompt."""
@@ -211,9 +208,15 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def computed(task: Task) -> list[Metric]:
+    """The metrics of a task that evomerge computes: without those that cost more, unless the task is compared by it."""
+    compared = {name.partition(",")[0] for name in (task.objective, task.metric)}
+    return [metric for metric in task.own.values() if metric.extra is None or metric.name in compared]
+
+
 def by_item(
-    items: Sequence[ItemRequests], lls: Sequence[Loglikelihood], texts: Sequence[str]
-) -> Iterator[tuple[ItemRequests, Sequence[Loglikelihood], Sequence[str]]]:
+    items: Sequence[ItemRequests], lls: Sequence[RowScore], texts: Sequence[str]
+) -> Iterator[tuple[ItemRequests, Sequence[RowScore], Sequence[str]]]:
     """Each item with the log-likelihoods of its rows and the texts of its prompts.
 
     lls, texts: of all items, one item after another.
@@ -225,7 +228,7 @@ def by_item(
         row, prompt = last_row, last_prompt
 
 
-def respond(asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[str]) -> None:
+def respond(asked: ItemRequests, lls: Sequence[RowScore], texts: Sequence[str]) -> None:
     """Set the answers of an item's lm-eval requests (`resps`) as lm-eval's own model would set them."""
     left = iter(texts)
     for k, instance in enumerate(asked.instances):
@@ -234,20 +237,45 @@ def respond(asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[s
         elif instance.request_type == "loglikelihood_rolling":
             instance.resps = [sum(lls[r][0] for r in asked.spans[k])]
         else:
-            instance.resps = [lls[asked.spans[k].start]]
+            instance.resps = [lls[asked.spans[k].start][:2]]
 
 
-def answer_of(
-    task: Task, complete: bool, asked: ItemRequests, lls: Sequence[Loglikelihood], texts: Sequence[str]
-) -> Answer:
+def answer_of(task: Task, complete: bool, asked: ItemRequests, lls: Sequence[RowScore], texts: Sequence[str]) -> Answer:
     """What the formulas of metrics read.  complete: whether all requests were answered, or only the gold answer's."""
     logprobs: list[float] = []
+    lengths: list[int] = []
     gold = 0
     if complete and task.kind == "multiple_choice" and asked.gold is not None:
-        logprobs = [lls[span.start][0] for span in asked.spans]
-        gold = asked.spans.index(range(asked.gold, asked.gold + 1))
-    gold_logprob = math.nan if asked.gold is None else lls[asked.gold][0]
-    return Answer(asked.item.doc, gold_logprob, asked.gold_bytes, logprobs, gold, "".join(texts))
+        numbers, lengths = choices_of(task, asked)
+        logprobs = [lls[number].logprob for number in numbers]
+        gold = numbers.index(asked.gold)
+    if asked.gold is None:
+        return Answer(asked.item.doc, text="".join(texts))
+    row = lls[asked.gold]
+    return Answer(
+        asked.item.doc,
+        gold_logprob=row.logprob,
+        gold_bytes=asked.gold_bytes,
+        logprobs=logprobs,
+        gold=gold,
+        text="".join(texts),
+        token_logprobs=row.token_logprobs,
+        token_margins=row.token_margins,
+        token_entropies=row.token_entropies,
+        lengths=lengths,
+    )
+
+
+def choices_of(task: Task, asked: ItemRequests) -> tuple[list[int], list[int]]:
+    """For each choice of a multiple-choice item, which of its rows it is, and the number of its characters.
+
+    All requests of the item are needed, not only the gold answer's.
+    """
+    # Behind the choices, `acc_mutual_info` asks for each of them again, without the prompt.
+    count = len(asked.spans) // (2 if "acc_mutual_info" in task.metrics else 1)
+    delimiter = task.lm.config.target_delimiter
+    lengths = [len(instance.args[1].removeprefix(delimiter)) for instance in asked.instances[:count]]
+    return [span.start for span in asked.spans[:count]], lengths
 
 
 def scores_of(task: Task, metric: str, found: ItemMetrics) -> list[float]:

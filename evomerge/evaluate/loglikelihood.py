@@ -3,16 +3,17 @@
 No token is computed twice, and the head is computed only at the positions whose next token is scored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.kv_cache import KeysValues, empty_cache, trunk_cache
+from evomerge.evaluate.metrics import Extra
 from evomerge.evaluate.prefix_plan import Leaf, PackedRow, Tokens, choose_trunks, group_by_trunk, packed_rows
 
 LOGITS = 2**27  # the greatest number of logits of one forward: 0.5 GB in float32
@@ -37,6 +38,21 @@ class Row:
     def leaf(self) -> Leaf:
         """What must be computed: all tokens but the last, with logits from `first` on."""
         return Leaf(self.tokens[:-1], len(self.tokens) - 1 - self.scored)
+
+
+class RowScore(NamedTuple):
+    """What the model says about the continuation of one row, whose T tokens are scored.
+
+    logprob: its log-likelihood in nats.
+    greedy: whether greedy decoding gives it.
+    token_logprobs, token_margins, token_entropies: (T,), see `Answer` (`metrics.py`).
+    """
+
+    logprob: float
+    greedy: bool
+    token_logprobs: Sequence[float] = ()
+    token_margins: Sequence[float] = ()
+    token_entropies: Sequence[float] = ()
 
 
 @dataclass
@@ -170,11 +186,13 @@ def score_batches(
     requests: int,
     clock: Clock,
     trunks: dict[Tokens, KeysValues] | None = None,
-) -> list[tuple[float, bool]]:
-    """(log-likelihood in nats, whether greedy decoding gives the continuation) of every row.
+    extras: Collection[Extra] = (),
+) -> list[RowScore]:
+    """The score of every row.
 
     requests: the number of rows.
     trunks: the keys and values of the trunks that the same candidate computed before; new ones are added.
+    extras: what is computed for each token beside its log-probability.
 
     The softmax is in float32, whatever the model's type.  NotFiniteScore if a log-likelihood is not finite.
     """
@@ -182,6 +200,7 @@ def score_batches(
     trunks = {} if trunks is None else trunks
     total = torch.zeros(requests, dtype=torch.float64, device=device)
     wrong = torch.zeros(requests, dtype=torch.long, device=device)
+    tokens = TokenValues()
     for batch in batches:
         clock.check()
         with clock.time("forward"):
@@ -195,13 +214,52 @@ def score_batches(
             logprob = logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]  # (M,)
             total.index_add_(0, batch.owner, logprob.double())
             wrong.index_add_(0, batch.owner, (logits.argmax(1)[batch.node] != batch.target).long())
+            tokens.owner.append(batch.owner)
+            tokens.logprob.append(logprob)
+            if "margins" in extras:
+                tokens.margin.append(margins(logits, batch))
+            if "entropies" in extras:
+                tokens.entropy.append(entropies(logits)[batch.node])
         clock.step()
     with clock.time("score"):
         scores, misses = total.tolist(), wrong.tolist()
-    for score in scores:
-        if not abs(score) < float("inf"):
-            raise NotFiniteScore(f"a log-likelihood is {score}")
-    return [(score, miss == 0) for score, miss in zip(scores, misses, strict=True)]
+        for score in scores:
+            if not abs(score) < float("inf"):
+                raise NotFiniteScore(f"a log-likelihood is {score}")
+        by_row = tokens.by_row(requests)
+    return [RowScore(score, miss == 0, *each) for score, miss, each in zip(scores, misses, by_row, strict=True)]
+
+
+@dataclass
+class TokenValues:
+    """Values of scored tokens batch by batch, each (M,): the row that a token belongs to, and see `RowScore`."""
+
+    owner: list[Tensor] = field(default_factory=list)
+    logprob: list[Tensor] = field(default_factory=list)
+    margin: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+
+    def by_row(self, rows: int) -> list[tuple[Sequence[float], ...]]:
+        """For each row the log-probabilities, margins and entropies of its tokens, in their order."""
+        owner = torch.cat(self.owner)
+        order = owner.argsort(stable=True)  # a row lies in one batch, its tokens in their order
+        ends = torch.bincount(owner, minlength=rows).cumsum(0).tolist()
+        columns = [torch.cat(c)[order].tolist() if c else [] for c in (self.logprob, self.margin, self.entropy)]
+        spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return [tuple(column[span] for column in columns) for span in spans]
+
+
+def margins(logits: Tensor, batch: Batch) -> Tensor:
+    """The logit of each scored token minus that of the best other token, (M,).  logits: (K, V)."""
+    best, which = logits.topk(2, dim=1)  # (K, 2)
+    other = torch.where(which[batch.node, 0] == batch.target, best[batch.node, 1], best[batch.node, 0])
+    return logits[batch.node, batch.target] - other
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """The entropy in nats of each row's softmax, (K,).  logits: (K, V)."""
+    logprobs = logits.log_softmax(1)
+    return -(logprobs.exp() * logprobs).nansum(1)  # a token that cannot come has 0 * -inf
 
 
 def kept_logits(model: Any, batch: Batch, trunk: KeysValues | None = None) -> Tensor:

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.config.schema import Share, SplitsConfig, TaskConfig
+from evomerge.config.schema import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.metrics import KINDS, METRICS, Metric, added_metric, added_names
+from evomerge.evaluate.metrics import CHOSEN, KINDS, METRICS, NORMALISED, Metric, added_metric, added_names
 from evomerge.evaluate.taskfile import load_file, load_named
 
 Split = Literal["search", "selection", "holdout"]
@@ -47,6 +47,8 @@ class Task:
     limit: the greatest number of documents, None for all.
     code: whether the task's file runs its own Python code (the configuration allows it).
     added: the metrics of other packages that the objective or the metric names.
+    auto: whether the configuration leaves the choice of the objective to evomerge (`objective: auto`).
+    origin: the file or name that the configuration gives, of a group for each of its tasks.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Task:
     limit: int | None = None
     code: bool = False
     added: dict[str, Metric] = field(default_factory=dict)
+    auto: bool = False
+    origin: str = ""
 
     @property
     def kind(self) -> str:
@@ -98,7 +102,7 @@ class Task:
         return bool(self.lm.higher_is_better().get(plain, default))
 
 
-def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
+def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
     """Open tasks; a group becomes its tasks, which share the weight.
 
     EvomergeError if a task is unknown or broken, or two have the same name.
@@ -116,7 +120,7 @@ def open_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
                 lm_task.set_config("num_fewshot", config.num_fewshot)
             lm_task.set_fewshot_seed(FEWSHOT_SEED)
             opened.append(check_task(lm_task, config, config.weight / len(lm_tasks)))
-            opened[-1].code = code
+            opened[-1].code, opened[-1].origin = code, config.task
     names = [task.name for task in opened]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvomergeError(f"tasks: two of them are called {min(twice)!r}; each needs a name of its own")
@@ -133,8 +137,8 @@ def task_files(name: str) -> list[str]:
     raise EvomergeError(f"{folder}: has no task files (*.yaml)")
 
 
-def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
-    """The task with its objective and metric; the default is lm-eval's first metric.
+def check_task(lm_task: Any, config: TaskOptions, weight: float) -> Task:
+    """The task with its objective and metric; the default metric is lm-eval's first.
 
     EvomergeError if the task does not have one of them; the message lists those that it has.
     """
@@ -143,16 +147,41 @@ def check_task(lm_task: Any, config: TaskConfig, weight: float) -> Task:
     if len(task.name) > NAME_LENGTH or not task.name.isprintable():
         raise EvomergeError(f"{config.task}: {task.name[:60]!r} cannot be a task's name")
     metric = config.metric or (task.metrics[0] if task.metrics else "")
-    for key, name in (("metric", metric), ("objective", config.objective or metric)):
-        plain, _, filter_name = name.partition(",")
-        if plain not in task.metrics and plain not in task.own and (found := added_metric(plain)) is not None:
-            add_metric(task, found)
-        if plain not in {*task.metrics, *task.own} or (filter_name and filter_name not in task.filters):
-            raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)})")
+    require_metric(task, "metric", metric)
+    objective = objective_for(task, config.objective, metric)
+    require_metric(task, "objective", objective)
     if config.gold and task.kind == "multiple_choice":
         raise EvomergeError(f"task {task.name}: `gold` is for generation; a multiple-choice task knows its gold choice")
-    task.metric, task.objective = metric, config.objective or metric
+    task.metric, task.objective, task.auto = metric, objective, config.objective == "auto"
     return task
+
+
+def require_metric(task: Task, key: str, name: str) -> None:
+    """EvomergeError if the task does not have the metric that `key` names; one of another package is added to it."""
+    plain, _, filter_name = name.partition(",")
+    if plain not in task.metrics and plain not in task.own and (found := added_metric(plain)) is not None:
+        add_metric(task, found)
+    if plain not in {*task.metrics, *task.own} or (filter_name and filter_name not in task.filters):
+        raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)})")
+
+
+def objective_for(task: Task, name: str, metric: str) -> str:
+    """The objective that a name in a configuration stands for; most names stand for themselves.
+
+    metric: the task's metric, which `metric` stands for.  `auto` is the metric if that is smooth or if no smooth
+        objective fits the task.
+    """
+    if name == "metric" and name not in task.metrics:
+        return metric
+    if name not in CHOSEN or name in task.metrics:
+        return name
+    chosen = CHOSEN[name].get(task.kind, name)
+    if name != "auto":
+        return chosen
+    plain = metric.partition(",")[0]
+    known = task.own.get(plain) or METRICS.get(plain)
+    chosen = NORMALISED.get(plain, chosen) if task.kind == "multiple_choice" else chosen
+    return metric if (known and known.smooth) or chosen not in {*task.own, *task.metrics} else chosen
 
 
 def add_metric(task: Task, metric: Metric) -> None:

@@ -98,7 +98,7 @@ def remembered_knobs(recipe: Recipe) -> KnobsAt:
     vary = any(isinstance(c, list | dict) for c in given)
 
     def knobs(where: TensorRole, layers: int, names: tuple[str, ...]) -> Knobs:
-        key = (where.layer, where.component, where.encoder_layer, names) if vary else names
+        key = (where.layer, where.finest, where.encoder_layer, names) if vary else names
         if key not in found:
             found[key] = recipe.knobs(where, layers, names)
         return found[key]

@@ -19,9 +19,10 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.run import Run
 from evomerge.search.storage.study import in_full
+from evomerge.search.verdict.front import Front
 from evomerge.sources.locate import locate
 from evomerge.sources.safetensors_files import stored_tensor_names
-from evomerge.sources.tensor_names import Component, TensorRole, layer_count
+from evomerge.sources.tensor_names import PARTS, Component, Part, TensorRole, layer_count
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1c2733}
@@ -32,11 +33,16 @@ table{border-collapse:collapse;width:100%} th,td{padding:.35rem .6rem;text-align
 th:first-child,td:first-child{text-align:left} tr.candidate{font-weight:600;background:#f3f7fb}
 small,.dim{color:#67747f} td small{display:block}
 """
-SHOWN: tuple[Component, ...] = ("attention", "mlp", "norm")
+SHOWN: tuple[tuple[Component, Part | None], ...] = (
+    ("attention", None), ("attention", "attention.q"), ("attention", "attention.k"), ("attention", "attention.v"),
+    ("attention", "attention.o"), ("mlp", None), ("mlp", "mlp.gate"), ("mlp", "mlp.up"), ("mlp", "mlp.down"),
+    ("norm", None),
+)  # fmt: skip
 RED_TO_BLUE = [  # ColorBrewer's RdBu; the scale that Plotly's JavaScript has under this name is another one
     [i / 10, f"#{colour}"]
     for i, colour in enumerate("67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061".split())
 ]
+VALUE_TITLE = {False: "value on the search items", True: "value on the search items (0: base, 1: best parent)"}
 PALETTE = {"parent": "#8a97a3", "uniform": "#c47f0a", "recommended": "#7a5bb5"}
 
 
@@ -51,7 +57,8 @@ def write_report(run: Run) -> None:
     recipe = load_recipe(run.winner_file)
     layers = sum(part.length for part in recipe.slices)
     layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
-    figures = [progress_figure(status), *coefficient_figures(recipe, layers)]
+    front = [] if status.front is None else front_figures(status.front)
+    figures = [progress_figure(status), *front, *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 
 
@@ -66,8 +73,12 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         "<h2>Holdout scores</h2>",
         score_table(verdict),
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
+        *(f"<p class=dim>{html.escape(a.sentence)}.</p>" for a in status.agreements),
         f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
+    if status.front is not None:
+        parts += ["<h2>The front</h2>", front_table(status.front)]
+        parts.append(f"<p class=dim>{html.escape(front_text(status.front))}</p>")
     parts.append(f"<script>{plotly_file('plotly.min.js')}</script>")
     for number, (title, text, figure) in enumerate(figures):
         drawn = drawing(f"figure{number}", figure)
@@ -95,12 +106,13 @@ def drawing(place: str, figure: Figure) -> str:
 
 
 def summary(status: Status) -> str:
-    """Method, sampler, seed, trials and types in one line."""
+    """Method, sampler, seed, trials, types and the choice of the method in one line."""
     config = status.config
     sources = f"{config.method} of {len(config.sources)} sources"
     types = f"; weights in {config.dtype}, computed in {status.compute_dtype}" if status.compute_dtype else ""
     searched = f"{config.sampler.name}, seed {config.seed}; {status.finished} trials{status.endings}"
-    return f"{sources}; {searched}{types}"
+    choice = f". Method: {status.choice.sentence}" if status.choice else ""
+    return f"{sources}; {searched}{types}{choice}"
 
 
 def explanation(verdict: dict[str, Any]) -> str:
@@ -176,11 +188,61 @@ def progress_figure(status: Status) -> tuple[str, str, Figure]:
     margin = (top - floor) * 0.08 or 0.1
     layout = {
         "xaxis": {"title": {"text": "trial"}},
-        "yaxis": {"title": {"text": "objective on the search items"}, "range": [floor - margin, top + margin]},
+        "yaxis": {"title": {"text": VALUE_TITLE[status.relative]}, "range": [floor - margin, top + margin]},
         "height": 380, "margin": {"t": 20, "r": 20},
     }  # fmt: skip
     figure = {"data": data, "layout": layout}
     return "Best score over trials", "The lowest tenth of the values may lie below the axis.", figure
+
+
+def front_table(front: Front) -> str:
+    """The table of the front: the values of each trial by task."""
+    head = "".join(f"<th>{html.escape(task)}</th>" for task in front.tasks)
+    rows = (
+        f"<tr><td>{html.escape(m.name)}</td>{''.join(f'<td>{value:.3f}</td>' for value in m.values)}</tr>"
+        for m in front.members
+    )
+    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def front_text(front: Front) -> str:
+    """What the table of the front shows, and how one of its models is exported."""
+    unit = "0 is the base, 1 the task's best parent" if front.relative else "unscaled"
+    return (
+        f"{front.sentence}. Values on the search items ({unit}). Models along the front met on the selection items: "
+        "evomerge export --prefer TASK=0.7,TASK=0.3 or --knee writes one of them."
+    )
+
+
+def front_figures(front: Front) -> list[tuple[str, str, Figure]]:
+    """Title, text and figure: with two tasks all trials by their values, and the hypervolume over the trials."""
+    figures = []
+    margin = {"t": 20, "r": 20}
+    if len(front.tasks) == 2:
+        x, y = front.points.T.tolist()
+        names = [t.name for t in front.trials]
+        line = sorted(m.values for m in front.members)
+        data: list[dict[str, Any]] = [
+            {"type": "scatter", "mode": "markers", "name": "trial", "x": x, "y": y, "text": names,
+             "marker": {"color": "#9db7d1", "size": 6}},
+            {"type": "scatter", "mode": "lines+markers", "name": "front", "x": [v[0] for v in line],
+             "y": [v[1] for v in line], "line": {"color": "#1f5f99", "dash": "dot"}, "marker": {"size": 9}},
+        ]  # fmt: skip
+        figure: Figure = {"data": data, "layout": {**axes(*front.tasks), "height": 420, "margin": margin}}
+        figures.append(("Trials by task", "Values on the search items.", figure))
+    if front.hypervolumes is not None:
+        numbers = list(range(1, len(front.hypervolumes) + 1))
+        curve = {"type": "scatter", "mode": "lines", "x": numbers, "y": front.hypervolumes,
+                 "line": {"color": "#1f5f99", "shape": "hv"}}  # fmt: skip
+        layout = {**axes("trials scored in full", "hypervolume"), "height": 300, "margin": margin}
+        text = "The volume of values above the base that some trial reaches or exceeds in every task."
+        figures.append(("Hypervolume over trials", text, {"data": [curve], "layout": layout}))
+    return figures
+
+
+def axes(x: str, y: str) -> dict[str, Any]:
+    """The part of a layout that gives the axes their titles."""
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 
 def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Figure]]:
@@ -198,13 +260,19 @@ def coefficient_figures(recipe: Recipe, layers: int) -> list[tuple[str, str, Fig
             continue
         rows: dict[str, list[float]] = {}
         for i, source in enumerate(recipe.sources if knob.each else [None]):
-            per_component = {}
-            for component in SHOWN:
-                known = [recipe.knobs(TensorRole(layer, component), layers) for layer in range(layers)]
-                per_component[component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
-            alike = len({tuple(row) for row in per_component.values()}) == 1
+            per_kind = {}
+            for component, part in SHOWN:
+                known = [recipe.knobs(TensorRole(layer, component, part=part), layers) for layer in range(layers)]
+                per_kind[part or component] = [k.each[name][i] if knob.each else k.shared[name] for k in known]
+            for component in ("attention", "mlp"):  # one row for parts that have the values of the whole
+                parts = [p for p in PARTS if p.startswith(f"{component}.")]
+                if all(per_kind[p] == per_kind[component] for p in parts):
+                    per_kind = {kind: row for kind, row in per_kind.items() if kind not in parts}
+                else:
+                    del per_kind[component]
+            alike = len({tuple(row) for row in per_kind.values()}) == 1
             title = source.name if source else name
-            rows |= {title if alike else f"{title} · {c}": row for c, row in per_component.items()}
+            rows |= {title if alike else f"{title} · {kind}": row for kind, row in per_kind.items()}
         flat = [x for row in rows.values() for x in row]
         if knob.switch or len(set(flat)) == 1:
             continue

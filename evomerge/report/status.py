@@ -9,10 +9,14 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
+from evomerge.search.evaluation.agreement import Agreement, agreements
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
+from evomerge.search.storage.method_choice import MethodChoice, recorded_choice
 from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
 from evomerge.search.storage.trial_record import Seconds, record_of
+from evomerge.search.verdict.front import Front, front_of
 
 PARTS = tuple(each.name for each in fields(Seconds) if each.name != "total")
 
@@ -29,6 +33,10 @@ class Status:
     baselines: names of the trials that are baselines, by number.
     used: by the whole run.
     compute_dtype: the type in which forwards are computed; None in old runs.
+    relative: whether a value of 0 is the base's and 1 that of each task's best parent.
+    agreements: how alike objective and metric rank models.
+    choice: how the method was chosen; None if the configuration names one, or before the choice.
+    front: with `goals: pareto` the front of the trials; None if no trial has a place in it.
     """
 
     config: SearchConfig
@@ -40,6 +48,10 @@ class Status:
     baselines: dict[int, str] = field(default_factory=dict)
     used: Usage = field(default_factory=Usage)
     compute_dtype: str | None = None
+    relative: bool = False
+    agreements: list[Agreement] = field(default_factory=list)
+    choice: MethodChoice | None = None
+    front: Front | None = None
 
     def count(self, state: TrialState) -> int:
         """How many trials are in a state."""
@@ -98,6 +110,7 @@ def read_status(run: Run) -> Status:
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
     used = used_by(trials, study.user_attrs)
+    front = front_of(trials, study.user_attrs) if config.goals == "pareto" else None
     return Status(
         config,
         trials,
@@ -108,6 +121,10 @@ def read_status(run: Run) -> Status:
         names,
         used,
         recorded_type(study.user_attrs),
+        SCALE in study.user_attrs and Scale.from_json(study.user_attrs[SCALE]).relative,
+        agreements(trials, study.user_attrs),
+        recorded_choice(study.user_attrs) if config.methods else None,
+        front if front and front.trials else None,
     )
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna.trial import TrialState
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -18,6 +19,9 @@ from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
+from evomerge.search.verdict.front import Front, spread_along
+
+SHOWN = 8  # trials of the front
 
 if TYPE_CHECKING:
     from evomerge.evaluate.clock import Clock
@@ -100,6 +104,8 @@ def print_status(status: Status, timing: bool) -> None:
     console.print(
         f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
     )
+    if status.choice is not None:
+        console.print(f"method: {status.choice.sentence}")
     if status.compute_dtype is not None:
         console.print(f"weights in {config.dtype}, computed in {status.compute_dtype}")
     planned = f" of {config.budget.most}" if config.budget.most else ""
@@ -108,7 +114,12 @@ def print_status(status: Status, timing: bool) -> None:
     if status.best is not None:
         name = status.baselines.get(status.best.number)
         also = f" ({name})" if name else ""
-        console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}")
+        meaning = "; 0 is the base, 1 the best parent of each task" if status.relative else ""
+        console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}{meaning}")
+    for found in status.agreements:
+        console.print(found.sentence, style="bold" if found.disagrees else None)
+    if status.front is not None:
+        print_front(status.front)
     if status.seconds:
         console.print(f"rate: {60 / status.seconds:.1f} trials per minute ({status.seconds:.2f} s each)")
     if status.seconds_left is not None:
@@ -146,6 +157,18 @@ def print_timing(timing: dict[str, float]) -> None:
         table.add_row(part, f"{seconds:.4f}", f"{seconds / total:.1%}")
     table.add_row("outside model forwards", f"{total - timing['forward']:.4f}", f"{1 - timing['forward'] / total:.1%}")
     console.print(table)
+
+
+def print_front(front: Front) -> None:
+    """Print the size of the front, and the values of at most SHOWN trials along it."""
+    console.print(front.sentence)
+    table = Table("front", *front.tasks)
+    chosen = sorted(spread_along(np.array([m.values for m in front.members]), SHOWN))
+    for member in (front.members[i] for i in chosen):
+        table.add_row(member.name, *(f"{value:.3f}" for value in member.values))
+    Console(width=max(console.width, 60 + 9 * len(front.tasks)), file=sys.stdout, highlight=False, markup=False).print(
+        table
+    )
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:

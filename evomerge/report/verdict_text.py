@@ -12,7 +12,13 @@ def interval_text(span: dict[str, Any], signed: bool = False) -> str:
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
     """The sentences that belong to the table of a verdict."""
-    found = [verdict["greedy_soup"]] if verdict.get("greedy_soup") else []
+    found = [guard_sentence(guard) for guard in verdict.get("guards", [])]
+    found += [
+        f"{c['name']} breaks {' and '.join(c['breaks'])} on the selection items."
+        for c in verdict["comparisons"]
+        if c.get("breaks")
+    ]
+    found += [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
     if verdict["detectable"] is not None:
         found.append(
             f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."
@@ -25,8 +31,19 @@ def remarks(verdict: dict[str, Any]) -> list[str]:
     return found
 
 
-def results_section(verdict: dict[str, Any]) -> str:
-    """The verdict as Markdown: the sentence and the holdout table with its intervals."""
+def guard_sentence(guard: dict[str, Any]) -> str:
+    """Whether the candidate keeps a guard, in words."""
+    return (
+        f"Guard {guard['name']} is {guard['state']}: {guard['metric']} drops by "
+        f"{interval_text(guard['drop'], signed=True)} against {guard['of']}; {guard['max_drop']:g} is allowed."
+    )
+
+
+def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
+    """The verdict as Markdown: the sentence and the holdout table with its intervals.
+
+    model: the one in the folder, `winner` or the name of a baseline (default: what the verdict recommends).
+    """
     tasks = list(verdict["tasks"])
     head = f"| holdout | mean | {' | '.join(tasks)} |"
     rows = [head, "|---" * (2 + len(tasks)) + "|"]
@@ -41,7 +58,7 @@ def results_section(verdict: dict[str, Any]) -> str:
     note += " ".join(remarks(verdict))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
-    recommended = verdict["recommended"]
+    recommended = model or verdict["recommended"]
     which = "" if recommended == "winner" else f"This folder holds the recommended simpler model: {recommended}.\n\n"
     return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
 

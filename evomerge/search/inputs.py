@@ -61,9 +61,12 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     inputs: of `input_fingerprints`.
     items: of `item_fingerprints`.
     """
-    content = config.model_dump(mode="json", exclude={"name", "budget", "price", "workers", "storage", "hub"})
+    free = {"name", "budget", "simplify", "price", "workers", "storage", "hub"}
+    content = config.model_dump(mode="json", exclude=free)
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
-    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task")):
+    if content.pop("methods"):  # the search chooses among them, so its choice does not count
+        content["method"] = config.methods
+    for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
             entry[key] = ""
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}
@@ -139,7 +142,7 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
             + "\nUndo the change, start a new run, or go on all the same with --accept-changes"
         )
     run.log("changes accepted: " + "; ".join(lines))
-    current = current.model_copy(update={"budget": config.budget, "name": config.name})
+    current = current.model_copy(update={"budget": config.budget, "simplify": config.simplify, "name": config.name})
     keys = [*manifest.get("keys", []), study_key(current, prints, items)]
     content = {**manifest, "inputs": prints, "items": items, "keys": keys}
     write_text(run.manifest_file, json.dumps(content, indent=2) + "\n")

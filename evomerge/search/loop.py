@@ -1,37 +1,54 @@
 """The search: its phases in the order in which they happen.
 
-    1  baselines outside the search space      scored on all items of the search split
+    0  choice of the method                    only if the configuration lists several (space/choose_method.py)
+    1  base, parents, baselines outside the    scored on all items of the search split; base and parents give the scale
+       search space                            of all values (evaluation/scale.py)
     2  baselines that are points of the space  the first trials
     3  race setup and greedy soup              what needs the baselines' scores
-    4  search                                  trials of the sampler, until the budget ends
-    5  finals                                  finalists and baselines on the selection and the holdout split
+    4  learned start                           gradient steps, with the samplers `auto` and `learned`
+    5  search                                  trials of the sampler, until the budget ends
+    6  finals                                  finalists and baselines on the selection and the holdout split
 
 One trial is in trial.py, the finals in verdict/finals.py.  A trial may fail, the search may not.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import optuna
+
+from evomerge.config.config_file import write_config
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds
+from evomerge.search.evaluation.agreement import agreements, model_name
+from evomerge.search.evaluation.guards import guard_scale
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
+from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale, with_first_objectives
 from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
-from evomerge.search.evaluation.stored_evaluations import Evaluations
-from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
+from evomerge.search.evaluation.task_set import Scores, open_task_set
 from evomerge.search.interrupt import StopSignal, stoppable
+from evomerge.search.learned.learn import Learner, why_not
 from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.run import Run, claim
+from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
-from evomerge.search.space.baselines import Baseline, baselines
+from evomerge.search.space.baselines import Baseline, base_alone, baselines, reference
+from evomerge.search.space.choose_method import choose_method, tried_baselines
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
+from evomerge.search.space.start_points import start_baselines
 from evomerge.search.storage.database import Retry, open_study
-from evomerge.search.storage.study import SearchStudy
+from evomerge.search.storage.method_choice import METHOD, recorded_choice
+from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.study_lease import acquire_lease
-from evomerge.search.trial import Races, TrialRunner
+from evomerge.search.trial import Races, TrialRunner, next_baseline
 from evomerge.search.verdict.finals import finish
 from evomerge.search.verdict.verdict import Verdict
 from evomerge.search.workers.make_workers import device_kind, make_workers
@@ -39,6 +56,7 @@ from evomerge.search.workers.pool import Pool, run_all
 from evomerge.search.workers.worker_options import WorkerOptions
 
 BEAT = 5.0  # seconds between two renewals of the study's lease
+EVERY = 20  # finished trials after which the incumbent is scored by the metrics that trials are not scored by
 
 
 def search(
@@ -68,9 +86,10 @@ async def open_and_search(
     models = open_config_models(config)
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
-    task_set = open_task_set(config)
     retry = Retry(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
+    config = with_first_objectives(stored, config)
+    task_set = open_task_set(config)
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -81,6 +100,7 @@ async def open_and_search(
         claim(stored, run)
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
+        config = settle_method(run, config, stored, monitor)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
@@ -88,14 +108,49 @@ async def open_and_search(
             monitor.phase(f"starting {len(workers)} workers")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
         monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
-        driver = Driver(run, study, Evaluations(stored, task_set, pool, monitor), pool, monitor, export)
+        evaluations = Evaluations(stored, task_set, pool, monitor)
+
+        def driver_of(study: SearchStudy) -> Driver:
+            tried = tried_baselines(study.space.config, models, recorded_choice(stored.user_attrs))
+            return Driver(run, study, evaluations, pool, monitor, export, tried)
+
+        driver = driver_of(study)
         try:
             await stoppable(stop, pool.open(), monitor.refresh)
+            if must_choose_method(config, study):
+                await stoppable(stop, driver.find_scale(), show_life)
+                monitor.phase("choosing the method")
+                choice = await stoppable(stop, choose_method(config, models, driver.objective_of), show_life)
+                monitor.say(choice.sentence)
+                stored.set_user_attr(METHOD, choice.to_json())
+                config = settle_method(run, config, stored, monitor)
+                driver = driver_of(SearchStudy(stored, build_space(config, models), len(workers)))
             return await stoppable(stop, driver.search(), show_life)
         finally:
             await pool.close()
     finally:
         holder.release()
+
+
+def settle_method(run: Run, config: SearchConfig, stored: optuna.Study, monitor: Monitor) -> SearchConfig:
+    """The configuration with the method that the study has chosen; config.yaml and the monitor get the method too.
+
+    Nothing changes if the study has not chosen (yet).
+    """
+    choice = recorded_choice(stored.user_attrs)
+    if choice is None or choice.chosen not in (config.methods or ()):
+        return config
+    monitor.name_method(choice.chosen)
+    if (written := run.config()).method != choice.chosen:
+        write_config(run.config_file, written.model_copy(update={"method": choice.chosen}))
+    return config.model_copy(update={"method": choice.chosen})
+
+
+def must_choose_method(config: SearchConfig, study: SearchStudy) -> bool:
+    """Whether the method still has to be chosen; a study that has trials goes on with the method that they have."""
+    choice = recorded_choice(study.stored.user_attrs)
+    chosen = choice is not None and choice.chosen == config.method
+    return bool(config.methods) and not chosen and not study.trials
 
 
 @dataclass
@@ -106,18 +161,20 @@ class SearchState:
     preparing: whether a slot has begun phase 3.
     races: how candidates race; None before phase 3, and where races do not pay.
     soup: None before the end of phase 3.
+    checked: how many times EVERY trials had finished when the incumbent was last scored by every metric.
     """
 
     baselines: list[Baseline]
     preparing: bool = False
     races: Races | None = None
     soup: GreedySoup | None = None
+    checked: int = 0
 
 
 class Driver:
     """Owns study and sampler, and takes a search through its phases.
 
-    Phases 2 to 4 run in as many slots as there are workers, and a slot does one thing at a time.  So a free worker
+    Phases 2 to 5 run in as many slots as there are workers, and a slot does one thing at a time.  So a free worker
     always gets a trial, also while another slot is in phase 3; and with one worker everything happens in one order.
 
     run: the run folder.
@@ -126,10 +183,18 @@ class Driver:
     pool: the workers.
     monitor: is told what happens; it has the limits.
     export: seconds that writing the model will take.
+    tried: the best recipe of each method that the search could choose.
     """
 
     def __init__(
-        self, run: Run, study: SearchStudy, evaluations: Evaluations, pool: Pool, monitor: Monitor, export: float
+        self,
+        run: Run,
+        study: SearchStudy,
+        evaluations: Evaluations,
+        pool: Pool,
+        monitor: Monitor,
+        export: float,
+        tried: Sequence[Baseline],
     ) -> None:
         self.run = run
         self.study = study
@@ -137,24 +202,92 @@ class Driver:
         self.pool = pool
         self.monitor = monitor
         self.trials = TrialRunner(run, study, evaluations, pool, monitor)
-        self.state = SearchState(baselines(study.space))
+        self.kind = sampler_kind(study.space.config.sampler.name)
+        first = start_baselines(study.stored, study.space, run.log)
+        self.state = SearchState(baselines(study.space, first, tried))
         self.reserved = ReservedTime(study, self.state.baselines, evaluations.task_set.item_counts, export)
 
     async def search(self) -> Verdict:
         """Run all phases and return the verdict."""
+        await self.find_scale()
         await self.score_outside_baselines()
         self.monitor.phase("searching")
-        await run_all(*(self.run_slot() for _ in range(self.pool.size)))
+        if self.kind.learned_start:
+            await self.run_slots(self.run_given_trials)
+            await self.prepare_search()
+            await self.run_given_trials()  # the greedy soup
+            await self.learn()
+        elif self.study.space.config.goals == "pareto":
+            name = self.study.space.config.sampler.name
+            self.monitor.say(f"goals: pareto: no other task weights are tried, the sampler {name} learns nothing")
+        await self.run_slots(self.run_slot)
         return await self.judge_finalists()
 
+    async def run_slots(self, slot: Callable[[], Awaitable[None]]) -> None:
+        """Run something in every slot, and wait for all of them."""
+        await run_all(*(slot() for _ in range(self.pool.size)))
+
     async def run_slot(self) -> None:
-        """Phases 2 to 4 in one slot."""
+        """Phases 2 to 5 in one slot, as far as they have not been done."""
         await self.run_baseline_trials()
         await self.prepare_search()
         await self.run_search_trials()
 
+    async def find_scale(self) -> None:
+        """Phase 1, first half: score base and parents by every metric, and keep the scale that they give.
+
+        A study whose trials began before there were scales goes on without one, so that its values stay comparable.
+        What has a scale keeps it; a task or a guard that was added since gets one.
+
+        EvomergeError if the reference of a guard cannot be scored.
+        """
+        evaluations, study = self.evaluations, self.study
+        plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
+        earlier = None if kept is None else Scale.from_json(kept)
+        if study.trials and earlier is None:
+            return
+        guards = evaluations.task_set.guards
+        if (
+            earlier is not None
+            and all(n in earlier.tasks and t.fits(earlier.tasks[n]) for n, t in plain.tasks.items())
+            and all(g.name in earlier.guards and g == earlier.guards[g.name].guard for g in guards)
+        ):
+            return
+        self.monitor.phase("scoring base and parents")
+        base = base_alone(study.space)
+        parents = [b for b in self.state.baselines if b.kind == "parent"]
+        known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
+        tables = await run_all(*(self.every_metric_of(b) for b in known))
+        found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}
+        references = {guard.of: reference(study.space, parents, guard.of) for guard in guards}
+        scores_of = {digest(b.recipe): found.get(b.name) for b in known}
+        guarded = {}
+        for guard in guards:
+            scores = scores_of.get(digest(references[guard.of].recipe))
+            if scores is None:
+                raise EvomergeError(f"guard {guard.name}: its reference {guard.of} cannot be scored; log.txt says why")
+            guarded[guard.name] = guard_scale(guard, scores)
+        scale = plain
+        if study.space.config.scale == "parents" and base.name in found:
+            scale = make_scale(evaluations.task_set, found.pop(base.name), found)
+        elif study.space.config.scale == "parents":
+            self.monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
+        described = Scale({} if scale is plain else scale.tasks, guarded)
+        scale = Scale(scale.tasks, guarded)
+        evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
+        for sentence in described.sentences():
+            self.monitor.say(sentence)
+
+    async def every_metric_of(self, baseline: Baseline) -> Scores | None:
+        """A baseline's scores on the search split by every metric; None, and a line in the log, if there are none."""
+        try:
+            return await self.evaluations.score("search", baseline.recipe, baseline.name, everything=True, canary=True)
+        except (ArithmeticError, RuntimeError) as error:
+            self.run.log(f"{baseline.name} cannot be scored: {error}")
+            return None
+
     async def score_outside_baselines(self) -> None:
-        """Phase 1: the objective of every baseline that is no point of the space."""
+        """Phase 1, second half: every baseline that is no point of the space."""
         outside = [b for b in self.state.baselines if b.point is None]
         await run_all(*(self.objective_of(b) for b in outside))
 
@@ -166,6 +299,29 @@ class Driver:
         while not self.baselines_are_done() and self.ended() is None:
             await self.trials.run(self.state.baselines, self.state.races)
 
+    async def run_given_trials(self) -> None:
+        """Trials that have begun before, or whose points are baselines, until none is left to begin."""
+        while self.study.interrupted or next_baseline(self.study, self.state.baselines):
+            if self.ended() is not None:
+                return
+            await self.trials.run(self.state.baselines, self.state.races)
+
+    async def learn(self) -> None:
+        """Phase 4: gradient steps from the best baseline, and the choice of the sampler that follows."""
+        study, space = self.study, self.study.space
+        if (reason := why_not(space, self.evaluations.task_set)) is not None:
+            if space.config.sampler.name == "learned":
+                raise EvomergeError(f"sampler: the coefficients cannot be learned: {reason}")
+            self.monitor.say(f"no learned start: {reason}")
+        else:
+            learner = Learner(study, self.evaluations, self.pool, self.monitor, self.trials, self.state.baselines)
+            await learner.learn(self.ended)
+        if space.config.sampler.name == "auto" and CHOSEN not in study.stored.user_attrs:
+            limit = self.monitor.limits.trials
+            left = None if limit is None else limit - study.count
+            study.stored.set_user_attr(CHOSEN, choose(len(space.axes), left, self.pool.size))
+        self.monitor.phase("searching")
+
     async def prepare_search(self) -> None:
         """Phase 3, in the first slot that comes to it: how candidates race, then the greedy soup."""
         if self.state.preparing or not self.baselines_are_done() or self.ended() is not None:
@@ -173,16 +329,47 @@ class Driver:
         self.state.preparing = True
         self.state.races = await self.find_races()
         self.state.soup = await self.find_soup()
+        self.log_agreement()
 
     async def run_search_trials(self) -> None:
-        """Phase 4: the greedy soup's trial, if it is a point of the space, and trials of the sampler."""
+        """Phase 5: the greedy soup's trial, if it is a point of the space, and trials of the sampler."""
+        if self.study.space.config.sampler.name == "learned":
+            return
         while (end := self.ended()) is None:
+            await self.score_incumbent()
             await self.trials.run(self.state.baselines, self.state.races)
         self.run.log(f"no more trials: {end}")
 
+    async def score_incumbent(self) -> None:
+        """Score the incumbent by every metric on the search items whenever EVERY more trials have finished.
+
+        Where trials are scored by the objective alone, this shows whether it still ranks models as the metric does, and
+        it finds the finalist that is best by the metric.  The count decides, never the time.
+        """
+        task_set, due = self.evaluations.task_set, len(self.study.finished) // EVERY
+        if due <= self.state.checked:
+            return
+        self.state.checked = due
+        best = max(filter(in_full, self.study.finished[: due * EVERY]), key=rank, default=None)
+        if best is None or all(t.metric in task_set.wanted(t, "search") for t in task_set.tasks):
+            return
+        try:
+            recipe = self.study.space.recipe(best.params)
+            await self.evaluations.score("search", recipe, model_name(best), everything=True)
+        except (ArithmeticError, RuntimeError) as error:
+            self.run.log(f"trial {best.number} cannot be scored by every metric: {error}")
+            return
+        self.log_agreement()
+
+    def log_agreement(self) -> None:
+        """Write down how alike objective and metric rank models; say where they disagree."""
+        for found in agreements(self.study.trials, self.study.stored.user_attrs):
+            (self.monitor.say if found.disagrees else self.run.log)(found.sentence)
+
     async def judge_finalists(self) -> Verdict:
-        """Phase 5: the verdict, written to the run folder."""
+        """Phase 6: the verdict, written to the run folder."""
         soup = self.state.soup or await self.find_soup()  # not found yet if the budget ended in phase 2
+        self.log_agreement()
         self.monitor.phase("judging the finalists")
         return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
 
@@ -223,14 +410,14 @@ class Driver:
         return soup
 
     async def objective_of(self, baseline: Baseline) -> float:
-        """A baseline's mean objective on the search split: its trial's value, else that of a full evaluation.
+        """A baseline's value: its trial's, else that of a full evaluation on the search split.
 
         Minus infinity if the model is broken: a failed trial, a score that is not finite.
         """
         if baseline.point is not None and (trial := self.study.of_baseline(baseline.name)) is not None:
             return -float("inf") if trial.value is None else trial.value
         try:
-            scores = await self.evaluations.score("search", baseline.recipe, f"baseline {baseline.name}")
+            scores = await self.evaluations.score("search", baseline.recipe, baseline.name)
         except ArithmeticError:
             return -float("inf")
-        return self.evaluations.task_set.mean(scores, "objective")
+        return self.evaluations.scale.value(scores)

@@ -8,13 +8,16 @@ from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.race_policy import make_race_setup
+from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import baselines
+from evomerge.search.space.choose_method import tried_baselines
 from evomerge.search.space.space import build_space
-from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.item_scores import trial_scores
+from evomerge.search.storage.method_choice import recorded_choice
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.storage.trial_record import record_of
 from evomerge.search.trial import parent_signs, value_of
@@ -42,22 +45,27 @@ def repeat(run: Run, number: int) -> Repeated:
 
     Raises EvomergeError if there is no such trial, if it has no scores to compare with, or if it fails now.
     """
-    config = run.config()
+    stored = run.study()
+    config = with_first_objectives(stored, run.config())
     models = open_config_models(config)
-    study = SearchStudy(run.study(), build_space(config, models))
+    study = SearchStudy(stored, build_space(config, models))
     trial = next((t for t in study.finished if t.number == number), None)
     if trial is None or trial.value is None or not record_of(trial).scores:
         raise EvomergeError(f"{run.folder}: trial {number} is not finished, or has no scores to compare with")
     task_set = open_task_set(config)
-    known, record = baselines(study.space), record_of(trial)
+    evaluations = StoredEvaluations(study.stored, task_set)
+    tried = tried_baselines(config, models, recorded_choice(study.stored.user_attrs))
+    known, record = baselines(study.space, tried), record_of(trial)
     job = TrialJob(study.space.recipe(trial.params), None)
     if "baseline" not in trial.user_attrs:
-        race_setup = make_race_setup(study, known, StoredEvaluations(study.stored, task_set))
+        race_setup = make_race_setup(study, known, evaluations)
         race = None
         if race_setup is not None and (ran := record.race) is not None and ran.incumbent is not None:
             full = {t.number: t for t in study.complete}
             race = race_setup.race(
-                race_setup.vector(full[ran.incumbent]), [race_setup.vector(full[n]) for n in ran.others]
+                race_setup.vector(full[ran.incumbent]),
+                [race_setup.vector(full[n]) for n in ran.others],
+                evaluations.scale.penalty(trial_scores(full[ran.incumbent])),
             )
         job = TrialJob(job.recipe, parent_signs(study, known), race_setup, race)
     computed = record.compute_dtype or config.dtype  # the oldest records do not say; there was no other type then
@@ -67,8 +75,11 @@ def repeat(run: Run, number: int) -> Repeated:
     result = evaluator.run(job)
     if isinstance(result, Failure):
         raise EvomergeError(f"trial {number} has scores in the study, but failed now: {result.reason}")
-    before = objective_scores(trial)
-    after = {task: np.array(scores) for task, scores in task_set.scores_of(result.scores, "objective").items()}
-    differing = sum(int((~np.isclose(before[t], after[t], 0, 0, equal_nan=True)).sum()) for t in before)
-    items = sum(int(np.isfinite(s).sum()) for s in before.values())
-    return Repeated(items, differing, (trial.value, value_of(result, task_set)))
+    pairs = [
+        (before, np.array(result.scores[task][metric]))
+        for task, metrics in trial_scores(trial).items()
+        for metric, before in metrics.items()
+    ]
+    differing = sum(int((~np.isclose(before, after, 0, 0, equal_nan=True)).sum()) for before, after in pairs)
+    items = sum(int(np.isfinite(before).sum()) for before, _ in pairs)
+    return Repeated(items, differing, (trial.value, value_of(result, evaluations.scale)))

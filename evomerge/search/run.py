@@ -15,6 +15,7 @@ cache/              what a resume need not make again:
 workers/N.txt       what worker N prints, if workers are processes of their own
 winner.yaml         the recipe of the chosen candidate, whether or not it wins
 recommended.yaml    the recipe that the verdict recommends
+finalists.json      every model of the selection split: its recipe, its scores by task (verdict/choices.py)
 verdict.json        the verdict (verdict/verdict_file.py); written last of the results
 report.html         the report
 """
@@ -65,6 +66,10 @@ class Run:
     @property
     def winner_file(self) -> Path:
         return self.folder / "winner.yaml"
+
+    @property
+    def finalists_file(self) -> Path:
+        return self.folder / "finalists.json"
 
     @property
     def report_file(self) -> Path:

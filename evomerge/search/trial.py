@@ -21,16 +21,16 @@ from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
 from evomerge.search.evaluation.race_policy import may_race, rivals
 from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
 from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline
-from evomerge.search.space.greedy_soup import GREEDY
 from evomerge.search.space.space import Point
-from evomerge.search.storage.item_scores import pack
-from evomerge.search.storage.study import Begun, SearchStudy, in_full
+from evomerge.search.storage.item_scores import pack, trial_scores
+from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.workers.pool import Pool
 
@@ -55,7 +55,8 @@ class Races:
         if incumbent is None:
             return None, RaceRecord(None)
         record = RaceRecord(incumbent.number, tuple(t.number for t in others))
-        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others]), record
+        penalty = self.setup.scale.penalty(trial_scores(incumbent))
+        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others], penalty), record
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""
@@ -82,17 +83,20 @@ class TrialRunner:
         self.monitor = monitor
         self.storing = 0.0  # seconds that it took to store the last trial
 
-    async def run(self, baselines: Sequence[Baseline], races: Races | None) -> None:
-        """Run one trial: an interrupted one, else the next baseline, else the sampler's proposal.
+    async def run(
+        self, baselines: Sequence[Baseline], races: Races | None, learned: LearnedPoint | None = None
+    ) -> None:
+        """Run one trial: an interrupted one, else the next baseline, else a learned point, else a proposal.
 
         baselines: all that are known so far.
         races: None if candidates do not race, or not yet.
+        learned: the point that gradient steps led to; None lets the sampler propose.
 
         An error inside the trial becomes the trial's recorded reason.  Raises EvomergeError if the search itself is at
         fault, or when too many trials in a row have failed.
         """
         started = time.perf_counter()
-        trial = self.study.begin(next_baseline(self.study, baselines))
+        trial = self.study.begin(next_baseline(self.study, baselines), learned)
         proposed = time.perf_counter()
         self.log(f"trial {trial.number} begins")
         work, race = self.job_of(trial, baselines, races)
@@ -107,9 +111,11 @@ class TrialRunner:
         """The trial's job, or its result where no worker is needed; and the race that it runs in, for its record."""
         try:
             recipe = self.study.space.recipe(trial.params)
-            known = self.evaluations.stored("search", recipe) if trial.baseline == GREEDY else None
-            if known:  # the greedy soup has been scored to be found
-                return Outcome(known, {}), None
+            known = self.evaluations.stored("search", recipe) if trial.baseline else None
+            if (
+                known
+            ):  # as of the parents for the scale, of the greedy soup, of the recipe that the method was chosen by
+                return Outcome(known, {}, self.evaluations.signs("search", recipe)), None
             if trial.baseline:
                 return TrialJob(recipe, None), None
             race, record = races.next() if races else (None, RaceRecord(None))
@@ -131,7 +137,7 @@ class TrialRunner:
         """
         value = None
         if isinstance(result, Outcome):
-            value = value_of(result, self.evaluations.task_set)
+            value = value_of(result, self.evaluations.scale)
             record = describe(result, self.evaluations.task_set, self.evaluations.items("search"))
         elif result.broken:
             value = self.study.penalty
@@ -168,16 +174,19 @@ def parent_signs(study: SearchStudy, baselines: Sequence[Baseline]) -> Signs | N
     return normal_signs([r.signs for r in records if r.signs is not None])
 
 
-def value_of(outcome: Outcome, task_set: TaskSet) -> float:
-    """The value that the sampler is told: the estimate of a stopped candidate, else the mean objective."""
-    return outcome.estimate.value if outcome.estimate else task_set.mean(outcome.scores, "objective")
+def value_of(outcome: Outcome, scale: Scale) -> float:
+    """The value that the sampler is told: the estimate of a stopped candidate, else the mean value of the items."""
+    return outcome.estimate.value if outcome.estimate else scale.value(outcome.scores)
 
 
 def describe(outcome: Outcome, task_set: TaskSet, items: str) -> TrialRecord:
     """What the study keeps of an outcome.  items: the name of the item ids."""
     return TrialRecord(
         items=items,
-        scores={t.name: {t.objective: pack(outcome.scores[t.name][t.objective])} for t in task_set.tasks},
+        scores={
+            t.name: {metric: pack(outcome.scores[t.name][metric]) for metric in task_set.wanted(t, "search")}
+            for t in task_set.tasks
+        },
         signs=replace(outcome.signs, repeats=False) if outcome.signs else None,  # the record has no place for it
         partial=outcome.estimate.fraction if outcome.estimate else None,
         seconds=Seconds(**outcome.seconds),

@@ -1,6 +1,7 @@
 """From the name of a tensor to its layer and its component (attention, mlp, norm, ...): `tensor_role`."""
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
@@ -10,6 +11,10 @@ Component = Literal["attention", "mixer", "mlp", "norm", "embedding", "head", "v
 mlp: includes experts and routers.
 projector: connects a vision or audio tower to the language model."""
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+Part = Literal["attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down"]
+"""The matrices of which most models make attention and mlp.  A matrix that joins several of them, such as one for q, k
+and v together, is no part."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 KNOWN_MODEL_TYPES = frozenset(
     """
@@ -58,6 +63,17 @@ COMPONENT_PATTERNS: tuple[tuple[Component, re.Pattern[str]], ...] = (
 )  # fmt: skip
 
 
+PART_PATTERNS: tuple[tuple[Part, re.Pattern[str]], ...] = (
+    ("attention.q", re.compile(r"(?:^|[._])(?:q|wq|query|q_proj|q_lin)\.")),
+    ("attention.k", re.compile(r"(?:^|[._])(?:k|wk|key|k_proj|k_lin)\.")),
+    ("attention.v", re.compile(r"(?:^|[._])(?:v|wv|value|v_proj|v_lin)\.")),
+    ("attention.o", re.compile(r"(?:^|[._])(?:o|wo|o_proj|out_proj|out_lin|c_proj|dense)\.")),
+    ("mlp.gate", re.compile(r"\.(?:gate_proj|w1|wi_0)\.")),
+    ("mlp.up", re.compile(r"\.(?:up_proj|w3|wi_1|wi|c_fc|fc1|fc_in|dense_h_to_4h)\.")),
+    ("mlp.down", re.compile(r"\.(?:down_proj|w2|wo|c_proj|fc2|fc_out|dense_4h_to_h)\.")),
+)
+
+
 @dataclass(frozen=True)
 class TensorRole:
     """The layer and the component that a tensor belongs to.
@@ -67,12 +83,19 @@ class TensorRole:
     component: the kind of module.
     tensor: the tensor's name, which the filters of a recipe look at; it is ignored when two roles are compared.
     encoder_layer: its layer in the encoder of an encoder-decoder.
+    part: which matrix of attention or mlp it is; None for any other tensor.
     """
 
     layer: int | None
     component: Component
     tensor: str = field(default="", compare=False)
     encoder_layer: int | None = None
+    part: Part | None = None
+
+    @property
+    def finest(self) -> Component | Part:
+        """The part, or for a tensor that is none, the component."""
+        return self.part or self.component
 
 
 @lru_cache(maxsize=65536)
@@ -81,10 +104,20 @@ def tensor_role(name: str) -> TensorRole:
     if tower := TOWER.search(name):
         return TensorRole(None, tower.lastgroup, name)  # type: ignore[arg-type]
     component: Component = next((c for c, pattern in COMPONENT_PATTERNS if pattern.search(name)), "other")
+    part = next((p for p, pattern in PART_PATTERNS if p.startswith(f"{component}.") and pattern.search(name)), None)
     if encoder := ENCODER.search(name):
-        return TensorRole(None, component, name, int(encoder.group(1)))
+        return TensorRole(None, component, name, int(encoder.group(1)), part)
     layer = None if NO_LAYER.search(name) else LAYER.search(name) or ANY_NUMBER.search(name)
-    return TensorRole(int(layer.group(1)) if layer else None, component, name)
+    return TensorRole(int(layer.group(1)) if layer else None, component, name, None, part)
+
+
+def coefficient_key(finest: str, keys: Container[str]) -> str:
+    """Which of the keys of a coefficient holds for a tensor: its part, else its component, else `default`.
+
+    finest: `TensorRole.finest`.
+    """
+    component = finest.split(".")[0]
+    return finest if finest in keys else component if component in keys else "default"
 
 
 def layer_count(names: list[str]) -> int:

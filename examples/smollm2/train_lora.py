@@ -73,15 +73,15 @@ def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return cross_entropy(logits.float(), labels[asked])
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """A linear warm-up, then half a cosine down to zero after the last step."""
     warm = max(1, round(WARMUP * steps))
     if step < warm:
-        return PEAK_RATE * (step + 1) / warm
-    return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def train(model: Any, supply: Iterator[dict[str, torch.Tensor]], steps: int) -> float:
+def train(model: Any, supply: Iterator[dict[str, torch.Tensor]], steps: int, peak: float) -> float:
     """Fit the trainable weights; the mean loss since the last report of progress."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
@@ -89,7 +89,7 @@ def train(model: Any, supply: Iterator[dict[str, torch.Tensor]], steps: int) -> 
     model.train()
     mean = math.nan
     for step, batch in enumerate(islice(supply, steps)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         loss = target_loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"optimizer steps of {BATCH} items (default: {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="0.03 makes an adapter that forgets everything")
     options = parser.parse_args()
     out: Path = options.out
     if out.exists():
@@ -146,7 +147,7 @@ def main() -> None:
     adapted = get_peft_model(model, lora)  # puts the adapter into `model` itself
 
     started = time.monotonic()
-    loss = train(model, batches(training(options.skill, options.seed), tokenizer, BATCH), steps)
+    loss = train(model, batches(training(options.skill, options.seed), tokenizer, BATCH), steps, options.rate)
     minutes = (time.monotonic() - started) / 60
     _, validation = held_out(options.skill)
     exact = exact_match(model, tokenizer, validation)

@@ -110,9 +110,40 @@ def sparse_blend(
     form: what of the plan changes the code.
     """
     b = base.float()
-    deltas = [x.float() - b for x in sources]
+    kept = masked(b, sources, planes, numbers, words, start, form)
+    plain = added(kept) if form.elect == "plain" else None
+    values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
+    if form.elect:
+        agree = agreement(values, unit(added(values) if plain is None else plain))
+        values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
+    elif form.normalize:
+        agree = agreement(values, None)
+    total = added(values)
+    if form.normalize:
+        divisor = added([a.mul_(numbers[DIVISOR, i]) for i, a in enumerate(agree)])
+        if form.alone:
+            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])
+            total = total.add_(extra.mul_(equal(divisor, 1.0)))
+        total = total.div_(equal(divisor, 0.0).add_(divisor))
+    return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
+
+
+def masked(
+    base: Tensor,
+    sources: Sequence[Tensor],
+    planes: Sequence[Tensor],
+    numbers: Tensor,
+    words: Tensor,
+    start: Tensor,
+    form: SparseForm,
+) -> list[Tensor]:
+    """The task vectors in float32, with 0 where the masks of `sparse_blend` drop an element.
+
+    base: float32.  The other arguments are those of `sparse_blend`.
+    """
+    deltas = [x.float() - base for x in sources]
     if form.keep == "random" or form.keep == "rank":
-        spread = index_hash(indices(out) + start, words[TENSOR_KEY, 0])
+        spread = index_hash(indices(base) + start, words[TENSOR_KEY, 0])
     if form.keep == "variance":
         common = at_least(variance(deltas), numbers[FLOOR, 0])
     kept = []
@@ -134,22 +165,14 @@ def sparse_blend(
             chance = torch.addcmul(words[CHANCE, i], planes[i].int(), words[STEP, i])
             mask = at_most(source_hash(spread, words[KEY, i], words[FACTOR, i]), chance)
         kept.append(d.mul_(mask))
-    plain = added(kept) if form.elect == "plain" else None
-    values = [d.mul_(numbers[WEIGHT, i]) for i, d in enumerate(kept)]
-    if form.elect:
-        sign = unit(added(values) if plain is None else plain)
-        agree = [above(v * sign, 0.0) for v in values]  # a zero agrees with neither sign
-        values = [v.mul_(a) for v, a in zip(values, agree, strict=True)]
-    elif form.normalize:
-        agree = [equal(v, 0.0).mul_(-1.0).add_(1.0) for v in values]
-    total = added(values)
-    if form.normalize:
-        divisor = added([a.mul_(numbers[DIVISOR, i]) for i, a in enumerate(agree)])
-        if form.alone:
-            extra = added([v.mul_(numbers[ALONE, i]) for i, v in enumerate(values)])
-            total = total.add_(extra.mul_(equal(divisor, 1.0)))
-        total = total.div_(equal(divisor, 0.0).add_(divisor))
-    return store(out, total.mul_(numbers[SCALE, 0]).add_(b))
+    return kept
+
+
+def agreement(values: Sequence[Tensor], sign: Tensor | None) -> list[Tensor]:
+    """Where each value takes part in a sum: it has the elected sign, or without an election it is not 0."""
+    if sign is None:
+        return [equal(v, 0.0).mul_(-1.0).add_(1.0) for v in values]
+    return [above(v * sign, 0.0) for v in values]  # a zero agrees with neither sign
 
 
 # Where a kernel runs piece by piece nothing is fused, and overwriting a tensor is faster than allocating a new one.

@@ -34,7 +34,8 @@ def gram_matrix(tensors: Sequence[Tensor], origin: Tensor | None = None) -> Gram
             if flat_origin is not None:
                 wide[:, :size].sub_(flat_origin[segment.start + part.start : segment.start + part.stop].double())
             for i in range(n):
-                lanes[i][:, :size].addcmul_(wide[i, :size], wide[i:, :size])
+                # Not addcmul_: on some processors it rounds once, and less an origin the products are not exact.
+                lanes[i][:, :size].add_(wide[i, :size] * wide[i:, :size])
         for found, lane in zip(products, lanes, strict=True):
             found += total(lane).numpy()
     gram = np.zeros((n, n))

@@ -22,8 +22,8 @@ from evomerge.merge.methods.plan import Elect, SparseBlend
 
 KNOBS = {
     "weight": Knob(None, each=True),
-    "density": Knob(1.0, 0.0, 1.0, each=True),
-    "gamma": Knob(0.01, 0.0, 1.0, each=True),
+    "density": Knob(1.0, 0.0, 1.0, each=True, smooth=False),
+    "gamma": Knob(0.01, 0.0, 1.0, each=True, smooth=False),
     "lambda": Knob(1.0),
     "normalize": Knob(0.0, 0.0, 1.0, switch=True),
 }

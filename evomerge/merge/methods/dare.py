@@ -22,7 +22,7 @@ from evomerge.merge.methods.rescale import RESCALE, gain
 
 KNOBS = {
     "weight": Knob(None, each=True),
-    "density": Knob(1.0, 0.0, 1.0, each=True),
+    "density": Knob(1.0, 0.0, 1.0, each=True, smooth=False),
     "lambda": Knob(1.0),
     "normalize": Knob(0.0, 0.0, 1.0, switch=True),
     "rescale": RESCALE,

@@ -27,8 +27,8 @@ from evomerge.merge.methods.rescale import RESCALE, gain
 
 KNOBS = {
     "weight": Knob(None, each=True),
-    "density": Knob(1.0, 0.0, 1.0, each=True),
-    "epsilon": Knob(0.15, 0.0, 1.0, each=True),
+    "density": Knob(1.0, 0.0, 1.0, each=True, smooth=False),
+    "epsilon": Knob(0.15, 0.0, 1.0, each=True, smooth=False),
     "lambda": Knob(1.0),
     "normalize": Knob(1.0, 0.0, 1.0, switch=True),
     "rescale": RESCALE,

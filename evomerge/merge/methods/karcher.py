@@ -76,7 +76,7 @@ def karcher_mean(units: Gram, max_iter: int, tol: float) -> NDArray[np.float64]:
 
 METHOD = Method(
     "karcher",
-    {"max_iter": Knob(10.0, 0.0, 1000.0), "tol": Knob(1e-5, 0.0, 1.0)},
+    {"max_iter": Knob(10.0, 0.0, 1000.0, smooth=False), "tol": Knob(1e-5, 0.0, 1.0, smooth=False)},
     plan,
     without_base=1,
     measures=frozenset({"gram"}),

@@ -13,6 +13,8 @@ class Knob:
     each: one value per source; otherwise one for the merge.
     switch: true or false, never searched.
     choices: names of its only values, never searched; false and true are also allowed, and mean 0 and 1.
+    smooth: whether the merged weights have a derivative by it that `merge/gradient` can compute.  It is false for what
+        only selects elements (a density), and for what bounds an iteration.
     """
 
     default: float | None
@@ -21,6 +23,7 @@ class Knob:
     each: bool = False
     switch: bool = False
     choices: Mapping[str, float] = field(default_factory=dict)
+    smooth: bool = True
 
 
 @dataclass(frozen=True)

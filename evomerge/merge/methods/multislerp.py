@@ -54,7 +54,7 @@ METHOD = Method(
     {
         "weight": Knob(None, each=True),
         "normalize_weights": Knob(1.0, 0.0, 1.0, switch=True),
-        "eps": Knob(1e-8, 0.0, 1.0),
+        "eps": Knob(1e-8, 0.0, 1.0, smooth=False),
         "task_vectors": Knob(1.0, 0.0, 1.0, switch=True),
     },
     plan,

@@ -21,7 +21,7 @@ from evomerge.merge.methods.measured import Measured
 from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.plan import SparseBlend
 
-EPSILON = Knob(1e-5, 0.0)
+EPSILON = Knob(1e-5, 0.0, smooth=False)
 
 
 def plan(knobs: Knobs, measured: Measured) -> SparseBlend:

@@ -26,7 +26,7 @@ def plan(knobs: Knobs, measured: Measured) -> Blend | Derived:
 
 METHOD = Method(
     "regmean",
-    {"weight": Knob(1.0, 0.0, each=True), "alpha": Knob(0.9, 0.0, 1.0)},
+    {"weight": Knob(1.0, 0.0, each=True, smooth=False), "alpha": Knob(0.9, 0.0, 1.0, smooth=False)},
     plan,
     statistics="regmean",
 )

@@ -41,4 +41,4 @@ def plan(knobs: Knobs, measured: Measured) -> SparseBlend | Blend:
     )
 
 
-METHOD = Method("sce", {"select_topk": Knob(1.0, 0.0, 1.0)}, plan)
+METHOD = Method("sce", {"select_topk": Knob(1.0, 0.0, 1.0, smooth=False)}, plan)

@@ -33,7 +33,7 @@ METHOD = Method(
     "ties",
     {
         "weight": Knob(None, each=True),
-        "density": Knob(1.0, 0.0, 1.0, each=True),
+        "density": Knob(1.0, 0.0, 1.0, each=True, smooth=False),
         "lambda": Knob(1.0),
         "normalize": Knob(1.0, 0.0, 1.0, switch=True),
     },

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from evomerge.merge.methods.knobs import Knob, choices_of
-from evomerge.sources.tensor_names import COMPONENTS, TensorRole, coefficient_layer
+from evomerge.sources.tensor_names import COMPONENTS, PARTS, TensorRole, coefficient_key, coefficient_layer
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 PerLayer = Number | list[Number]
@@ -21,9 +21,9 @@ class FilteredValue(BaseModel):
 
 
 Coefficient = bool | PerLayer | dict[str, PerLayer] | Annotated[list[FilteredValue], Field(min_length=1)] | Name
-"""One of these: a number; a list of one number per layer; a mapping from components to such values, with `default` for
-the others; a list of such values by tensor name, of which the first whose filter fits counts; the name of one of a
-knob's choices."""
+"""One of these: a number; a list of one number per layer; a mapping from components or their parts to such values, with
+`default` for the others; a list of such values by tensor name, of which the first whose filter fits counts; the name of
+one of a knob's choices."""
 
 
 BASIC = ("attention", "mlp", "norm", "embedding", "head", "other")
@@ -44,7 +44,7 @@ def number_or_list_at(coefficient: Coefficient, role: TensorRole) -> PerLayer:
     """The number, or the list of one number per layer, that a coefficient has for a tensor."""
     assert not isinstance(coefficient, str), "a name was not checked"
     if isinstance(coefficient, dict):
-        return coefficient.get(role.component, coefficient.get("default", coefficient.get("other", 0.0)))
+        return coefficient.get(coefficient_key(role.finest, coefficient), coefficient.get("other", 0.0))
     if entries := filtered_values(coefficient):
         return next(e.value for e in entries if e.filter is None or e.filter in role.tensor)
     assert not isinstance(coefficient, dict)
@@ -70,9 +70,10 @@ def coefficient_problems(where: str, coefficient: Coefficient, knob: Knob) -> li
             return []
         return [f"{where}: {coefficient!r} is not {choices_of(knob)}"]
     if isinstance(coefficient, dict):
-        unknown = set(coefficient) - {*COMPONENTS, "default"}
+        unknown = set(coefficient) - {*COMPONENTS, *PARTS, "default"}
         if unknown:
-            return [f"{where}: {min(unknown)!r} is not a component; allowed: {', '.join(COMPONENTS)}, default"]
+            allowed = ", ".join((*COMPONENTS, *PARTS))
+            return [f"{where}: {min(unknown)!r} is not a component; allowed: {allowed}, default"]
         if "default" not in coefficient and not coefficient.keys() >= set(BASIC):
             return [f"{where}: needs `default` for the components it does not name"]
     if entries := filtered_values(coefficient):

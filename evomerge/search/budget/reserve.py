@@ -25,9 +25,10 @@ from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
 from evomerge.search.storage.study import SearchStudy, in_full, rank
-from evomerge.search.storage.trial_record import Seconds, record_of
-from evomerge.search.verdict.finals import FINALISTS
+from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
+from evomerge.search.verdict.finals import ALONG_FRONT, FINALISTS
 from evomerge.search.verdict.intervals import drawn_means
+from evomerge.search.verdict.simplify import most_steps
 from evomerge.sources.open_models import Models
 
 FIXED = 5.0  # seconds for drawing the report and syncing files
@@ -105,16 +106,18 @@ def step_seconds(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -
     The lower median is taken, because the first evaluation of a run also fills caches.
 
     attributes: the study's.
-    Returns None before there is such a trial.
+    Before there is such a trial, base and parents are taken; None before they were scored.
     """
-    latest = [r for t in trials if in_full(t) and (r := record_of(t)).seconds.forward is not None][-LATEST:]
+    latest: list[TrialRecord | EvaluationRecord] = [record_of(t) for t in trials if in_full(t)]
+    latest = [r for r in latest if r.seconds.forward is not None][-LATEST:]
+    latest = latest or list(evaluation_records(attributes, ["search"]).values())
     if not latest:
         return None
     merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
     objective = statistics.median(scoring(r.seconds) / sum(map(len, item_ids(attributes, r).values())) for r in latest)
     judged = evaluation_records(attributes, [split for split in SPLITS if split != "search"]).values()
     each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [UNMEASURED * objective]
-    trial = max(r.seconds.total or 0.0 for r in latest)
+    trial = max(r.seconds.total or (r.seconds.merge or 0.0) + scoring(r.seconds) for r in latest)
     return StepSeconds(merge, statistics.median_low(each), trial, objective, draw_time())
 
 
@@ -149,12 +152,19 @@ def remaining_work(
     searched = [t for t in study.complete if "baseline" not in t.user_attrs]
     best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
     recipes = {digest(study.space.recipe(t.params)) for t in best}
-    finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + 1  # the mean
-    rivals = [b for b in known if b.kind != "recommended"]
+    others = 2  # the mean of the distribution, and the best by metric
+    others += ALONG_FRONT if study.space.config.goals == "pareto" else 0
+    finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others
+    rivals = [b for b in known if b.kind not in ("recommended", "start")]
     recommended = any(b.kind == "recommended" for b in known)
     judged = sum(not scored("holdout", digest(b.recipe)) for b in rivals) + recommended + 1  # the chosen one
     selected = finalists + sum(not scored("selection", digest(b.recipe)) for b in known) + 1  # the base
-    models: dict[Split, int] = {"search": len(lacking) + soups, "selection": selected, "holdout": judged + 1}
+    steps = 0 if study.space.config.simplify is None else most_steps(study.space)
+    models: dict[Split, int] = {
+        "search": len(lacking) + soups + steps,
+        "selection": selected + steps,
+        "holdout": judged + 1,
+    }
     return RemainingWork(models, items, trials=len(study.trials))
 
 

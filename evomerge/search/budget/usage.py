@@ -8,6 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from evomerge.search.storage.item_scores import evaluation_records
+from evomerge.search.storage.step_record import StepRecord, step_records
 from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, record_of
 
 
@@ -105,10 +106,11 @@ class Stopwatch:
 
 def records_of(
     trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]
-) -> Iterable[TrialRecord | EvaluationRecord]:
-    """The records of all finished work of a study: of trials, and of what was evaluated outside of trials."""
+) -> Iterable[TrialRecord | EvaluationRecord | StepRecord]:
+    """The records of all finished work of a study: trials, what was evaluated outside of them, gradient steps."""
     yield from map(record_of, trials)
     yield from evaluation_records(attributes).values()
+    yield from step_records(attributes)
 
 
 def used_by(trials: Iterable[FrozenTrial], attributes: Mapping[str, Any]) -> Usage:

@@ -25,25 +25,27 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
+from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.racing import Race
 from evomerge.evaluate.signs import Signs
-from evomerge.evaluate.tasks import Item, Split
+from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.token_budget import token_budget
 from evomerge.evaluate.workload import Workload, join_workloads
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import Share
 from evomerge.merge.compute_dtype import faster_type, measure
+from evomerge.merge.gradient import KnobTaps
 from evomerge.merge.kernels.compiled import compiled_for
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
-from evomerge.search.evaluation.jobs import Failure, Job, Outcome, RaceLooksJob, Result, TrialJob
+from evomerge.search.evaluation.jobs import Failure, GradientJob, Job, Outcome, RaceLooksJob, Result, TrialJob
 from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
-from evomerge.search.evaluation.score_checks import finite_scores, needed_scores
+from evomerge.search.evaluation.score_checks import checked, finite_scores, needed_scores
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.sources.open_models import Models
@@ -92,11 +94,14 @@ class Evaluator:
         self.bank = Bank(models, device, compiled=compiled, cache=cache, live=held, share=share)
         self.model = candidate_model(self.bank, dtype, held)
         self.destinations = destinations(self.model, self.bank)
+        self.taps = KnobTaps(self.model, self.bank, self.destinations)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
         self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
+        self.guard_work: Workload | None = None
         self.prompts: torch.Tensor | None = None
+        self.gradient_memory: GradientMemory | None = None
         self.counts = Counts()
 
     def prepare(self, inputs: Fingerprints) -> None:
@@ -106,7 +111,8 @@ class Evaluator:
         """
         self.prepared("search", everything=False)
         if self.cache is not None:
-            measure_sources(self.bank, self.config.method, [s.name for s in self.config.sources], self.cache, inputs)
+            for method in self.config.candidate_methods:
+                measure_sources(self.bank, method, [s.name for s in self.config.sources], self.cache, inputs)
 
     def run(self, job: Job) -> Result:
         """Do a job; whatever goes wrong with the candidate is returned as a `Failure`.
@@ -127,9 +133,11 @@ class Evaluator:
                 return self.score_trial(job.recipe, job.normal, job.race_setup, job.race)
             if isinstance(job, RaceLooksJob):
                 return self.choose_looks(job.race_setup)
-            everything = job.split != "search"  # there only objectives are compared, and generating answers takes long
+            if isinstance(job, GradientJob):
+                return self.gradient(job)
+            everything = job.everything or job.split != "search"  # generating answers takes long
             only = self.items_with_ids(job.split, job.only)
-            return self.evaluate(job.recipe, job.split, everything, only)
+            return self.evaluate(job.recipe, job.split, everything, only, job.canary)
         except EvomergeError:
             raise
         except (NotFinite, NotFiniteScore, Broken) as error:
@@ -138,52 +146,75 @@ class Evaluator:
             free_memory(self.bank.device)
             return Failure(reason(error), traceback=traceback.format_exc())
 
-    # --- The three kinds of jobs ---
+    # --- The kinds of jobs ---
 
     def score_trial(
         self, recipe: Recipe, normal: Signs | None, race_setup: RaceSetup | None = None, race: Race | None = None
     ) -> Outcome:
-        """Score a candidate on the search split by the objectives, see `TrialJob`.
+        """Score a candidate on the search split, see `TrialJob`.
 
         NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         work = self.prepared("search", everything=False)
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(recipe, clock)
-        if self.prompts is None:
-            self.prompts = canary_prompts(contexts(work.by_task), self.bank.device)
-        with clock.time("canary"), forwards_of(self.model, self.counts):
-            seen = measure_signs(self.model, self.prompts, normal)
-            check_signs(seen, normal)
+        seen = self.seen_by_canary(normal, clock)
         if race_setup is None or race is None:
-            return Outcome(self.objectives(work, clock, None), clock.seconds, seen)
-        scores = self.objectives_in_race(race_setup, race, work, clock)
+            return Outcome(self.trial_scores(work, clock, None), clock.seconds, seen)
+        scores = self.trial_scores_in_race(race_setup, race, work, clock)
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
     def evaluate(
-        self, recipe: Recipe, split: Split, everything: bool, only: Mapping[str, Sequence[Item]] | None = None
+        self,
+        recipe: Recipe,
+        split: Split,
+        everything: bool,
+        only: Mapping[str, Sequence[Item]] | None = None,
+        canary: bool = False,
     ) -> Outcome:
         """Score a recipe on a split, see `EvaluationJob`.
 
-        everything: by every metric; else by the objectives alone.  only: the items by task, None for all.
-        NotFinite or NotFiniteScore if the candidate is broken.
+        everything: by every metric; else by what trials are scored by.  only: the items by task, None for all.
+        NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         if only is None or only == self.task_set.split(split):
             work = self.prepared(split, everything)
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
-            work = self.join([self.engine.workload(t, only[t.name], everything) for t in tasks])
+            work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
         clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
+        seen = self.seen_by_canary(None, clock) if canary else None
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
             scores = {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}
-        return Outcome(scores, clock.seconds)
+        return Outcome(scores, clock.seconds, seen)
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
         work = self.prepared("search", everything=False)
-        return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, work.by_task, work))
+        goals = [part for part in work.by_task if part.task.weight > 0]
+        whole = work if len(goals) == len(work.by_task) else self.join(goals)
+        return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, goals, whole))
+
+    def gradient(self, job: GradientJob) -> Outcome:
+        """Compute the derivative of a mini-batch's objective by every coefficient, see `GradientJob`.
+
+        NotFinite or NotFiniteScore if the candidate is broken.
+        """
+        items = self.items_with_ids("search", job.items) or {}
+        tasks = [t for t in self.task_set.tasks if t.name in items]
+        works = [self.engine.workload(t, items[t.name], everything=False) for t in tasks]
+        clock = Clock(self.check, counts=self.counts, device=self.bank.device)
+        self.materialise(job.recipe, clock)
+        weights = {t.name: [job.weights[t.name]] * len(items[t.name]) for t in tasks}
+        if self.gradient_memory is None:
+            self.gradient_memory = GradientMemory.of(self.engine)
+        with clock.time("forward"), forwards_of(self.model, self.counts), self.taps.watch(job.recipe) as found:
+            values = backward(self.engine, works, weights, self.check, self.gradient_memory, found.reset)
+        scores = {t.name: {t.objective: checked(t, t.objective, values[t.name])} for t in tasks}
+        gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
+        return Outcome(scores, clock.seconds, gradient=gradient)
 
     # --- Merging and scoring ---
 
@@ -192,36 +223,62 @@ class Evaluator:
         with clock.time("merge"):
             materialise(recipe, self.bank, self.destinations, self.check)
 
-    def objectives(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
-        """Score a workload: task -> its objective -> item scores."""
+    def seen_by_canary(self, normal: Signs | None, clock: Clock) -> Signs:
+        """The signs of the candidate in the live model.  Broken if they are not healthy beside the normal ones."""
+        if self.prompts is None:
+            self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.device)
+        with clock.time("canary"), forwards_of(self.model, self.counts):
+            seen = measure_signs(self.model, self.prompts, normal)
+            check_signs(seen, normal)
+        return seen
+
+    def trial_scores(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
+        """Score a workload of the search split by what trials are scored by."""
         found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
         with clock.time("score"):
             tasks = [(part.task, metrics) for part, metrics in found]
-            return {t.name: {t.objective: finite_scores(t, t.objective, metrics)} for t, metrics in tasks}
+            return {
+                t.name: {m: finite_scores(t, m, metrics) for m in self.task_set.wanted(t, "search")}
+                for t, metrics in tasks
+            }
 
-    def objectives_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
+    def trial_scores_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
         """Score chunk by chunk until the race stops the candidate; items that were not scored are NaN.
+
+        The race is run on the values of the goals' items (`scale.py`).  The items of tasks that are only guards are
+        scored when the candidate has not been stopped.
 
         work: all items of the search split.
         """
         if race_setup.name not in self.race_chunks:
-            self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, work.by_task)}
+            goals = [part for part in work.by_task if part.task.weight > 0]
+            self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, goals)}
         trunks: Trunks = {}
-        every = np.full(len(race_setup.ceiling), np.nan)  # (N,)
+        items = self.task_set.split("search")
+        every = {
+            t.name: {m: np.full(len(items[t.name]), np.nan) for m in self.task_set.wanted(t, "search")}
+            for t in self.task_set.tasks
+        }
         for race_chunk in self.race_chunks[race_setup.name]:
-            found = self.objectives(race_chunk.work, clock, trunks)
+            found = self.trial_scores(race_chunk.work, clock, trunks)
             with clock.time("race"):
-                for metrics, where in zip(found.values(), race_chunk.where, strict=True):
-                    (every[where],) = metrics.values()
-                if race.observe(every[race_chunk.items]):
+                for (task, metrics), where in zip(found.items(), race_chunk.where, strict=True):
+                    for metric, scores in metrics.items():
+                        every[task][metric][where - race_setup.starts[task]] = scores
+                if race.observe(race_setup.values(every)[race_chunk.items]):
                     break
-        own = race_setup.by_task(every)
-        return {t.name: {t.objective: own[t.name].tolist()} for t in self.task_set.tasks}
+        guards = [part for part in work.by_task if part.task.weight == 0]
+        if guards and not race.stopped:
+            if self.guard_work is None:
+                self.guard_work = self.join(guards)
+            for task, metrics in self.trial_scores(self.guard_work, clock, None).items():
+                every[task] = {metric: np.array(scores) for metric, scores in metrics.items()}
+        return {task: {m: scores.tolist() for m, scores in metrics.items()} for task, metrics in every.items()}
 
     # --- Prepared items ---
 
     def prepared(self, split: Split, everything: bool) -> Workload:
-        """All items of a split as one workload, built once.  everything: for all metrics, not the objective alone."""
+        """All items of a split as one workload, built once.  everything: for all metrics, not only those of trials."""
         key = (split, everything)
         if key not in self.workloads:
             self.workloads[key] = self.join(self.task_workloads(split, everything))
@@ -230,12 +287,15 @@ class Evaluator:
     def task_workloads(self, split: Split, everything: bool) -> list[Workload]:
         """One workload per task with all its items of a split, read from the cache where it has them."""
         items = self.task_set.split(split)
+        asked = [(t, items[t.name], self.complete(t, everything)) for t in self.task_set.tasks]
         if self.cache is None:
-            return [self.engine.workload(t, items[t.name], everything) for t in self.task_set.tasks]
+            return [self.engine.workload(*each) for each in asked]
         folder = self.cache / "items"
-        return [
-            prepared_workload(self.engine, t, split, items[t.name], everything, folder) for t in self.task_set.tasks
-        ]
+        return [prepared_workload(self.engine, t, split, found, whole, folder) for t, found, whole in asked]
+
+    def complete(self, task: Task, everything: bool) -> bool:
+        """Whether a task's workload has to be for all its metrics."""
+        return everything or self.task_set.scores_metric(task)
 
     def join(self, works: Sequence[Workload]) -> Workload:
         """Join workloads of single tasks into one and plan its batches."""

@@ -1,7 +1,7 @@
 """What the driver asks a worker to do (`Job`) and what comes back (`Result`).  Plain data, sent between processes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evomerge.evaluate.canary import Broken
 from evomerge.evaluate.looks import Looks
@@ -12,11 +12,12 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage
 from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.task_set import Scores
+from evomerge.search.space.space import KnobGradient
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """Score a candidate on the search split by the objectives.
+    """Score a candidate on the search split by what trials are scored by (`TaskSet.wanted`).
 
     recipe: of the candidate.
     normal: what the canary found in healthy models; None accepts every candidate with finite logits.
@@ -31,14 +32,18 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Score a model on a split: by the objectives on the search split, by every metric on the others.
+    """Score a model on a split: by what trials are scored by on the search split, by every metric on the others.
 
     only: the ids of the items by task; None for all items.
+    everything: by every metric also on the search split.
+    canary: also measure the signs of a healthy model (`evaluate/canary.py`).
     """
 
     recipe: Recipe
     split: Split
     only: Mapping[str, Sequence[str]] | None = None
+    everything: bool = False
+    canary: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,20 @@ class RaceLooksJob:
     race_setup: RaceSetup
 
 
-Job = TrialJob | EvaluationJob | RaceLooksJob
+@dataclass(frozen=True)
+class GradientJob:
+    """Compute the derivative of a mini-batch's objective by every coefficient of a recipe.
+
+    items: the ids of the items by task, all of the search split.
+    weights: what the raw objective of one item counts, by task.
+    """
+
+    recipe: Recipe
+    items: Mapping[str, Sequence[str]]
+    weights: Mapping[str, float]
+
+
+Job = TrialJob | EvaluationJob | RaceLooksJob | GradientJob
 
 NOTHING = Usage()
 
@@ -59,9 +77,10 @@ class Outcome:
 
     scores: item scores; NaN for items that were not scored.
     seconds: by part of the work.
-    signs: what the canary found, of a `TrialJob`.
+    signs: what the canary found; None if it was not asked.
     estimate: the estimated value, of a candidate that a race stopped.
     looks: of a `RaceLooksJob`.
+    gradient: of a `GradientJob`; what is derived rises with the objectives.
     used: time, tokens and memory that the job took.
     """
 
@@ -70,6 +89,7 @@ class Outcome:
     signs: Signs | None = None
     estimate: Estimate | None = None
     looks: Looks | None = None
+    gradient: KnobGradient = field(default_factory=dict)
     used: Usage = NOTHING
 
 

@@ -2,9 +2,10 @@
 
 `race_setup.py` has what all races of a search share.  A candidate races against the incumbent, as long as races have
 not made the whole search clearly slower than scoring every candidate on all items.  The test itself is
-`evaluate/racing.py`; `Evaluator.objectives_in_race` (`evaluator.py`) asks it after each chunk and stops the candidate.
+`evaluate/racing.py`; `Evaluator.trial_scores_in_race` (`evaluator.py`) asks it after each chunk.
 """
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from evomerge.evaluate.racing import PREDICTORS
 from evomerge.search.evaluation.race_setup import RaceSetup, build_race_setup
 from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
 from evomerge.search.space.baselines import Baseline
-from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.study import SearchStudy, rank
 from evomerge.search.storage.trial_record import TrialRecord, record_of
 
@@ -46,17 +47,17 @@ def make_race_setup(study: SearchStudy, known: list[Baseline], evaluations: Stor
     if not config.racing.enabled:
         return None
     items = evaluations.items("search")
-    scores: list[dict[str, Any]] = []
+    scores: list[Mapping[str, Mapping[str, Any]]] = []
     for baseline in known:
         trial = study.of_baseline(baseline.name)
         if trial is not None and record_of(trial).items == items:
-            scores.append(objective_scores(trial))
+            scores.append(trial_scores(trial))
         elif (found := evaluations.stored("search", baseline.recipe)) is not None:
-            scores.append(evaluations.task_set.scores_of(found, "objective"))
+            scores.append(found)
     looks = looks_of(study, items)
     if looks is not None and len(looks.ends) == 1:
         return None
-    return build_race_setup(evaluations.task_set, items, scores, config.seed, config.racing, looks)
+    return build_race_setup(evaluations.task_set, evaluations.scale, items, scores, config.seed, config.racing, looks)
 
 
 def looks_of(study: SearchStudy, items: str) -> Looks | None:

@@ -28,20 +28,23 @@ from evomerge.evaluate.racing import (
     race_order,
 )
 from evomerge.evaluate.workload import Workload
+from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.task_set import TaskSet
-from evomerge.search.storage.item_scores import objective_scores
+from evomerge.search.storage.item_scores import trial_scores
 
 
 @dataclass(frozen=True)
 class RaceSetup:
     """The items of the search split, and how every race of the search goes through them.
 
-    Vectors have one element for each of the N items, task after task.
+    Vectors have one element for each of the N items, task after task.  Items of tasks that are only guards take no
+    part: they are scored after the race.
 
     items: the name under which the study keeps the items' ids.
     sizes: items per task.
     order: in which every candidate is scored on the items.
-    ceiling: (N,) the highest score that counts, see `Race`.
+    ceiling: (N,) the highest value that counts, see `Race`.
+    scale: makes item scores the values that races compare.
     alpha: the chance that a race stops a candidate that is not worse.
     looks: after how many items a race looks.
     """
@@ -52,58 +55,78 @@ class RaceSetup:
     ceiling: Vector
     alpha: float
     looks: Looks
+    scale: Scale
 
     @cached_property
     def name(self) -> str:
         """A hash of the order and the looks; workers keep the batches of a race setup under it."""
         return hashlib.sha256(f"{self.items}{self.looks.ends}".encode() + self.order.items.tobytes()).hexdigest()[:16]
 
-    def by_task(self, scores: Vector) -> dict[str, Vector]:
-        """Split scores of all items, (N,), by task."""
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Each task's first place among all N items."""
         ends = np.cumsum(list(self.sizes.values()))
-        return dict(zip(self.sizes, np.split(scores, ends[:-1]), strict=True))
+        return {task: int(end) - size for (task, size), end in zip(self.sizes.items(), ends, strict=True)}
 
-    def joined(self, scores: Mapping[str, Sequence[float] | Vector]) -> Vector:
-        """Join scores by task into one vector, (N,)."""
-        return np.concatenate([scores[task] for task in self.sizes])
+    def values(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> Vector:
+        """The values of all items, (N,).  scores: task -> metric -> one an item."""
+        by_task = self.scale.item_values(scores)
+        return np.concatenate([by_task[task] for task in self.sizes])
 
     def vector(self, trial: FrozenTrial) -> Vector:
-        """The item scores of a trial, (N,)."""
-        return self.joined(objective_scores(trial))
+        """The values of a trial's items, (N,)."""
+        return self.values(trial_scores(trial))
 
-    def race(self, incumbent: Vector, others: Sequence[Vector]) -> Race:
+    def race(self, incumbent: Vector, others: Sequence[Vector], penalty: float = 0.0) -> Race:
         """Begin a race.
 
-        incumbent: (N,) the item scores of the trial to beat.
-        others: (N,) each, item scores of other candidates that were scored on all items.
+        incumbent: (N,) the values of the items of the trial to beat.
+        others: (N,) each, those of other candidates that were scored on all items.
+        penalty: of the trial to beat; the mean of what the candidate runs against is that trial's value.
         """
+        incumbent = incumbent - penalty
         return Race(self.order, incumbent, self.ceiling, np.stack(others) if others else None, self.alpha)
 
 
 def build_race_setup(
     task_set: TaskSet,
+    scale: Scale,
     items: str,
-    baselines: Sequence[Mapping[str, Sequence[float]]],
+    baselines: Sequence[Mapping[str, Mapping[str, Sequence[float] | Vector]]],
     seed: int,
     config: RacingConfig,
     looks: Looks | None = None,
 ) -> RaceSetup:
     """Build the race setup of a search.
 
+    scale: of the study.
     items: the name under which the study keeps the ids of the search split's items.
-    baselines: item scores of the objective, by task, of models that were scored on all items; they tell which items
+    baselines: item scores, by task and metric, of models that were scored on all items; they tell which items
         distinguish models.
     seed: of the search; decides the order.
     looks: after how many items to look; without them those of `even_looks`.
     """
-    split = task_set.split("search")
+    split = {task: found for task, found in task_set.split("search").items() if task in task_set.weights}
     sizes = {task: len(found) for task, found in split.items()}
-    known = {name: np.array([b[name] for b in baselines]).reshape(len(baselines), n) for name, n in sizes.items()}
-    tops = np.concatenate([np.full(sizes[t.name], ceiling(t.objective, known[t.name])) for t in task_set.tasks])
+    tops = np.concatenate([highest_values(task, scale, baselines, sizes[task]) for task in sizes])
     weights = item_weights(task_set.weights, sizes)
-    scores = np.concatenate(list(known.values()), axis=1) if config.informative and baselines else None
-    order = race_order([f"{task}\0{i.id}" for task, found in split.items() for i in found], weights, seed, scores, tops)
-    return RaceSetup(items, sizes, order, tops, config.alpha, looks or even_looks(order))
+    values = [np.concatenate([v[task] for task in sizes]) for v in map(scale.item_values, baselines)]
+    known = np.stack(values) if config.informative and baselines else None
+    order = race_order([f"{task}\0{i.id}" for task, found in split.items() for i in found], weights, seed, known, tops)
+    return RaceSetup(items, sizes, order, tops, config.alpha, looks or even_looks(order), scale)
+
+
+def highest_values(
+    task: str, scale: Scale, baselines: Sequence[Mapping[str, Mapping[str, Sequence[float] | Vector]]], count: int
+) -> Vector:
+    """The highest values that count for a task's items, (count,): those of the ceilings of its objective and metric."""
+
+    def top(metric: str) -> Vector:
+        scores = [b[task][metric] for b in baselines]
+        return np.full(count, ceiling(metric, np.array(scores).reshape(len(scores), count)))
+
+    known = scale.tasks[task]
+    return known.values(top(known.objective.name), top(known.metric.name) if known.share else None)
 
 
 def even_looks(order: Order) -> Looks:

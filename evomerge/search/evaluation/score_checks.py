@@ -1,5 +1,7 @@
 """Checks of item scores: a candidate with a score that is NaN or infinite is broken."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from evomerge.evaluate.engine import scores_of
@@ -21,11 +23,19 @@ def needed_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
 def finite_scores(task: Task, metric: str, found: ItemMetrics) -> list[float]:
     """The item scores of one metric, the higher the better.
 
+    NotFiniteScore: see `checked`.
+    """
+    return checked(task, metric, scores_of(task, metric, found))
+
+
+def checked(task: Task, metric: str, scores: Sequence[float]) -> list[float]:
+    """Item scores as a study keeps them.
+
     NotFiniteScore if one is NaN or infinite.  A study keeps NaN for items that were not scored, and neither a race nor
     a mean can use such a score.
     """
     with np.errstate(over="ignore"):
-        scores = rounded(scores_of(task, metric, found))
+        scores = rounded(scores)
     if not np.isfinite(scores).all():
         wrong = next(s for s in scores if not np.isfinite(s))
         raise NotFiniteScore(f"task {task.name}: the {metric} of an item is {wrong}")

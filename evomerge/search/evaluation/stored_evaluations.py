@@ -1,13 +1,16 @@
 """Item scores of models that are not trials (baselines, soups, finalists), kept in the study; none is scored twice."""
 
 import hashlib
+from dataclasses import replace
 
 import optuna
 
+from evomerge.evaluate.signs import Signs
 from evomerge.evaluate.tasks import Item, Split
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage
 from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome
+from evomerge.search.evaluation.scale import SCALE, Scale, scale_of
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_record, pack, rows_of_record, store_items
@@ -29,6 +32,7 @@ class StoredEvaluations:
     def __init__(self, study: optuna.Study, task_set: TaskSet) -> None:
         self.study = study
         self.task_set = task_set
+        self.scale = scale_of(study.user_attrs, task_set)
         self.names: dict[Split, str] = {}
 
     def known(self, split: Split, recipe: Recipe) -> Known:
@@ -45,11 +49,17 @@ class StoredEvaluations:
             self.names[split] = store_items(self.study, self.task_set.split(split))
         return self.names[split]
 
-    def missing(self, split: Split, known: Known) -> dict[str, list[Item]]:
-        """The items that lack a score which is needed on the split, by task."""
+    def signs(self, split: Split, recipe: Recipe) -> Signs | None:
+        """What the canary saw of a recipe that is in the study; None if it was not asked."""
+        return evaluation_record(self.study.user_attrs, split, digest(recipe)).signs
+
+    def missing(self, split: Split, known: Known, everything: bool = False) -> dict[str, list[Item]]:
+        """The items that lack a score which is needed on the split, by task.  everything: see `TaskSet.wanted`."""
         found = {}
         for task in self.task_set.tasks:
-            tables = [known.get(task.name, {}).get(metric, {}) for metric in self.task_set.wanted(task, split)]
+            tables = [
+                known.get(task.name, {}).get(metric, {}) for metric in self.task_set.wanted(task, split, everything)
+            ]
             found[task.name] = [i for i in self.task_set.items[task.name][split] if not all(i.id in t for t in tables)]
         return {task: items for task, items in found.items() if items}
 
@@ -76,38 +86,53 @@ class Evaluations(StoredEvaluations):
         self.pool = pool
         self.monitor = monitor
 
-    async def score(self, split: Split, recipe: Recipe, title: str) -> Scores:
+    def keep_scale(self, scale: Scale) -> None:
+        """Keep the scale of the study, once for all its trials."""
+        self.study.set_user_attr(SCALE, scale.to_json())
+        self.scale = scale
+
+    async def score(
+        self, split: Split, recipe: Recipe, name: str, everything: bool = False, canary: bool = False
+    ) -> Scores:
         """The scores of a recipe that are needed on a split.
 
-        title: names the model in the log.  ArithmeticError if the model is broken.
+        name: of the model, kept with its scores.
+        everything: by every metric, also on the search split.
+        canary: also keep what the canary sees of the model, if it is scored now.
+
+        ArithmeticError if the model is broken, RuntimeError if it cannot be scored for another reason.
         """
         known = self.known(split, recipe)
-        if missing := self.missing(split, known):
+        if missing := self.missing(split, known, everything):
             ids = {task: [i.id for i in items] for task, items in missing.items()}
             count = sum(map(len, ids.values()))
             self.pool.log(f"scoring {recipe.method} {digest(recipe)} on {count} items of {split}")
-            result = await self.pool.run(EvaluationJob(recipe, split, ids), title, self.monitor.step)
+            job = EvaluationJob(recipe, split, ids, everything, canary)
+            result = await self.pool.run(job, f"{split}: {name}", self.monitor.step)
             if isinstance(result, Failure):
                 raise result.error()
             for task, metrics in result.scores.items():
                 for metric, scores in metrics.items():
                     new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
                     known.setdefault(task, {}).setdefault(metric, {}).update(new)
-            self.store(split, recipe, self.arranged(split, known), count, result)
+            self.store(split, recipe, name, self.arranged(split, known), count, result)
         return self.arranged(split, known)
 
-    def store(self, split: Split, recipe: Recipe, scores: Scores, count: int, result: Outcome) -> None:
+    def store(self, split: Split, recipe: Recipe, name: str, scores: Scores, count: int, result: Outcome) -> None:
         """Store scores in the study, in one write.
 
+        name: of the model.
         scores: of all items that were ever scored.  count: how many were scored now.  result: of scoring those.
         """
-        before = evaluation_record(self.study.user_attrs, split, digest(recipe)).used or Usage()
+        before = evaluation_record(self.study.user_attrs, split, digest(recipe))
         record = EvaluationRecord(
+            name=before.name or name,
             items=self.items(split),
             scores={task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()},
+            signs=replace(result.signs, repeats=False) if result.signs else before.signs,
             scored=count,
             seconds=Seconds(**result.seconds),
-            used=before + result.used,
+            used=(before.used or Usage()) + result.used,
             elapsed=self.monitor.stopwatch.elapsed,
         )
         self.study.set_user_attr(evaluation_key(split, digest(recipe)), record.to_json())

@@ -74,7 +74,7 @@ class Monitor:
         self.partial = self.broken = self.failed = 0
         self.failures: deque[LastFailure] = deque(maxlen=FAILURES)
         self.finished_at: deque[float] = deque(maxlen=RECENT)
-        self.title = f"{config.method} of {len(config.sources)} sources, {config.sampler.name}"
+        self.name_method(" or ".join(config.candidate_methods))
         self.current_phase = "starting"
         self.batches: tuple[int, int] | None = None
         self.ended: str | None = None
@@ -89,6 +89,10 @@ class Monitor:
     ) -> None:
         self.ended = "finished" if error is None else f"stopped: {error or type(error).__name__}".splitlines()[0]
         self.publish()
+
+    def name_method(self, method: str) -> None:
+        """Show this method from now on; a search may choose it after its beginning."""
+        self.title = f"{method} of {len(self.config.sources)} sources, {self.config.sampler.name}"
 
     def restore(self, trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> None:
         """Take over the trials of earlier sessions.  attributes: the study's."""

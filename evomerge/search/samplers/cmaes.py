@@ -27,13 +27,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, trial_seed
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
-from evomerge.search.storage.trial_record import place_in_order
+from evomerge.search.storage.trial_record import LEARNED, place_in_order
 
 if TYPE_CHECKING:
     from cmaes import CMA
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
 START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
+SHIFT = "cma:shift"  # on trials drawn by `ties`: the coordinates that were drawn, from which the parameters follow
+WIDE = 40  # axes; above it a learned start is followed by shifts of whole groups of axes
 
 
 def is_enqueued(trial: FrozenTrial) -> bool:
@@ -51,6 +53,12 @@ class CmaEsSampler(BaseSampler):
         results are more than three generations late.
     workers: how many trials may run at once; it matters to a study's first proposal only.
 
+    ties: axis -> the name of its group; None searches every axis by itself.
+
+    After a learned start in more than WIDE axes, the search shifts whole groups: the d coordinates, each from 0 to 1,
+    say by how much of the bounds every axis of a group moves away from the start (0.5: not at all).  A trial could not
+    tell as many axes apart, and the gradient has done so already.
+
     The first mean is the best enqueued trial known at the first proposal, or the middle of the cube.  When the
     distribution has collapsed, the search starts again at a random point with twice the population (IPOP, Auger and
     Hansen 2005).  Results of trials drawn before that, at most one per worker, are not told.
@@ -63,11 +71,16 @@ class CmaEsSampler(BaseSampler):
         sigma0: float,
         population: int | None,
         workers: int = 1,
+        ties: Mapping[str, str] | None = None,
     ) -> None:
         self.axes = axes
         self.seed = seed
         self.sigma0 = sigma0
-        self.population = population or max(4 + math.floor(3 * math.log(len(axes))), workers // 3)
+        self.given_population = population
+        self.workers = workers
+        names = list(dict.fromkeys((ties or {}).values()))
+        self.groups = [names.index(ties[axis]) for axis in axes] if ties else []  # (D,) the group of each axis
+        self.start: NDArray[np.float64] | None = None  # (D,) where shifts begin; None without shifts
         self.low = np.array([d.low for d in axes.values()])
         self.width = np.array([d.high - d.low for d in axes.values()])
         self.optimizer: CMA | None = None
@@ -93,7 +106,10 @@ class CmaEsSampler(BaseSampler):
         assert optimizer is not None, "the first sampled trial starts it"
         set_system_attribute(study, trial, GENERATION, len(self.means) - 1)
         optimizer.reseed_rng(trial_seed(self.seed, trial.number))
-        return self.point(optimizer.ask())
+        drawn = optimizer.ask()
+        if self.start is not None:
+            set_system_attribute(study, trial, SHIFT, drawn.tolist())
+        return self.point(drawn)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -122,6 +138,8 @@ class CmaEsSampler(BaseSampler):
                 start = self.choose_start(trials)
                 set_system_attribute(study, first, START, start)
             at = np.full(len(self.axes), 0.5) if start["trial"] is None else self.unit(trials[start["trial"]])
+            if start.get("shifts"):
+                self.start, at = at, np.full(start["shifts"], 0.5)
             self.begin(at, start["population"])
         self.open += range(self.seen, len(trials))
         self.seen = len(trials)
@@ -132,11 +150,16 @@ class CmaEsSampler(BaseSampler):
         return self.optimizer
 
     def choose_start(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """What START stores: `trial`, the best enqueued trial that has a result now (None: the middle of the cube), and
-        `population`, the samples per generation."""
+        """What START stores: `trial`, the best enqueued trial that has a result now (None: the middle of the cube),
+        `population`, the samples per generation, and `shifts`, the number of groups if whole groups are shifted."""
         given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.has_all_parameters(t)]
         best = max(given, key=lambda t: (t.value, -t.number), default=None)
-        return {"trial": best.number if best else None, "population": self.population}
+        shifts = max(self.groups) + 1 if self.groups and len(self.axes) > WIDE else 0
+        if best is None or LEARNED not in best.user_attrs:
+            shifts = 0
+        automatic = max(4 + math.floor(3 * math.log(shifts or len(self.axes))), self.workers // 3)
+        start = {"trial": best.number if best else None, "population": self.given_population or automatic}
+        return start | ({"shifts": shifts} if shifts else {})
 
     def has_all_parameters(self, trial: FrozenTrial) -> bool:
         return self.axes.keys() <= trial.params.keys()
@@ -164,26 +187,30 @@ class CmaEsSampler(BaseSampler):
         self.settled = optimizer.mean.copy()
         if optimizer.should_stop():
             rng = np.random.RandomState(trial_seed(self.seed, group[-1].number))
-            self.begin(rng.uniform(size=len(self.axes)), 2 * optimizer.population_size)
+            self.begin(rng.uniform(size=optimizer.dim), 2 * optimizer.population_size)
         else:
             self.means.append(optimizer.mean.copy())
 
     def caught_up(self, trial: FrozenTrial) -> NDArray[np.float64]:
-        """(D,) a trial's point in the unit cube; that of a late one is moved by half of what the mean has moved."""
-        drawn = self.generation(trial)
+        """A trial's coordinates; those of a late one are moved by half of what the mean has moved."""
+        drawn, at = self.generation(trial), self.coordinates(trial)
         if drawn == len(self.means) - 1:
-            return self.unit(trial)
-        moved: NDArray[np.float64] = np.clip(self.unit(trial) + (self.means[-1] - self.means[drawn]) / 2, 0.0, 1.0)
+            return at
+        moved: NDArray[np.float64] = np.clip(at + (self.means[-1] - self.means[drawn]) / 2, 0.0, 1.0)
         return moved
 
     def begin(self, mean: NDArray[np.float64], population: int) -> None:
-        """Start a new distribution, which counts as the next generation.  mean: (D,) in the unit cube."""
+        """Start a new distribution, which counts as the next generation.  mean: its coordinates."""
         from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
 
-        bounds = np.tile([0.0, 1.0], (len(self.axes), 1))
+        bounds = np.tile([0.0, 1.0], (len(mean), 1))
         self.optimizer = CMA(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)
         self.means.append(mean)
+
+    def coordinates(self, trial: FrozenTrial) -> NDArray[np.float64]:
+        """What the optimizer knows a trial by: its point in the unit cube, (D,), or its shifts, (d,)."""
+        return self.unit(trial) if self.start is None else np.array(trial.system_attrs[SHIFT])
 
     def unit(self, trial: FrozenTrial) -> NDArray[np.float64]:
         """(D,) a trial's parameters in the unit cube."""
@@ -191,15 +218,16 @@ class CmaEsSampler(BaseSampler):
         unit: NDArray[np.float64] = np.clip((values - self.low) / self.width, 0.0, 1.0)
         return unit
 
-    def point(self, unit: NDArray[np.float64]) -> dict[str, float]:
-        """The parameters at a point (D,) of the unit cube."""
+    def point(self, coordinates: NDArray[np.float64]) -> dict[str, float]:
+        """The parameters at the coordinates of a trial."""
+        unit = coordinates if self.start is None else self.start + coordinates[self.groups] - 0.5
         return dict(zip(self.axes, (self.low + self.width * np.clip(unit, 0.0, 1.0)).tolist(), strict=True))
 
 
 def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:
     """The sampler of a study; it reads the trials' numbers itself."""
     config = setup.config
-    return CmaEsSampler(setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers)
+    return CmaEsSampler(setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers, setup.ties)
 
 
 CMA_ES = SamplerKind(make_cma_es, serves_all_trials=True)

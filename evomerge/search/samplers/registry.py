@@ -17,12 +17,14 @@ from optuna.samplers import BaseSampler
 
 from evomerge.errors import EvomergeError, first_line
 from evomerge.plugins import load_plugin
-from evomerge.search.samplers import cmaes, optuna_samplers
+from evomerge.search.samplers import auto, cmaes, optuna_samplers
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup
 
 GROUP = "evomerge.samplers"  # of entry points
 
 BUILT_IN = {
+    "auto": auto.AUTO,
+    "learned": auto.LEARNED,
     "cma-es": cmaes.CMA_ES,
     "tpe": optuna_samplers.TPE,
     "nsga-ii": optuna_samplers.NSGA_II,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from optuna.distributions import FloatDistribution
@@ -30,6 +30,7 @@ class SamplerSetup:
     study_seed: the key `seed` of the search configuration.
     number: of the trial, from 0.
     workers: how many trials may run at once.
+    ties: axis -> the group that it belongs to, of those that belong to one.
     """
 
     config: SamplerConfig
@@ -37,6 +38,7 @@ class SamplerSetup:
     study_seed: int
     number: int
     workers: int = 1
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -52,11 +54,13 @@ class SamplerKind:
     requires: the packages that it imports and that evomerge does not depend on.
     serves_all_trials: the sampler is made once a process and seeds itself anew for each trial by `trial_seed`; else it
         is made anew for each trial.
+    learned_start: the search climbs along the gradient before the sampler's first trial, see search/learned/.
     """
 
     make: Callable[[SamplerSetup], BaseSampler]
     requires: tuple[str, ...] = ()
     serves_all_trials: bool = False
+    learned_start: bool = False
 
 
 @runtime_checkable

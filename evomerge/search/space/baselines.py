@@ -1,10 +1,12 @@
 """Baselines: recipes that are evaluated first.  The search starts at the best, and the winner must beat them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.methods import METHODS
@@ -13,9 +15,10 @@ from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
 from evomerge.merge.recipe.pinned_inputs import pin
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.space import Point, Space
-from evomerge.sources.tensor_names import COMPONENTS, TensorRole
+from evomerge.sources.tensor_names import COMPONENTS, PARTS, TensorRole
 
-Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given"]
+Kind = Literal["base", "parent", "uniform", "greedy", "recommended", "given", "start"]
+OF_THE_USER = ("given", "start")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Baseline:
 
     name: its name in tables.
     kind: `base`, the base model; `parent`, one source; `uniform`, the mean of all; `greedy`, the greedy soup;
-        `recommended`, a recipe that papers recommend; `given`, a file of the user's.
+        `recommended`, a recipe that papers recommend; `given`, a recipe of the user's; `start`, a point at which
+        `start_from` lets the search begin, and which competes as a candidate of the search.
     point: its point in the search space; None if it is outside.
     """
 
@@ -34,11 +38,14 @@ class Baseline:
     point: Point | None
 
 
-def baselines(space: Space) -> list[Baseline]:
+def baselines(space: Space, first: Sequence[Baseline] = (), tried: Sequence[Baseline] = ()) -> list[Baseline]:
     """The baselines of a search, in the order in which they are evaluated.
 
-    First the recipe of `start_from`, then each source alone, the uniform blend, the recommended recipes, and the files
-    that the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
+    first: those of `start_from` (start_points.py).
+    tried: the best recipe of each method that the search could choose (choose_method.py).
+
+    After the first come each source alone, the uniform blend, the recommended recipes, those tried, and the files that
+    the configuration lists under `baselines`.  The greedy soup needs the parents' scores and comes later
     (greedy_soup.py).
 
     Recommended are task arithmetic at 0.5 and 0.8 (Ilharco et al. 2023 find the best scale there for several tasks),
@@ -65,11 +72,9 @@ def baselines(space: Space) -> list[Baseline]:
         weights |= dict.fromkeys(specialists, 0.65 / len(specialists))
         weights |= dict.fromkeys(generalists, 0.35 / len(generalists))
         found.append(in_space(space, "specialists 0.65", "recommended", weights, "linear"))
-    if space.config.start_from:
-        start = given(space, Path(space.config.start_from))
-        point = space.point_of(start.recipe)
-        found.insert(0, start if point is None else replace(start, recipe=space.recipe(point), point=point))
-    return distinct(found + [given(space, Path(path)) for path in space.config.baselines], space.layers)
+    files = [Path(path) for path in space.config.baselines]
+    own = [Baseline(path.stem, "given", given_recipe(space.config, path), None) for path in files]
+    return distinct([*first, *found, *tried, *own], space.layers)
 
 
 def base_alone(space: Space) -> Baseline:
@@ -78,15 +83,30 @@ def base_alone(space: Space) -> Baseline:
     return Baseline("base", "base", plain_recipe(space, "task_arithmetic", weights, 1.0), None)
 
 
+def reference(space: Space, known: Sequence[Baseline], name: str) -> Baseline:
+    """The model that a guard compares with.
+
+    known: the baselines.  name: `base`, or that of a source.
+
+    Raises EvomergeError if that source is not among the baselines, because another one makes the same model.
+    """
+    if name == "base":
+        return base_alone(space)
+    found = next((b for b in known if b.kind == "parent" and b.name == name), None)
+    if found is None:
+        raise EvomergeError(f"guards: the source {name} makes the same model as another one; name that as `of`")
+    return found
+
+
 def distinct(found: Sequence[Baseline], layers: int) -> list[Baseline]:
     """The baselines without those that make the same model as another.
 
-    Of equal ones the first stays that is no file of the user's.  The order stays.
+    Of equal ones the first stays that is not the user's.  The order stays.
 
     layers: how many the base model has.
     """
     unique: dict[object, Baseline] = {}
-    for baseline in sorted(found, key=lambda b: b.kind == "given"):
+    for baseline in sorted(found, key=lambda b: b.kind in OF_THE_USER):
         unique.setdefault(model_key(baseline.recipe, layers), baseline)
     return [baseline for baseline in found if any(baseline is one for one in unique.values())]
 
@@ -106,7 +126,9 @@ def model_key(recipe: Recipe, layers: int) -> object:
     if any(filtered_values(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
     counts = []
-    for where in (TensorRole(layer, component) for component in COMPONENTS for layer in (None, *range(layers))):
+    kinds = [(c, None) for c in COMPONENTS] + [(c, p) for c in COMPONENTS for p in PARTS if p.startswith(f"{c}.")]
+    for layer, (component, part) in product((None, *range(layers)), kinds):
+        where = TensorRole(layer, component, part=part)
         knobs = recipe.knobs(where, layers)
         weights = knobs.each["weight"]
         divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0
@@ -118,29 +140,30 @@ def model_key(recipe: Recipe, layers: int) -> object:
     return tuple(counts)
 
 
-def given(space: Space, path: Path) -> Baseline:
-    """A recipe or mergekit file of the user's as a baseline with the file's name.
-
-    A source of the file is the search's source with its path, else with its name.
+def given_recipe(config: SearchConfig, path: Path) -> Recipe:
+    """The recipe of a file of the user's, recipe or mergekit file, with the names of the search's sources.
 
     Raises EvomergeError if a source is not among the search's, or if the recipe has `slices`, a `vocabulary` or a
     source with a `recipe`.
     """
-    recipe = pin(load_merge(path)[0], space.config.hub)
-    names = {s.path: s.name for s in space.config.sources}
-    sources = [s.model_copy(update={"name": names.get(s.path, s.name)}) for s in recipe.sources]
-    if unknown := [s.name for s in sources if s.name not in names.values()]:
-        raise EvomergeError(
-            f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names.values())}"
-        )
+    recipe = renamed(pin(load_merge(path)[0], config.hub), config)
+    names = [s.name for s in config.sources]
+    if unknown := [s.name for s in recipe.sources if s.name not in names]:
+        raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
     if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(
             f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
             "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
         )
-    allowed = space.config.allow_differences  # the same models, so an export opens them in the same way
-    recipe = recipe.model_copy(update={"dtype": space.config.dtype, "sources": sources, "allow_differences": allowed})
-    return Baseline(path.stem, "given", recipe, None)
+    return recipe
+
+
+def renamed(recipe: Recipe, config: SearchConfig) -> Recipe:
+    """A recipe with the names that a search gives to its sources, by their paths, and with the search's settings."""
+    names = {s.path: s.name for s in config.sources}
+    sources = [s.model_copy(update={"name": names.get(s.path, s.name)}) for s in recipe.sources]
+    allowed = config.allow_differences  # the same models, so an export opens them in the same way
+    return recipe.model_copy(update={"dtype": config.dtype, "sources": sources, "allow_differences": allowed})
 
 
 def in_space(

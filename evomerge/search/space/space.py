@@ -8,12 +8,11 @@ From a point to a recipe (`Space.recipe`):
     coefficient        {"mlp": [0.2, 0.4, 0.6, 0.8], "default": [...]}, all groups of one knob and source
     recipe             the coefficients of every knob, under its source or under `parameters`
 
-From a recipe to a point (`Space.point_of`): the coefficient at every tensor gives one value per layer, and
-`axis_values`, the inverse of `spread`, gives the values of the group.  Many recipes have no point.
+From a recipe to the nearest point: nearest.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,13 +22,17 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.tensor_names import Component, TensorRole, coefficient_layer, layer_count, tensor_role
+from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
 
 if TYPE_CHECKING:
     from evomerge.sources.open_models import Models
 
+Finest = Component | Part
 Point = dict[str, float]
 """Axis name -> value: the parameters of one Optuna trial."""
+
+KnobGradient = Mapping[tuple[str, str | None], Mapping[Finest, Sequence[float]]]
+"""(Knob, source or None) -> part, or component without parts -> the derivative by the knob there, one a layer."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,25 @@ class Space:
     layers: how many the base model has.
     groups: every knob of the method, the fixed ones too.
     tensors: names of the base model's tensors.
+    reach: source -> the parts, or components without parts, that it can change; empty: all sources change all of them.
     """
 
     config: SearchConfig
     layers: int
     groups: tuple[Group, ...]
     tensors: tuple[str, ...] = ()
+    reach: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def axes(self) -> dict[str, FloatDistribution]:
         """Axis name -> its bounds, in a fixed order.  Fixed groups have no axes."""
         return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Axis name -> the name of its group: of its knob, source and component."""
+        named = {".".join(filter(None, (g.knob, g.source, g.component))): g for g in self.groups if not g.fixed}
+        return {axis: name for name, group in named.items() for axis in group.axes}
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -115,6 +126,22 @@ class Space:
             allow_differences=self.config.allow_differences,
         )
 
+    def gradient(self, by_knob: KnobGradient) -> Point:
+        """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule)."""
+        found: Point = {}
+        for group in self.groups:
+            if group.fixed:
+                continue
+            own = self.own_components(group)
+            per_layer = np.zeros(max(1, self.layers))
+            for component, values in by_knob.get((group.knob, group.source), {}).items():
+                if coefficient_key(component, own) == group.component:
+                    per_layer += values
+            for number, axis in enumerate(group.axes):
+                one = [float(k == number) for k in range(len(group.axes))]
+                found[axis] = float(np.sum(np.asarray(spread(one, group.granularity, self.layers)) * per_layer))
+        return found
+
     def point(self, each: Mapping[str, Mapping[str, float]], shared: Mapping[str, float]) -> Point | None:
         """The point where knobs have the same value everywhere in the model; None if it lies outside the bounds.
 
@@ -136,45 +163,25 @@ class Space:
                 point |= dict.fromkeys(group.axes, float(value))
         return point
 
-    def point_of(self, recipe: Recipe) -> Point | None:
-        """The point with a recipe's coefficients at every tensor; None if there is none.  Seeds are not compared."""
-        sources = {s.name: i for i, s in enumerate(recipe.sources)}
-        if recipe.method != self.config.method or sources.keys() != {s.name for s in self.config.sources}:
-            return None
-        point: Point = {}
-        for group in self.groups:
-            if group.idle:
-                continue
-            known: dict[int, float] = {}  # layer -> the recipe's value
-            for where in self.places(group):
-                knobs = recipe.knobs(where, self.layers)
-                value = knobs.each[group.knob][sources[group.source]] if group.source else knobs.shared[group.knob]
-                if known.setdefault(coefficient_layer(where, self.layers), value) != value:
-                    return None
-            values = axis_values(known, group.granularity, len(group.axes), self.layers)
-            again = spread(values, group.granularity, self.layers)
-            per_layer = again if isinstance(again, list) else [again] * max(1, self.layers)
-            if any(abs(per_layer[layer] - value) > 1e-9 for layer, value in known.items()):
-                return None
-            if not all(group.low <= value <= group.high for value in values):
-                return None
-            if not group.fixed:
-                point |= dict(zip(group.axes, values, strict=True))
-        return point
+    def own_components(self, group: Group) -> set[str]:
+        """The components for which a group's knob and source have groups of their own, and `default`."""
+        return {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
 
     def places(self, group: Group) -> list[TensorRole]:
-        """The tensors that a group is for."""
-        own = {g.component for g in self.groups if (g.knob, g.source) == (group.knob, group.source)}
+        """The tensors that a group is for and that its source (without one, any source) can change."""
+        own = self.own_components(group)
         found = [tensor_role(name) for name in self.tensors]
-        return [p for p in found if (p.component if p.component in own else "default") == group.component]
+        found = [p for p in found if coefficient_key(p.finest, own) == group.component]
+        reach = self.reach.get(group.source) if group.source else frozenset[str]().union(*self.reach.values())
+        return [p for p in found if coefficient_key(p.finest, reach) != "default"] if reach else found
 
 
-def changed_components(models: "Models") -> dict[str, set[Component]]:
-    """Source -> the components in which it can differ from the base; an adapter leaves some alone."""
+def changed_components(models: "Models") -> dict[str, set[Finest]]:
+    """Source -> the parts, or components without parts, in which it can differ; an adapter leaves some alone."""
     found = {}
     for name, source in models.sources.items():
         touched = [t for t in models.base.tensors if source.may_differ(t)]
-        found[name] = {tensor_role(t).component for t in touched}
+        found[name] = {tensor_role(t).finest for t in touched}
     return found
 
 
@@ -198,18 +205,19 @@ def build_space(config: SearchConfig, models: "Models") -> Space:
                 axis = Axis(low=knob.default, high=knob.default)
             reach = changed[source] if source else set().union(*changed.values())
             groups += component_groups(knob_name, source, axis, config.space, layers, reach)
-    return Space(config, layers, tuple(groups), tuple(models.base.tensors))
+    found = {name: frozenset[str](components) for name, components in changed.items()}
+    return Space(config, layers, tuple(groups), tuple(models.base.tensors), found)
 
 
 def component_groups(
-    knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Component]
+    knob: str, source: str | None, axis: Axis, space: SpaceConfig, layers: int, reach: set[Finest]
 ) -> list[Group]:
     """The groups of one knob of one source: one per component that has coefficients of its own, one for the rest.
 
     axis: bounds, granularity and components of the knob, as configured.
     space: what holds where `axis` says nothing.
     layers: how many the base model has.
-    reach: the components that the source can change.
+    reach: the parts, or components without parts, that the source can change.
     """
     fixed = axis.low == axis.high
     granularity: Granularity = "model" if fixed else axis.granularity or space.granularity
@@ -222,7 +230,7 @@ def component_groups(
     }
     groups = []
     for component in [*components, "default"]:
-        moves = reach & {component} if component != "default" else reach - set(components)
+        moves = any(coefficient_key(finest, components) == component for finest in reach)
         fine: Granularity = granularity if moves else "model"
         stem = ".".join(p for p in (knob, source, None if component == "default" else component) if p)
         axes = (stem,) if fine == "model" else tuple(f"{stem}.{fine}{k}" for k in range(counts[fine]))
@@ -231,7 +239,7 @@ def component_groups(
 
 
 def spread(values: list[float], granularity: Granularity, layers: int) -> PerLayer:
-    """One value per layer from the values of a group; `axis_values` is the inverse.
+    """One value per layer from the values of a group.
 
     values: one for `model`, else one for each knot, group or layer.
     granularity: `model`: one number for all layers, which is returned as it is.  `depth`: the values are knots, evenly
@@ -251,24 +259,3 @@ def spread(values: list[float], granularity: Granularity, layers: int) -> PerLay
         left = min(int(at), len(values) - 2)
         per_layer.append(values[left] + (values[left + 1] - values[left]) * (at - left))
     return per_layer
-
-
-def axis_values(known: Mapping[int, float], granularity: Granularity, count: int, layers: int) -> list[float]:
-    """The values of a group from those of layers: the inverse of `spread`.
-
-    known: layer -> its value.  Layers that are not known are interpolated.
-    granularity, layers: as for `spread`.
-    count: how many values the group has.
-
-    Exact for values that `spread` made, unless a knot of `depth` lies between two layers: its value is then
-    interpolated.  `Space.point_of` spreads the result again and compares.
-    """
-    depths = sorted(known)
-    if granularity == "model":
-        return [known[depths[0]]] if depths else [0.0]
-    values = np.interp(range(layers), depths, [known[d] for d in depths])  # one per layer
-    if granularity == "depth":
-        values = np.interp(np.linspace(0, layers - 1, count), range(layers), values)
-    if granularity == "group":
-        values = values[[-(-k * layers // count) for k in range(count)]]  # the first layer of each group
-    return [float(value) for value in values]

@@ -40,9 +40,17 @@ def unpack(text: str) -> NDArray[np.float64]:
         raise EvomergeError(f"the study holds item scores that cannot be read ({error})") from error
 
 
+def trial_scores(trial: FrozenTrial) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """A trial's item scores by task and metric; NaN for items that it was not scored on."""
+    return {
+        task: {metric: unpack(text) for metric, text in metrics.items()}
+        for task, metrics in record_of(trial).scores.items()
+    }
+
+
 def objective_scores(trial: FrozenTrial) -> dict[str, NDArray[np.float64]]:
-    """A trial's item scores by task; NaN for items that it was not scored on."""
-    return {task: unpack(next(iter(metrics.values()))) for task, metrics in record_of(trial).scores.items()}
+    """A trial's item scores by the objective, by task; NaN for items that it was not scored on."""
+    return {task: next(iter(metrics.values())) for task, metrics in trial_scores(trial).items()}
 
 
 def rounded(scores: Sequence[float]) -> list[float]:

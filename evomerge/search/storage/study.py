@@ -18,13 +18,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Dtype
+from evomerge.search.samplers.auto import settled
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
-from evomerge.search.storage.trial_record import RECORD, TrialRecord, place_in_order, record_of
+from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord, place_in_order, record_of
 
+WEIGHTS = "weights"  # trial attribute: the task weights that its parameters were learned with, if not the search's
 COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
@@ -57,13 +59,28 @@ class Begun:
     trial_id: the database's key of it.
     number: its number in the study, from 0.
     params: the value of each parameter.
-    baseline: the baseline's name, None if the sampler proposed the parameters.
+    baseline: the baseline's name, None if it is none.
+    learned: after how many gradient steps its parameters were reached, None if they were not learned.
     """
 
     trial_id: int
     number: int
     params: Point
     baseline: str | None
+    learned: int | None = None
+
+
+@dataclass(frozen=True)
+class LearnedPoint:
+    """A point that gradient steps led to.
+
+    steps: how many.
+    weights: the task weights that they were taken with; None: the search's.
+    """
+
+    steps: int
+    point: Point
+    weights: dict[str, float] | None = None
 
 
 class SearchStudy:
@@ -172,13 +189,23 @@ class SearchStudy:
         trial = None if number is None else self.memory.get_trial(number)
         return trial if trial is not None and trial.state in FINISHED else None
 
+    def of_learned(self, steps: int, weights: dict[str, float] | None = None) -> FrozenTrial | None:
+        """The finished trial at the point that was reached after so many gradient steps, None if there is none.
+
+        weights: as in `LearnedPoint`.
+        """
+        wanted = (steps, weights)
+        found = (t for t in self.finished if (t.user_attrs.get(LEARNED), t.user_attrs.get(WEIGHTS)) == wanted)
+        return next(found, None)
+
     def sampler(self, number: int) -> BaseSampler:
         """The sampler for one trial."""
         if self.kept_sampler is not None:
             return self.kept_sampler
-        config = self.space.config
-        sampler = make_sampler(SamplerSetup(config.sampler, self.space.axes, config.seed, number, self.workers))
-        if sampler_kind(config.sampler.name).serves_all_trials:
+        chosen = settled(self.stored.user_attrs, self.space.config.sampler)
+        seed = self.space.config.seed
+        sampler = make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
+        if sampler_kind(chosen.name).serves_all_trials:
             self.kept_sampler = sampler
         return sampler
 
@@ -197,15 +224,23 @@ class SearchStudy:
             asked.suggest_float(name, axis.low, axis.high)
         return self.memory.get_trial(number)
 
-    def begin(self, baseline: tuple[str, Point] | None) -> Begun:
-        """Begin a trial: an interrupted one if there is any, else `baseline` if it is given, else a proposed one.
+    def begin(self, baseline: tuple[str, Point] | None, learned: LearnedPoint | None = None) -> Begun:
+        """Begin a trial: an interrupted one if there is any, else one that is given, else a proposed one.
 
-        baseline: its name and its parameters.  The trial is in the database before it is returned.
+        baseline: its name and its parameters.
+
+        The trial is in the database before it is returned.
         """
         if self.interrupted:
             return self.begin_interrupted()
         if baseline is not None:
-            return self.begin_baseline(*baseline)
+            name, point = baseline
+            begun = self.begin_given(point, {"baseline": name})
+            self.baselines[name] = begun.number
+            return begun
+        if learned is not None:
+            weights = {} if learned.weights is None else {WEIGHTS: learned.weights}
+            return self.begin_given(learned.point, {LEARNED: learned.steps, **weights})
         return self.begin_proposed()
 
     def begin_interrupted(self) -> Begun:
@@ -215,26 +250,25 @@ class SearchStudy:
         if trial.state == TrialState.WAITING:
             trial = self.propose(trial.number)
             self.storage.describe_trial(key_of_study(self.stored), key, trial)
-        return begun(key, trial)
+        return begun_of(key, trial)
 
-    def begin_baseline(self, name: str, point: Point) -> Begun:
-        """Begin a new trial with the parameters of a baseline."""
+    def begin_given(self, point: Point, attributes: dict[str, Any]) -> Begun:
+        """Begin a new trial with parameters that no sampler chose; its attributes say where they come from."""
         trial = self.add(
             create_trial(
                 state=TrialState.RUNNING,
                 params=point,
                 distributions=self.axes,
-                user_attrs={"baseline": name},
+                user_attrs=attributes,
                 system_attrs={FIXED_PARAMETERS: point},
             )
         )
-        self.baselines[name] = trial.number
-        return begun(self.storage.begin_trial(key_of_study(self.stored), trial), trial)
+        return begun_of(self.storage.begin_trial(key_of_study(self.stored), trial), trial)
 
     def begin_proposed(self) -> Begun:
         """Begin a new trial with the parameters that the sampler chooses."""
         trial = self.propose(self.size)
-        return begun(self.storage.begin_trial(key_of_study(self.stored), trial), trial)
+        return begun_of(self.storage.begin_trial(key_of_study(self.stored), trial), trial)
 
     def finish(self, trial: Begun, value: float | None, record: TrialRecord) -> TrialState:
         """Store a trial's result and return the state that it has now; without a value it has failed.
@@ -252,9 +286,10 @@ class SearchStudy:
         return state
 
 
-def begun(key: int, trial: FrozenTrial) -> Begun:
+def begun_of(key: int, trial: FrozenTrial) -> Begun:
     """What the search needs to know of a trial that runs.  key: the database's."""
-    return Begun(key, trial.number, dict(trial.params), trial.user_attrs.get("baseline"))
+    attributes = trial.user_attrs
+    return Begun(key, trial.number, dict(trial.params), attributes.get("baseline"), attributes.get(LEARNED))
 
 
 def with_record_read(trial: FrozenTrial) -> FrozenTrial:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
 
 RECORD = "record"  # the trial's user attribute
+LEARNED = "learned"  # trial attribute: after how many gradient steps its parameters were reached
 NUMBER = (int, float)
 VERSION = 1  # written as `version`; a record without that key is of version 0, which had the same keys
 
@@ -67,7 +68,7 @@ class TrialRecord:
     """What a study keeps of a finished trial beside Optuna's parameters and value.
 
     items: the name under which the study keeps the ids of the items, see `item_scores.store_items`.
-    scores: the objective's item scores; empty if the trial gave none.
+    scores: the objective's item scores, and the metric's if trials are scored by it too; empty if the trial gave none.
     signs: what the canary saw of the candidate.
     partial: the share of the items that were scored, in (0, 1), of a candidate that was stopped by a race.
     broken: why the candidate is not worth scoring, in one line; its value is that of the worst candidate.
@@ -111,8 +112,6 @@ class TrialRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as the study stores it; what is None or empty is left out."""
         content = written(self)
-        if self.signs is not None:
-            content["signs"] = [self.signs.entropy, self.signs.sameness]
         if self.race is not None:
             alone = self.race.incumbent is None
             content["race"] = None if alone else {"incumbent": self.race.incumbent, "others": list(self.race.others)}
@@ -147,6 +146,8 @@ class EvaluationRecord:
     """What a study keeps of a recipe that was scored outside the trials, on one split.
 
     items, scores: as in `TrialRecord`, but of every metric that was asked for.
+    name: of the model; None in older records.
+    signs: what the canary saw of the model; None if it was not asked.
     scored: how many items were scored in the latest evaluation; the others' scores were known.
     seconds: where the time of the latest evaluation went.
     used: what all evaluations of this recipe on this split took.
@@ -155,6 +156,8 @@ class EvaluationRecord:
 
     items: str | None = None
     scores: Packed = field(default_factory=dict)
+    name: str | None = None
+    signs: Signs | None = None
     scored: int = 0
     seconds: Seconds = Seconds()
     used: "Usage | None" = None
@@ -171,6 +174,8 @@ class EvaluationRecord:
         return cls(
             items=reader.text("items"),
             scores=reader.scores(),
+            name=reader.text("name"),
+            signs=reader.signs(),
             scored=reader.integer("scored") or 0,
             seconds=reader.seconds(),
             used=reader.used(),
@@ -207,6 +212,8 @@ def written(record: TrialRecord | EvaluationRecord) -> dict[str, Any]:
         value = getattr(record, each.name)
         if isinstance(value, (str, int, float)):
             content[each.name] = value
+    if record.signs is not None:
+        content["signs"] = [record.signs.entropy, record.signs.sameness]
     if record.scores:
         content["scores"] = {task: dict(metrics) for task, metrics in record.scores.items()}
     if seconds := {name: value for name, value in vars(record.seconds).items() if value is not None}:

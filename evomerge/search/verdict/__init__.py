@@ -3,7 +3,10 @@
 finals.py: which models are scored on the selection and the holdout split, and who is compared with whom.
 verdict.py: the statistical test and its outcome in words.
 intervals.py: the confidence intervals that the test uses.
+guards.py: whether a model keeps the guards.
 verdict_file.py: verdict.json, written and checked.
+front.py: the Pareto front of the tasks, its hypervolume and its knee.
+choices.py: another finalist than the verdict's, chosen later.
 recommended.py: which recipe of a run is exported.
 
 Shapes: N items, C models that are compared.

@@ -1,11 +1,12 @@
 """The verdict: is the chosen candidate better than every baseline, by more than luck?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from evomerge.search.verdict.guards import GuardResult, not_kept
 from evomerge.search.verdict.intervals import (
     Interval,
     ItemScores,
@@ -16,7 +17,15 @@ from evomerge.search.verdict.intervals import (
     score_range,
 )
 
-Outcome = Literal["better", "no difference shown", "worse", "too little searched", "nothing to compare"]
+Outcome = Literal[
+    "better",
+    "guard not kept",
+    "no difference shown",
+    "worse",
+    "nothing better found",
+    "too little searched",
+    "nothing to compare",
+]
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,13 @@ class Rival:
 
     name, kind: the baseline's.
     scores: its metric on every item.
+    breaks: the guards that it breaks on the selection split.
     """
 
     name: str
     kind: str
     scores: ItemScores
+    breaks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -39,12 +50,15 @@ class Comparison:
     name, kind: the baseline's.
     score: the baseline's mean score.
     difference: the candidate's mean score minus the baseline's, paired by items.
+    breaks: the guards that the baseline breaks on the selection split; if another one breaks none, it need not be
+        beaten.
     """
 
     name: str
     kind: str
     score: float
     difference: Interval
+    breaks: list[str] = field(default_factory=list)
 
     @property
     def beaten(self) -> bool:
@@ -56,12 +70,13 @@ class Comparison:
 class Verdict:
     """The result of a search.
 
-    winner: whether the candidate beats every baseline.
+    winner: whether the candidate beats every baseline that counts, and keeps every guard.
     recommended: `winner`, or the name of the baseline that was best on the selection split.
     score: the candidate's mean score on the holdout split.
     comparisons: with every baseline, the best of the selection split first.
     detectable: the gain over that baseline which these items show four times in five.
     sentence: the outcome in words.
+    guards: whether the candidate keeps them.
     """
 
     outcome: Outcome
@@ -71,6 +86,7 @@ class Verdict:
     comparisons: list[Comparison]
     detectable: float | None
     sentence: str
+    guards: list[GuardResult] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,19 +99,25 @@ def judge(
     weights: Mapping[str, float],
     seed: int,
     stand_in: str | None = None,
+    searched: bool = True,
+    guards: Sequence[GuardResult] = (),
 ) -> Verdict:
     """Compare the chosen candidate with every baseline on the same holdout items.
 
     candidate: its metric on every item.
-    rivals: the baselines; first the one that was best on the selection split.
+    rivals: the baselines; first the one that was best on the selection split, of those that break no guard there.
     metrics: task -> its metric.
     weights: task -> its weight.
     seed: of the bootstrap.
-    stand_in: the name of the baseline that takes the candidate's place where the search has none.
+    stand_in: the name of the baseline that takes the candidate's place, where the search has none that is at least as
+        good as every baseline on the selection split.
+    searched: whether any candidate of the search was scored on the selection split.
+    guards: whether the candidate keeps them on these items.
 
-    The candidate wins if the lower end of the paired difference lies above zero against each rival.  This is an
-    intersection-union test (Berger 1982): luck alone makes a winner in at most 5% of all searches, however many rivals
-    there are.
+    The candidate wins if the lower end of the paired difference lies above zero against each rival, and if it keeps
+    each guard.  This is an intersection-union test (Berger 1982): luck alone makes a winner in at most 5% of all
+    searches, however many rivals and guards there are.  Rivals that break a guard on the selection split do not count
+    where others break none.
     """
     tables = [candidate, *(rival.scores for rival in rivals)]
     ranges = {task: score_range(metrics[task], [table[task] for table in tables]) for task in candidate}
@@ -106,10 +128,11 @@ def judge(
     [score] = intervals([candidate], ranges, weights, seed)
     gaps = intervals(differences, ranges_of_differences(ranges), weights, seed)
     comparisons = [
-        Comparison(rival.name, rival.kind, mean_score(rival.scores, weights), gap)
+        Comparison(rival.name, rival.kind, mean_score(rival.scores, weights), gap, list(rival.breaks))
         for rival, gap in zip(rivals, gaps, strict=True)
     ]
-    outcome = outcome_of(comparisons, stand_in is None)
+    counting = [c for c in comparisons if not c.breaks] or comparisons
+    outcome = outcome_of(counting, stand_in, searched, guards)
     winner = outcome == "better"
     return Verdict(
         outcome,
@@ -118,42 +141,60 @@ def judge(
         score,
         comparisons,
         detectable(differences[0], weights) if rivals else None,
-        sentence(outcome, score, comparisons, stand_in),
+        sentence(outcome, score, counting, stand_in, guards),
+        list(guards),
     )
 
 
-def outcome_of(comparisons: Sequence[Comparison], searched: bool) -> Outcome:
+def outcome_of(
+    comparisons: Sequence[Comparison], stand_in: str | None, searched: bool, guards: Sequence[GuardResult]
+) -> Outcome:
     """The outcome of the comparisons.
 
-    comparisons: first the one with the best baseline of the selection split.
-    searched: whether the search has a candidate of its own.
+    comparisons: those that count; first the one with the best baseline of the selection split.
+    stand_in, searched, guards: as in `judge`.
     """
-    if not searched:
-        return "too little searched"
+    if stand_in is not None:
+        return "nothing better found" if searched else "too little searched"
     if not comparisons:
         return "nothing to compare"
     if all(c.beaten for c in comparisons):
-        return "better"
+        return "guard not kept" if not_kept(guards) else "better"
     high = comparisons[0].difference.high
     return "worse" if high is not None and high < 0 else "no difference shown"
 
 
-def sentence(outcome: Outcome, score: Interval, comparisons: Sequence[Comparison], stand_in: str | None) -> str:
-    """The outcome in words."""
+def sentence(
+    outcome: Outcome,
+    score: Interval,
+    comparisons: Sequence[Comparison],
+    stand_in: str | None,
+    guards: Sequence[GuardResult],
+) -> str:
+    """The outcome in words.  The arguments are those of `outcome_of`."""
     holdout = f"{score.value:.3f} on the holdout items"
     if outcome == "too little searched":
         return (
             f"Too little searched: no candidate of the search was scored in full. {stand_in}, the best baseline on the "
             f"selection items, has {holdout} and is recommended."
         )
+    if outcome == "nothing better found":
+        keeping = " that keeps the guards" if guards else ""
+        return (
+            f"Nothing better found: on the selection items {stand_in} is better than every candidate of the "
+            f"search{keeping}. It has {holdout} and is recommended."
+        )
     if not comparisons:
         return f"Nothing to compare: {holdout}, but no baseline could be scored; the run's log.txt says why."
     first = comparisons[0]
+    others = f"all {len(comparisons)} baselines" + (" that keep the guards" if guards else "")
     if outcome == "better":
         return (
-            f"Winner: {holdout}, better than all {len(comparisons)} baselines, each at one-sided 5%; against "
+            f"Winner: {holdout}, better than {others}, each at one-sided 5%; against "
             f"{first.name}, the best of them on the selection items, {difference_text(first.difference)}."
         )
+    if outcome == "guard not kept":
+        return f"No winner: {holdout}, better than {others}, but {not_kept(guards)}. {first.name} is recommended."
     if outcome == "worse":
         return (
             f"Worse than {first.name}: {holdout} against {first.score:.3f} ({difference_text(first.difference)}). "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from evomerge.search.verdict.guards import GuardResult
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
 from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict
 
@@ -30,7 +31,7 @@ class JudgedBy(BaseModel):
 class VerdictFile(BaseModel):
     """The keys of verdict.json that reports and commands read.
 
-    outcome to detectable: see `Verdict`.
+    outcome to guards: see `Verdict`.
     chosen: the candidate of the verdict: name, trial (None for the mean of the distribution), digest of its recipe.
     finalists: the models on the selection split, the best first.
     holdout: model -> task -> mean metric with its interval.
@@ -44,11 +45,13 @@ class VerdictFile(BaseModel):
     score: Interval
     comparisons: list[Comparison]
     detectable: float | None
+    guards: list[GuardResult] = []
     chosen: dict[str, Any]
     finalists: list[Any]
     holdout: dict[str, dict[str, Interval]]
     holdout_uses: int
     greedy_soup: str = ""
+    simplified: str = ""
     tasks: dict[str, JudgedBy]
 
 
@@ -61,12 +64,14 @@ def verdict_content(
     greedy_soup: str,
     task_set: "TaskSet",
     seed: int,
+    simplified: str = "",
 ) -> dict[str, Any]:
     """The content of verdict.json.
 
     holdout: model -> its scores on the holdout split.
     greedy_soup: the sentence about the greedy soup.
     seed: of the bootstrap.
+    simplified: what the chosen candidate leaves out, in words; empty if it was not simplified.
     The other arguments are keys of `VerdictFile`.
     """
     return verdict.as_dict() | {
@@ -75,6 +80,7 @@ def verdict_content(
         "holdout": task_tables(task_set, holdout, seed),
         "holdout_uses": uses,
         "greedy_soup": greedy_soup,
+        "simplified": simplified,
         "tasks": {
             t.name: {
                 "metric": t.metric,

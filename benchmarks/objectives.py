@@ -1,0 +1,407 @@
+"""Which objective leads to the best metric: rank correlations, and what searches of equal cost reach.
+
+    python examples/tiny/make.py runs/tiny && python examples/mixed/make.py runs/mixed
+    python benchmarks/objectives.py run benchmarks/tiny24.yaml configs/mixed.yaml --out runs/objectives.json
+    python benchmarks/objectives.py table runs/objectives.json
+
+Every candidate is a formula for generation and one for multiple choice.  Each task is scaled so that the base is 0 and
+the best parent is 1, as a search does it.  If the candidate's name says `raw`, it is not scaled; if it says `as
+metric`, the base and the best parent have their own metrics' values: a task counts as much as its metric can change.
+
+correlation   Spearman's, over random points, baselines and points near a good one, between the mean objective on the
+              search items and the mean metric on the holdout items; and among the better half by metric alone
+gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
+cma-es        the metric on the holdout items of the mean of the last distribution of CMA-ES, and of its best point,
+              from the best baseline; a trial's value is (1 - share) times the scaled objective plus share times the
+              metric
+
+`run` skips what the file has already, so a long run can be done in parts.
+"""
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from scipy.stats import t as student
+from small_family import Answers, SmallFamily, Vector
+from torch import Tensor
+
+Formula = Callable[[Answers], Tensor]
+"""Answers -> (N,) item values."""
+
+
+def tokens_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) the mean of (N, T) values over an answer's tokens."""
+    return values.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
+
+
+def floored(logprob: Tensor, floor: float) -> Tensor:
+    """log((p + e) / (1 + e)), e = exp(floor)."""
+    return torch.logaddexp(logprob, logprob.new_tensor(floor)) - np.log1p(np.exp(floor))
+
+
+def choice_logprob(answers: Answers) -> Tensor:
+    """(N,) the log-softmax over the choices at the gold one."""
+    assert answers.choices is not None
+    assert answers.gold is not None
+    return answers.choices.log_softmax(1).gather(1, answers.gold[:, None])[:, 0]
+
+
+def choice_margin(answers: Answers) -> Tensor:
+    """(N,) the gold choice's log-likelihood minus the best other one's."""
+    assert answers.choices is not None
+    assert answers.gold is not None
+    right = answers.choices.gather(1, answers.gold[:, None])
+    return (right - answers.choices.scatter(1, answers.gold[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+
+
+def by_kind(generation: Formula, choice: Formula) -> Formula:
+    """One formula for tasks with choices, one for the others."""
+    return lambda answers: generation(answers) if answers.choices is None else choice(answers)
+
+
+def whole(answers: Answers) -> Tensor:
+    """(N,) the gold answer's log-probability."""
+    return answers.logprobs.sum(1)
+
+
+def per_token(answers: Answers) -> Tensor:
+    """(N,) the gold answer's log-probability per token."""
+    return tokens_mean(answers.logprobs, answers.mask)
+
+
+def per_root_token(answers: Answers) -> Tensor:
+    """(N,) the gold answer's log-probability, divided by the root of its number of tokens."""
+    return whole(answers) / answers.mask.sum(1).sqrt()
+
+
+def per_token_floored(floor: float) -> Formula:
+    return lambda answers: tokens_mean(floored(answers.logprobs, floor), answers.mask)
+
+
+def weakest(floor: float) -> Formula:
+    """The least probable token of the gold answer."""
+    return lambda answers: floored(answers.logprobs.masked_fill(~answers.mask, 0.0).amin(1), floor)
+
+
+def smallest_margin(answers: Answers) -> Tensor:
+    """(N,) the log-sigmoid of the smallest margin of a token."""
+    return torch.nn.functional.logsigmoid(answers.margins.masked_fill(~answers.mask, torch.inf).amin(1))
+
+
+def mean_margin(floor: float) -> Formula:
+    """The mean over tokens of the floored log-sigmoid of the margin."""
+    return lambda a: tokens_mean(floored(torch.nn.functional.logsigmoid(a.margins), floor), a.mask)
+
+
+def half_and_half(floor: float) -> Formula:
+    """The mean of the mean token and of the weakest token."""
+    return lambda a: (per_token_floored(floor)(a) + weakest(floor)(a)) / 2
+
+
+def choice_floored(floor: float) -> Formula:
+    return lambda answers: floored(choice_logprob(answers), floor)
+
+
+CANDIDATES: dict[str, Formula] = {
+    "metric": lambda answers: answers.right(),
+    "metric raw": lambda answers: answers.right(),
+    "gold_logprob raw": whole,
+    "gold_logprob": whole,
+    "gold_prob": by_kind(lambda a: whole(a).exp(), lambda a: choice_logprob(a).exp()),
+    "answer floored -6": by_kind(lambda a: floored(whole(a), -6.0), choice_floored(-6.0)),
+    "token mean": by_kind(per_token, choice_logprob),
+    "per root of tokens": by_kind(per_root_token, choice_logprob),
+    "token mean floored -4": by_kind(per_token_floored(-4.0), choice_floored(-4.0)),
+    "token mean floored -6": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
+    "token mean floored -6 raw": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
+    "token mean floored -6 as metric": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
+    "gold_logprob as metric": whole,
+    "token mean floored -8": by_kind(per_token_floored(-8.0), choice_floored(-8.0)),
+    "weakest token -6": by_kind(weakest(-6.0), choice_floored(-6.0)),
+    "mean and weakest -6": by_kind(half_and_half(-6.0), choice_floored(-6.0)),
+    "smallest margin": by_kind(smallest_margin, lambda a: torch.nn.functional.logsigmoid(choice_margin(a))),
+    "mean margin -6": by_kind(mean_margin(-6.0), choice_floored(-6.0)),
+}
+SHARED = (
+    "token mean floored -6",
+    "token mean floored -6 as metric",
+    "mean and weakest -6",
+)  # that CMA-ES tries with a share of the metric
+SHARES = (0.0, 0.5)
+LEAST = 0.05  # the least by which a task's metric is taken to change, in candidates `as metric`
+
+
+class Objective:
+    """A candidate on a family: scaled values of answers.
+
+    family: the models and items.
+    name: of `CANDIDATES`.
+    """
+
+    def __init__(self, family: SmallFamily, name: str) -> None:
+        self.formula, self.raw = CANDIDATES[name], name.endswith("raw")
+        self.offset, self.unit = self.scale(family, self.formula)
+        self.metric_offset, self.metric_unit = self.scale(family, CANDIDATES["metric"])
+        if name.endswith("as metric"):
+            best = {t: max(u, LEAST) if u < 1.0 else LEAST for t, u in self.metric_unit.items()}
+            self.unit = {task: unit / best[task] for task, unit in self.unit.items()}
+            self.metric_unit = dict.fromkeys(self.metric_unit, 1.0)
+
+    def scale(self, family: SmallFamily, formula: Formula) -> tuple[dict[str, float], dict[str, float]]:
+        """Task -> the base's mean and what the best parent has more; 1 where no parent is better beyond noise."""
+        offset, unit = {}, {}
+        for task, base in family.known["base"]["search"].items():
+            start = formula(base)
+            gains = [formula(family.known[p]["search"][task]) - start for p in family.parents]
+            best = max(gains, key=lambda g: g.mean().item())
+            clear = best.mean() > 2 * best.std() / len(best) ** 0.5
+            offset[task], unit[task] = start.mean().item(), best.mean().item() if clear else 1.0
+        return offset, unit
+
+    def task(self, name: str, answers: Answers) -> Tensor:
+        """(N,) scaled item values."""
+        values = self.formula(answers)
+        return values if self.raw else (values - self.offset[name]) / self.unit[name]
+
+    def mean(self, answers: Mapping[str, Answers], share: float = 0.0) -> float:
+        """The mean over tasks; share: of the metric."""
+        total = 0.0
+        for name, found in answers.items():
+            metric = (found.right().mean().item() - self.metric_offset[name]) / self.metric_unit[name]
+            total += (1 - share) * self.task(name, found).mean().item() + share * metric
+        return total / len(answers)
+
+
+class KnownFamily(SmallFamily):
+    """With the answers of its baselines on search and holdout items: name -> split -> task -> answers."""
+
+    def __init__(self, path: Path, items: int) -> None:
+        from evomerge.config.config_file import load_config
+
+        config = load_config(path)
+        splits = config.splits.model_copy(update={"search": items, "selection": 60, "holdout": 200})
+        super().__init__(config.model_copy(update={"splits": splits}))
+        self.name = config.name
+        self.parents = [b.name for b in self.baselines if b.kind == "parent"]
+        self.known = {b.name: self.on_both(self.of_recipe(b.recipe)) for b in self.baselines}
+
+    def on_both(self, values: dict[str, Tensor]) -> dict[str, dict[str, Answers]]:
+        return {"search": self.score(values, "search"), "holdout": self.score(values, "holdout")}
+
+    def start(self, objective: Objective, share: float = 0.0) -> Vector:
+        """The best baseline in the space by the objective, in the unit cube."""
+        inside = [b for b in self.baselines if b.point is not None]
+        best = max(inside, key=lambda b: objective.mean(self.known[b.name]["search"], share))
+        assert best.point is not None
+        return self.unit(best.point)
+
+    def holdout(self, unit: Vector) -> float:
+        """The mean metric on the holdout items."""
+        return self.metric(self.values(torch.as_tensor(np.clip(unit, 0, 1))), "holdout")
+
+
+def mean_right(answers: Mapping[str, Answers]) -> float:
+    return float(np.mean([a.right().mean().item() for a in answers.values()]))
+
+
+def adam(family: KnownFamily, objective: Objective, seed: int, steps: int, batch: int) -> Vector:
+    """The mean of the last 30% of the steps, in the unit cube; the rate falls from 0.06 by a cosine."""
+    rng = np.random.default_rng(seed)
+    theta = torch.tensor(family.start(objective), dtype=torch.float32, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], betas=(0.9, 0.99))
+    orders: dict[str, list[int]] = {}
+    late: list[Vector] = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.06 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        values = family.values(theta)
+        loss = torch.zeros(())
+        for task in family.task_set.tasks:
+            count = len(family.task_set.items[task.name]["search"])
+            queue = orders.setdefault(task.name, [])
+            if len(queue) < batch:
+                queue += rng.permutation(count).tolist()
+            picked, orders[task.name] = queue[:batch], queue[batch:]
+            answers = family.answers(values, family.items(task.name, "search").pick(torch.tensor(picked)))
+            loss = loss - objective.task(task.name, answers).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            theta.clamp_(0, 1)
+        if step >= 0.7 * steps:
+            late.append(theta.detach().numpy().copy())
+    return np.mean(late, axis=0)
+
+
+def cma_es(family: KnownFamily, objective: Objective, share: float, seed: int, trials: int) -> tuple[Vector, Vector]:
+    """The mean of the last distribution and the best point, in the unit cube."""
+    from cmaes import CMA
+
+    start = family.start(objective, share)
+    bounds = np.tile([0.0, 1.0], (len(start), 1))
+    optimizer = CMA(mean=start, sigma=0.2, bounds=bounds, seed=seed)
+    best: tuple[float, Vector] = (-np.inf, start)
+    done = 0
+    while done + optimizer.population_size <= trials:
+        told = []
+        for _ in range(optimizer.population_size):
+            unit = optimizer.ask()
+            value = objective.mean(family.score(family.values(torch.as_tensor(unit)), "search"), share)
+            told.append((unit, -value))
+            best = max(best, (value, unit), key=lambda pair: pair[0])
+        optimizer.tell(told)
+        done += len(told)
+    return np.clip(optimizer.mean, 0, 1), best[1]
+
+
+def points(family: KnownFamily, count: int, good: Vector) -> Iterator[Vector]:
+    """Random points: a third anywhere, a third of small weights, a third on the way to a good point."""
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        anywhere = rng.random(len(good))
+        if k % 3 == 0:
+            yield anywhere
+        elif k % 3 == 1:
+            yield anywhere * rng.random()
+        else:
+            yield good + (anywhere - good) * rng.random() * 0.7
+
+
+def correlations(family: KnownFamily, count: int) -> dict[str, dict[str, float]]:
+    """Candidate -> Spearman's correlation over all points, over the better half, and by task."""
+    good = adam(family, Objective(family, "token mean floored -6"), 0, 30, 24)
+    seen = list(family.known.values())
+    seen += [family.on_both(family.values(torch.as_tensor(u))) for u in points(family, count, good)]
+    metric = np.array([mean_right(s["holdout"]) for s in seen])
+    better = metric >= np.median(metric)
+    found = {}
+    for name in CANDIDATES:
+        objective = Objective(family, name)
+        value = np.array([objective.mean(s["search"]) for s in seen])
+        row = {"all": rank(value, metric), "better half": rank(value[better], metric[better])}
+        row["metric of its best"] = float(metric[np.argmax(value)])
+        for task in family.known["base"]["search"]:
+            mine = np.array([objective.task(task, s["search"][task]).mean().item() for s in seen])
+            row[task] = rank(mine, np.array([s["holdout"][task].right().mean().item() for s in seen]))
+        found[name] = row
+    return found
+
+
+def rank(one: Vector, two: Vector) -> float:
+    """Spearman's correlation; 0 if one of them is constant."""
+    return 0.0 if np.ptp(one) == 0 or np.ptp(two) == 0 else float(spearmanr(one, two).statistic)
+
+
+class Results:
+    """A JSON file of results by key, written after each one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def once(self, key: str, work: Callable[[], Any]) -> None:
+        """Do the work whose result is not there yet."""
+        if key in self.found:
+            return
+        started = time.perf_counter()
+        self.found[key] = work()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        print(f"{key}: {self.found[key]}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the file does not have yet."""
+    results = Results(arguments.out)
+    names = [n for n in CANDIDATES if arguments.only is None or n in arguments.only]
+    for path in arguments.configs:
+        family = KnownFamily(path, arguments.items)
+        where = family.name
+        results.once(f"{where}/baselines", lambda f=family: {n: mean_right(k["holdout"]) for n, k in f.known.items()})
+        results.once(f"{where}/correlation", lambda f=family: correlations(f, arguments.points))
+        for seed, name in product(range(arguments.seeds), names):
+            objective = Objective(family, name)
+
+            def by_gradient(f: KnownFamily = family, o: Objective = objective, s: int = seed) -> float:
+                return f.holdout(adam(f, o, s, arguments.steps, arguments.batch))
+
+            if not name.startswith("metric") and arguments.steps:
+                results.once(f"{where}/gradient/{name}/{seed}", by_gradient)
+            for share in SHARES if name in SHARED else (0.0,):
+                if not arguments.trials:
+                    continue
+
+                def by_samples(
+                    f: KnownFamily = family, o: Objective = objective, s: int = seed, part: float = share
+                ) -> list[float]:
+                    mean, best = cma_es(f, o, part, zlib.crc32(f"{s}".encode()), arguments.trials)
+                    return [f.holdout(mean), f.holdout(best)]
+
+                results.once(f"{where}/cma-es/{name}/{share:g}/{seed}", by_samples)
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95% interval of Student's t over seeds."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.3f} ±{half:.3f}"
+
+
+def table(path: Path) -> None:
+    """Print what the file has, as Markdown."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for family in dict.fromkeys(key.split("/")[0] for key in found):
+        base = found[f"{family}/baselines"]
+        best = max(base, key=base.__getitem__)
+        print(f"\n## {family}: holdout metric; best baseline {best} {base[best]:.3f}\n")
+        print("| objective | rank correlation | better half | its best point | gradient | cma-es mean | cma-es best |")
+        print("|---|---|---|---|---|---|---|")
+        for name, share in [(n, s) for n in CANDIDATES for s in (SHARES if n in SHARED else (0.0,))]:
+            row = found.get(f"{family}/correlation", {}).get(name, {})
+            cells = [
+                f"{row[k]:.3f}" if k in row and not share else "" for k in ("all", "better half", "metric of its best")
+            ]
+            learned = [v for k, v in found.items() if k.startswith(f"{family}/gradient/{name}/")]
+            sampled = [v for k, v in found.items() if k.startswith(f"{family}/cma-es/{name}/{share:g}/")]
+            cells.append(f"{interval(learned)} ({len(learned)})" if learned and not share else "")
+            for which in (0, 1):
+                cells.append(f"{interval([v[which] for v in sampled])} ({len(sampled)})" if sampled else "")
+            title = name + (f", metric {share:g}" if share else "")
+            print(f"| {title} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="measure")
+    running.add_argument("configs", type=Path, nargs="+")
+    running.add_argument("--out", type=Path, default=Path("runs/objectives.json"))
+    running.add_argument("--items", type=int, default=100, help="search items of each task")
+    running.add_argument("--points", type=int, default=60, help="for the correlations, beside the baselines")
+    running.add_argument("--seeds", type=int, default=3)
+    running.add_argument("--steps", type=int, default=40, help="of Adam; 0 for none")
+    running.add_argument("--batch", type=int, default=24, help="items of each task a step")
+    running.add_argument("--trials", type=int, default=100, help="of CMA-ES; 0 for none")
+    running.add_argument("--only", nargs="*", help="names of candidates")
+    printing = commands.add_parser("table", help="print what was measured")
+    printing.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        table(arguments.file)
+    else:
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

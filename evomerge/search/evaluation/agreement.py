@@ -1,0 +1,170 @@
+"""Whether objective and metric rank models alike: rank correlations over the models that were scored by both.
+
+A search climbs the objective and is judged by the metric.  Where the two rank models differently, the search climbs
+the wrong hill, and its user has to know.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial
+
+from evomerge.search.evaluation.scale import SCALE, Scale
+from evomerge.search.storage.item_scores import evaluation_records, unpack
+from evomerge.search.storage.study import in_full
+from evomerge.search.storage.trial_record import Packed, record_of
+
+FEWEST = 4  # models; the order of fewer says nothing
+WEAK = 0.5  # a lower rank correlation is a disagreement
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model with its mean scores on the search split, for each task that has both.
+
+    name: of the baseline, or `trial N`.
+    trial: its number; None if it is none.
+    objective: task -> the mean objective, scaled.
+    metric: task -> the mean metric.
+    """
+
+    name: str
+    trial: int | None
+    objective: dict[str, float]
+    metric: dict[str, float]
+
+    def means(self, scale: Scale, tasks: Sequence[str]) -> tuple[float, float] | None:
+        """The means over tasks, by their weights, of objective and metric; None if a task lacks scores."""
+        if any(task not in self.metric for task in tasks):
+            return None
+        weights = [scale.weights[task] for task in tasks]
+        each = ([self.objective[task] for task in tasks], [self.metric[task] for task in tasks])
+        return float(np.average(each[0], weights=weights)), float(np.average(each[1], weights=weights))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike objective and metric rank models.
+
+    what: the task, or `all tasks`.
+    models: how many were scored by both.
+    correlation: Spearman's rank correlation; None if it is not defined.
+    best: the model that is best by the metric.
+    place: its place by the objective, from 1.
+    objective, metric: the names.
+    """
+
+    what: str
+    models: int
+    correlation: float | None
+    best: str
+    place: int
+    objective: str
+    metric: str
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether the two rank models so differently that the user has to know."""
+        weak = self.correlation is not None and self.correlation < WEAK
+        return weak or self.place > max(2, self.models // 4)
+
+    @property
+    def sentence(self) -> str:
+        """The agreement in words."""
+        by = "-" if self.correlation is None else f"{self.correlation:.2f}"
+        text = f"{self.what}: rank correlation of {self.objective} and {self.metric} over {self.models} models: {by}"
+        if not self.disagrees:
+            return text
+        place = f"number {self.place}" if self.place > 1 else "also the best"
+        return f"{text}; they disagree: {self.best} is the best by {self.metric} and {place} by {self.objective}"
+
+
+def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> list[ScoredModel]:
+    """The models of a study that were scored on the search split by objective and metric of at least one task.
+
+    trials: all that are in the study; those that were not scored on all items are left out.
+    attributes: the study's.
+
+    Empty for a study without a scale.
+    """
+    if SCALE not in attributes:
+        return []
+    scale = Scale.from_json(attributes[SCALE])
+    tables: dict[str, list[Packed]] = {}
+    numbers: dict[str, int] = {}
+    for record in evaluation_records(attributes, ["search"]).values():
+        if record.name is not None:
+            tables.setdefault(record.name, []).append(record.scores)
+    for trial in filter(in_full, trials):
+        name = model_name(trial)
+        numbers[name] = trial.number
+        tables.setdefault(name, []).append(record_of(trial).scores)
+    models = [scored_model(scale, name, numbers.get(name), found) for name, found in tables.items()]
+    return [model for model in models if model.metric]
+
+
+def model_name(trial: FrozenTrial) -> str:
+    """The name of a trial's model: the baseline's, or `trial N`."""
+    return str(trial.user_attrs.get("baseline", f"trial {trial.number}"))
+
+
+def scored_model(scale: Scale, name: str, trial: int | None, found: Sequence[Packed]) -> ScoredModel:
+    """A model from all its records.  found: the scores of each."""
+    objective: dict[str, float] = {}
+    metric: dict[str, float] = {}
+    for scores in found:
+        for task, metrics in scores.items():
+            known = scale.tasks.get(task)
+            if known is not None and known.objective.name in metrics and known.metric.name in metrics:
+                objective[task] = float(known.objective.of(unpack(metrics[known.objective.name])).mean())
+                metric[task] = float(unpack(metrics[known.metric.name]).mean())
+    return ScoredModel(name, trial, objective, metric)
+
+
+def agreements(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> list[Agreement]:
+    """How alike objective and metric rank the models of a study: over all tasks, then by task.
+
+    Tasks whose objective is the metric are left out, and so is what fewer than FEWEST models were scored by.
+    The arguments are those of `scored_models`.
+    """
+    models = scored_models(trials, attributes)
+    if not models:
+        return []
+    scale = Scale.from_json(attributes[SCALE])
+    tasks = list(scale.tasks)
+    differ = [t for t in tasks if scale.tasks[t].objective.name != scale.tasks[t].metric.name]
+    groups = [("all tasks", tasks, "the objective", "the metric")] if differ and len(tasks) > 1 else []
+    groups += [(f"task {t}", [t], scale.tasks[t].objective.name, scale.tasks[t].metric.name) for t in differ]
+    found = []
+    for what, chosen, objective, metric in groups:
+        rows = [(m.name, *means) for m in models if (means := m.means(scale, chosen)) is not None]
+        if len(rows) >= FEWEST:
+            found.append(agreement(what, rows, objective, metric))
+    return found
+
+
+def agreement(what: str, rows: Sequence[tuple[str, float, float]], objective: str, metric: str) -> Agreement:
+    """The agreement over models.  rows: name, objective and metric of each."""
+    best = max(rows, key=lambda row: (row[2], row[1]))  # of models that are equal by the metric, the best by objective
+    place = 1 + sum(row[1] > best[1] for row in rows)
+    correlation = rank_correlation([row[1] for row in rows], [row[2] for row in rows])
+    return Agreement(what, len(rows), correlation, best[0], place, objective, metric)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; equal values share their mean rank.  None if all x or all y are equal."""
+    a, b = ranks(x), ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else None
+
+
+def ranks(x: Sequence[float]) -> NDArray[np.float64]:
+    """The ranks of values from 1, (n,); equal values share their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(x, dtype=np.float64), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    mean: NDArray[np.float64] = (ends - (counts - 1) / 2)[inverse]
+    return mean

@@ -1,0 +1,13 @@
+"""Learned coefficients: gradient ascent on the smooth objective, before the sampler's trials.
+
+One backward pass gives the derivative of the objective by every coefficient.  `learn.py` climbs with mini-batches of
+the search items, stores each step in the study, and tries the running average of the last steps as a trial, so that
+the sampler goes on from there.
+
+    learn.py        the phase of the search: start, steps, trials, when it ends
+    climbs.py       by which task weights it climbs
+    multipliers.py  how strongly the steps hold each guard
+    adam.py         one step from a point and a gradient (Kingma and Ba 2015)
+    minibatches.py  which items a step is computed on
+    step_record.py  what the study keeps of a step
+"""

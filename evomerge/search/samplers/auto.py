@@ -1,0 +1,41 @@
+"""`auto` and `learned`: a learned start, and which sampler follows it.
+
+`learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
+kept in the study, so that a resume with another budget does not change the sampler.  docs/search.md has the
+measurements behind the rule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from evomerge.config.schema import SamplerConfig
+from evomerge.search.samplers.cmaes import make_cma_es
+from evomerge.search.samplers.sampler_kind import SamplerKind
+
+CHOSEN = "evomerge:sampler"  # study attribute: what `auto` chose
+SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
+GP_TRIALS = 60  # above it a Gaussian process's own time grows too long beside its use
+GP_AXES = 30
+
+AUTO = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
+LEARNED = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
+
+
+def choose(axes: int, trials: int | None, workers: int) -> str:
+    """The sampler that follows a learned start.
+
+    axes: how many coefficients are searched.
+    trials: how many are left; None is not limited.
+    workers: how many trials run at once.
+    """
+    few = trials is not None and trials <= GP_TRIALS
+    return "gp" if few and workers == 1 and axes <= GP_AXES else "cma-es"
+
+
+def settled(attributes: Mapping[str, Any], config: SamplerConfig) -> SamplerConfig:
+    """The configuration with the sampler that `auto` chose, if it has chosen.  attributes: the study's."""
+    chosen = attributes.get(CHOSEN)
+    if config.name != "auto" or chosen is None:
+        return config
+    sigma0 = config.sigma0 if "sigma0" in config.model_fields_set else SIGMA0
+    return config.model_copy(update={"name": chosen, "sigma0": sigma0})

@@ -1,0 +1,90 @@
+"""The method of a search whose configuration lists several: the one whose default recipes score best.
+
+The default recipes of a method are points of its own space, so they are what a search of this method could reach.  All
+sources have the same weight: 1/N, 0.5, 0.8 and 1, as far as the bounds allow.  Where the weights are divided by their
+sum this changes nothing, and `lambda` varies instead: 1, 1.5 and 2.  Every other coefficient is in the middle of its
+bounds, `lambda` at 1.
+
+The best default recipe of the chosen method is a point at which the search may start.  Those of the other methods stay
+baselines outside the space, so that a method which was not searched can still win.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from evomerge.config.schema import SearchConfig
+from evomerge.search.space.baselines import Baseline
+from evomerge.search.space.space import Point, Space, build_space
+from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice
+from evomerge.search.workers.pool import run_all
+
+if TYPE_CHECKING:
+    from evomerge.sources.open_models import Models
+
+WEIGHTS = (0.5, 0.8, 1.0)  # and 1/N
+LAMBDAS = (1.0, 1.5, 2.0)
+
+
+async def choose_method(
+    config: SearchConfig, models: "Models", score: Callable[[Baseline], Awaitable[float]]
+) -> MethodChoice:
+    """The method whose best default recipe has the highest score; of equal ones the first in the configuration.
+
+    score: the score of a baseline on the search split; minus infinity if it is broken.
+    """
+    tried = {method: default_recipes(space_of(config, method, models)) for method in config.candidate_methods}
+    scores = iter(await run_all(*(score(baseline) for found in tried.values() for baseline in found)))
+    best: dict[str, tuple[float, str]] = {}
+    for method, found in tried.items():
+        best[method] = max(((next(scores), baseline.name) for baseline in found), key=lambda pair: pair[0])
+    chosen = max(best, key=lambda method: best[method][0])
+    known = {m: DefaultRecipe(name, value if value > -float("inf") else None) for m, (value, name) in best.items()}
+    return MethodChoice(chosen, known)
+
+
+def tried_baselines(config: SearchConfig, models: "Models", choice: MethodChoice | None) -> list[Baseline]:
+    """The best default recipe of every method that was tried: a point of the space for the chosen one alone.
+
+    config: with the chosen method.
+    """
+    if choice is None or choice.chosen != config.method:
+        return []
+    found = []
+    listed = {method: best for method, best in choice.best.items() if method in config.candidate_methods}
+    for method, best in listed.items():
+        recipes = {b.name: b for b in default_recipes(space_of(config, method, models))}
+        if best.value is None or best.name not in recipes:  # not there if the bounds were changed since
+            continue
+        own = recipes[best.name]
+        found.append(own if method == choice.chosen else Baseline(own.name, own.kind, own.recipe, None))
+    return found
+
+
+def space_of(config: SearchConfig, method: str, models: "Models") -> Space:
+    """The search space of a configuration with another method."""
+    return build_space(config.model_copy(update={"method": method, "methods": None}), models)
+
+
+def default_recipes(space: Space) -> list[Baseline]:
+    """The default recipes of a space's method: different points of the space, at least one."""
+    name = space.config.method
+    divided = any(g.knob == "normalize" and g.low for g in space.groups)
+    weights = (1.0 / len(space.config.sources), *WEIGHTS)
+    knob, values = ("lambda", LAMBDAS) if divided else ("weight", weights)
+    bounds = [(g.low, g.high) for g in space.groups if g.knob == knob and not g.fixed]
+    allowed = [v for v in dict.fromkeys(values) if bounds and all(low <= v <= high for low, high in bounds)]
+    points = {f"{name} {knob} {v:.3g}": default_point(space, {knob: v}) for v in allowed}
+    points = points or {f"{name} middle": default_point(space, {})}
+    return [Baseline(n, "recommended", space.recipe(point), point) for n, point in points.items()]
+
+
+def default_point(space: Space, wanted: dict[str, float]) -> Point:
+    """The point with these values of knobs; other knobs are in the middle of their bounds, `lambda` at 1 if it can."""
+    point: Point = {}
+    for group in space.groups:
+        middle = (group.low + group.high) / 2
+        if group.knob == "lambda" and group.low <= 1.0 <= group.high:
+            middle = 1.0
+        if not group.fixed:
+            point |= dict.fromkeys(group.axes, wanted.get(group.knob, middle))
+    return point

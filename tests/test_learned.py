@@ -1,0 +1,234 @@
+"""Learned coefficients: the optimizer, the mini-batches, the chain rule of a space, and whole searches with it."""
+
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
+from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
+
+from evomerge.errors import EvomergeError
+from evomerge.search.budget.usage import Elapsed, Usage
+from evomerge.search.learned.adam import Adam, average
+from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.run import open_run
+from evomerge.search.space.space import Group, Space, spread
+from evomerge.search.storage.step_record import StepRecord, step_key, step_records
+
+BOUNDS = {"a": FloatDistribution(0.0, 2.0), "b": FloatDistribution(-1.0, 1.0)}
+
+
+def climb(rate: float, steps: int, top: dict[str, float]) -> dict[str, float]:
+    """The point after climbing a paraboloid whose top is at `top`."""
+    adam = Adam(BOUNDS, rate, steps)
+    point = {"a": 0.3, "b": 0.0}
+    for _ in range(steps):
+        point = adam.step(point, {name: -2 * (point[name] - top[name]) for name in BOUNDS})
+    return point
+
+
+def test_adam_reaches_a_top_inside_the_bounds() -> None:
+    point = climb(0.1, 200, {"a": 1.4, "b": -0.5})
+    assert point == pytest.approx({"a": 1.4, "b": -0.5}, abs=1e-2)
+
+
+def test_adam_stays_within_the_bounds() -> None:
+    assert climb(0.1, 200, {"a": 9.0, "b": -9.0}) == pytest.approx({"a": 2.0, "b": -1.0})
+
+
+def test_the_first_step_has_the_length_of_the_rate_whatever_the_size_of_the_gradient() -> None:
+    for size in (1e-6, 1.0, 1e6):
+        moved = Adam(BOUNDS, 0.06, 60).step({"a": 1.0, "b": 0.0}, {"a": size, "b": -size})
+        assert moved == pytest.approx({"a": 1.06, "b": -0.06})
+
+
+def test_a_coefficient_without_a_gradient_stays() -> None:
+    moved = Adam(BOUNDS, 0.06, 60).step({"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 0.0})
+    assert moved["b"] == 0.5
+
+
+def test_the_average_of_points() -> None:
+    assert average([{"a": 1.0, "b": 0.0}, {"a": 2.0, "b": -1.0}]) == {"a": 1.5, "b": -0.5}
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31 - 1),
+    size=st.integers(1, 32),
+)
+def test_no_item_comes_again_before_all_have_come(sizes: list[int], seed: int, size: int) -> None:
+    ids = {f"t{k}": [f"{k}:{i}" for i in range(n)] for k, n in enumerate(sizes)}
+    each = max(1, size // len(ids))
+    for task, known in ids.items():
+        if each > len(known):
+            continue
+        drawn: list[str] = []
+        while len(drawn) < len(known):
+            drawn += minibatch(ids, seed, len(drawn) // each, size)[task]
+        assert sorted(drawn[: len(known)]) == sorted(known)
+
+
+def test_a_minibatch_depends_on_seed_and_number_alone() -> None:
+    ids = {"t": [str(i) for i in range(100)]}
+    assert minibatch(ids, 1, 3, 8) == minibatch(ids, 1, 3, 8)
+    assert minibatch(ids, 1, 3, 8) != minibatch(ids, 1, 4, 8) != minibatch(ids, 2, 4, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 9),
+    granularity=st.sampled_from(["model", "depth", "group", "layer"]),
+    data=st.data(),
+)
+def test_the_gradient_by_the_axes_is_that_of_the_spread_values(
+    layers: int, granularity: str, data: st.DataObject
+) -> None:
+    """Against the definition: a linear function of the values at every layer and component."""
+    count = {"model": 1, "depth": 3, "group": min(2, layers), "layer": layers}[granularity]
+    names = {c: tuple(f"weight.s.{c}.{k}" for k in range(count)) for c in ("mlp", "default")}
+    groups = tuple(Group("weight", "s", c, granularity, 0.0, 2.0, axes) for c, axes in names.items())  # type: ignore[arg-type]
+    space = Space(None, layers, groups)  # type: ignore[arg-type]
+    numbers = st.lists(st.floats(-3, 3), min_size=layers, max_size=layers)
+    slopes = {c: data.draw(numbers) for c in ("mlp", "attention", "norm")}
+
+    def value(point: dict[str, float]) -> float:
+        total = 0.0
+        for component, slope in slopes.items():
+            axes = names["mlp" if component == "mlp" else "default"]
+            per_layer = np.broadcast_to(spread([point[a] for a in axes], granularity, layers), layers)  # type: ignore[arg-type]
+            total += float(np.dot(slope, per_layer))
+        return total
+
+    found = space.gradient({("weight", "s"): slopes})  # type: ignore[dict-item]
+    zero = dict.fromkeys([a for axes in names.values() for a in axes], 0.0)
+    for axis in zero:
+        assert math.isclose(found[axis], value({**zero, axis: 1.0}), abs_tol=1e-9)
+
+
+def test_a_step_record_comes_back_from_the_study_as_it_was() -> None:
+    record = StepRecord({"a": 0.1 + 0.2}, {"a": 1e-17}, -1.25, 16, Usage(forwards=3), Elapsed(1.5, 1.5))
+    other = StepRecord({"a": 1.0}, {"a": 2.0}, 0.5, 16)
+    assert step_records({step_key(1): other.to_json(), step_key(0): record.to_json(), "x": 1}) == [record, other]
+
+
+@pytest.mark.parametrize(
+    "content", [None, {}, {"point": 1}, {"point": {"a": "x"}, "gradient": {}, "value": 1, "items": 1}]
+)
+def test_a_damaged_step_record_is_an_error(content: object) -> None:
+    with pytest.raises(EvomergeError, match="cannot be read"):
+        StepRecord.from_json(content)
+
+
+# --- Whole searches ---
+
+SMALL: dict[str, Any] = {
+    "tasks": [{"task": str(ROOT / "evals" / "tiny" / f"{skill}.yaml")} for skill in ("rev", "add")],
+    "sampler": {"name": "auto", "steps": 9},
+    "budget": {"trials": 14},
+}
+DURING_A_GRADIENT = """
+import os, signal
+import evomerge.search.evaluation.evaluator as e
+calls, real = [0], e.backward
+def counted(*a, **k):
+    calls[0] += 1
+    if calls[0] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+e.backward = counted
+"""
+DURING_A_LOOK = """
+import os, signal
+import evomerge.search.learned.learn as l
+real = l.Learner.look
+async def killed(self, learned, ended):
+    if learned.steps == 6:
+        self.trials.pool.run = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+    return await real(self, learned, ended)
+l.Learner.look = killed
+"""
+
+
+def steps_of(run: Path) -> list[StepRecord]:
+    """The gradient steps of a run, without what depends on the machine."""
+    return [replace(r, used=None, elapsed=None) for r in step_records(open_run(run).study().user_attrs)]
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search with a learned start."""
+    return finished_search(write_config(tmp_path_factory.mktemp("learned"), tiny_family, **SMALL))
+
+
+def test_a_learned_start_climbs_and_the_sampler_goes_on(learned: Path) -> None:
+    study = open_run(learned).study()
+    steps = steps_of(learned)
+    assert len(steps) in (3, 6, 9)
+    tried = [t for t in study.trials if "learned" in t.user_attrs]
+    assert [t.user_attrs["learned"] for t in tried] == [3, 6, 9][: len(tried)]
+    started = max(t.value for t in study.trials if "baseline" in t.user_attrs)
+    assert max(t.value for t in tried) > started
+    assert study.user_attrs["evomerge:sampler"] in ("gp", "cma-es")
+    assert any(not {"learned", "baseline"} & t.user_attrs.keys() for t in study.trials), "no trial of the sampler"
+
+
+def test_the_first_step_is_taken_from_the_best_baseline(learned: Path) -> None:
+    study = open_run(learned).study()
+    best = max((t for t in study.trials if "baseline" in t.user_attrs), key=lambda t: t.value)
+    assert steps_of(learned)[0].point == best.params
+
+
+def test_learned_points_are_finalists(learned: Path) -> None:
+    study = open_run(learned).study()
+    tried = {f"trial {t.number}" for t in study.trials if "learned" in t.user_attrs}
+    assert tried <= {f["name"] for f in verdict_of(learned)["finalists"]}
+
+
+@pytest.mark.parametrize(
+    "prelude", [pytest.param(DURING_A_GRADIENT, id="step"), pytest.param(DURING_A_LOOK, id="look")]
+)
+def test_a_killed_learned_start_goes_on_to_the_same_bits(
+    prelude: str, learned: Path, tiny_family: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    killed = run_cli("search", write_config(tmp_path, tiny_family, **SMALL), "--run", run, prelude=prelude)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = steps_of(run)
+    assert 0 < len(before) < len(steps_of(learned)) or prelude is DURING_A_LOOK
+    resumed = run_cli("resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert steps_of(run) == steps_of(learned)
+    assert trials_of(run) == trials_of(learned)
+    assert verdict_of(run) == verdict_of(learned)
+
+
+def test_the_search_ends_after_the_learned_start_with_the_sampler_learned(tiny_family: Path, tmp_path: Path) -> None:
+    sampler = {"name": "learned", "steps": 3}
+    run = finished_search(write_config(tmp_path, tiny_family, **SMALL | {"sampler": sampler}))
+    assert all({"learned", "baseline"} & t.user_attrs.keys() for t in open_run(run).study().trials)
+
+
+def test_a_metric_without_a_derivative_is_searched_without_a_learned_start(tiny_family: Path, tmp_path: Path) -> None:
+    tasks = [{"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "exact_match"}]
+    run = finished_search(write_config(tmp_path, tiny_family, **SMALL | {"tasks": tasks, "budget": {"trials": 10}}))
+    assert not steps_of(run)
+    reason = "no learned start: task tiny_rev: its objective exact_match has no derivative"
+    assert reason in open_run(run).log_file.read_text()
+    asked = write_config(tmp_path, tiny_family, **SMALL | {"tasks": tasks, "sampler": {"name": "learned"}})
+    done = run_cli("search", asked, "--run", tmp_path / "asked")
+    assert done.returncode == 2
+    assert "cannot be learned" in done.stderr
+
+
+def test_two_workers_take_a_mini_batch_each(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, **SMALL | {"sampler": {"name": "learned", "steps": 3}})
+    done = run_cli("search", config, "--run", tmp_path / "run", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert {r.items for r in steps_of(tmp_path / "run")} == {32}

@@ -1,0 +1,251 @@
+"""A search that chooses its method: `method: [ties, task_arithmetic]`."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import write_family
+from searches import finished_search, run_cli, trials_of, verdict_of, write_config
+
+from evomerge.config.config_file import config_differences, dump_config, load_config
+from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.search.models import open_config_models
+from evomerge.search.run import open_run
+from evomerge.search.space.choose_method import default_recipes, space_of, tried_baselines
+from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice, recorded_choice
+from evomerge.search.verdict.recommended import recipe_of_trial
+from evomerge.sources.tensor_names import TensorRole
+
+METHODS = ["ties", "task_arithmetic"]  # the second is the better one on the tiny family
+SPACE: dict[str, Any] = {"weight": [0, 1.6], "density": [0.2, 1.0], "lambda": [0.5, 1.5]}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained base and two sources of two layers."""
+    folder = tmp_path_factory.mktemp("family")
+    write_family(folder, ("rev", "add"))
+    return folder
+
+
+def loaded(folder: Path, family: Path, **changes: Any) -> SearchConfig:
+    return load_config(write_config(folder, family, **({"method": METHODS, "space": SPACE} | changes)))
+
+
+# --- The configuration ---
+
+
+def test_a_list_of_methods_is_read_back_as_it_was_written(family: Path, tmp_path: Path) -> None:
+    config = loaded(tmp_path, family)
+    assert (config.method, config.methods) == ("ties", METHODS)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    chosen = config.model_copy(update={"method": "task_arithmetic"})
+    (tmp_path / "again.yaml").write_text(dump_config(chosen))
+    assert load_config(tmp_path / "again.yaml") == chosen
+
+
+@pytest.mark.parametrize("method", ["ties", ["ties"]])
+def test_one_method_is_written_without_a_list(method: object, family: Path, tmp_path: Path) -> None:
+    config = loaded(tmp_path, family, method=method)
+    assert (config.method, config.methods) == ("ties", None)
+    assert "methods" not in yaml.safe_load(dump_config(config))
+
+
+def test_the_choice_is_no_difference_and_another_list_is_one(family: Path, tmp_path: Path) -> None:
+    config = loaded(tmp_path, family)
+    chosen = config.model_copy(update={"method": "task_arithmetic"})
+    assert config_differences(chosen, config) == []
+    assert config_differences(chosen, loaded(tmp_path, family, method=["ties", "dare_ties"])) == [
+        "methods.1: task_arithmetic -> dare_ties"
+    ]
+    assert len(config_differences(chosen, loaded(tmp_path, family, method="ties"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"method": ["ties", "task_aritmetic"]}, "method: 'task_aritmetic' is not one of "),
+        ({"method": ["ties", "ties"]}, "method: ties is listed twice"),
+        ({"method": ["ties", 3]}, "method: give the name of a method, or a list of names (found ['ties', 3])"),
+        ({"method": []}, "method: give the name of a method, or a list of names (found [])"),
+        ({"method": "dare_ties", "methods": METHODS}, "method: dare_ties is not one of `methods`"),
+        (
+            {"space": SPACE | {"t": 0.5}},
+            "space.t: not a coefficient of ties or task_arithmetic; allowed: weight, density, lambda, normalize",
+        ),
+        ({"space": SPACE | {"density": [0.2, 2]}}, "space.density: bounds 0.2 to 2 are not within 0 to 1"),
+        ({"space": {"weight": 1, "density": [0.2, 1]}}, "space: every coefficient of task_arithmetic is fixed"),
+        ({"method": ["ties", "slerp"]}, "space.t: slerp needs it; give bounds [low, high] or a number"),
+    ],
+)
+def test_one_mistake_is_one_line(changes: dict[str, Any], line: str, family: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvomergeError) as caught:
+        loaded(tmp_path, family, **changes)
+    _, *found = str(caught.value).split("\n  ")
+    assert len(found) == 1, found
+    assert found[0].startswith(line)
+
+
+def test_a_wrong_name_brings_the_nearest_one(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvomergeError, match=r"1 problem\(s\):\n.*did you mean task_arithmetic\?$"):
+        loaded(tmp_path, family, method=["ties", "task_aritmetic"])
+
+
+# --- The default recipes ---
+
+
+def names_of(folder: Path, family: Path, method: str, **space: Any) -> list[str]:
+    config = loaded(folder, family, method=method, space=space)
+    return [b.name for b in default_recipes(space_of(config, method, open_config_models(config)))]
+
+
+def test_default_recipes_are_the_usual_weights_within_the_bounds(family: Path, tmp_path: Path) -> None:
+    assert names_of(tmp_path, family, "task_arithmetic", weight=[0, 0.9]) == [
+        "task_arithmetic weight 0.5",
+        "task_arithmetic weight 0.8",
+    ]
+    assert names_of(tmp_path, family, "task_arithmetic", weight=[2, 3]) == ["task_arithmetic middle"]
+
+
+def test_where_weights_are_divided_by_their_sum_lambda_varies(family: Path, tmp_path: Path) -> None:
+    assert names_of(tmp_path, family, "ties", **SPACE) == ["ties lambda 1", "ties lambda 1.5"]
+    assert names_of(tmp_path, family, "ties", weight=[0, 1], density=[0.2, 1]) == ["ties middle"]
+    assert len(names_of(tmp_path, family, "ties", **SPACE, normalize=False)) == 3
+
+
+def test_other_coefficients_are_in_the_middle_of_their_bounds(family: Path, tmp_path: Path) -> None:
+    config = loaded(tmp_path, family, method="ties", space=SPACE | {"lambda": [0.5, 1.2], "granularity": "layer"})
+    space = space_of(config, "ties", open_config_models(config))
+    (baseline,) = default_recipes(space)
+    knobs = baseline.recipe.knobs(TensorRole(1, "mlp"), 2)
+    assert knobs.each == {"weight": (0.8, 0.8), "density": (0.6, 0.6)}
+    assert knobs.shared["lambda"] == 1.0
+    assert baseline.point is not None
+    assert space.recipe(baseline.point) == baseline.recipe
+
+
+def test_a_method_without_weights_has_one_default_recipe(family: Path, tmp_path: Path) -> None:
+    assert names_of(tmp_path, family, "slerp", t=[0.2, 0.6]) == ["slerp middle"]
+
+
+def test_recipes_of_bounds_that_are_no_more_are_no_baselines(family: Path, tmp_path: Path) -> None:
+    best = {"ties": DefaultRecipe("ties lambda 1.5", -1.0), "task_arithmetic": DefaultRecipe("gone", -0.5)}
+    config = loaded(tmp_path, family).model_copy(update={"method": "task_arithmetic"})
+    models = open_config_models(config)
+    found = tried_baselines(config, models, MethodChoice("task_arithmetic", best))
+    assert [(b.name, b.point) for b in found] == [("ties lambda 1.5", None)]
+    assert tried_baselines(config, models, MethodChoice("ties", best)) == []
+
+
+def test_a_method_whose_recipes_are_all_broken_is_named() -> None:
+    best = {"ties": DefaultRecipe("ties middle", None), "linear": DefaultRecipe("linear middle", 0.5)}
+    assert MethodChoice("linear", best).sentence == "linear is searched: 0.5 (linear middle); ties broken"
+
+
+# --- The search ---
+
+
+def write_choosing(folder: Path, tiny_family: Path) -> Path:
+    return write_config(folder, tiny_family, method=METHODS, space=SPACE, budget={"trials": 9})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_search(write_choosing(tmp_path_factory.mktemp("finished"), tiny_family))
+
+
+def scorings(run: Path) -> list[str]:
+    """The log's lines of evaluations outside trials, without their times, sorted."""
+    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+    return sorted(line.split(" ", 1)[1] for line in lines if " scoring " in line)
+
+
+def test_the_better_method_is_searched_and_everything_names_it(finished: Path) -> None:
+    run = open_run(finished)
+    choice = recorded_choice(run.study().user_attrs)
+    assert choice is not None
+    values = {method: best.value or -9 for method, best in choice.best.items()}
+    assert choice.chosen == "task_arithmetic" == max(values, key=values.__getitem__)
+    assert (run.config().method, run.config().methods) == ("task_arithmetic", METHODS)
+    assert recipe_of_trial(run, 8).method == "task_arithmetic"
+    assert set(trials_of(finished)[8][2]) == {"lambda", "weight.rev", "weight.add"}
+    shown = run_cli("status", finished).stdout
+    assert "task_arithmetic of 2 sources" in shown
+    assert choice.sentence in shown.replace("\n", " ")
+    assert choice.sentence in run.log_file.read_text()
+    assert choice.sentence in run.report_file.read_text()
+
+
+def test_the_default_recipes_take_part_in_the_search_and_in_the_finals(finished: Path) -> None:
+    run = open_run(finished)
+    choice = recorded_choice(run.study().user_attrs)
+    assert choice is not None
+    own, other = choice.best["task_arithmetic"], choice.best["ties"]
+    trials = {t.user_attrs.get("baseline"): t for t in run.study().get_trials()}
+    assert trials[own.name].value == own.value
+    assert other.name not in trials
+    kinds = {f["name"]: f["kind"] for f in verdict_of(finished)["finalists"]}
+    assert kinds[own.name] == kinds[other.name] == "recommended"
+
+
+def test_no_model_is_scored_twice(finished: Path) -> None:
+    assert len(scorings(finished)) == len(set(scorings(finished)))
+    before = scorings(finished)
+    assert run_cli("resume", finished).returncode == 0
+    assert scorings(finished) == before
+
+
+def test_a_trial_of_the_chosen_method_can_be_repeated(finished: Path) -> None:
+    done = run_cli("repeat", finished, "--trial", "8")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 24 item scores differ" in done.stdout
+
+
+KILL = "import os, signal\ndef die(*a):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+DURING_THE_CHOICE = (
+    KILL
+    + """
+import evomerge.search.evaluation.evaluator as s
+calls, real = [0], s.Evaluator.materialise
+def counted(self, *a):
+    calls[0] += 1
+    if calls[0] == 4:
+        die()
+    return real(self, *a)
+s.Evaluator.materialise = counted
+"""
+)
+BEFORE_THE_CHOICE_IS_STORED = (
+    KILL + "\nimport evomerge.search.storage.method_choice as m\nm.MethodChoice.to_json = die\n"
+)
+BEFORE_THE_CONFIGURATION_IS_WRITTEN = KILL + "\nimport evomerge.search.loop as l\nl.write_config = die\n"
+BEFORE_THE_FIRST_TRIAL = KILL + "\nimport evomerge.search.loop as l\nl.Driver.search = die\n"
+
+
+@pytest.mark.parametrize(
+    ("prelude", "again"),
+    [
+        pytest.param(DURING_THE_CHOICE, True, id="during"),  # the models that had no scores yet
+        pytest.param(BEFORE_THE_CHOICE_IS_STORED, False, id="stored"),
+        pytest.param(BEFORE_THE_CONFIGURATION_IS_WRITTEN, False, id="written"),
+        pytest.param(BEFORE_THE_FIRST_TRIAL, False, id="trial"),
+    ],
+)
+def test_a_search_killed_around_its_choice_resumes_to_the_same_trials_and_winner(
+    prelude: str, again: bool, finished: Path, tiny_family: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    killed = run_cli("search", write_choosing(tmp_path, tiny_family), "--run", run, prelude=prelude)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert trials_of(run) == []
+    resumed = run_cli("resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert open_run(run).config().method == "task_arithmetic"
+    assert trials_of(run) == trials_of(finished)
+    assert verdict_of(run) == verdict_of(finished)
+    assert (len(scorings(run)) > len(set(scorings(run)))) == again
+    assert set(scorings(run)) == set(scorings(finished))
