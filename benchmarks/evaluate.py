@@ -204,7 +204,7 @@ def main() -> None:
         engine = Engine(model, tokenizer, args.batch_tokens, print)
         row = "| {:12} | {:>8} | {:>9} | {:>9} | {:>9} | {:>8} |".format
         print(row("task", "speed-up", "tokens", "padded", "outside", "seconds"))
-        for task in open_tasks(TaskConfig(task=str(f)) for f in files):
+        for task in open_tasks(TaskConfig(task=str(f), objective="metric") for f in files):
             print(row(*compare(engine, task, args.repeats)), flush=True)
         del engine
         for line in trial(args.model, files, args):

@@ -77,7 +77,7 @@ def scores(family: Path, limit: int) -> None:
     for folder in sorted(p.parent for p in family.glob("*/config.json")):
         found = {}
         for kind in ("bfloat16", "float32"):
-            tasks = open_tasks(TaskConfig(task=str(f)) for f in sorted(EVALS.glob("*.yaml")))
+            tasks = open_tasks(TaskConfig(task=str(f), objective="metric") for f in sorted(EVALS.glob("*.yaml")))
             tasks = [t for t in tasks if t.kind == "generate_until"]
             model, tokenizer = open_live_model(folder, None, "bfloat16", CPU, kind)
             results = evaluate_model(model, tokenizer, tasks, 4096, limit, Clock())
