@@ -116,7 +116,8 @@ class Learner:
         weights = f", weights {climb.text}" if climb.text else ""
         while len(points) < climb.steps and ended() is None:
             number = len(points)
-            self.monitor.phase(f"learning the coefficients{weights}: step {number + 1} of {climb.steps}")
+            if number >= len(known):
+                self.monitor.phase(f"learning the coefficients{weights}: step {number + 1} of {climb.steps}")
             step = known[number] if number < len(known) else await self.step(climb, number, point, states)
             if step is None:
                 break

@@ -1,8 +1,8 @@
 """`auto` and `learned`: a learned start, and which sampler follows it.
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
-kept in the study, so that a resume with another budget does not change the sampler.  docs/search.md has the
-measurements behind the rule.
+kept in the study, so that a resume with another budget does not change the sampler.  The rule is one of thumb; no table
+of measurements stands behind it yet.
 """
 
 from collections.abc import Mapping
