@@ -52,5 +52,6 @@ class Adam:
 
 
 def average(points: Sequence[Point]) -> Point:
-    """The mean of points of one space."""
-    return {name: float(np.mean([p[name] for p in points])) for name in points[0]}
+    """The mean of points of one space; rounding never takes it out of their range, which may end at a bound."""
+    values = {name: [point[name] for point in points] for name in points[0]}
+    return {name: float(np.clip(np.mean(each), min(each), max(each))) for name, each in values.items()}
