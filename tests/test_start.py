@@ -127,7 +127,7 @@ def test_the_nearest_point_is_nearer_than_its_neighbours_and_its_own_nearest(dat
         assert distance(moved) >= own - 1e-9, (axis, step)
     again = nearest_point(space, space.recipe(near.point))
     assert again is not None
-    assert again.exact
+    assert again.difference < 1e-6  # knots without a layer of their own are found up to rounding
     assert distance(again.point) == pytest.approx(own, abs=1e-7)
 
 
