@@ -32,7 +32,7 @@ from evomerge.evaluate.loglikelihood import (
     kept_logits,
     plan_batches,
 )
-from evomerge.evaluate.metrics import Extra, TensorAnswer
+from evomerge.evaluate.metrics import Extra, Metric, TensorAnswer
 from evomerge.evaluate.tasks import Task
 from evomerge.evaluate.token_budget import LEAST
 from evomerge.evaluate.workload import ItemRequests, Workload
@@ -40,6 +40,8 @@ from evomerge.evaluate.workload import ItemRequests, Workload
 SHARE = 4  # `auto` is the engine's token budget divided by this: the activations of all layers are kept
 LM_EVAL = {"brier_score": "brier", "perplexity": "gold_logprob"}
 """Metric of lm-eval -> the metric of ours with the same item scores; for texts see `text_factor`."""
+OF_TEXTS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+"""lm-eval's metrics of a text that are its log-likelihood times a number."""
 
 
 @dataclass
@@ -226,7 +228,7 @@ def objectives_of(task: Task, asked: ItemRequests, place: int, weight: float) ->
             return factor * rows[0].logprobs.sum()
 
         return [ItemObjective(task.name, place, weight, [row], product) for row in asked.rows]
-    metric = task.own.get(LM_EVAL.get(task.objective, task.objective))
+    metric = differentiable_metric(task)
     if metric is None or metric.differentiable is None or asked.gold is None:
         raise no_derivative(task)
     formula, sign = metric.differentiable, 1.0 if metric.higher_is_better else -1.0
@@ -246,6 +248,19 @@ def objectives_of(task: Task, asked: ItemRequests, place: int, weight: float) ->
         return sign * formula(answer)
 
     return [ItemObjective(task.name, place, weight, [asked.rows[n] for n in numbers], value, metric.extra)]
+
+
+def has_derivative(task: Task) -> bool:
+    """Whether gradient steps can climb a task's objective."""
+    if task.kind == "loglikelihood_rolling" and task.objective in OF_TEXTS:
+        return True
+    return differentiable_metric(task) is not None
+
+
+def differentiable_metric(task: Task) -> Metric | None:
+    """The metric of ours that gives a task's objective its derivative, None if there is none."""
+    metric = task.own.get(LM_EVAL.get(task.objective, task.objective))
+    return metric if metric is not None and metric.differentiable is not None else None
 
 
 def text_factor(task: Task, asked: ItemRequests) -> float:

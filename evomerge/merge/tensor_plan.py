@@ -11,7 +11,7 @@ from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.kernels.random_masks import mask_keys
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
-from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, Plan, SparseBlend
+from evomerge.merge.methods.plan import Blend, Derived, Plan, SparseBlend
 from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.sources.tensor_names import TensorRole, tensor_role
@@ -81,10 +81,7 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
         sources = [base if skip else measured.source(i) for i, skip in enumerate(unread)]
     else:
         sources = [measured.source(i) for i in range(len(inputs.names))]
-    if isinstance(plan, FisherBlend):
-        planes = [g.read(inputs.name).to(bank.device) for g in inputs.statistics]
-    else:
-        planes = inputs.planes(plan, bank.device_cache.held)
+    planes = inputs.planes(plan, bank.device_cache.held)
     all_stay = inputs.sources is not None and (not planes or planes is inputs.levels)
     return plan, Operands(base, sources, planes, inputs.keys, inputs.memo if all_stay else None)
 

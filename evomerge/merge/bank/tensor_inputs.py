@@ -9,7 +9,7 @@ from evomerge.merge.bank.device_cache import Key
 from evomerge.merge.kernels.operands import Keys, Memo
 from evomerge.merge.measure.measurements import Measurements
 from evomerge.merge.measure.statistics_file import StatisticsFile
-from evomerge.merge.methods.plan import Plan, SparseBlend
+from evomerge.merge.methods.plan import FisherBlend, Plan, SparseBlend
 from evomerge.sources.tensor_names import TensorRole
 
 
@@ -42,7 +42,9 @@ class TensorInputs:
     memo: Memo = field(default_factory=Memo)
 
     def planes(self, plan: Plan, held: Mapping[Key, Tensor]) -> list[Tensor]:
-        """What the plan's mask needs besides the tensors.  held: tensors that stay in memory, by key."""
+        """What the plan needs of every element besides the tensors.  held: tensors that stay in memory, by key."""
+        if isinstance(plan, FisherBlend):
+            return [g.read(self.name).to(self.base.device) for g in self.statistics]
         if not isinstance(plan, SparseBlend) or plan.keep != "rank" or plan.chances is None:
             return self.measured.planes(plan)
         has_steps = 0 not in [c.step for c in plan.chances]

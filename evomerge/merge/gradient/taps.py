@@ -19,7 +19,7 @@ from evomerge.merge.gradient.low_rank import LowRankTap
 from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.materialise import check_fits
 from evomerge.merge.methods import METHODS
-from evomerge.merge.methods.plan import Blend, Derived, FisherBlend, SliceBlend
+from evomerge.merge.methods.plan import Blend, Derived, SliceBlend
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.merge.recipe.slices import BASE
 from evomerge.merge.tensor_plan import RecipeInputs, remembered_knobs
@@ -247,10 +247,7 @@ class KnobTaps:
             sources = bank.derived(plan, inputs.name, inputs.names, inputs.statistics)
         else:
             sources = [measured.source(i) for i in range(len(inputs.names))]
-        if isinstance(plan, FisherBlend):
-            planes = [g.read(inputs.name).to(bank.device) for g in inputs.statistics]
-        else:
-            planes = inputs.planes(plan, bank.device_cache.held)
+        planes = inputs.planes(plan, bank.device_cache.held)
         return by_numbers(plan, gradient, Operands(inputs.base, sources, planes, inputs.keys))
 
     def add(self, gradient: KnobGradient, tap: TensorTap) -> None:

@@ -202,16 +202,20 @@ class Evaluator:
 
         NotFinite or NotFiniteScore if the candidate is broken.
         """
-        items = self.items_with_ids("search", job.items) or {}
-        tasks = [t for t in self.task_set.tasks if t.name in items]
-        works = [self.engine.workload(t, items[t.name], everything=False) for t in tasks]
+        wanted = {task: set(ids) for task, ids in job.items.items()}
+        works = [
+            part.pick([k for k, asked in enumerate(part.items) if asked.item.id in wanted[part.task.name]])
+            for part in self.prepared("search", everything=False).by_task
+            if part.task.name in wanted
+        ]
         clock = Clock(self.check, counts=self.counts, device=self.bank.device)
         self.materialise(job.recipe, clock)
-        weights = {t.name: [job.weights[t.name]] * len(items[t.name]) for t in tasks}
+        weights = {work.task.name: [job.weights[work.task.name]] * len(work.items) for work in works}
         if self.gradient_memory is None:
             self.gradient_memory = GradientMemory.of(self.engine)
         with clock.time("forward"), forwards_of(self.model, self.counts), self.taps.watch(job.recipe) as found:
             values = backward(self.engine, works, weights, self.check, self.gradient_memory, found.reset)
+        tasks = [work.task for work in works]
         scores = {t.name: {t.objective: checked(t, t.objective, values[t.name])} for t in tasks}
         gradient = {at: {c: (-v).tolist() for c, v in by.items()} for at, by in found.values.items()}
         return Outcome(scores, clock.seconds, gradient=gradient)

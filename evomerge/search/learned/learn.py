@@ -14,7 +14,8 @@ bits as long as it has as many workers.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from evomerge.evaluate.metrics import find_metric
+from evomerge.evaluate.gradient import has_derivative
+from evomerge.merge.gradient import learnable
 from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.guards import Guard
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
@@ -36,7 +37,6 @@ from evomerge.search.workers.pool import Pool, run_all
 RATE = 0.04  # of the first step, in units of a coefficient
 STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
-PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # of texts; `evaluate/gradient.py` knows them
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
 
 
@@ -219,16 +219,11 @@ class Learner:
 
 def why_not(space: Space, task_set: TaskSet) -> str | None:
     """Why the coefficients of a search cannot be learned, None if they can."""
-    from evomerge.merge.gradient import learnable  # it imports torch
-
     method = METHODS[space.config.method]
     searched = {group.knob for group in space.groups if not group.fixed}
     if not searched & learnable(method):
         return f"no searched coefficient of {method.name} has a derivative"
     for task in task_set.tasks:
-        if task.kind == "loglikelihood_rolling" and task.objective in PERPLEXITIES:
-            continue
-        metric = task.own.get(task.objective) or find_metric(task.objective)
-        if metric is None or metric.differentiable is None:
+        if not has_derivative(task):
             return f"task {task.name}: its objective {task.objective} has no derivative"
     return None
