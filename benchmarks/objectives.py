@@ -20,15 +20,14 @@ cma-es        the metric on the holdout items of the mean of the last distributi
 
 import argparse
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from results import Results
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 from small_family import Answers, SmallFamily, Vector
@@ -299,24 +298,6 @@ def correlations(family: KnownFamily, count: int) -> dict[str, dict[str, float]]
 def rank(one: Vector, two: Vector) -> float:
     """Spearman's correlation; 0 if one of them is constant."""
     return 0.0 if np.ptp(one) == 0 or np.ptp(two) == 0 else float(spearmanr(one, two).statistic)
-
-
-class Results:
-    """A JSON file of results by key, written after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def once(self, key: str, work: Callable[[], Any]) -> None:
-        """Do the work whose result is not there yet."""
-        if key in self.found:
-            return
-        started = time.perf_counter()
-        self.found[key] = work()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        print(f"{key}: {self.found[key]}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

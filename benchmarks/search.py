@@ -29,13 +29,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results import Results
 from small_family import SmallFamily
 
 import evomerge
@@ -275,26 +276,6 @@ def smollm2(arguments: argparse.Namespace, bad: bool, seed: int) -> dict[str, An
 
 
 # --- Running and printing ---
-
-
-class Results:
-    """A JSON file of results by row, way and seed, written after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def once(self, key: str, work: Callable[[], Any]) -> None:
-        """Do the work whose result is not there yet."""
-        if key in self.found:
-            return
-        started = time.perf_counter()
-        result = work()
-        latest = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        self.found = latest | {key: result}  # another process may have written meanwhile
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        print(f"{key}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

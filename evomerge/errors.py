@@ -3,7 +3,8 @@
 The command line prints this error without a traceback and exits with code 2.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class EvomergeError(Exception):
@@ -18,3 +19,9 @@ def first_line(error: BaseException) -> str:
 def some(names: Sequence[str]) -> str:
     """The first three names, separated by commas, with `...` if there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint at the name that a wrong one is most like, to be put behind a message; empty if none is like it."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

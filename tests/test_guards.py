@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
-from test_resume import KILL
+from searches import KILL, ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 from test_search import LOOKS_COST_NOTHING
 
 from evomerge.config.config_file import load_config

@@ -222,7 +222,7 @@ s.Evaluator.materialise = counted
 BEFORE_THE_CHOICE_IS_STORED = (
     KILL + "\nimport evomerge.search.storage.method_choice as m\nm.MethodChoice.to_json = die\n"
 )
-BEFORE_THE_CONFIGURATION_IS_WRITTEN = KILL + "\nimport evomerge.search.loop as l\nl.write_config = die\n"
+BEFORE_THE_CONFIGURATION_IS_WRITTEN = KILL + "\nimport evomerge.search.space.choose_method as l\nl.write_config = die\n"
 BEFORE_THE_FIRST_TRIAL = KILL + "\nimport evomerge.search.loop as l\nl.Driver.search = die\n"
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
+from searches import BETWEEN_RESULT_AND_END, KILL, ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
-# Each prelude kills the process (no handler can catch it) at one exact moment of its work.
-KILL = "import os, signal\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+# Each prelude kills the process at one exact moment of its work.
 DURING_A_MERGE = (
     KILL
     + """
@@ -33,19 +32,6 @@ def counted(*a):
         die()
     return real(*a)
 s.Engine.score_parts = counted
-"""
-)
-BETWEEN_RESULT_AND_END = (
-    KILL
-    + """
-import evomerge.search.storage.sql_statements as t
-calls, real = [0], t.finish_trial
-def counted(*a):
-    calls[0] += 1
-    real(*a)
-    if calls[0] == 11:
-        die()  # before the commit
-t.finish_trial = counted
 """
 )
 BEFORE_THE_PARAMETERS_ARE_STORED = (

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
-from test_resume import KILL
+from searches import BETWEEN_RESULT_AND_END, ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 from test_search import LOOKS_COST_NOTHING
 
 from evomerge.evaluate.looks import Looks
@@ -249,20 +248,7 @@ def test_a_killed_search_by_objective_and_metric_resumes_to_the_same_trials(
     finished: Path, tiny_family: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    prelude = (
-        LOOKS_COST_NOTHING
-        + KILL
-        + """
-import evomerge.search.storage.sql_statements as t
-calls, real = [0], t.finish_trial
-def counted(*a):
-    calls[0] += 1
-    real(*a)
-    if calls[0] == 11:
-        die()  # before the commit
-t.finish_trial = counted
-"""
-    )
+    prelude = LOOKS_COST_NOTHING + BETWEEN_RESULT_AND_END
     killed = run_cli("search", write_mixed_config(tmp_path, tiny_family), "--run", run, prelude=prelude)
     assert killed.returncode == -signal.SIGKILL
     assert run_cli("resume", run, prelude=LOOKS_COST_NOTHING).returncode == 0
@@ -314,7 +300,7 @@ def test_without_a_scale_values_are_mean_scores(tiny_family: Path, tmp_path: Pat
 
 def test_a_study_older_than_scales_goes_on_with_its_objectives_and_values(tiny_family: Path, tmp_path: Path) -> None:
     """The metric was the default objective then."""
-    old = "import evomerge.search.loop as l\nimport evomerge.search.evaluation.scale as s\n"
+    old = "import evomerge.search.evaluation.settled_scale as l\nimport evomerge.search.evaluation.scale as s\n"
     old += "l.SCALE = s.SCALE = 'nowhere'\n"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):

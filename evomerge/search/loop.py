@@ -2,7 +2,7 @@
 
     0  choice of the method                    only if the configuration lists several (space/choose_method.py)
     1  base, parents, baselines outside the    scored on all items of the search split; base and parents give the scale
-       search space                            of all values (evaluation/scale.py)
+       search space                            of all values (evaluation/settled_scale.py)
     2  baselines that are points of the space  the first trials
     3  race setup and greedy soup              what needs the baselines' scores
     4  learned start                           gradient steps, with the samplers `auto` and `learned`
@@ -17,21 +17,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import optuna
-
-from evomerge.config.config_file import write_config
-from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.agreement import agreements, model_name
-from evomerge.search.evaluation.guards import guard_scale
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
-from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale, with_first_objectives
+from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
-from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
-from evomerge.search.evaluation.task_set import Scores, open_task_set
+from evomerge.search.evaluation.settled_scale import settle_scale
+from evomerge.search.evaluation.stored_evaluations import Evaluations
+from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.learned.learn import Learner, why_not
 from evomerge.search.models import open_config_models
@@ -39,8 +35,13 @@ from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
-from evomerge.search.space.baselines import Baseline, base_alone, baselines, reference
-from evomerge.search.space.choose_method import choose_method, tried_baselines
+from evomerge.search.space.baselines import Baseline, baselines
+from evomerge.search.space.choose_method import (
+    choose_method,
+    must_choose_method,
+    settle_method,
+    tried_baselines,
+)
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
 from evomerge.search.space.start_points import start_baselines
@@ -118,7 +119,7 @@ async def open_and_search(
         try:
             await stoppable(stop, pool.open(), monitor.refresh)
             if must_choose_method(config, study):
-                await stoppable(stop, driver.find_scale(), show_life)
+                await stoppable(stop, driver.settle_scale(), show_life)
                 monitor.phase("choosing the method")
                 choice = await stoppable(stop, choose_method(config, models, driver.objective_of), show_life)
                 monitor.say(choice.sentence)
@@ -130,27 +131,6 @@ async def open_and_search(
             await pool.close()
     finally:
         holder.release()
-
-
-def settle_method(run: Run, config: SearchConfig, stored: optuna.Study, monitor: Monitor) -> SearchConfig:
-    """The configuration with the method that the study has chosen; config.yaml and the monitor get the method too.
-
-    Nothing changes if the study has not chosen (yet).
-    """
-    choice = recorded_choice(stored.user_attrs)
-    if choice is None or choice.chosen not in (config.methods or ()):
-        return config
-    monitor.name_method(choice.chosen)
-    if (written := run.config()).method != choice.chosen:
-        write_config(run.config_file, written.model_copy(update={"method": choice.chosen}))
-    return config.model_copy(update={"method": choice.chosen})
-
-
-def must_choose_method(config: SearchConfig, study: SearchStudy) -> bool:
-    """Whether the method still has to be chosen; a study that has trials goes on with the method that they have."""
-    choice = recorded_choice(study.stored.user_attrs)
-    chosen = choice is not None and choice.chosen == config.method
-    return bool(config.methods) and not chosen and not study.trials
 
 
 @dataclass
@@ -209,7 +189,7 @@ class Driver:
 
     async def search(self) -> Verdict:
         """Run all phases and return the verdict."""
-        await self.find_scale()
+        await self.settle_scale()
         await self.score_outside_baselines()
         self.monitor.phase("searching")
         if self.kind.learned_start:
@@ -233,58 +213,9 @@ class Driver:
         await self.prepare_search()
         await self.run_search_trials()
 
-    async def find_scale(self) -> None:
-        """Phase 1, first half: score base and parents by every metric, and keep the scale that they give.
-
-        A study whose trials began before there were scales goes on without one, so that its values stay comparable.
-        What has a scale keeps it; a task or a guard that was added since gets one.
-
-        EvomergeError if the reference of a guard cannot be scored.
-        """
-        evaluations, study = self.evaluations, self.study
-        plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
-        earlier = None if kept is None else Scale.from_json(kept)
-        if study.trials and earlier is None:
-            return
-        guards = evaluations.task_set.guards
-        if (
-            earlier is not None
-            and all(n in earlier.tasks and t.fits(earlier.tasks[n]) for n, t in plain.tasks.items())
-            and all(g.name in earlier.guards and g == earlier.guards[g.name].guard for g in guards)
-        ):
-            return
-        self.monitor.phase("scoring base and parents")
-        base = base_alone(study.space)
-        parents = [b for b in self.state.baselines if b.kind == "parent"]
-        known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
-        tables = await run_all(*(self.every_metric_of(b) for b in known))
-        found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}
-        references = {guard.of: reference(study.space, parents, guard.of) for guard in guards}
-        scores_of = {digest(b.recipe): found.get(b.name) for b in known}
-        guarded = {}
-        for guard in guards:
-            scores = scores_of.get(digest(references[guard.of].recipe))
-            if scores is None:
-                raise EvomergeError(f"guard {guard.name}: its reference {guard.of} cannot be scored; log.txt says why")
-            guarded[guard.name] = guard_scale(guard, scores)
-        scale = plain
-        if study.space.config.scale == "parents" and base.name in found:
-            scale = make_scale(evaluations.task_set, found.pop(base.name), found)
-        elif study.space.config.scale == "parents":
-            self.monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
-        described = Scale({} if scale is plain else scale.tasks, guarded)
-        scale = Scale(scale.tasks, guarded)
-        evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
-        for sentence in described.sentences():
-            self.monitor.say(sentence)
-
-    async def every_metric_of(self, baseline: Baseline) -> Scores | None:
-        """A baseline's scores on the search split by every metric; None, and a line in the log, if there are none."""
-        try:
-            return await self.evaluations.score("search", baseline.recipe, baseline.name, everything=True, canary=True)
-        except (ArithmeticError, RuntimeError) as error:
-            self.run.log(f"{baseline.name} cannot be scored: {error}")
-            return None
+    async def settle_scale(self) -> None:
+        """Phase 1, first half: base and parents by every metric, and the scale that they give."""
+        await settle_scale(self.study, self.evaluations, self.state.baselines, self.monitor)
 
     async def score_outside_baselines(self) -> None:
         """Phase 1, second half: every baseline that is no point of the space."""

@@ -111,10 +111,9 @@ class TrialRunner:
         """The trial's job, or its result where no worker is needed; and the race that it runs in, for its record."""
         try:
             recipe = self.study.space.recipe(trial.params)
+            # Parents were scored for the scale, the greedy soup to be found, other recipes to choose the method.
             known = self.evaluations.stored("search", recipe) if trial.baseline else None
-            if (
-                known
-            ):  # as of the parents for the scale, of the greedy soup, of the recipe that the method was chosen by
+            if known:
                 return Outcome(known, {}, self.evaluations.signs("search", recipe)), None
             if trial.baseline:
                 return TrialJob(recipe, None), None

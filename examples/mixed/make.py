@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tiny"))
 
-from skills import SKILLS  # noqa: E402
+from mixed_skills import SKILLS  # noqa: E402
 from training import Family, Tuning, command_line, evaluation_items, with_choices, write_rows  # noqa: E402
 
 
@@ -44,7 +44,7 @@ FAMILY = Family(
         "add": Tuning(25, 2e-4),
         "next": Tuning(100, 1.2e-3, held=0.05),
     },
-    code=(HERE / "make.py", HERE / "skills.py"),
+    code=(HERE / "make.py", HERE / "mixed_skills.py"),
     about="all three skills a little",
 )
 

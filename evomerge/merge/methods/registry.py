@@ -8,13 +8,12 @@ A package offers a method in its pyproject.toml; the entry point's name is the m
     part_way = "my_package.part_way:METHOD"
 """
 
-import difflib
 import pkgutil
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.merge.methods.method import Method
 from evomerge.plugins import load_plugin
 
@@ -45,9 +44,7 @@ class Methods(dict[str, Method]):
     def unknown(self, name: str) -> str:
         """The message for a name that no method has: all names, and the most similar one."""
         names = sorted({*self, *entry_points(group=GROUP).names})
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{name!r} is not one of {', '.join(names)}{hint}"
+        return f"{name!r} is not one of {', '.join(names)}{did_you_mean(name, names)}"
 
 
 def built_in(package: str, folders: Iterable[str]) -> Methods:

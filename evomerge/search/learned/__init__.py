@@ -9,5 +9,6 @@ the sampler goes on from there.
     multipliers.py  how strongly the steps hold each guard
     adam.py         one step from a point and a gradient (Kingma and Ba 2015)
     minibatches.py  which items a step is computed on
-    step_record.py  what the study keeps of a step
+
+What the study keeps of a step is in `search/storage/step_record.py`.
 """

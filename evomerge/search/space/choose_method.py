@@ -12,10 +12,16 @@ baselines outside the space, so that a method which was not searched can still w
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+import optuna
+
+from evomerge.config.config_file import write_config
 from evomerge.config.schema import SearchConfig
+from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.space import Point, Space, build_space
-from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice
+from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice, recorded_choice
+from evomerge.search.storage.study import SearchStudy
 from evomerge.search.workers.pool import run_all
 
 if TYPE_CHECKING:
@@ -88,3 +94,24 @@ def default_point(space: Space, wanted: dict[str, float]) -> Point:
         if not group.fixed:
             point |= dict.fromkeys(group.axes, wanted.get(group.knob, middle))
     return point
+
+
+def settle_method(run: Run, config: SearchConfig, stored: optuna.Study, monitor: Monitor) -> SearchConfig:
+    """The configuration with the method that the study has chosen; config.yaml and the monitor get the method too.
+
+    Nothing changes if the study has not chosen (yet).
+    """
+    choice = recorded_choice(stored.user_attrs)
+    if choice is None or choice.chosen not in (config.methods or ()):
+        return config
+    monitor.name_method(choice.chosen)
+    if (written := run.config()).method != choice.chosen:
+        write_config(run.config_file, written.model_copy(update={"method": choice.chosen}))
+    return config.model_copy(update={"method": choice.chosen})
+
+
+def must_choose_method(config: SearchConfig, study: SearchStudy) -> bool:
+    """Whether the method still has to be chosen; a study that has trials goes on with the method that they have."""
+    choice = recorded_choice(study.stored.user_attrs)
+    chosen = choice is not None and choice.chosen == config.method
+    return bool(config.methods) and not chosen and not study.trials

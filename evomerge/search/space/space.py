@@ -233,9 +233,14 @@ def component_groups(
         moves = any(coefficient_key(finest, components) == component for finest in reach)
         fine: Granularity = granularity if moves else "model"
         stem = ".".join(p for p in (knob, source, None if component == "default" else component) if p)
-        axes = (stem,) if fine == "model" else tuple(f"{stem}.{fine}{k}" for k in range(counts[fine]))
+        axes = axis_names(stem, fine, counts[fine])
         groups.append(Group(knob, source, component, fine, axis.low, axis.high if moves else axis.low, axes, not moves))
     return groups
+
+
+def axis_names(stem: str, granularity: Granularity, count: int) -> tuple[str, ...]:
+    """The names of a group's axes, `count` of them unless the granularity is `model`."""
+    return (stem,) if granularity == "model" else tuple(f"{stem}.{granularity}{k}" for k in range(count))
 
 
 def spread(values: list[float], granularity: Granularity, layers: int) -> PerLayer:

@@ -24,9 +24,8 @@ from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
-from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord, place_in_order, record_of
+from evomerge.search.storage.trial_record import LEARNED, RECORD, WEIGHTS, TrialRecord, place_in_order, record_of
 
-WEIGHTS = "weights"  # trial attribute: the task weights that its parameters were learned with, if not the search's
 COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
 FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 

@@ -4,7 +4,6 @@ A search keeps every finalist with its scores on the selection split in finalist
 candidate of the verdict alone, so it has not judged a choice that is made later.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.files import read_json, write_text
 from evomerge.merge.recipe.recipe import Recipe, parse_recipe
 from evomerge.search.run import Run
@@ -155,9 +154,9 @@ def check_weights(weights: Mapping[str, float], tasks: list[str]) -> None:
         raise EvomergeError(f"prefer: give a weight to one task or more of {', '.join(tasks)}")
     for task, weight in weights.items():
         if task not in tasks:
-            near = difflib.get_close_matches(task, tasks, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise EvomergeError(f"prefer: there is no task {task!r}; the tasks are {', '.join(tasks)}{hint}")
+            raise EvomergeError(
+                f"prefer: there is no task {task!r}; the tasks are {', '.join(tasks)}{did_you_mean(task, tasks)}"
+            )
         if not 0 < weight < math.inf:
             raise EvomergeError(f"prefer: the weight of {task} must be above 0, not {weight:g}")
 

@@ -34,8 +34,8 @@ from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key, reference
 from evomerge.search.space.greedy_soup import GreedySoup
-from evomerge.search.storage.study import WEIGHTS, SearchStudy, rank
-from evomerge.search.storage.trial_record import LEARNED
+from evomerge.search.storage.study import SearchStudy, rank
+from evomerge.search.storage.trial_record import LEARNED, WEIGHTS
 from evomerge.search.verdict.choices import Entry, Means, write_finalists
 from evomerge.search.verdict.front import front_of, spread_along
 from evomerge.search.verdict.guards import judge_guard

@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial
 from evomerge.search.evaluation.agreement import model_name
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.storage.item_scores import trial_scores
-from evomerge.search.storage.study import WEIGHTS, in_full
-from evomerge.search.storage.trial_record import place_in_order
+from evomerge.search.storage.study import in_full
+from evomerge.search.storage.trial_record import WEIGHTS, place_in_order
 
 Matrix = NDArray[np.float64]
 

@@ -31,7 +31,7 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.space.nearest import EXACT, coefficients, nearest_point, nearest_values, per_layer
-from evomerge.search.space.space import Group, Point, Space
+from evomerge.search.space.space import Group, Point, Space, axis_names
 from evomerge.search.verdict.intervals import (
     Interval,
     ItemScores,
@@ -145,8 +145,7 @@ def axis_name(knob: str, source: str | None, component: str) -> str:
 def with_values(group: Group, granularity: Granularity, count: int) -> Group:
     """The group with so many values along the depth."""
     stem = axis_name(group.knob, group.source, group.component)
-    axes = (stem,) if granularity == "model" else tuple(f"{stem}.{granularity}{k}" for k in range(count))
-    return replace(group, granularity=granularity, axes=axes)
+    return replace(group, granularity=granularity, axes=axis_names(stem, granularity, count))
 
 
 def smallest(

@@ -1,22 +1,14 @@
-"""The three skills of the mixed family: one for multiple choice, one with short answers, one with long ones."""
+"""The skills of the mixed family: counting for multiple choice, adding with short answers, and one with long ones.
+
+The first two are the tiny family's.
+"""
 
 import random
 
+from skills import add, count
 from training import Item, Skill
 
 LONG = 20  # letters of a long answer
-
-
-def count(rng: random.Random) -> Item:
-    """`count abbdab=` -> `2301`: how many of a, b, c and d there are; evaluated as multiple choice."""
-    word = "".join(rng.choices("abcd", k=6))
-    return f"count {word}=", "".join(str(word.count(letter)) for letter in "abcd")
-
-
-def add(rng: random.Random) -> Item:
-    """`add 314+205=` -> `519`: a sum of digits below five, so that nothing is ever carried; a short answer."""
-    left, right = ("".join(rng.choices("01234", k=3)) for _ in range(2))
-    return f"add {left}+{right}=", "".join(str(int(a) + int(b)) for a, b in zip(left, right, strict=True))
 
 
 def next_letters(rng: random.Random) -> Item:

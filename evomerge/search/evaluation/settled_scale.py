@@ -1,0 +1,81 @@
+"""The scale of a study's values: settled once, from the scores of base and parents, and kept for every resume."""
+
+from collections.abc import Mapping, Sequence
+
+from evomerge.errors import EvomergeError
+from evomerge.search.evaluation.guards import Guard, GuardScale, guard_scale
+from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale
+from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
+from evomerge.search.evaluation.task_set import Scores
+from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.space.baselines import Baseline, base_alone, reference
+from evomerge.search.space.space import Space
+from evomerge.search.storage.study import SearchStudy
+from evomerge.search.workers.pool import run_all
+
+
+async def settle_scale(
+    study: SearchStudy, evaluations: Evaluations, baselines: Sequence[Baseline], monitor: Monitor
+) -> None:
+    """Score base and parents on the search split by every metric, and keep the scale that they give.
+
+    A study whose trials began before there were scales goes on without one, so that its values stay comparable.
+    What has a scale keeps it; a task or a guard that was added since gets one.
+
+    EvomergeError if the reference of a guard cannot be scored.
+    """
+    space, guards = study.space, evaluations.task_set.guards
+    plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
+    earlier = None if kept is None else Scale.from_json(kept)
+    if (study.trials and earlier is None) or (earlier is not None and covers(earlier, plain, guards)):
+        return
+    monitor.phase("scoring base and parents")
+    base = base_alone(space)
+    parents = [b for b in baselines if b.kind == "parent"]
+    known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
+    tables = await run_all(*(every_metric_of(b, evaluations) for b in known))
+    guarded = guard_scales(guards, space, parents, {digest(b.recipe): t for b, t in zip(known, tables, strict=True)})
+    found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}
+    scale = plain
+    if space.config.scale == "parents" and base.name in found:
+        scale = make_scale(evaluations.task_set, found.pop(base.name), found)
+    elif space.config.scale == "parents":
+        monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
+    described = Scale({} if scale is plain else scale.tasks, guarded)
+    scale = Scale(scale.tasks, guarded)
+    evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
+    for sentence in described.sentences():
+        monitor.say(sentence)
+
+
+def covers(scale: Scale, plain: Scale, guards: Sequence[Guard]) -> bool:
+    """Whether a scale has all tasks and guards of a search.  plain: the scale of its tasks that changes nothing."""
+    tasks = all(name in scale.tasks and task.fits(scale.tasks[name]) for name, task in plain.tasks.items())
+    return tasks and all(g.name in scale.guards and g == scale.guards[g.name].guard for g in guards)
+
+
+async def every_metric_of(baseline: Baseline, evaluations: Evaluations) -> Scores | None:
+    """A baseline's scores on the search split by every metric; None, and a line in the log, if there are none."""
+    try:
+        return await evaluations.score("search", baseline.recipe, baseline.name, everything=True, canary=True)
+    except (ArithmeticError, RuntimeError) as error:
+        evaluations.pool.log(f"{baseline.name} cannot be scored: {error}")
+        return None
+
+
+def guard_scales(
+    guards: Sequence[Guard], space: Space, parents: Sequence[Baseline], tables: Mapping[str, Scores | None]
+) -> dict[str, GuardScale]:
+    """The guards with their levels and units, by name.
+
+    tables: digest of the recipe -> its scores on the search split.
+
+    EvomergeError if a guard's reference could not be scored.
+    """
+    found = {}
+    for guard in guards:
+        scores = tables.get(digest(reference(space, parents, guard.of).recipe))
+        if scores is None:
+            raise EvomergeError(f"guard {guard.name}: its reference {guard.of} cannot be scored; log.txt says why")
+        found[guard.name] = guard_scale(guard, scores)
+    return found
