@@ -95,8 +95,8 @@ def guard_scale(guard: Guard, reference: Tables) -> GuardScale:
 def unit_of(allowed: float, tables: Sequence[Sequence[float] | Vector]) -> float:
     """max(a, e) of the allowed drop a and the standard error e of the reference's mean; of two zeros one item's share.
 
-    tables: the reference's item scores of each task.
+    tables: the reference's item scores of each task.  The variance of equal scores is 0, without what rounding leaves.
     """
-    variances = [float(np.var(items, ddof=1)) / len(items) if len(items) > 1 else 0.0 for items in tables]
+    variances = [float(np.var(items, ddof=1)) / len(items) if np.ptp(items) > 0 else 0.0 for items in tables]
     error = sum(variances) ** 0.5 / len(tables)
     return max(allowed, error) or 1.0 / sum(map(len, tables))
