@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -329,3 +330,39 @@ def test_a_small_gain_of_a_metric_does_not_count_many_times() -> None:
     floored = fitted("exact_match", base, {"a": parent}, 0.25)
     assert floored == Line("exact_match", 0.0, 0.25)
     assert "the best parent is below that" in floored.sentence("t")
+
+
+def write_last_letter_task(folder: Path) -> Path:
+    """A task whose gold answer is the last letter of what a model writes."""
+    task = yaml.safe_load((ROOT / "evals" / "tiny" / "sort.yaml").read_text())
+    task["dataset_kwargs"]["data_files"]["test"] = str(ROOT / "evals" / "tiny" / "sort.jsonl")
+    cut = [{"function": "regex", "regex_pattern": "([a-z])\\s*$"}, {"function": "take_first"}]
+    task |= {"doc_to_target": "{{answer[-1]}}", "filter_list": [{"name": "last", "filter": cut}]}
+    (folder / "last.yaml").write_text(yaml.safe_dump(task))
+    return folder / "last.yaml"
+
+
+def test_where_models_do_not_write_the_gold_answer_only_the_metric_counts(tiny_family: Path, tmp_path: Path) -> None:
+    """To climb the probability of an answer that is cut out of a longer one would unlearn the longer one."""
+    last = str(write_last_letter_task(tmp_path))
+    sources = [{"name": name, "path": str(tiny_family / name)} for name in ("sort", "add")]
+    splits = {"search": 20, "selection": 4, "holdout": 4}
+    usual: dict[str, Any] = {"sources": sources, "splits": splits, "sampler": {"name": "learned", "steps": 1}}
+    run = tmp_path / "run"
+    done = run_cli("search", write_mixed_config(tmp_path, tiny_family, tasks=[{"task": last}], **usual), "--run", run)
+    assert done.returncode == 2
+    assert "models do not write its gold answer; give `gold`" in done.stderr.replace("\n", " ")
+    log = (run / "log.txt").read_text()
+    assert "task tiny_sort: where models answer right they do not write its gold answer (log-probability -" in log
+    assert scale_in(run).tasks["tiny_sort"].share == 1.0
+    valued = [t for t in open_run(run).study().get_trials() if in_full(t)]
+    assert valued
+    for trial in valued:
+        (metrics,) = trial_scores(trial).values()
+        line = scale_in(run).tasks["tiny_sort"].metric  # exact_match of the filter
+        assert trial.value == pytest.approx(line.of(metrics[line.name]).mean(), abs=1e-12)
+
+    (tmp_path / "gold").mkdir()
+    tasks_with_gold = [{"task": last, "gold": "{{answer}}"}]
+    run = finished_search(write_mixed_config(tmp_path / "gold", tiny_family, tasks=tasks_with_gold, **usual))
+    assert scale_in(run).tasks["tiny_sort"].share == METRIC_SHARE

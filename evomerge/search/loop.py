@@ -240,7 +240,7 @@ class Driver:
     async def learn(self) -> None:
         """Phase 4: gradient steps from the best baseline, and the choice of the sampler that follows."""
         study, space = self.study, self.study.space
-        if (reason := why_not(space, self.evaluations.task_set)) is not None:
+        if (reason := why_not(space, self.evaluations.task_set, self.evaluations.scale)) is not None:
             if space.config.sampler.name == "learned":
                 raise EvomergeError(f"sampler: the coefficients cannot be learned: {reason}")
             self.monitor.say(f"no learned start: {reason}")

@@ -82,7 +82,8 @@ class TaskScale:
     """The scale of one task.
 
     weight: the task's share in the value of a trial.
-    share: the share of the metric in the task's values; 0 if trials are scored by the objective alone.
+    share: the share of the metric in the task's values; 0 if trials are scored by the objective alone, 1 if the
+        objective says nothing, because models do not write the gold answer.
     """
 
     weight: float

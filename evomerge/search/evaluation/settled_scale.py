@@ -1,17 +1,21 @@
 """The scale of a study's values: settled once, from the scores of base and parents, and kept for every resume."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.guards import Guard, GuardScale, guard_scale
 from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
-from evomerge.search.evaluation.task_set import Scores
+from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Space
 from evomerge.search.storage.study import SearchStudy
 from evomerge.search.workers.pool import run_all
+
+UNWRITTEN = -1.0  # nats a token: in a right answer of a greedy model every token is the likeliest one
+FEW = 5  # right answers that say enough
 
 
 async def settle_scale(
@@ -42,10 +46,38 @@ async def settle_scale(
     elif space.config.scale == "parents":
         monitor.say("the base could not be scored, so every task keeps its own scale; log.txt says why")
     described = Scale({} if scale is plain else scale.tasks, guarded)
-    scale = Scale(scale.tasks, guarded)
+    unwritten = unwritten_gold(evaluations.task_set, [table for table in tables if table is not None])
+    for task, logprob in unwritten.items():
+        monitor.say(
+            f"task {task}: where models answer right they do not write its gold answer (log-probability {logprob:.1f} "
+            "a token), so only the metric counts. With `gold`, the answer as they write it, the search sees more"
+        )
+    tasks = {name: replace(task, share=1.0) if name in unwritten else task for name, task in scale.tasks.items()}
+    scale = Scale(tasks, guarded)
     evaluations.keep_scale(scale if earlier is None else scale.with_tasks(earlier))
     for sentence in described.sentences():
         monitor.say(sentence)
+
+
+def unwritten_gold(task_set: TaskSet, tables: Sequence[Scores]) -> dict[str, float]:
+    """The tasks whose gold answer is not what models write where they answer right, with its mean log-probability.
+
+    Such as a bare number, where the task cuts the number out of a worked solution: to climb its probability would
+    unlearn the solution.
+
+    tables: the scores of models on the search split by every metric.
+    """
+    found = {}
+    for task in task_set.goals:
+        if task.kind != "generate_until" or task.objective != "answer_logprob" or not task_set.values_metric(task):
+            continue
+        scores = [
+            pair for t in tables for pair in zip(*(t[task.name][m] for m in (task.metric, task.objective)), strict=True)
+        ]
+        right = [logprob for score, logprob in scores if score >= 1.0]
+        if len(right) >= FEW and (mean := sum(right) / len(right)) < UNWRITTEN:
+            found[task.name] = mean
+    return found
 
 
 def covers(scale: Scale, plain: Scale, guards: Sequence[Guard]) -> bool:

@@ -19,6 +19,7 @@ from evomerge.merge.gradient import learnable
 from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.guards import Guard
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
+from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.learned.adam import Adam, average
@@ -217,7 +218,7 @@ class Learner:
         return None if trial is None or not in_full(trial) else trial.value
 
 
-def why_not(space: Space, task_set: TaskSet) -> str | None:
+def why_not(space: Space, task_set: TaskSet, scale: Scale) -> str | None:
     """Why the coefficients of a search cannot be learned, None if they can."""
     method = METHODS[space.config.method]
     searched = {group.knob for group in space.groups if not group.fixed}
@@ -226,4 +227,6 @@ def why_not(space: Space, task_set: TaskSet) -> str | None:
     for task in task_set.tasks:
         if not has_derivative(task):
             return f"task {task.name}: its objective {task.objective} has no derivative"
+        if task.name in scale.tasks and scale.tasks[task.name].share == 1.0:
+            return f"task {task.name}: models do not write its gold answer; give `gold`, the answer as they write it"
     return None
