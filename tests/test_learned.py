@@ -15,8 +15,8 @@ from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, writ
 
 from evomerge.errors import EvomergeError
 from evomerge.search.budget.usage import Elapsed, Usage
-from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.learned.steps import Climber, average, direction
 from evomerge.search.run import open_run
 from evomerge.search.space.space import Group, Space, spread
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
@@ -26,31 +26,71 @@ BOUNDS = {"a": FloatDistribution(0.0, 2.0), "b": FloatDistribution(-1.0, 1.0)}
 
 def climb(rate: float, steps: int, top: dict[str, float]) -> dict[str, float]:
     """The point after climbing a paraboloid whose top is at `top`."""
-    adam = Adam(BOUNDS, rate, steps)
+    climber = Climber(BOUNDS, rate, steps)
     point = {"a": 0.3, "b": 0.0}
     for _ in range(steps):
-        point = adam.step(point, {name: -2 * (point[name] - top[name]) for name in BOUNDS})
+        point = climber.step(point, {name: -2 * (point[name] - top[name]) for name in BOUNDS})
     return point
 
 
-def test_adam_reaches_a_top_inside_the_bounds() -> None:
+def test_steps_reach_a_top_inside_the_bounds() -> None:
     point = climb(0.1, 200, {"a": 1.4, "b": -0.5})
     assert point == pytest.approx({"a": 1.4, "b": -0.5}, abs=1e-2)
 
 
-def test_adam_stays_within_the_bounds() -> None:
+def test_steps_stay_within_the_bounds() -> None:
     assert climb(0.1, 200, {"a": 9.0, "b": -9.0}) == pytest.approx({"a": 2.0, "b": -1.0})
 
 
-def test_the_first_step_has_the_length_of_the_rate_whatever_the_size_of_the_gradient() -> None:
-    for size in (1e-6, 1.0, 1e6):
-        moved = Adam(BOUNDS, 0.06, 60).step({"a": 1.0, "b": 0.0}, {"a": size, "b": -size})
-        assert moved == pytest.approx({"a": 1.06, "b": -0.06})
+gradients = st.integers(1, 6).flatmap(
+    lambda d: st.lists(st.lists(st.floats(-3, 3).map(lambda x: round(x, 2)), min_size=d, max_size=d), min_size=1)
+)
+
+
+@given(gradients)
+def test_a_direction_is_that_of_the_whole_matrix(each: list[list[float]]) -> None:
+    g = np.array(each)
+    f, m = np.zeros((g.shape[1],) * 2), np.zeros(g.shape[1])
+    for row in g:  # with the usual correction for the beginning
+        f, m = 0.97 * f + 0.03 * np.outer(row, row), 0.8 * m + 0.2 * row
+    f, m = f / (1 - 0.97 ** len(g)), m / (1 - 0.8 ** len(g))
+    here = g.any(0)
+    if not here.any():
+        assert not direction(g).any()
+        return
+    values, vectors = np.linalg.eigh(f[np.ix_(here, here)] + 0.05 * np.trace(f) / here.sum() * np.eye(here.sum()))
+    d = vectors @ ((vectors.T @ m[here]) / np.sqrt(values))
+    if np.linalg.norm(d) > 1e-6:  # gradients that cancel leave a direction of rounding errors
+        assert direction(g)[here] == pytest.approx(d / np.sqrt(np.mean(d**2)), abs=1e-6)
+    assert not direction(g)[~here].any()
+
+
+@given(gradients, st.sampled_from([1e-9, 1e-3, 1e3, 1e9]))
+def test_a_direction_does_not_depend_on_the_size_of_the_gradients(each: list[list[float]], size: float) -> None:
+    g = np.array(each)
+    if np.linalg.norm(0.8 ** np.arange(len(g))[::-1] @ g) > 1e-3:
+        assert direction(size * g) == pytest.approx(direction(g), abs=1e-6)
+
+
+def test_the_rate_rises_at_first_and_falls_to_a_twentieth() -> None:
+    climber, point, moves = Climber({"a": FloatDistribution(-100.0, 100.0)}, 0.1, 60), {"a": 0.0}, []
+    for _ in range(60):
+        after = climber.step(point, {"a": 1.0})
+        moves.append(after["a"] - point["a"])
+        point = after
+    assert moves[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1], rel=0.02)
+    assert moves[4:] == sorted(moves[4:], reverse=True)
+    assert moves[-1] == pytest.approx(0.005, rel=0.05)
 
 
 def test_a_coefficient_without_a_gradient_stays() -> None:
-    moved = Adam(BOUNDS, 0.06, 60).step({"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 0.0})
+    moved = Climber(BOUNDS, 0.1, 60).step({"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 0.0})
+    assert moved == pytest.approx({"a": 1.02, "b": 0.5})
     assert moved["b"] == 0.5
+
+
+def test_no_gradient_at_all_is_no_step() -> None:
+    assert Climber(BOUNDS, 0.1, 60).step({"a": 1.0, "b": 0.5}, {"a": 0.0, "b": 0.0}) == {"a": 1.0, "b": 0.5}
 
 
 def test_the_average_of_points() -> None:

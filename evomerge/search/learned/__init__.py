@@ -7,7 +7,7 @@ the sampler goes on from there.
     learn.py        the phase of the search: start, steps, trials, when it ends
     climbs.py       by which task weights it climbs
     multipliers.py  how strongly the steps hold each guard
-    adam.py         one step from a point and a gradient (Kingma and Ba 2015)
+    steps.py        one step from a point and the gradients so far
     minibatches.py  which items a step is computed on
 
 What the study keeps of a step is in `search/storage/step_record.py`.

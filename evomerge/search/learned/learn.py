@@ -3,7 +3,7 @@
     climb      gradient steps by one set of task weights (climbs.py); there is one, or with `goals: pareto` several
     start      of the first climb the best baseline that is a point of the space; of the others what the climb with the
                nearest weights reached
-    step       a mini-batch for each worker; their mean gradient moves the point (adam.py); a guard takes part in the
+    step       a mini-batch for each worker; their mean gradient moves the point (steps.py); a guard takes part in the
                gradient by its multiplier (multipliers.py)
     look       now and then the mean point of the last AVERAGED share of the steps so far is scored as a trial
     end        of a climb after its steps, or at a look whose trial is not better than the one before
@@ -22,10 +22,10 @@ from evomerge.search.evaluation.jobs import Failure, GradientJob, Outcome
 from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
-from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.climbs import Climb, Weights, climbs, distance
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.multipliers import Multiplier, State, multiplier
+from evomerge.search.learned.steps import Climber, average
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
@@ -35,7 +35,7 @@ from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
-RATE = 0.04  # of the first step, in units of a coefficient
+RATE = 0.04  # the root mean square of a step, in units of the coefficients
 STEPS = 150
 ITEMS = 16  # of all tasks together, in one mini-batch
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
@@ -108,7 +108,7 @@ class Learner:
 
         start: where it begins, if it has not begun in an earlier session.
         """
-        adam = Adam(self.space.axes, RATE, climb.steps)
+        climber = Climber(self.space.axes, RATE, climb.steps)
         points: list[Point] = []
         states = {name: State() for name in self.guards}
         known = step_records(self.study.stored.user_attrs, climb.number)
@@ -122,8 +122,8 @@ class Learner:
             step = known[number] if number < len(known) else await self.step(climb, number, point, states)
             if step is None:
                 break
-            points.append(point)
-            point = adam.step(point, step.gradient)
+            points.append(step.point)
+            point = climber.step(step.point, step.gradient)
             for name, drop in step.drops.items():
                 if name in states:  # a guard may have been taken out of the configuration
                     states[name] = self.guards[name].after(states[name], drop)
