@@ -35,8 +35,8 @@ from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
 
-RATE = 0.04  # the root mean square of a step, in units of the coefficients
-STEPS = 150
+RATE = 0.05  # the root mean square of a step, in units of the coefficients
+STEPS = 100
 ITEMS = 16  # of all tasks together, in one mini-batch
 AVERAGED = 0.3  # share of the steps so far whose mean point is tried
 
