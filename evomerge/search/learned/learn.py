@@ -31,6 +31,7 @@ from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
 from evomerge.search.storage.study import LearnedPoint, SearchStudy, in_full, rank
+from evomerge.search.storage.trial_record import record_of
 from evomerge.search.trial import TrialRunner
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.search.workers.pool import Pool, run_all
@@ -171,6 +172,13 @@ class Learner:
             self.monitor.stopwatch.elapsed,
             {name: self.drop(guard, done, batches) for name, guard in self.guards.items()},
         )
+        if not climb.number and not number:
+            known = [record_of(trial).used for trial in self.study.trials]
+            before = max((each.peak_bytes for each in known if each is not None), default=0)
+            self.pool.log(
+                f"a gradient step of {record.items} items takes {used.worker_seconds / count:.2f} s of a worker; "
+                f"its peak memory is {used.peak_bytes / 1e9:.2f} GB, that of trials {before / 1e9:.2f} GB"
+            )
         self.study.stored.set_user_attr(step_key(number, climb.number), record.to_json())
         self.monitor.add_used(used)
         return record

@@ -1,0 +1,188 @@
+"""Optimizers of the learned start: what each reaches on a search's own items, and what it costs.
+
+    python benchmarks/optimizers.py run benchmarks/tiny24.yaml --seeds 3 [--out runs/optimizers.json]
+    python benchmarks/optimizers.py table runs/optimizers.json
+
+matrix    the learned start's steps (search/learned/steps.py), on mini-batches of 16 items
+adam      Adam (Kingma and Ba 2015) on the same mini-batches; the rate falls along half a cosine
+l-bfgs    SciPy's L-BFGS-B on all search items; the best point of its first 4, 8 and 12 gradients
+
+Every optimizer begins with all coefficients at `--start` and climbs the mean of `objective: auto`, not scaled.  The
+result of `matrix` and `adam` is the mean point of the last 30% of the steps.  Cost is counted in steps of 16 items.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from results import Results
+
+from evomerge.config.config_file import load_config
+from evomerge.search.evaluation.evaluator import Evaluator
+from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome
+from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.learned.learn import AVERAGED, ITEMS
+from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.learned.steps import Climber, average
+from evomerge.search.models import open_config_models
+from evomerge.search.space.space import Point, build_space
+
+Vector = NDArray[np.float64]
+OPTIMIZERS = ("matrix:0.05:100", "adam:0.04:100", "adam:0.04:150", "adam:0.08:100", "l-bfgs")
+LOOKS = (4, 8, 12)  # gradients of L-BFGS
+
+
+@dataclass
+class Family:
+    """A search's models and items, and its space."""
+
+    path: Path
+    seed: int
+    start: float
+    evaluator: Evaluator = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = load_config(self.path)
+        tasks = [task.model_copy(update={"objective": "auto"}) for task in config.tasks]
+        config = config.model_copy(update={"seed": self.seed, "tasks": tasks})
+        models = open_config_models(config)
+        self.space = build_space(config, models)
+        self.task_set = open_task_set(config)
+        self.evaluator = Evaluator(config, models, self.task_set)
+        self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
+        self.first: Point = dict.fromkeys(self.space.axes, self.start)
+
+    def done(self, job: GradientJob | EvaluationJob) -> Outcome:
+        found = self.evaluator.run(job)
+        assert isinstance(found, Outcome), found
+        return found
+
+    def gradient(self, point: Point, items: Mapping[str, list[str]]) -> tuple[float, dict[str, float]]:
+        """The mean objective of some items, and its derivative by each coefficient."""
+        weights = {task: 1 / len(items) / len(each) for task, each in items.items()}
+        found = self.done(GradientJob(self.space.recipe(point), items, weights))
+        means = [np.mean(next(iter(scores.values()))) for scores in found.scores.values()]
+        return float(np.mean(means)), self.space.gradient(found.gradient)
+
+    def reached(self, point: Point, cost: float, seconds: float) -> dict[str, float]:
+        """What a point has on the holdout items."""
+        scores = self.done(EvaluationJob(self.space.recipe(point), "holdout")).scores
+        both: tuple[Any, Any] = ("objective", "metric")
+        return {which: self.task_set.mean(scores, which) for which in both} | {"cost": cost, "seconds": seconds}
+
+
+@dataclass
+class Adam:
+    """The optimizer of that name, with the interface of `Climber`."""
+
+    axes: Mapping[str, Any]
+    rate: float
+    steps: int
+    taken: int = 0
+    mean: Vector | float = 0.0
+    square: Vector | float = 0.0
+
+    def step(self, point: Point, gradient: Mapping[str, float]) -> Point:
+        g = np.array([gradient[name] for name in self.axes])
+        rate = self.rate * (1 + np.cos(np.pi * self.taken / self.steps)) / 2
+        self.taken += 1
+        self.mean, self.square = 0.9 * self.mean + 0.1 * g, 0.99 * self.square + 0.01 * g * g
+        mean, square = self.mean / (1 - 0.9**self.taken), self.square / (1 - 0.99**self.taken)
+        moved = np.array([point[name] for name in self.axes]) + rate * mean / (np.sqrt(square) + 1e-12)
+        bounds = np.array([(axis.low, axis.high) for axis in self.axes.values()])
+        return dict(zip(self.axes, np.clip(moved, *bounds.T).tolist(), strict=True))
+
+
+def by_steps(family: Family, make: Callable[..., Any], rate: float, steps: int) -> dict[str, dict[str, float]]:
+    """The mean point of the last steps on mini-batches."""
+    climber, point, points, started = make(family.space.axes, rate, steps), family.first, [], time.process_time()
+    for number in range(steps):
+        items = minibatch(family.ids, family.seed, number, ITEMS)
+        points.append(point)
+        point = climber.step(point, family.gradient(point, items)[1])
+    found = average(points[-max(1, round(AVERAGED * steps)) :])
+    return {"": family.reached(found, steps, time.process_time() - started)}
+
+
+def by_lbfgs(family: Family) -> dict[str, dict[str, float]]:
+    """The best points of L-BFGS after so many gradients."""
+    from scipy.optimize import minimize
+
+    axes, tried, started = list(family.space.axes), [], time.process_time()
+
+    def loss(x: Vector) -> tuple[float, Vector]:
+        point = dict(zip(axes, x.tolist(), strict=True))
+        value, gradient = family.gradient(point, family.ids)
+        tried.append((value, point, time.process_time() - started))
+        return -value, -np.array([gradient[name] for name in axes])
+
+    bounds = [(axis.low, axis.high) for axis in family.space.axes.values()]
+    first = np.array([family.first[name] for name in axes])
+    minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": max(LOOKS)})
+    found = {}
+    for look in LOOKS:
+        _, point, _ = max(tried[:look], key=lambda each: each[0])
+        cost = look * sum(map(len, family.ids.values())) / ITEMS
+        found[f"{look} gradients"] = family.reached(point, cost, tried[min(look, len(tried)) - 1][2])
+    return found
+
+
+def climbed(family: Family, name: str) -> dict[str, dict[str, float]]:
+    """What an optimizer reaches.  name: of the command line."""
+    if name == "l-bfgs":
+        return by_lbfgs(family)
+    kind, rate, steps = name.split(":")
+    return by_steps(family, {"matrix": Climber, "adam": Adam}[kind], float(rate), int(steps))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    results = Results(arguments.out)
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
+        family = Family(arguments.config, seed, arguments.start)
+        for name in arguments.optimizers:
+            results.once(f"{arguments.config.stem} {len(family.space.axes)}/{name}/{seed}", partial(climbed, family, name))
+
+
+def table(arguments: argparse.Namespace) -> None:
+    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for key, found in json.loads(arguments.results.read_text(encoding="utf-8")).items():
+        family, name, _ = key.split("/")
+        for part, values in found.items():
+            rows.setdefault((family, f"{name} {part}".strip()), []).append(values)
+    print(
+        "| family, coefficients | optimizer | seeds | steps of 16 items | objective | metric |\n|---|---|---|---|---|---|"
+    )
+    for (family, name), each in rows.items():
+        mean = {key: float(np.mean([values[key] for values in each])) for key in each[0]}
+        print(
+            f"| {family} | {name} | {len(each)} | {mean['cost']:.0f} | {mean['objective']:.3f} | {mean['metric']:.3f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run")
+    running.add_argument("config", type=Path)
+    running.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, help="KIND:RATE:STEPS, or l-bfgs")
+    running.add_argument("--seeds", type=int, default=3)
+    running.add_argument("--first", type=int, default=0)
+    running.add_argument("--start", type=float, default=0.5)
+    running.add_argument("--out", type=Path, default=Path("runs/optimizers.json"))
+    running.set_defaults(function=run)
+    showing = commands.add_parser("table")
+    showing.add_argument("results", type=Path)
+    showing.set_defaults(function=table)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
