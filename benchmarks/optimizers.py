@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from results import Results
 
 from evomerge.config.config_file import load_config
+from evomerge.config.schema import SearchConfig
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome
 from evomerge.search.evaluation.task_set import open_task_set
@@ -35,6 +36,8 @@ from evomerge.search.models import open_config_models
 from evomerge.search.space.space import Point, build_space
 
 Vector = NDArray[np.float64]
+MATRICES = [f"attention.{x}" for x in "qkvo"] + [f"mlp.{x}" for x in ("gate", "up", "down")]
+FINE = {"granularity": "layer", "components": MATRICES}
 OPTIMIZERS = ("matrix:0.05:100", "adam:0.04:100", "adam:0.04:150", "adam:0.08:100", "l-bfgs")
 LOOKS = (4, 8, 12)  # gradients of L-BFGS
 
@@ -46,12 +49,15 @@ class Family:
     path: Path
     seed: int
     start: float
+    fine: bool
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self) -> None:
-        config = load_config(self.path)
-        tasks = [task.model_copy(update={"objective": "auto"}) for task in config.tasks]
-        config = config.model_copy(update={"seed": self.seed, "tasks": tasks})
+        content = load_config(self.path).model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+        content |= {"seed": self.seed, "tasks": [task | {"objective": "auto"} for task in content["tasks"]]}
+        if self.fine:
+            content["space"] = {k: v for k, v in content["space"].items() if k != "knots"} | FINE
+        config = SearchConfig.model_validate(content)
         models = open_config_models(config)
         self.space = build_space(config, models)
         self.task_set = open_task_set(config)
@@ -145,9 +151,11 @@ def climbed(family: Family, name: str) -> dict[str, dict[str, float]]:
 def run(arguments: argparse.Namespace) -> None:
     results = Results(arguments.out)
     for seed in range(arguments.first, arguments.first + arguments.seeds):
-        family = Family(arguments.config, seed, arguments.start)
+        family = Family(arguments.config, seed, arguments.start, arguments.fine)
         for name in arguments.optimizers:
-            results.once(f"{arguments.config.stem} {len(family.space.axes)}/{name}/{seed}", partial(climbed, family, name))
+            results.once(
+                f"{arguments.config.stem} {len(family.space.axes)}/{name}/{seed}", partial(climbed, family, name)
+            )
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -175,6 +183,7 @@ def main() -> None:
     running.add_argument("--seeds", type=int, default=3)
     running.add_argument("--first", type=int, default=0)
     running.add_argument("--start", type=float, default=0.5)
+    running.add_argument("--fine", action="store_true", help="a coefficient for every source, layer and matrix")
     running.add_argument("--out", type=Path, default=Path("runs/optimizers.json"))
     running.set_defaults(function=run)
     showing = commands.add_parser("table")
