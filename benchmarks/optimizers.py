@@ -164,9 +164,8 @@ def table(arguments: argparse.Namespace) -> None:
         family, name, _ = key.split("/")
         for part, values in found.items():
             rows.setdefault((family, f"{name} {part}".strip()), []).append(values)
-    print(
-        "| family, coefficients | optimizer | seeds | steps of 16 items | objective | metric |\n|---|---|---|---|---|---|"
-    )
+    print("| family, coefficients | optimizer | seeds | steps of 16 items | objective | metric |")
+    print("|---|---|---|---|---|---|")
     for (family, name), each in rows.items():
         mean = {key: float(np.mean([values[key] for values in each])) for key in each[0]}
         print(
