@@ -1,6 +1,7 @@
 """Learned coefficients: the optimizer, the mini-batches, the chain rule of a space, and whole searches with it."""
 
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,7 @@ def test_a_learned_start_climbs_and_the_sampler_goes_on(learned: Path) -> None:
     assert max(t.value for t in tried) > started
     assert study.user_attrs["evomerge:sampler"] in ("gp", "cma-es")
     assert any(not {"learned", "baseline"} & t.user_attrs.keys() for t in study.trials), "no trial of the sampler"
+    assert re.search(r"a gradient step of 16 items takes \d+\.\d\d s of a worker", (learned / "log.txt").read_text())
 
 
 def test_the_first_step_is_taken_from_the_best_baseline(learned: Path) -> None:
