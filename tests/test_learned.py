@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
@@ -49,21 +51,28 @@ gradients = st.integers(1, 6).flatmap(
 
 
 @given(gradients)
-def test_a_direction_is_that_of_the_whole_matrix(each: list[list[float]]) -> None:
+def test_a_direction_is_that_of_the_formula(each: list[list[float]]) -> None:
     g = np.array(each)
-    f, m = np.zeros((g.shape[1],) * 2), np.zeros(g.shape[1])
-    for row in g:  # with the usual correction for the beginning
-        f, m = 0.97 * f + 0.03 * np.outer(row, row), 0.8 * m + 0.2 * row
-    f, m = f / (1 - 0.97 ** len(g)), m / (1 - 0.8 ** len(g))
     here = g.any(0)
-    if not here.any():
-        assert not direction(g).any()
-        return
-    values, vectors = np.linalg.eigh(f[np.ix_(here, here)] + 0.05 * np.trace(f) / here.sum() * np.eye(here.sum()))
-    d = vectors @ ((vectors.T @ m[here]) / np.sqrt(values))
+    v, c, h = np.zeros(g.shape[1]), np.zeros((g.shape[1],) * 2), np.zeros(g.shape[1])
+    for row in g:  # with the usual correction for the beginning
+        v = 0.97 * v + 0.03 * row**2
+    root = np.where(here, np.sqrt(v / (1 - 0.97 ** len(g))), 1.0)
+    for row in g / root:
+        c, h = 0.97 * c + 0.03 * np.outer(row, row), 0.8 * h + 0.2 * row
+    values, vectors = np.linalg.eigh(c / (1 - 0.97 ** len(g)) + 0.05 * np.eye(len(v)))
+    d = vectors @ ((vectors.T @ (h / (1 - 0.8 ** len(g)))) / np.sqrt(values))
     if np.linalg.norm(d) > 1e-6:  # gradients that cancel leave a direction of rounding errors
-        assert direction(g)[here] == pytest.approx(d / np.sqrt(np.mean(d**2)), abs=1e-6)
+        assert direction(g)[here] == pytest.approx(d[here] / np.sqrt(np.mean(d[here] ** 2)), abs=1e-6)
     assert not direction(g)[~here].any()
+
+
+@given(gradients, st.data())
+def test_a_direction_does_not_depend_on_the_unit_of_a_coefficient(each: list[list[float]], data: st.DataObject) -> None:
+    g = np.array(each)
+    units = data.draw(st.lists(st.sampled_from([1e-3, 1.0, 50.0]), min_size=g.shape[1], max_size=g.shape[1]))
+    if np.linalg.norm(0.8 ** np.arange(len(g))[::-1] @ g) > 1e-3:
+        assert direction(g * units) == pytest.approx(direction(g), abs=1e-5)
 
 
 @given(gradients, st.sampled_from([1e-9, 1e-3, 1e3, 1e9]))
@@ -280,3 +289,27 @@ def test_two_workers_take_a_mini_batch_each(tiny_family: Path, tmp_path: Path) -
     done = run_cli("search", config, "--run", tmp_path / "run", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert {r.items for r in steps_of(tmp_path / "run")} == {32}
+
+
+def test_a_source_that_is_good_at_nothing_stays_where_it_is(tiny_family: Path, tmp_path: Path) -> None:
+    """Its gradient is steep and leads nowhere."""
+    from safetensors.torch import load_file, save_file
+
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_family / "base", bad)
+    tensors = load_file(bad / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor + 3 * tensor.std() * torch.randn(tensor.shape, generator=noise)
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    sources = [{"name": n, "path": str(tiny_family / n)} for n in ("rev", "add")] + [{"name": "bad", "path": str(bad)}]
+    run = finished_search(write_config(tmp_path, tiny_family, **SMALL, sources=sources))
+    assert (
+        "bad is better than the base in no task; the learned start leaves its coefficients"
+        in (run / "log.txt").read_text()
+    )
+    first, *_, last = [step.point for step in steps_of(run)]
+    names = [name for name in first if ".bad." in name]
+    assert names
+    assert [last[name] for name in names] == [first[name] for name in names] == [0.0] * len(names)
+    assert any(last[name] != first[name] for name in first)

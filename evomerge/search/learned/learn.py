@@ -12,6 +12,7 @@ A step is in the study before the next one begins, so a resumed search computes 
 bits as long as it has as many workers.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.evaluate.gradient import has_derivative
@@ -72,6 +73,7 @@ class Learner:
         self.objectives = {task.name: task.objective for task in self.task_set.tasks}
         self.evaluations = evaluations
         self.guards: dict[str, Multiplier] = {}
+        self.left: set[str] = set()  # axes that stay where they are
         self.climbs = climbs(self.task_set.weights, self.steps, self.space.config.goals == "pareto")
 
     async def multiplier(self, guard: Guard) -> Multiplier:
@@ -95,6 +97,10 @@ class Learner:
             self.pool.log("no learned start: no baseline is a point of the search space")
             return
         self.guards = {guard.name: await self.multiplier(guard) for guard in self.task_set.guards}
+        self.left = self.left_alone()
+        if self.left == set(self.space.axes):
+            self.pool.log("no learned start: no source is better than the base in any task")
+            return
         reached: list[tuple[Weights, Point]] = []
         for climb in self.climbs:
             near = min(reached, key=lambda found: distance(found[0], climb.weights), default=(climb.weights, start))
@@ -103,6 +109,28 @@ class Learner:
                 reached.append((climb.weights, point))
             elif not reached:
                 return
+
+    def left_alone(self) -> set[str]:
+        """The coefficients of sources that are better than the base in no task, by the objective on the search split.
+
+        There is little to gain in them, and a source that has forgotten everything wrecks the model at a weight of a
+        few hundredths, where no gradient leads out again.  Those that can only be subtracted are climbed all the same.
+        """
+        scores = {b.name: self.mean_objectives(b) for b in self.baselines if b.kind == "parent"}
+        base = self.mean_objectives(base_alone(self.space))
+        useless = {n for n, own in scores.items() if own and all(own[t] <= base.get(t, -math.inf) for t in own)}
+        for name in sorted(useless):
+            self.pool.log(f"{name} is better than the base in no task; the learned start leaves its coefficients")
+        groups = [g for g in self.space.groups if g.source in useless and not g.fixed and g.high > 0.0]
+        return {axis for group in groups for axis in group.axes}
+
+    def mean_objectives(self, baseline: Baseline) -> dict[str, float]:
+        """Task -> a baseline's mean objective on the search split; without tasks whose scores are not stored."""
+        known = self.evaluations.known("search", baseline.recipe)
+        found = {
+            task: scores[name] for task, name in self.objectives.items() if name in (scores := known.get(task, {}))
+        }
+        return {task: sum(items.values()) / len(items) for task, items in found.items()}
 
     async def climb(self, climb: Climb, start: Point, ended: Callable[[], str | None]) -> Point | None:
         """Take the steps of a climb; return the point of its last good look, None if there was none.
@@ -161,7 +189,7 @@ class Learner:
             failures = [f"{r.reason}\n{r.traceback}".strip() for r in results if isinstance(r, Failure)]
             self.pool.log(f"the learned coefficients end, gradient step {number} failed: {failures[0]}")
             return None
-        gradients = [self.space.gradient(result.gradient) for result in done]
+        gradients = [self.space.gradient(result.gradient) | dict.fromkeys(self.left, 0.0) for result in done]
         used = sum((result.used for result in done[1:]), done[0].used)
         record = StepRecord(
             point,

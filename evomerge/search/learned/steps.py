@@ -1,18 +1,18 @@
-"""Steps along the gradient, preconditioned by the whole matrix of its second moments (Agarwal et al. 2019).
+"""Steps along the gradient, as Adam takes them, without what the coefficients' gradients have in common.
 
     g_k    (D,) the gradient of step k; the last one is g_t
-    F      (D, D) the decayed mean of g_k g_k^T
-    m      (D,) the decayed mean of g_k
-    d      (F + DAMPING tr(F) / D)^(-1/2) m
+    v      (D,) the decayed mean of g_k^2, and h_k = g_k / sqrt(v)
+    h      (D,) the decayed mean of h_k: the step of Adam (Kingma and Ba 2015)
+    C      (D, D) the decayed mean of h_k h_k^T: the correlations of the coefficients' gradients
+    d      (C + DAMPING I)^(-1/2) h
     step   rate f(t) d / rms(d)
 
-Adam takes only the diagonal of F, as if no coefficient had to do with another.  In one model they do: what a layer
-adds the next one can undo.  F has at most t directions, so nothing is larger than (t, D): with the rows of R the
-gradients times the roots of their weights in F, K = R R^T, and a such that m = R^T a,
+Adam steps as if no coefficient had to do with another.  In one model they do: what a layer adds the next one can undo.
+Along directions in which many gradients agree the steps become smaller, and along all others larger, as with the whole
+matrix of second moments (Agarwal et al. 2019, arXiv:1806.02958).  C has at most t directions, so nothing is larger than
+(t, D): with the rows of R the h_k times the roots of their weights in C, and a such that h = R^T a,
 
-    d = R^T (K + DAMPING tr(K) / D)^(-1/2) a
-
-Source: Efficient full-matrix adaptive regularization, arXiv:1806.02958, section 2.
+    d = R^T (R R^T + DAMPING I)^(-1/2) a
 """
 
 import math
@@ -28,8 +28,8 @@ from evomerge.search.space.space import Point
 Vector = NDArray[np.float64]
 
 FIRST, SECOND = 0.8, 0.97  # decay of the mean gradient and of the second moments
-DAMPING = 0.05
-WARM_UP = 5  # steps until the rate is reached: the first gradients say little about F
+DAMPING = 0.05  # the variance of each h_k is 1
+WARM_UP = 5  # steps until the rate is reached: the first gradients say little about C
 LAST = 0.05  # f at the end
 
 
@@ -65,19 +65,20 @@ def direction(gradients: Vector) -> Vector:
 
     gradients: (t, D), of all steps so far.
     """
-    size = np.count_nonzero(gradients.any(0))
+    here = np.any(gradients != 0.0, axis=0)
+    found = np.zeros(len(here))
+    if not here.any():
+        return found
     age = np.arange(len(gradients))[::-1]
     first, second = (decay**age / np.sum(decay**age) for decay in (FIRST, SECOND))
-    root = np.sqrt(second)
-    rows = gradients * root[:, None]
+    g = gradients[:, here] / np.abs(gradients[:, here]).max()
+    rows = g / np.sqrt(second @ g**2) * np.sqrt(second)[:, None]
     values, vectors = np.linalg.eigh(rows @ rows.T)
-    values = np.maximum(values, 0.0)
-    if not values.any():
-        return np.zeros(gradients.shape[1])
-    damped = values + DAMPING * values.sum() / size
-    found: Vector = rows.T @ (vectors @ ((vectors.T @ (first / root)) / np.sqrt(damped)))
-    length: float = np.sqrt(np.sum(found**2) / size)
-    return found / length
+    damped = np.sqrt(np.maximum(values, 0.0) + DAMPING)
+    d = rows.T @ (vectors @ ((vectors.T @ (first / np.sqrt(second))) / damped))
+    length = np.sqrt(np.mean(d**2))
+    found[here] = d / length if length > 0.0 else 0.0
+    return found
 
 
 def average(points: Sequence[Point]) -> Point:
