@@ -8,6 +8,36 @@ import typer
 from evomerge.cli.options import app
 
 
+@app.command(epilog="Example: evomerge init --base models/base --source models/math --source models/code --task m.yaml")
+def init(
+    base: Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="A fine-tune or LoRA adapter of it, or NAME=PATH.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="A task file or an lm-eval task.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="How long the search may take: 8h, 90m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The configuration to write; it must be new.")] = None,
+) -> None:
+    """Write the configuration of a first search; asks for what is not given."""
+    from evomerge.start.init import init_config
+
+    base = base or typer.prompt("Base model (a folder or a hub id)")
+    source = source or several("Fine-tune or LoRA adapter of it")
+    task = task or several("Task (a task file, or a name of lm-eval's; own data: evomerge new-task)")
+    timeout = timeout or typer.prompt("How long may the search take", default="8h")
+    out = out or Path(typer.prompt("File to write", default="search.yaml"))
+    for line in init_config(out, base, source, task, timeout):
+        print(line)
+
+
+def several(question: str) -> list[str]:
+    """The answers to a question that is asked until an answer is empty."""
+    found = [typer.prompt(question)]
+    while more := typer.prompt("Another one (Enter: no more)", default="", show_default=False):
+        found.append(more)
+    return found
+
+
 @app.command(name="new-task", epilog="Example: evomerge new-task questions.jsonl --question text --answer label")
 def new_task(
     data: Annotated[Path, typer.Argument(help="Own data: .jsonl, .json (a list of objects) or .csv.")],
