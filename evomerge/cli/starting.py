@@ -1,5 +1,6 @@
-"""Commands before the first search: a task file for own data."""
+"""Commands before a search: a task file for own data, a configuration, and a look at it."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -61,3 +62,17 @@ def new_task(
     done = write_task(data, out, question=question, answer=answer, choices=names, prompt=prompt, taken=filter)
     for line in done.lines():
         print(line)
+
+
+@app.command(epilog="Example: evomerge check search.yaml")
+def check(
+    config: Annotated[Path, typer.Argument(help="The configuration of a search.")],
+    items: Annotated[int, typer.Option(min=2, help="How many items of each task base and sources answer.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Look at a search before the night: prompts and answers, what may be wrong, and how long it will take."""
+    from evomerge.api.check import check as look
+
+    found = look(config, items, show=not as_json)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
