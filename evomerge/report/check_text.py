@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.report.progress import seconds_text
+from evomerge.report.progress import seconds_text as whole_seconds
 from evomerge.search.check.check import Check
 from evomerge.search.check.forecast import Forecast
 from evomerge.search.check.probe import ProbedTask
@@ -15,10 +15,10 @@ LONG = 600  # characters of a prompt that are shown, from both ends
 ANSWER = 160  # of an answer
 
 
-def check_text(check: Check) -> RenderableType:
-    """Prompts and answers, scores, concerns and the forecast."""
+def check_text(check: Check, examples: bool = True) -> RenderableType:
+    """Scores, the forecast and the concerns.  examples: first a prompt of each task with all answers."""
     parts: list[RenderableType] = []
-    for task in check.probe.tasks:
+    for task in check.probe.tasks if examples else []:
         parts += example(task)
     parts.append(score_table(check.probe.tasks))
     parts += [Text(line) for line in forecast_lines(check.forecast)]
@@ -69,3 +69,8 @@ def forecast_lines(plan: Forecast) -> Iterator[str]:
 def shortened(text: str, length: int) -> str:
     """A text without its middle if it is long."""
     return text if len(text) <= length else f"{text[: length // 2]} [...] {text[-length // 2 :]}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration as text, short ones with a decimal."""
+    return f"{seconds:.1f}s" if seconds < 10 else whole_seconds(seconds)

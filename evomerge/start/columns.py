@@ -67,10 +67,10 @@ def find_columns(
 
 
 def first_of(known: Sequence[str], names: Sequence[str], rows: Rows, fits: Any) -> str | None:
-    """The first known name that a column has, in any case; else the only column that fits; else None."""
+    """The first known name that a column has, in any case, whose cells fit; else the only column that fits."""
     by_lower = {name.lower(): name for name in reversed(names)}
     for name in known:
-        if name in by_lower and all(fits(row.get(by_lower[name])) for row in rows):
+        if name in by_lower and all(fits(row[by_lower[name]]) for row in rows if row.get(by_lower[name]) is not None):
             return by_lower[name]
     fitting = [name for name in names if all(fits(row.get(name)) for row in rows)]
     return fitting[0] if len(fitting) == 1 else None

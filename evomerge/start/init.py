@@ -88,9 +88,12 @@ def named_source(text: str) -> tuple[str, str]:
 
 
 def relative(text: str, file: Path) -> str:
-    """A path as it is written in a file beside others; a hub id, a name of a task or an absolute path stays."""
+    """A path as a file names it; a hub id, a name of a task or an absolute path elsewhere stays."""
     path = Path(text)
-    return text if path.is_absolute() or not path.exists() else os.path.relpath(path.resolve(), file.resolve().parent)
+    folder = file.resolve().parent
+    if not path.exists() or (path.is_absolute() and folder not in path.parents):
+        return text
+    return os.path.relpath(path.resolve(), folder)
 
 
 def plain(text: str) -> str:

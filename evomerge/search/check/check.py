@@ -7,6 +7,10 @@ from typing import Any
 
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.item_values import MetricFailed
+from evomerge.evaluate.loglikelihood import NotFiniteScore
+from evomerge.merge.materialise import NotFinite
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
@@ -24,7 +28,7 @@ from evomerge.search.space.space import build_space
 from evomerge.sources.open_models import Models
 from evomerge.sources.tokenizer import has_chat_template
 
-ITEMS = 16  # of each task
+ITEMS, BRIEF = 16, 8  # of each task; before a search fewer, for a quick look
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ def check_search(
     space = build_space(config, models)
     evaluator = Evaluator(config, models, task_set, log=log)
     alone = [base_alone(space), *(b for b in baselines(space) if b.kind == "parent")]
-    found = probe(evaluator, alone, items, log)
+    try:
+        found = probe(evaluator, alone, items, log)
+    except (NotFinite, NotFiniteScore, MetricFailed) as error:
+        raise EvomergeError(f"base and sources cannot be scored: {error}") from error
     size = sum(math.prod(t.shape) for t in models.base.tensors.values()) * TORCH_DTYPES[config.dtype].itemsize
     plan = forecast(config, task_set, found, size)
     concerns = [concern for task in found.tasks for concern in task_concerns(task)]

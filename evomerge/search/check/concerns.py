@@ -1,5 +1,6 @@
 """What a probe, the splits and the limits of a search warn of, each with its mend."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ import numpy as np
 
 from evomerge.evaluate.tasks import Split
 from evomerge.search.check.forecast import Forecast
-from evomerge.search.check.probe import BASE, ProbedItem, ProbedTask
+from evomerge.search.check.probe import BASE, Answered, ProbedItem, ProbedTask
 from evomerge.search.verdict.intervals import STANDARD_ERRORS
 
 FEW = 20  # candidates; with fewer a search is hardly one
 GAINS = (0.02, 0.05, 0.10)  # of the mean metric, that a user may want to see
-SOME = 2  # answers of a kind, and a fifth of all, that make a concern
+SOME, SHARE = 2, 0.15  # of a model's answers, of a kind that makes a concern
 ENOUGH = 8  # items that allow a comparison of objective and metric
 
 
@@ -53,22 +54,31 @@ def same_scores(task: ProbedTask) -> Iterator[Concern]:
 
 def cut_answers(task: ProbedTask) -> Iterator[Concern]:
     """Answers that end where `max_gen_toks` ends them."""
-    count = sum(a.cut and a.metric < 1.0 for item in task.items for a in item.answers.values())
-    if many(count, task):
-        what = f"task {task.name}: {count} of {total(task)} answers were cut by `max_gen_toks`"
+    cut = {model: [a for a in wrong_answers(task, model) if a[1].cut] for model in task.models}
+    model = max(cut, key=lambda name: len(cut[name]))
+    if many(len(cut[model]), task):
+        what = f"task {task.name}: {len(cut[model])} of {len(task.items)} answers of {model} were cut by `max_gen_toks`"
         yield Concern(what, "raise it in the task's `generation_kwargs`, or give a stop text in `until`")
 
 
 def nearly_right(task: ProbedTask) -> Iterator[Concern]:
     """Wrong answers that differ from the gold answer only in form."""
-    reasons = [
-        why for item in task.items for a in item.answers.values() if a.metric < 1.0 and (why := form(item, a.taken))
-    ]
-    for why in dict.fromkeys(reasons):
-        count = reasons.count(why)
-        if many(count, task):
-            what = f"task {task.name}: {count} of {total(task)} answers differ from the gold answer only by {why[0]}"
-            yield Concern(what, why[1])
+    found: dict[tuple[str, str], list[str]] = {}
+    for model in task.models:
+        for item, answer in wrong_answers(task, model):
+            if why := form(item, answer.taken):
+                found.setdefault(why, []).append(model)
+    for (what, mend), models in found.items():
+        model = max(models, key=models.count)
+        if many(models.count(model), task):
+            count = f"{models.count(model)} of {len(task.items)}"
+            yield Concern(f"task {task.name}: {count} answers of {model} are wrong only by {what}", mend)
+
+
+def wrong_answers(task: ProbedTask, model: str) -> list[tuple[ProbedItem, Answered]]:
+    """The items that a model answers wrongly, with its answers."""
+    each = [(item, item.answers[model]) for item in task.items]
+    return [(item, answer) for item, answer in each if answer.metric < 1.0]
 
 
 def form(item: ProbedItem, taken: str) -> tuple[str, str] | None:
@@ -169,17 +179,17 @@ def forecast_concerns(forecast: Forecast) -> Iterator[Concern]:
     """Limits and memory that do not suffice."""
     if forecast.candidates is not None and forecast.candidates < FEW:
         what = f"the time limit leaves room for about {forecast.candidates} candidates"
-        yield Concern(what, f"give it {forecast.needed(FEW) / 60:.0f} minutes or more, or fewer search items")
+        yield Concern(what, f"give it {duration(forecast.needed(FEW))} or more, or fewer search items")
     if forecast.disk > forecast.disk_left:
         what = f"an export needs {forecast.disk / 1e9:.1f} GB of disk, {forecast.disk_left / 1e9:.1f} GB are free"
         yield Concern(what, "make room before the morning, or give --out on another disk")
 
 
 def many(count: int, task: ProbedTask) -> bool:
-    """Whether so many answers of a kind are no accident."""
-    return count >= SOME and count >= total(task) / 10
+    """Whether so many of a model's answers are no accident."""
+    return count >= SOME and count >= SHARE * len(task.items)
 
 
-def total(task: ProbedTask) -> int:
-    """The number of answers."""
-    return sum(len(item.answers) for item in task.items)
+def duration(seconds: float) -> str:
+    """A time that a user can give as a limit."""
+    return f"{math.ceil(seconds)}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
