@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evomerge.api.check import check
     from evomerge.api.evaluate import Evaluation, evaluate
     from evomerge.api.merge import merge
     from evomerge.api.run import Run, Trial, open_run
@@ -30,6 +31,7 @@ __all__ = [
     "SearchConfig",
     "Trial",
     "Verdict",
+    "check",
     "evaluate",
     "inspect",
     "merge",
@@ -47,6 +49,7 @@ _MODULES = {
     "SearchConfig": "evomerge.config.schema",
     "Trial": "evomerge.api.run",
     "Verdict": "evomerge.search.verdict.verdict",
+    "check": "evomerge.api.check",
     "evaluate": "evomerge.api.evaluate",
     "inspect": "evomerge.report.inspection",
     "merge": "evomerge.api.merge",

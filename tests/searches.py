@@ -107,7 +107,8 @@ def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = 
             sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, buffering=1) for n in (1, 2))
             torch.set_num_threads(1)
             os.chdir(ROOT)
-            sys.argv = ["evomerge", *map(str, arguments)]
+            quick = arguments[0] == "search" and not {"--check", "--dry-run"} & set(arguments)
+            sys.argv = ["evomerge", *map(str, arguments), *["--no-check"] * quick]
             exec(prelude, {})
             main()
             code = 0

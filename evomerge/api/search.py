@@ -26,6 +26,8 @@ from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_o
 
 if TYPE_CHECKING:
     from evomerge.report.terminal import SearchView
+    from evomerge.search.evaluation.task_set import TaskSet
+    from evomerge.sources.open_models import Models
 
 OnTrial = Callable[[Trial], None]
 
@@ -57,6 +59,7 @@ def search(
     workers: int | str | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    check: bool = False,
     on_trial: OnTrial | None = None,
     show: bool = True,
 ) -> Run:
@@ -74,6 +77,7 @@ def search(
     workers: how many workers; `auto`: one on each accelerator (default: 1, with `ray` auto).
     ray: put the workers on a Ray cluster: its address, or `local` to start one.
     out: at the end write the recommended model into this folder; it must be new or empty.
+    check: first look at the search as `evomerge.check` does, print what it finds, and go on.
     on_trial: called with each trial when it has finished, in the order in which they finish.  What it raises ends the
         search, which can be resumed.
     show: whether to print progress and the result: a live view in a terminal, plain lines elsewhere.
@@ -107,10 +111,24 @@ def search(
     if loaded.start_from is not None:
         read_start(loaded)
         refuse_seen_items(loaded, task_set)
+    if check:
+        look(loaded, models, task_set)
     created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
     return search_in(created, limits, worker_options, out, on_trial, show)
+
+
+def look(config: SearchConfig, models: "Models", task_set: "TaskSet") -> None:
+    """Print what a check finds; a search begins in any case."""
+    from evomerge.report.check_text import check_text
+    from evomerge.report.progress import console
+    from evomerge.search.check.check import BRIEF, check_search
+
+    try:
+        console.print(check_text(check_search(config, models, task_set, BRIEF, print), examples=False))
+    except EvomergeError as error:
+        print(f"note: no check: {error}", file=sys.stderr)
 
 
 def resume(

@@ -1,6 +1,7 @@
 """The command line: parses arguments, calls evomerge's public functions, prints.
 
     options.py    the options that several commands share
+    starting.py   commands before the first search
     searching.py  commands on a search
     models.py     commands on models
 
@@ -9,11 +10,11 @@ A wrong input ends with one message and exit code 2, a bug with a traceback.
 
 import sys
 
-from evomerge.cli import searching, models  # commands are listed in this order  # isort: skip
+from evomerge.cli import starting, searching, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
 from evomerge.errors import EvomergeError
 
-__all__ = ["app", "main", "models", "searching"]
+__all__ = ["app", "main", "models", "searching", "starting"]
 
 
 def main() -> None:

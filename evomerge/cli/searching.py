@@ -40,11 +40,20 @@ def search(
     ray: Ray = None,
     run: Annotated[Path | None, typer.Option(help="The run folder (default: runs/NAME).")] = None,
     out: ExportTo = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="First look at the search, then go on.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look at the search: see evomerge check.")] = False,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
     from evomerge.api.search import SearchStopped
     from evomerge.api.search import search as start
 
+    if dry_run:
+        from evomerge.api.check import check as look
+        from evomerge.api.search import read_config
+        from evomerge.search.budget.limits import with_budget
+
+        look(with_budget(read_config(config)[0], trials, timeout, target, patience))
+        return
     try:
         found = start(
             config,
@@ -58,6 +67,7 @@ def search(
             workers=workers,
             ray=ray,
             out=out,
+            check=check,
         )
     except SearchStopped as stopped:
         leave(stopped)

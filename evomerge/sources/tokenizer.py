@@ -56,6 +56,14 @@ class Vocabulary:
                 settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a model's folder has a chat template."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+
+
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of the tokenizer in a model's folder; None if there is none that can be read.
 

@@ -1,0 +1,37 @@
+"""Look at a search before it begins."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.api.search import read_config
+from evomerge.config.config_file import pin
+from evomerge.config.schema import SearchConfig
+
+if TYPE_CHECKING:
+    from evomerge.search.check.check import Check
+
+
+def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16, show: bool = True) -> "Check":
+    """Let base and sources answer a few items, and tell what may be wrong and how long the search will take.
+
+    config: as in `search`.
+    items: of each task's search split.
+    show: whether to print it.
+
+    Raises EvomergeError for wrong input, or if a model cannot be scored.
+    """
+    loaded = pin(read_config(config)[0], {})
+    from evomerge.report.check_text import check_text
+    from evomerge.report.progress import console
+    from evomerge.search.check.check import check_search
+    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.models import open_config_models
+
+    models = open_config_models(loaded)
+    task_set = open_task_set(loaded)
+    check_statistics(loaded, models, task_set)
+    found = check_search(loaded, models, task_set, items, print if show else lambda text: None)
+    if show:
+        console.print(check_text(found))
+    return found
