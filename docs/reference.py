@@ -68,8 +68,9 @@ def parameters(name: str, command: Callable[..., Any]) -> Iterator[tuple[str, bo
         info = next(extra for extra in extras if isinstance(extra, ArgumentInfo | OptionInfo))
         if not info.help:
             raise LookupError(f"{parameter.name} of the command {name} has no help text")
-        several = get_origin(hint) is list
-        (plain,) = (t for t in (get_args(hint) if several or isinstance(hint, UnionType) else [hint]) if t in VALUES)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else [hint]
+        several = any(get_origin(kind) is list for kind in kinds)
+        (plain,) = (t for kind in kinds for t in get_args(kind) or [kind] if t in VALUES)
         meaning = info.help
         if info.min is not None:
             meaning += f" At least {info.min}."

@@ -83,6 +83,13 @@ def test_an_objective_that_prefers_another_model_than_the_metric() -> None:
     assert "base is best by answer_logprob and a by exact_match" in whats(task_of(items))
 
 
+def test_a_gold_answer_that_models_do_not_write() -> None:
+    items = [
+        ProbedItem("p", "7", {"base": answered("x", 0.0, -3.0), "a": answered("3+4=7", 1.0, -2.9)}) for _ in range(4)
+    ]
+    assert "where models answer right they do not write its gold answer" in whats(task_of(items))
+
+
 def test_items_in_two_splits() -> None:
     splits = {"search": ["What is 1 + 1?", "b"], "selection": ["c"], "holdout": ["what is  1+1", "d"]}
     (found,) = split_concerns({"t": splits})  # type: ignore[dict-item]

@@ -10,6 +10,7 @@ import numpy as np
 from evomerge.evaluate.tasks import Split
 from evomerge.search.check.forecast import Forecast
 from evomerge.search.check.probe import BASE, Answered, ProbedItem, ProbedTask
+from evomerge.search.evaluation.settled_scale import UNWRITTEN
 from evomerge.search.verdict.intervals import STANDARD_ERRORS
 
 FEW = 20  # candidates; with fewer a search is hardly one
@@ -36,6 +37,7 @@ def task_concerns(task: ProbedTask) -> Iterator[Concern]:
     if task.kind == "generate_until" and task.right is not None:
         yield from cut_answers(task)
         yield from nearly_right(task)
+        yield from unwritten(task)
     yield from unlike_ranking(task)
 
 
@@ -73,6 +75,14 @@ def nearly_right(task: ProbedTask) -> Iterator[Concern]:
         if many(models.count(model), task):
             count = f"{models.count(model)} of {len(task.items)}"
             yield Concern(f"task {task.name}: {count} answers of {model} are wrong only by {what}", mend)
+
+
+def unwritten(task: ProbedTask) -> Iterator[Concern]:
+    """A gold answer that models do not write where they answer right."""
+    right = [a.objective for item in task.items for a in item.answers.values() if a.metric >= 1.0]
+    if task.objective == "answer_logprob" and len(right) >= SOME and float(np.mean(right)) < UNWRITTEN:
+        what = f"task {task.name}: where models answer right they do not write its gold answer"
+        yield Concern(what, "give `gold`, the answer as they write it; else only the metric counts")
 
 
 def wrong_answers(task: ProbedTask, model: str) -> list[tuple[ProbedItem, Answered]]:
