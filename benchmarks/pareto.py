@@ -55,8 +55,9 @@ Values = tuple[float, ...]
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = {2: (0, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}  # of the tiny family: rev, sort, count, add
 SPACES: dict[int, dict[str, Any]] = {4: {"granularity": "model", "components": []}, 24: {}}
-EACH = 8  # items of each task; a trial then takes 10 ms a task
-STEPS = 60  # of the first climb
+EACH = 8  # items of each task; a trial then takes 5 ms a task
+LEAST = 0.05  # the smallest unit of a task
+STEPS = 45  # of the first climb
 POPULATION = 20
 SIGMA = 0.1  # of CMA-ES after a learned start, as in `auto`
 MARKS = (30, 60, 100, 200)
@@ -85,16 +86,11 @@ class Problem:
         self.seed = seed
         self.tasks = [family.task_set.tasks[k].name for k in TASKS[tasks]]
         rng = np.random.default_rng(seed)
-        every = {t: family.items(t, "search") for t in self.tasks}
-        self.rows: dict[str, Rows] = {
-            t: rows.pick(torch.as_tensor(rng.permutation(len(rows.gold))[:EACH])) for t, rows in every.items()
-        }
-        base, *parents = (
-            self.raw(family.of_recipe(b.recipe)) for b in family.baselines if b.kind in ("base", "parent")
-        )
-        self.offset = np.array([float(b.mean()) for b in base])
-        gains = np.array([[float(p.mean()) for p in parent] for parent in parents]) - self.offset
-        self.unit = np.maximum(gains.max(axis=0), 0.05)
+        every = [family.items(t, "search") for t in self.tasks]
+        self.rows = joined([rows.pick(torch.as_tensor(rng.permutation(len(rows.gold))[:EACH])) for rows in every])
+        found = [b.recipe for b in family.baselines if b.kind in ("base", "parent")]
+        self.offset, *parents = (self.means(family.of_recipe(recipe)).numpy() for recipe in found)
+        self.unit = np.maximum(np.max(parents, axis=0) - self.offset, LEAST)
 
     @cached_property
     def baselines(self) -> list[tuple[Point, Values]]:
@@ -102,26 +98,25 @@ class Problem:
         points = [b.point for b in self.family.baselines if b.point is not None]
         return [(point, self(point)) for point in points]
 
-    def raw(self, values: dict[str, Tensor], rows: dict[str, Rows] | None = None) -> list[Tensor]:
-        """The objective of every item, by task.  values: the weights of the model."""
-        return [FORMULA(self.family.answers(values, found)) for found in (rows or self.rows).values()]
+    def means(self, values: dict[str, Tensor], rows: Rows | None = None) -> Tensor:
+        """(T,) the mean objective of each task.  values: the weights of the model.  rows: as many of each task."""
+        items = FORMULA(self.family.answers(values, rows or self.rows))
+        return items.view(len(self.tasks), -1).mean(1)
 
     @torch.no_grad()
     def __call__(self, point: Point) -> Values:
         """The values of a trial."""
-        values = self.family.values(torch.as_tensor(self.family.unit(point)))
-        means = np.array([float(v.mean()) for v in self.raw(values)])
+        means = self.means(self.family.values(torch.as_tensor(self.family.unit(point)))).numpy()
         return tuple(((means - self.offset) / self.unit).tolist())
 
     def gradient(self, point: Point, weights: dict[str, float], number: int) -> Point:
         """The derivative of the weighted mean of a mini-batch by every coefficient."""
-        ids = {t: [str(k) for k in range(EACH)] for t in self.tasks}
-        batch = minibatch(ids, self.seed, number, ITEMS)
-        rows = {t: self.rows[t].pick(torch.tensor([int(k) for k in batch[t]])) for t in self.tasks}
+        batch = minibatch({t: [str(k) for k in range(EACH)] for t in self.tasks}, self.seed, number, ITEMS)
+        items = torch.tensor([place * EACH + int(k) for place, t in enumerate(self.tasks) for k in batch[t]])
         unit = torch.tensor(self.family.unit(point), requires_grad=True)
-        means = torch.stack([v.mean() for v in self.raw(self.family.values(unit), rows)])
-        total = means @ torch.tensor([weights[t] for t in self.tasks], dtype=means.dtype) / torch.as_tensor(self.unit)
-        (slope,) = torch.autograd.grad(total.sum(), unit)
+        means = self.means(self.family.values(unit), self.rows.pick(items))
+        worth = torch.as_tensor([weights[t] for t in self.tasks]) / torch.as_tensor(self.unit)
+        (slope,) = torch.autograd.grad(means @ worth.float(), unit)
         return dict(zip(self.family.axes, (slope.numpy() / self.family.width).tolist(), strict=True))
 
     @cached_property
@@ -162,9 +157,9 @@ class Search:
         self.generation = 4 + int(3 * np.log(len(self.axes)))
         self.studies: dict[int, optuna.Study] = {}
 
-    def run(self, count: int) -> list[float]:
-        """The hypervolume after the given trials, and after each of `count` more."""
-        volumes = [hypervolume(np.array([v for _, v in self.trials]))]
+    def run(self, count: int) -> dict[str, float]:
+        """The hypervolume after the given trials and after so many more, up to `count`."""
+        volumes = {"0": self.volume()}
         for number in range(count):
             key, weights = self.weights(number)
             if key not in self.studies:
@@ -180,8 +175,12 @@ class Search:
                 if other != key:
                     give(known, self.axes, point, self.told(self.turns[other], values))
             self.trials.append((point, values))
-            volumes.append(hypervolume(np.array([v for _, v in self.trials])))
+            if number + 1 in MARKS:
+                volumes[str(number + 1)] = self.volume()
         return volumes
+
+    def volume(self) -> float:
+        return hypervolume(np.array([values for _, values in self.trials]))
 
     def weights(self, number: int) -> tuple[int, NDArray[np.float64]]:
         """The number of a trial's study, and its task weights."""
@@ -218,6 +217,20 @@ class Search:
         return make_sampler(SamplerSetup(self.config, self.axes, 1000 * self.problem.seed + key, number))
 
 
+def joined(tasks: Sequence[Rows]) -> Rows:
+    """The rows of several generation tasks as one."""
+    length, scored = (max(getattr(r, name).shape[1] for r in tasks) for name in ("tokens", "scored"))
+    pad = torch.nn.functional.pad
+    starts = np.cumsum([0, *(len(r.tokens) for r in tasks)])
+    return Rows(
+        torch.cat([pad(r.tokens, (0, length - r.tokens.shape[1])) for r in tasks]),
+        torch.cat([pad(r.scored, (0, scored - r.scored.shape[1]), value=1) for r in tasks]),
+        torch.cat([pad(r.mask, (0, scored - r.mask.shape[1])) for r in tasks]),
+        torch.cat([r.gold + int(start) for r, start in zip(tasks, starts, strict=False)]),
+        None,
+    )
+
+
 def give(study: optuna.Study, axes: Any, point: Point, told: float | Values) -> None:
     """Add a trial whose point the study's sampler did not choose."""
     study.enqueue_trial(point)
@@ -249,27 +262,29 @@ def run(arguments: argparse.Namespace) -> None:
                     continue
                 start, count = "learned" if learned else "scratch", min(FEW.get(sampler, MARKS[-1]), arguments.trials)
                 key = f"{tasks}/{axes}/{start}/{way} {sampler}/{seed}"
-                results.once(key, lambda p=problem, w=way, s=sampler, n=count, l=learned: Search(p, w, s, l).run(n))
+                results.once(key, lambda p=problem, w=way, s=sampler, n=count, x=learned: Search(p, w, s, x).run(n))
 
 
 def table(path: Path) -> None:
     """Print what the file has, as Markdown."""
-    found: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8"))
-    groups: dict[tuple[str, str, str], dict[str, dict[str, list[float]]]] = {}
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str, str], dict[str, dict[str, dict[str, float]]]] = {}
     best: dict[tuple[str, str, str], float] = {}
     for key, volumes in found.items():
         tasks, axes, start, way, seed = key.split("/")
         groups.setdefault((tasks, axes, start), {}).setdefault(way, {})[seed] = volumes
-        best[tasks, axes, seed] = max(best.get((tasks, axes, seed), 0.0), volumes[-1])
+        best[tasks, axes, seed] = max(best.get((tasks, axes, seed), 0.0), *volumes.values())
     for (tasks, axes, start), ways in sorted(groups.items()):
-        print(f"\n{tasks} tasks, {axes} coefficients, {start}\n\n| way | start | {' | '.join(map(str, MARKS))} | seeds |")
+        print(
+            f"\n{tasks} tasks, {axes} coefficients, {start}\n\n| way | start | {' | '.join(map(str, MARKS))} | seeds |"
+        )
         print("|---" * (len(MARKS) + 3) + "|")
         for way, by_seed in ways.items():
-            shares = {s: np.array(v) / best[tasks, axes, s] for s, v in by_seed.items()}
             cells = [
-                interval([float(v[mark]) for v in shares.values() if len(v) > mark]) for mark in (0, *MARKS)
+                interval([v[str(mark)] / best[tasks, axes, s] for s, v in by_seed.items() if str(mark) in v])
+                for mark in (0, *MARKS)
             ]
-            print(f"| {way} | {' | '.join(cells)} | {len(shares)} |")
+            print(f"| {way} | {' | '.join(cells)} | {len(by_seed)} |")
 
 
 def interval(values: Sequence[float]) -> str:
