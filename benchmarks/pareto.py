@@ -11,7 +11,7 @@ the trials:
 
 own        the sampler maximises the mean of the tasks
 turns      each trial by the next one of the learned start's weights (`climbs`); a distribution of CMA-ES for each
-rounds     the same, but one generation by the same weights
+later      FIRST trials by the mean of the tasks, then turns
 random     weights drawn anew for each trial, uniformly (ParEGO, Knowles 2006, with a weighted sum)
 chebyshev  the same with ParEGO's augmented Chebyshev distance from the best of each task
 multi      Optuna's sampler for several objectives; GP maximises logEHVI, NSGA keeps POPULATION
@@ -59,13 +59,14 @@ EACH = 8  # items of each task; a trial then takes 5 ms a task
 LEAST = 0.05  # the smallest unit of a task
 STEPS = 45  # of the first climb
 POPULATION = 20
+FIRST = 60
 SIGMA = 0.1  # of CMA-ES after a learned start, as in `auto`
 MARKS = (30, 60, 100, 200)
 FORMULA = CANDIDATES["token mean floored -6"]
 WAYS = {
     "own": ("cma-es", "tpe", "gp"),
     "turns": ("cma-es", "tpe", "gp"),
-    "rounds": ("cma-es",),
+    "later": ("cma-es", "tpe", "gp"),
     "random": ("tpe", "gp"),
     "chebyshev": ("tpe", "gp"),
     "multi": ("nsga-ii", "nsga-iii", "tpe", "gp"),
@@ -153,8 +154,7 @@ class Search:
         self.config = SamplerConfig(name=sampler, sigma0=SIGMA if learned else 0.2)
         tasks = len(problem.tasks)
         own = dict.fromkeys(problem.tasks, 1.0 / tasks)
-        self.turns = [np.array(list(c.weights.values())) for c in climbs(own, 1, pareto=way in ("turns", "rounds"))]
-        self.generation = 4 + int(3 * np.log(len(self.axes)))
+        self.turns = [np.array(list(c.weights.values())) for c in climbs(own, 1, pareto=way in ("turns", "later"))]
         self.studies: dict[int, optuna.Study] = {}
 
     def run(self, count: int) -> dict[str, float]:
@@ -187,7 +187,7 @@ class Search:
         if self.way in ("random", "chebyshev"):
             rng = np.random.default_rng(trial_seed(self.problem.seed, number))
             return number, rng.dirichlet(np.ones(len(self.problem.tasks)))
-        turn = number // (self.generation if self.way == "rounds" else 1) % len(self.turns)
+        turn = 0 if self.way == "later" and number < FIRST else number % len(self.turns)
         return turn, self.turns[turn]
 
     def told(self, weights: NDArray[np.float64], values: Values) -> float | Values:
@@ -254,9 +254,11 @@ def run(arguments: argparse.Namespace) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     results = Results(arguments.out)
     families = {axes: open_family(arguments.tiny, axes) for axes in arguments.axes}
-    for seed, tasks, axes in product(range(arguments.seeds), arguments.tasks, arguments.axes):
+    for seed, tasks, axes in product(
+        range(arguments.first, arguments.first + arguments.seeds), arguments.tasks, arguments.axes
+    ):
         problem = Problem(families[axes], tasks, seed)
-        for learned, way in product((False, True), arguments.ways):
+        for learned, way in product([name == "learned" for name in arguments.starts], arguments.ways):
             for sampler in WAYS[way]:
                 if sampler not in arguments.samplers:
                     continue
@@ -304,6 +306,8 @@ def main() -> None:
     running.add_argument("--axes", type=int, nargs="+", default=list(SPACES))
     running.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     running.add_argument("--samplers", nargs="+", default=["cma-es", "tpe", "gp", "nsga-ii", "nsga-iii"])
+    running.add_argument("--starts", nargs="+", choices=["scratch", "learned"], default=["scratch", "learned"])
+    running.add_argument("--first", type=int, default=0, help="first seed")
     running.add_argument("--trials", type=int, default=MARKS[-1])
     running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
     running.add_argument("--out", type=Path, default=Path("runs/pareto.json"))
