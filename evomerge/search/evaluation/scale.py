@@ -130,6 +130,10 @@ class Scale:
         """Whether 0 is the base: not with `scale: none`, and not in studies that are older than scales."""
         return any(line.offset or line.parent for task in self.tasks.values() for line in task.lines())
 
+    def weighted(self, weights: Mapping[str, float]) -> "Scale":
+        """This scale with other weights of the tasks."""
+        return replace(self, tasks={name: replace(task, weight=weights[name]) for name, task in self.tasks.items()})
+
     def with_tasks(self, other: "Scale") -> "Scale":
         """This scale with the tasks of another one that are scored by the same; their weights stay."""
         fitting = {
