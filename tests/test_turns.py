@@ -58,7 +58,7 @@ def finish(study: SearchStudy, begun: Begun, stop: float = 0.0) -> None:
         study.finish(begun, SCALES.value({t: {"m": [m, m]} for t, m in means.items()}), record)
 
 
-@pytest.mark.parametrize("sampler", ["cma-es", "tpe", "gp", "nsga-ii"])
+@pytest.mark.parametrize("sampler", ["cma-es", "tpe", "gp"])
 def test_a_resumed_study_for_the_front_proposes_what_the_uninterrupted_one_would(sampler: str, tmp_path: Path) -> None:
     points = []
     for name, ends in (("whole", ()), ("parts", (7, 19))):
@@ -109,15 +109,24 @@ def test_a_turn_sees_the_trials_of_others_as_given_and_by_its_own_weights(tmp_pa
                 assert known.value == (trial.value if mine else None)
 
 
-def test_without_a_learned_start_the_first_trials_go_by_the_searchs_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["cma-es", "tpe"])
+def test_without_a_learned_start_the_first_trials_go_by_the_searchs_weights(sampler: str, tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "s.db")
     stored = open_study(url, "s", create=True)
     stored.set_user_attr(SCALE, SCALES.to_json())
-    study = SearchStudy(stored, pareto_space("cma-es"))
+    study = SearchStudy(stored, pareto_space(sampler))
     for _ in range(FIRST + 10):
         finish(study, study.begin(None))
     weights = [t.user_attrs.get(WEIGHTS) for t in study.trials]
     assert weights == [TURNS[k % 5] if k >= FIRST and k % 5 else None for k in range(FIRST + 10)]
+
+
+@pytest.mark.parametrize("sampler", ["nsga-ii", "qmc", "random"])
+def test_samplers_that_have_no_use_for_turns_keep_the_searchs_weights(sampler: str, tmp_path: Path) -> None:
+    study = opened(sqlite_url(tmp_path / "s.db"), sampler)
+    for _ in range(6):
+        finish(study, study.begin(None))
+    assert not any(WEIGHTS in t.user_attrs for t in study.trials)
 
 
 # --- A real search ---

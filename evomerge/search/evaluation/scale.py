@@ -143,6 +143,12 @@ class Scale:
         }
         return Scale(self.tasks | fitting, self.guards)
 
+    def covers(self, scores: Mapping[str, Mapping[str, object]]) -> bool:
+        """Whether scores, by task and metric, are all that values are made of: the tasks may have changed since."""
+        lines = [(name, line.name) for name, task in self.tasks.items() for line in task.lines()]
+        guarded = [pair for guard in self.guards.values() for pair in guard.guard.metrics.items()]
+        return all(metric in scores.get(task, {}) for task, metric in (*lines, *guarded))
+
     def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
         """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""
         line: Line = getattr(self.tasks[task], which)

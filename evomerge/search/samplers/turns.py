@@ -1,13 +1,17 @@
 """With `goals: pareto` a search for several models: the sampler's trials go by several task weights in turn.
 
     turns     sets of task weights, those that a learned start climbs by (learned/climbs.py); the first are the search's
-    turn      of a trial: its number modulo how many there are; before trial FIRST the first one, unless a learned
-              start has gone before: a front is worth looking for when its middle has been found
+    turn      of a trial: its number modulo how many there are
     value     of a trial, as a turn sees it: the mean over the tasks by the turn's weights, minus the guards' penalties
 
 A turn is a search of its own.  Its sampler sees all trials of the study with their values by the turn's weights; those
 of other turns look to it like trials whose points were given.  A trial that a race stopped has a value for its own turn
-alone.  Nothing is kept outside the study: what a sampler sees follows from the trials' numbers, attributes and records.
+alone.
+
+Where nothing has been learned, the first trials of a study all go by the search's weights.  Up to there every task gets
+better together, and that finds the larger hypervolume (benchmarks/pareto.py).
+
+Nothing is kept outside the study: what a sampler sees follows from the trials' numbers, attributes and records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +37,7 @@ from evomerge.search.storage.optuna_private import (
 )
 from evomerge.search.storage.trial_record import LEARNED, WEIGHTS, record_of
 
-FIRST = 60
+FIRST = 60  # trials by the search's weights, where nothing has been learned
 
 
 class TurnsSampler(BaseSampler):
@@ -135,7 +139,9 @@ class TurnsSampler(BaseSampler):
         if is_enqueued(trial) or LEARNED in trial.user_attrs:
             return None
         weights = trial.user_attrs.get(WEIGHTS)
-        return next((k for k, scale in enumerate(self.scales) if k and scale.weights == weights), None if weights else 0)
+        return next(
+            (k for k, scale in enumerate(self.scales) if k and scale.weights == weights), None if weights else 0
+        )
 
     def value(self, trial: FrozenTrial, turn: int) -> float:
         """The value that a trial that was scored in full has for a turn."""
@@ -143,7 +149,8 @@ class TurnsSampler(BaseSampler):
             return trial.value or 0.0
         key = turn, trial.number
         if key not in self.values:
-            self.values[key] = self.scales[turn].value(trial_scores(trial))
+            scale, scores = self.scales[turn], trial_scores(trial)
+            self.values[key] = scale.value(scores) if scale.covers(scores) else trial.value or 0.0
         return self.values[key]
 
 

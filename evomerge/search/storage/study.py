@@ -206,18 +206,18 @@ class SearchStudy:
         if self.kept_sampler is not None:
             return self.kept_sampler
         chosen = settled(self.stored.user_attrs, self.space.config.sampler)
-        serves_all = sampler_kind(chosen.name).serves_all_trials
+        kind = sampler_kind(chosen.name)
 
         def make(number: int) -> BaseSampler:
             seed = self.space.config.seed
             return make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
 
-        if self.space.config.goals == "pareto" and SCALE in self.stored.user_attrs:
+        if self.space.config.goals == "pareto" and kind.turns and SCALE in self.stored.user_attrs:
             scale = Scale.from_json(self.stored.user_attrs[SCALE])
-            self.kept_sampler = TurnsSampler(self.space.axes, scale, make, serves_all)
+            self.kept_sampler = TurnsSampler(self.space.axes, scale, make, kind.serves_all_trials)
             return self.kept_sampler
         sampler = make(number)
-        if serves_all:
+        if kind.serves_all_trials:
             self.kept_sampler = sampler
         return sampler
 
