@@ -197,9 +197,6 @@ class Driver:
             await self.prepare_search()
             await self.run_given_trials()  # the greedy soup
             await self.learn()
-        elif self.study.space.config.goals == "pareto":
-            name = self.study.space.config.sampler.name
-            self.monitor.say(f"goals: pareto: no other task weights are tried, the sampler {name} learns nothing")
         await self.run_slots(self.run_slot)
         return await self.judge_finalists()
 

@@ -19,7 +19,7 @@ from evomerge.search.space.space import build_space
 from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.method_choice import recorded_choice
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.storage.trial_record import record_of
+from evomerge.search.storage.trial_record import WEIGHTS, record_of
 from evomerge.search.trial import parent_signs, value_of
 
 
@@ -60,6 +60,8 @@ def repeat(run: Run, number: int) -> Repeated:
     if "baseline" not in trial.user_attrs:
         race_setup = make_race_setup(study, known, evaluations)
         race = None
+        if race_setup is not None and WEIGHTS in trial.user_attrs:
+            race_setup = race_setup.weighted(trial.user_attrs[WEIGHTS])
         if race_setup is not None and (ran := record.race) is not None and ran.incumbent is not None:
             full = {t.number: t for t in study.complete}
             race = race_setup.race(

@@ -8,7 +8,7 @@ store               the trial's value and record, in the database and in the sam
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from optuna.trial import FrozenTrial
@@ -45,24 +45,39 @@ class Races:
     def __init__(self, study: SearchStudy, setup: RaceSetup) -> None:
         self.study = study
         self.setup = setup
-        self.vectors: dict[int, Vector] = {}  # trial number -> its item scores (N,), unpacked
+        self.vectors: dict[int, Vector] = {}  # trial number -> the values of its items (N,)
+        self.penalties: dict[int, float] = {}  # trial number -> its penalty
 
-    def next(self) -> tuple[Race | None, RaceRecord]:
-        """The race of the next candidate and what its record says of it; no race if that candidate does not race."""
-        if not may_race(self.study, self.setup):
-            return None, RaceRecord(None)
-        incumbent, others = rivals(self.study, self.setup.items)
+    def next(self, weights: Mapping[str, float] | None) -> tuple[Race | None, RaceSetup, RaceRecord]:
+        """The race of the next candidate, its setup, and what its record says of it; no race if it does not race.
+
+        weights: of the tasks, by which the candidate is compared; None: the search's.
+        """
+        setup = self.setup if weights is None else self.setup.weighted(weights)
+        if not may_race(self.study, setup):
+            return None, setup, RaceRecord(None)
+
+        def value(trial: FrozenTrial) -> float:
+            return float(setup.order.weights @ self.vector(trial)) - self.penalty(trial)
+
+        incumbent, others = rivals(self.study, setup.items, None if weights is None else value)
         if incumbent is None:
-            return None, RaceRecord(None)
+            return None, setup, RaceRecord(None)
         record = RaceRecord(incumbent.number, tuple(t.number for t in others))
-        penalty = self.setup.scale.penalty(trial_scores(incumbent))
-        return self.setup.race(self.vector(incumbent), [self.vector(t) for t in others], penalty), record
+        race = setup.race(self.vector(incumbent), [self.vector(t) for t in others], self.penalty(incumbent))
+        return race, setup, record
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""
         if trial.number not in self.vectors:
             self.vectors[trial.number] = self.setup.vector(trial)
         return self.vectors[trial.number]
+
+    def penalty(self, trial: FrozenTrial) -> float:
+        """The penalties of a trial's guards."""
+        if trial.number not in self.penalties:
+            self.penalties[trial.number] = self.setup.scale.penalty(trial_scores(trial))
+        return self.penalties[trial.number]
 
 
 class TrialRunner:
@@ -117,9 +132,9 @@ class TrialRunner:
                 return Outcome(known, {}, self.evaluations.signs("search", recipe)), None
             if trial.baseline:
                 return TrialJob(recipe, None), None
-            race, record = races.next() if races else (None, RaceRecord(None))
-            setup = races.setup if races and race else None
-            return TrialJob(recipe, parent_signs(self.study, baselines), setup, race), record
+            race, setup, record = races.next(trial.weights) if races else (None, None, RaceRecord(None))
+            signs = parent_signs(self.study, baselines)
+            return TrialJob(recipe, signs, setup if race else None, race), record
         except EvomergeError:
             raise
         except Exception as error:  # a bug in making the recipe costs this trial

@@ -5,7 +5,7 @@ not made the whole search clearly slower than scoring every candidate on all ite
 `evaluate/racing.py`; `Evaluator.trial_scores_in_race` (`evaluator.py`) asks it after each chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -25,14 +25,19 @@ LOOKS = "evomerge:looks"  # study attribute: after how many items its races look
 WORST = 1.05  # the time of the search with races may be at most this many times the time without
 
 
-def rivals(study: SearchStudy, items: str) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
+def rivals(
+    study: SearchStudy, items: str, value: Callable[[FrozenTrial], float] | None = None
+) -> tuple[FrozenTrial | None, list[FrozenTrial]]:
     """Return the incumbent and the latest other trials, of those that were scored on all of these items.
 
     items: the name under which the study keeps the items' ids.
+    value: of a trial, by which the incumbent is the best; None: the study's.
     """
+    here = (t for t in study.complete if record_of(t).items == items)
     best = study.best
-    if best is not None and record_of(best).items != items:  # the items were changed after that trial
-        here = (t for t in study.complete if record_of(t).items == items)
+    if value is not None:
+        best = max(here, key=lambda t: (value(t), -t.number), default=None)
+    elif best is not None and record_of(best).items != items:  # the items were changed after that trial
         best = max(here, key=rank, default=None)
     latest = (t for t in reversed(study.complete) if t is not best and record_of(t).items == items)
     return best, list(islice(latest, PREDICTORS))[::-1]

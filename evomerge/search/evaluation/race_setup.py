@@ -68,6 +68,11 @@ class RaceSetup:
         ends = np.cumsum(list(self.sizes.values()))
         return {task: int(end) - size for (task, size), end in zip(self.sizes.items(), ends, strict=True)}
 
+    def weighted(self, weights: Mapping[str, float]) -> "RaceSetup":
+        """The same races about a mean by other weights of the tasks."""
+        order = replace(self.order, weights=item_weights(weights, self.sizes))
+        return replace(self, order=order, scale=self.scale.weighted(weights))
+
     def values(self, scores: Mapping[str, Mapping[str, Sequence[float] | Vector]]) -> Vector:
         """The values of all items, (N,).  scores: task -> metric -> one an item."""
         by_task = self.scale.item_values(scores)

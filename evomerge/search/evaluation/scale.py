@@ -131,6 +131,10 @@ class Scale:
         """Whether 0 is the base: not with `scale: none`, and not in studies that are older than scales."""
         return any(line.offset or line.parent for task in self.tasks.values() for line in task.lines())
 
+    def weighted(self, weights: Mapping[str, float]) -> "Scale":
+        """This scale with other weights of the tasks."""
+        return replace(self, tasks={name: replace(task, weight=weights[name]) for name, task in self.tasks.items()})
+
     def with_tasks(self, other: "Scale") -> "Scale":
         """This scale with the tasks of another one that are scored by the same; their weights stay."""
         fitting = {
@@ -139,6 +143,12 @@ class Scale:
             if name in other.tasks and own.fits(other.tasks[name])
         }
         return Scale(self.tasks | fitting, self.guards)
+
+    def covers(self, scores: Mapping[str, Mapping[str, object]]) -> bool:
+        """Whether scores, by task and metric, are all that values are made of: the tasks may have changed since."""
+        lines = [(name, line.name) for name, task in self.tasks.items() for line in task.lines()]
+        guarded = [pair for guard in self.guards.values() for pair in guard.guard.metrics.items()]
+        return all(metric in scores.get(task, {}) for task, metric in (*lines, *guarded))
 
     def scaled(self, task: str, which: Which, scores: Sequence[float] | Vector) -> Vector:
         """Item scores of a task's objective or metric, scaled: the base's mean is 0, the best parent's is 1."""

@@ -55,12 +55,14 @@ class SamplerKind:
     serves_all_trials: the sampler is made once a process and seeds itself anew for each trial by `trial_seed`; else it
         is made anew for each trial.
     learned_start: the search climbs along the gradient before the sampler's first trial, see search/learned/.
+    turns: with `goals: pareto` its trials go by several task weights in turn, see turns.py.
     """
 
     make: Callable[[SamplerSetup], BaseSampler]
     requires: tuple[str, ...] = ()
     serves_all_trials: bool = False
     learned_start: bool = False
+    turns: bool = True
 
 
 @runtime_checkable

@@ -18,9 +18,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Dtype
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.samplers.auto import settled
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
+from evomerge.search.samplers.turns import TurnsSampler
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
@@ -60,6 +62,7 @@ class Begun:
     params: the value of each parameter.
     baseline: the baseline's name, None if it is none.
     learned: after how many gradient steps its parameters were reached, None if they were not learned.
+    weights: the task weights that its parameters were chosen by; None: the search's.
     """
 
     trial_id: int
@@ -67,6 +70,7 @@ class Begun:
     params: Point
     baseline: str | None
     learned: int | None = None
+    weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,18 @@ class SearchStudy:
         if self.kept_sampler is not None:
             return self.kept_sampler
         chosen = settled(self.stored.user_attrs, self.space.config.sampler)
-        seed = self.space.config.seed
-        sampler = make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
-        if sampler_kind(chosen.name).serves_all_trials:
+        kind = sampler_kind(chosen.name)
+
+        def make(number: int) -> BaseSampler:
+            seed = self.space.config.seed
+            return make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
+
+        if self.space.config.goals == "pareto" and kind.turns and SCALE in self.stored.user_attrs:
+            scale = Scale.from_json(self.stored.user_attrs[SCALE])
+            self.kept_sampler = TurnsSampler(self.space.axes, scale, make, kind.serves_all_trials)
+            return self.kept_sampler
+        sampler = make(number)
+        if kind.serves_all_trials:
             self.kept_sampler = sampler
         return sampler
 
@@ -221,6 +234,9 @@ class SearchStudy:
         self.size = max(self.size, number + 1)
         for name, axis in self.space.axes.items():
             asked.suggest_float(name, axis.low, axis.high)
+        sampler = self.mirror.sampler
+        if isinstance(sampler, TurnsSampler) and (weights := sampler.weights(number, self.trials)):
+            self.memory.set_trial_user_attr(number, WEIGHTS, weights)
         return self.memory.get_trial(number)
 
     def begin(self, baseline: tuple[str, Point] | None, learned: LearnedPoint | None = None) -> Begun:
@@ -288,7 +304,8 @@ class SearchStudy:
 def begun_of(key: int, trial: FrozenTrial) -> Begun:
     """What the search needs to know of a trial that runs.  key: the database's."""
     attributes = trial.user_attrs
-    return Begun(key, trial.number, dict(trial.params), attributes.get("baseline"), attributes.get(LEARNED))
+    known = (attributes.get(name) for name in ("baseline", LEARNED, WEIGHTS))
+    return Begun(key, trial.number, dict(trial.params), *known)
 
 
 def with_record_read(trial: FrozenTrial) -> FrozenTrial:
