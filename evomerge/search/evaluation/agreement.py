@@ -78,8 +78,9 @@ class Agreement:
         text = f"{self.what}: rank correlation of {self.objective} and {self.metric} over {self.models} models: {by}"
         if not self.disagrees:
             return text
-        place = f"number {self.place}" if self.place > 1 else "also the best"
-        return f"{text}; they disagree: {self.best} is the best by {self.metric} and {place} by {self.objective}"
+        if self.place == 1:
+            return f"{text}, which is weak; {self.best} is the best by both"
+        return f"{text}; they disagree: {self.best} is the best by {self.metric} and number {self.place} by {self.objective}"
 
 
 def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> list[ScoredModel]:
