@@ -17,7 +17,7 @@ from evomerge.config.schema import RacingConfig, SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Outcome, TrialJob
-from evomerge.search.evaluation.method_race import RACE, MethodRace
+from evomerge.search.evaluation.method_race import RACE, MethodRace, mean_of_first
 from evomerge.search.evaluation.race_setup import build_race_setup
 from evomerge.search.evaluation.scale import plain_scale
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
@@ -198,7 +198,7 @@ def known_scores(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_race_chooses_the_method_that_full_scores_choose_and_scores_fewer_items(known_scores: Any) -> None:
     tried, task_set, scores = known_scores
-    first = [names[0] for names in tried.values()]
+    recipes = [name for names in tried.values() for name in names]
     same, shares = 0, []
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -211,15 +211,16 @@ def test_the_race_chooses_the_method_that_full_scores_choose_and_scores_fewer_it
         }
         scale = plain_scale(drawn)
         full = {name: DefaultRecipe(name, scale.value(tables)) for name, tables in own.items()}
-        known = [own[name] for name in own if name in first or not any(name in names for names in tried.values())]
+        known = [own[name] for name in own if name not in recipes]
         setup = build_race_setup(drawn, scale, "items", known, seed, RacingConfig())
-        best = max(first, key=lambda name: full[name].value)
-        race = MethodRace(setup, setup.values(own[best]), [setup.values(x) for x in known if x is not own[best]], 0.0)
+        first = np.sort(setup.order.items[: setup.looks.ends[0]])
+        leader = max(recipes, key=lambda name: mean_of_first(setup, first, setup.values(own[name])[first]))
+        race = MethodRace(setup, setup.values(own[leader]), [setup.values(x) for x in known], 0.0)
         raced = {}
-        for name in (n for names in tried.values() for n in names):
-            estimate = None if name in first else race.estimate(setup.values(own[name]))
+        for name in recipes:
+            estimate = race.estimate(setup.values(own[name]))
             raced[name] = full[name] if estimate is None else DefaultRecipe(name, estimate.value, estimate.fraction)
-            shares.append(1.0 if estimate is None else estimate.fraction)
+            shares.append((1.0 if estimate is None else estimate.fraction) + len(first) / len(setup.ceiling))
         results = [{m: [table[n] for n in names] for m, names in tried.items()} for table in (full, raced)]
         same += best_method(results[0]).chosen == best_method(results[1]).chosen
     print(f"same method with {same} of 20 seeds, {np.mean(shares):.0%} of the items")
@@ -367,7 +368,7 @@ def test_default_recipes_that_fall_behind_are_stopped_and_the_rest_is_scored_in_
 
 def test_a_search_killed_in_the_race_resumes_to_the_same_choice(raced: Path, tiny_family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("calls[0] == 4", "calls[0] == 9")
+    prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("calls[0] == 4", "calls[0] == 16")
     killed = run_cli("search", write_racing(tmp_path, tiny_family), "--run", run, prelude=prelude)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert any(r.partial for r in evaluation_records(open_run(run).study().user_attrs, ["search"]).values())

@@ -218,11 +218,11 @@ class Driver:
         """Phase 1, first half: base and parents by every metric, and the scale that they give."""
         await settle_scale(self.study, self.evaluations, self.state.baselines, self.monitor)
 
-    async def score_default_recipes(self, first: list[Baseline], others: list[Baseline]) -> list[DefaultRecipe]:
-        """Phase 0: the results of default recipes on the search split, see `choose_method`."""
+    async def score_default_recipes(self, recipes: list[Baseline]) -> list[DefaultRecipe]:
+        """Phase 0: the results of default recipes on the search split."""
         parents = [b for b in self.state.baselines if b.kind == "parent"]
         known = [base_alone(self.study.space), *parents]
-        return await score_default_recipes(first, others, known, self.evaluations, self.study.space.config)
+        return await score_default_recipes(recipes, known, self.evaluations, self.study.space.config)
 
     async def score_outside_baselines(self) -> None:
         """Phase 1, second half: every baseline that is no point of the space."""

@@ -33,17 +33,15 @@ LAMBDAS = (1.0, 1.5, 2.0)
 async def choose_method(
     config: SearchConfig,
     models: "Models",
-    score: Callable[[list[Baseline], list[Baseline]], Awaitable[list[DefaultRecipe]]],
+    score: Callable[[list[Baseline]], Awaitable[list[DefaultRecipe]]],
 ) -> MethodChoice:
     """The method whose best default recipe has the highest value; of equal ones the first in the configuration.
 
-    score: the results of baselines on the search split, those of the first list first; what is in the second list may
-        be stopped when it is surely worse than the best of the first.
+    score: the results of default recipes on the search split, in their order.
     """
     tried = {method: default_recipes(space_of(config, method, models)) for method in config.candidate_methods}
-    first, others = [found[0] for found in tried.values()], [b for found in tried.values() for b in found[1:]]
-    results = {result.name: result for result in await score(first, others)}
-    return best_method({method: [results[b.name] for b in found] for method, found in tried.items()})
+    results = iter(await score([baseline for found in tried.values() for baseline in found]))
+    return best_method({method: [next(results) for _ in found] for method, found in tried.items()})
 
 
 def best_method(results: Mapping[str, Sequence[DefaultRecipe]]) -> MethodChoice:
