@@ -21,7 +21,8 @@ from searches import run_cli, write_config
 from evomerge.config.config_file import config_differences, load_config, parse_config
 from evomerge.config.config_file import write_config as store
 from evomerge.config.database_url import expanded, has_password, masked
-from evomerge.config.schema import SearchConfig, TaskConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.prepared_items import read

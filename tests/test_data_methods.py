@@ -22,7 +22,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import SearchConfig, TaskConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Row

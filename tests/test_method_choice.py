@@ -295,7 +295,7 @@ import evomerge.search.evaluation.evaluator as s
 calls, real = [0], s.Evaluator.materialise
 def counted(self, *a):
     calls[0] += 1
-    if calls[0] == 4:
+    if calls[0] == DEATH:
         die()
     return real(self, *a)
 s.Evaluator.materialise = counted
@@ -311,7 +311,10 @@ BEFORE_THE_FIRST_TRIAL = KILL + "\nimport evomerge.search.loop as l\nl.Driver.se
 @pytest.mark.parametrize(
     ("prelude", "again"),
     [
-        pytest.param(DURING_THE_CHOICE, True, id="during"),  # the models that had no scores yet
+        # Base and parents, five recipes on the first items, their leader, then the others.
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "6"), False, id="first look"),
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "9"), True, id="leader"),
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "11"), True, id="race"),
         pytest.param(BEFORE_THE_CHOICE_IS_STORED, False, id="stored"),
         pytest.param(BEFORE_THE_CONFIGURATION_IS_WRITTEN, False, id="written"),
         pytest.param(BEFORE_THE_FIRST_TRIAL, False, id="trial"),
@@ -368,7 +371,7 @@ def test_default_recipes_that_fall_behind_are_stopped_and_the_rest_is_scored_in_
 
 def test_a_search_killed_in_the_race_resumes_to_the_same_choice(raced: Path, tiny_family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("calls[0] == 4", "calls[0] == 16")
+    prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("DEATH", "16")
     killed = run_cli("search", write_racing(tmp_path, tiny_family), "--run", run, prelude=prelude)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert any(r.partial for r in evaluation_records(open_run(run).study().user_attrs, ["search"]).values())
