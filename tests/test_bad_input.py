@@ -16,7 +16,7 @@ from badfiles import VERDICT
 from lm_eval_tasks import metrics, write_task
 from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
-from searches import run_cli, write_config
+from searches import import_what_commands_need, run_cli, write_config
 
 from evomerge.config.config_file import config_differences, load_config, parse_config
 from evomerge.config.config_file import write_config as store
@@ -44,6 +44,12 @@ from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What a command imports on its way to a refusal, which takes seconds of its own."""
+    import_what_commands_need()
 
 
 def refusal(act: Callable[[], object]) -> str:
