@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LONGEST = (
     "chaos", "kernels", "fuzz", "storage", "cma", "equality",
-    "workers", "resume", "search", "soup", "learned", "pareto", "scale", "guards", "limits", "method_choice",
+    "workers", "resume", "method_choice", "light", "search", "pareto", "learned", "scale", "guards", "face", "cli",
+    "simplify", "soup", "limits",
 )  # fmt: skip
 """Files that take long; they begin first, so that both cores end at the same time.
 
