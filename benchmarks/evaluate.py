@@ -23,7 +23,8 @@ import torch
 import yaml
 from stopwatch import timed
 
-from evomerge.config.schema import SearchConfig, TaskConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine

@@ -20,7 +20,7 @@ import torch
 from stopwatch import timed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import evaluate_model

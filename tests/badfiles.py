@@ -18,7 +18,7 @@ from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 
 from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.standalone import evaluate_model

@@ -1,5 +1,7 @@
 """A small real search over the tiny family, as configuration and as a process."""
 
+import functools
+import importlib
 import json
 import os
 import signal
@@ -14,6 +16,21 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SKILLS = ("rev", "sort", "count", "add")
+
+COMMANDS_NEED = (
+    "alembic.command",
+    "cmaes",
+    "evomerge.api.merge",
+    "evomerge.api.search",
+    "evomerge.report.html",
+    "evomerge.report.live_view",
+    "evomerge.search.loop",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "scipy.io.matlab",
+    "sqlalchemy.dialects.sqlite",
+    "transformers.models.llama.modeling_llama",
+)
 
 # Preludes of `run_cli` that kill the process; no handler can catch it.
 KILL = "import os, signal\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -87,14 +104,20 @@ def run_cli(*arguments: str | Path, prelude: str = "") -> Done:
     return start_cli(*arguments, prelude=prelude).wait()
 
 
+@functools.cache
+def import_what_commands_need() -> None:
+    """Import what commands import when they need it.  Every child of this process has it then; it takes seconds."""
+    for name in COMMANDS_NEED:
+        importlib.import_module(name)
+
+
 def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = None) -> Started:
     """`run_cli` without waiting.  terminal: the file descriptor that the child's output goes to instead of a file."""
-    import lm_eval.models.huggingface  # noqa: F401 (imported here, they are there in every child)
     import torch
-    import transformers  # noqa: F401
 
     from evomerge.cli import main
 
+    import_what_commands_need()
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 (`wait` closes them)
     child = os.fork()
     if child == 0:

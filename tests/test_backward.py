@@ -12,14 +12,14 @@ from lm_eval_tasks import metrics, write_task
 from models import VOCABULARY, write_llama
 from torch import Tensor
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate import gradient
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.formulas import FLOOR
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore, Row
-from evomerge.evaluate.metrics import FLOOR
 from evomerge.evaluate.tasks import items_of, open_tasks
 from evomerge.evaluate.workload import Workload
 

@@ -16,12 +16,13 @@ from badfiles import VERDICT
 from lm_eval_tasks import metrics, write_task
 from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
-from searches import run_cli, write_config
+from searches import import_what_commands_need, run_cli, write_config
 
 from evomerge.config.config_file import config_differences, load_config, parse_config
 from evomerge.config.config_file import write_config as store
 from evomerge.config.database_url import expanded, has_password, masked
-from evomerge.config.schema import SearchConfig, TaskConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.prepared_items import read
@@ -43,6 +44,12 @@ from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What a command imports on its way to a refusal, which takes seconds of its own."""
+    import_what_commands_need()
 
 
 def refusal(act: Callable[[], object]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval_tasks import metrics, write_task
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine

@@ -12,7 +12,7 @@ import yaml
 from lm_eval_tasks import metrics, write_task
 from models import VOCABULARY, write_llama
 
-from evomerge.config.schema import SplitsConfig, TaskConfig
+from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of

@@ -1,7 +1,6 @@
 """A package of somebody else's adds a merge method, an objective and a sampler: examples/plugin."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,10 +27,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evomerge(site: Path, *arguments: str | Path) -> None:
-    """A command in an interpreter that has the plug-in."""
-    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "evomerge", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True)
+    """A command in a process that has the plug-in."""
+    done = run_cli(*arguments, prelude=f"import sys; sys.path.insert(0, {str(site)!r})")
     assert done.returncode == 0, done.stderr
 
 

@@ -141,6 +141,13 @@ def test_the_allowed_drop_of_the_objective_is_that_of_other_models() -> None:
     assert multiplier(guard(0.1, t="acc"), {"t": "o"}, own, [own, worse]).allowed == pytest.approx(0.4)
 
 
+@given(st.floats(0.01, 1), st.integers(2, 50))
+def test_a_metric_that_is_the_same_on_all_items_gives_no_slope(value: float, items: int) -> None:
+    """np.std of three times 0.1 is not 0; divided by it the guard would allow any drop."""
+    own = {"t": {"o": scores_of([-float(k) for k in range(items)]), "acc": scores_of([value] * items)}}
+    assert multiplier(guard(0.1, t="acc"), {"t": "o"}, own, []).allowed == pytest.approx(0.1)
+
+
 # --- The verdict ---
 
 

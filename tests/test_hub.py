@@ -10,7 +10,8 @@ from hub import Hub, running_hub
 from models import write_llama
 
 from evomerge.cli import main
-from evomerge.config.config_file import load_config, pin
+from evomerge.config.config_file import load_config
+from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe

@@ -1,5 +1,6 @@
 """Learned coefficients: the optimizer, the mini-batches, the chain rule of a space, and whole searches with it."""
 
+import json
 import math
 import re
 import shutil
@@ -17,12 +18,13 @@ from optuna.distributions import FloatDistribution
 from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.errors import EvomergeError
+from evomerge.report.gradient_steps import running_mean, steps_figure, steps_text
 from evomerge.search.budget.usage import Elapsed, Usage
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.steps import Climber, average, direction
 from evomerge.search.run import open_run
 from evomerge.search.space.space import Group, Space, spread
-from evomerge.search.storage.step_record import StepRecord, step_key, step_records
+from evomerge.search.storage.step_record import StepRecord, step_key, step_records, steps_by_climb
 
 BOUNDS = {"a": FloatDistribution(0.0, 2.0), "b": FloatDistribution(-1.0, 1.0)}
 
@@ -246,6 +248,28 @@ def test_learned_points_are_finalists(learned: Path) -> None:
     study = open_run(learned).study()
     tried = {f"trial {t.number}" for t in study.trials if "learned" in t.user_attrs}
     assert tried <= {f["name"] for f in verdict_of(learned)["finalists"]}
+
+
+def test_status_and_report_show_the_gradient_steps(learned: Path) -> None:
+    steps = steps_of(learned)
+    shown = " ".join(run_cli("status", learned).stdout.split())
+    mean = sum(step.value for step in steps) / len(steps)  # of so few steps the first and the last are all
+    assert f"learned start: {len(steps)} gradient steps; mean value of the mini-batches {mean:.3f}" in shown
+    assert re.search(r"they took \d+s of computing \(\d+% of the run's\)", shown)
+    report = (learned / "report.html").read_text()
+    assert f"learned start: {len(steps)} gradient steps" in report
+    assert json.dumps([step.value for step in steps]) in report
+
+
+def test_the_curve_of_steps_is_the_mean_of_the_last_ten() -> None:
+    assert running_mean([1.0, 3.0]) == [1.0, 2.0]
+    assert running_mean(list(map(float, range(30))))[-1] == pytest.approx(sum(range(20, 30)) / 10)
+    climbs = [[StepRecord({}, {}, float(v), 16) for v in range(n)] for n in (12, 3)]
+    attributes = {step_key(k, c): r.to_json() for c, found in enumerate(climbs) for k, r in enumerate(found)}
+    assert steps_by_climb(attributes) == climbs
+    _, _, figure = steps_figure(climbs, "value")
+    assert [trace["x"] for trace in figure["data"][1::2]] == [list(range(1, 13)), [13, 14, 15]]
+    assert "15 gradient steps in 2 climbs" in steps_text(climbs, Usage())
 
 
 @pytest.mark.parametrize(

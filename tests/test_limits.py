@@ -11,14 +11,22 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from models import write_family
 from searches import Done, finished_search, run_cli, trials_of, verdict_of, write_config
 
+from evomerge.config.config_file import load_config
 from evomerge.config.schema import BudgetConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.tasks import SPLITS
 from evomerge.search.budget.limits import Deadline, Limits, Moment, SearchProgress, deadline_of, limits_of
-from evomerge.search.budget.reserve import FIXED, RemainingWork, StepSeconds, reserve_seconds
+from evomerge.search.budget.reserve import FIXED, RemainingWork, StepSeconds, remaining_work, reserve_seconds
+from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
-from evomerge.search.storage.trial_record import record_of
+from evomerge.search.space.space import build_space
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.storage.study import LearnedPoint, SearchStudy
+from evomerge.search.storage.trial_record import TrialRecord, record_of
+from evomerge.search.verdict.finals import FINALISTS
 
 QUICK = {"search": 12, "selection": 4, "holdout": 8}  # items of a search whose verdict is not the point
 START = Moment(1_000_000.0, 500.0)
@@ -199,6 +207,22 @@ def test_workers_side_by_side_need_as_many_rounds_as_models_ask_for(workers: int
     assert reserve_seconds(SECONDS, WORK, workers + 1) <= reserve_seconds(SECONDS, WORK, workers)
     alone = reserve_seconds(SECONDS, RemainingWork({"holdout": 1}, WORK.items))
     assert reserve_seconds(SECONDS, RemainingWork({"holdout": workers}, WORK.items), workers) == alone
+
+
+def test_learned_points_that_are_not_among_the_best_are_finalists_too(tmp_path: Path) -> None:
+    write_family(tmp_path, ("rev", "add"))
+    config = load_config(write_config(tmp_path, tmp_path, sampler={"name": "random"}))
+    space = build_space(config, open_config_models(config))
+
+    def judged(name: str, weights: dict[str, float] | None) -> int:
+        study = SearchStudy(open_study(sqlite_url(tmp_path / name), "s", create=True), space)
+        points = [dict.fromkeys(space.axes, 0.1 * k) for k in range(3)]
+        for learned in (*(LearnedPoint(k + 1, p, weights) for k, p in enumerate(points)), *[None] * FINALISTS):
+            trial = study.begin(None, learned)
+            study.finish(trial, float(trial.number), TrialRecord())
+        return remaining_work(study, {}, [], dict.fromkeys(SPLITS, 10)).models["selection"]
+
+    assert judged("own.db", None) == 3 + judged("others.db", {"tiny_rev": 1.0})
 
 
 # --- Real searches ---

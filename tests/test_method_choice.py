@@ -1,21 +1,32 @@
 """A search that chooses its method: `method: [ties, task_arithmetic]`."""
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from models import write_family
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
+from test_search import LOOKS_COST_NOTHING
 
 from evomerge.config.config_file import config_differences, dump_config, load_config
-from evomerge.config.schema import SearchConfig
+from evomerge.config.schema import RacingConfig, SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.search.evaluation.evaluator import Evaluator
+from evomerge.search.evaluation.jobs import Outcome, TrialJob
+from evomerge.search.evaluation.method_race import RACE, MethodRace, mean_of_first
+from evomerge.search.evaluation.race_setup import build_race_setup
+from evomerge.search.evaluation.scale import plain_scale
+from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import open_run
-from evomerge.search.space.choose_method import default_recipes, space_of, tried_baselines
-from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice, recorded_choice
+from evomerge.search.space.baselines import base_alone, baselines
+from evomerge.search.space.choose_method import best_method, default_recipes, space_of, tried_baselines
+from evomerge.search.storage.item_scores import evaluation_records, unpack
+from evomerge.search.storage.method_choice import METHOD, DefaultRecipe, MethodChoice, recorded_choice
 from evomerge.search.verdict.recommended import recipe_of_trial
 from evomerge.sources.tensor_names import TensorRole
 
@@ -146,6 +157,77 @@ def test_a_method_whose_recipes_are_all_broken_is_named() -> None:
     assert MethodChoice("linear", best).sentence == "linear is searched: 0.5 (linear middle); ties broken"
 
 
+def test_of_equal_values_the_measured_one_and_then_the_first_one_is_chosen() -> None:
+    full, stopped, equal = DefaultRecipe("a", 0.5), DefaultRecipe("b", 0.5, 0.3), DefaultRecipe("c", 0.5)
+    assert best_method({"linear": [stopped], "ties": [full], "dare_ties": [equal]}).chosen == "ties"
+    assert best_method({"ties": [DefaultRecipe("d", None)], "linear": [stopped]}).chosen == "linear"
+
+
+def test_the_sentence_says_which_value_is_an_estimate() -> None:
+    best = {"linear": DefaultRecipe("linear weight 0.5", 0.25), "ties": DefaultRecipe("ties lambda 1", 0.125, 0.4)}
+    choice = MethodChoice("linear", best)
+    assert choice.sentence == "linear is searched: 0.25 (linear weight 0.5); ties about 0.125"
+    assert recorded_choice({METHOD: choice.to_json()}) == choice
+
+
+# --- The race ---
+
+RACING = {"methods": [*METHODS, "dare_ties"], "space": SPACE | {"lambda": [0.5, 2]}}
+
+
+@pytest.fixture(scope="module")
+def known_scores(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TaskSet, dict[str, Any]]:
+    """Default recipes by method; the tasks; name -> item scores of each recipe, of the base and of the parents."""
+    splits = {"search": 300, "selection": 10, "holdout": 40}
+    file = write_config(
+        tmp_path_factory.mktemp("known"), tiny_family, method=RACING["methods"], space=RACING["space"], splits=splits
+    )
+    config = load_config(file)
+    models, task_set = open_config_models(config), open_task_set(config)
+    tried = {method: default_recipes(space_of(config, method, models)) for method in config.candidate_methods}
+    space = space_of(config, config.method, models)
+    others = [base_alone(space), *(b for b in baselines(space) if b.kind == "parent")]
+    evaluator = Evaluator(config, models, task_set)
+    scores = {}
+    for baseline in [*others, *(b for found in tried.values() for b in found)]:
+        outcome = evaluator.run(TrialJob(baseline.recipe, None))
+        assert isinstance(outcome, Outcome)
+        scores[baseline.name] = outcome.scores
+    return {method: [b.name for b in found] for method, found in tried.items()}, task_set, scores
+
+
+def test_the_race_chooses_the_method_that_full_scores_choose_and_scores_fewer_items(known_scores: Any) -> None:
+    tried, task_set, scores = known_scores
+    recipes = [name for names in tried.values() for name in names]
+    same, shares = 0, []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        picked = {t.name: np.sort(rng.permutation(300)[:120]) for t in task_set.tasks}
+        items = {t: {"search": [task_set.items[t]["search"][i] for i in at]} for t, at in picked.items()}
+        drawn = TaskSet(task_set.tasks, items)
+        own = {
+            name: {t: {m: np.array(x)[picked[t]] for m, x in metrics.items()} for t, metrics in tables.items()}
+            for name, tables in scores.items()
+        }
+        scale = plain_scale(drawn)
+        full = {name: DefaultRecipe(name, scale.value(tables)) for name, tables in own.items()}
+        known = [own[name] for name in own if name not in recipes]
+        setup = build_race_setup(drawn, scale, "items", known, seed, RacingConfig())
+        first = np.sort(setup.order.items[: setup.looks.ends[0]])
+        leader = max(recipes, key=lambda name: mean_of_first(setup, first, setup.values(own[name])[first]))
+        race = MethodRace(setup, setup.values(own[leader]), [setup.values(x) for x in known], 0.0)
+        raced = {}
+        for name in recipes:
+            estimate = race.estimate(setup.values(own[name]))
+            raced[name] = full[name] if estimate is None else DefaultRecipe(name, estimate.value, estimate.fraction)
+            shares.append((1.0 if estimate is None else estimate.fraction) + len(first) / len(setup.ceiling))
+        results = [{m: [table[n] for n in names] for m, names in tried.items()} for table in (full, raced)]
+        same += best_method(results[0]).chosen == best_method(results[1]).chosen
+    print(f"same method with {same} of 20 seeds, {np.mean(shares):.0%} of the items")
+    assert same >= 19
+    assert np.mean(shares) < 0.8
+
+
 # --- The search ---
 
 
@@ -213,7 +295,7 @@ import evomerge.search.evaluation.evaluator as s
 calls, real = [0], s.Evaluator.materialise
 def counted(self, *a):
     calls[0] += 1
-    if calls[0] == 4:
+    if calls[0] == DEATH:
         die()
     return real(self, *a)
 s.Evaluator.materialise = counted
@@ -229,7 +311,10 @@ BEFORE_THE_FIRST_TRIAL = KILL + "\nimport evomerge.search.loop as l\nl.Driver.se
 @pytest.mark.parametrize(
     ("prelude", "again"),
     [
-        pytest.param(DURING_THE_CHOICE, True, id="during"),  # the models that had no scores yet
+        # Base and parents, five recipes on the first items, their leader, then the others.
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "6"), False, id="first look"),
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "9"), True, id="leader"),
+        pytest.param(DURING_THE_CHOICE.replace("DEATH", "11"), True, id="race"),
         pytest.param(BEFORE_THE_CHOICE_IS_STORED, False, id="stored"),
         pytest.param(BEFORE_THE_CONFIGURATION_IS_WRITTEN, False, id="written"),
         pytest.param(BEFORE_THE_FIRST_TRIAL, False, id="trial"),
@@ -249,3 +334,61 @@ def test_a_search_killed_around_its_choice_resumes_to_the_same_trials_and_winner
     assert verdict_of(run) == verdict_of(finished)
     assert (len(scorings(run)) > len(set(scorings(run)))) == again
     assert set(scorings(run)) == set(scorings(finished))
+
+
+# --- A search that races its default recipes ---
+
+
+def write_racing(folder: Path, tiny_family: Path) -> Path:
+    splits = {"search": 80, "selection": 10, "holdout": 40}
+    return write_config(
+        folder, tiny_family, method=RACING["methods"], space=RACING["space"], splits=splits, budget={"trials": 7}
+    )
+
+
+@pytest.fixture(scope="module")
+def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_search(write_racing(tmp_path_factory.mktemp("raced"), tiny_family), LOOKS_COST_NOTHING)
+
+
+def test_default_recipes_that_fall_behind_are_stopped_and_the_rest_is_scored_in_full(raced: Path) -> None:
+    study = open_run(raced).study()
+    choice = recorded_choice(study.user_attrs)
+    assert choice is not None
+    assert choice.chosen == "task_arithmetic"
+    assert choice.best[choice.chosen].partial is None
+    records = {r.name: r for r in evaluation_records(study.user_attrs, ["search"]).values()}
+    stopped = {name: r for name, r in records.items() if r.partial is not None}
+    assert stopped
+    assert not {best.name for best in choice.best.values()} & stopped.keys(), "a baseline is scored on all items"
+    for record in stopped.values():
+        seen = [np.isfinite(unpack(text)).sum() for metrics in record.scores.values() for text in metrics.values()]
+        assert sum(seen) == record.scored == round(record.partial * 160)
+    share = re.search(r"choosing the method took (\d+)% of the items", (raced / "log.txt").read_text())
+    assert share is not None
+    assert int(share[1]) < 90
+
+
+def test_a_search_killed_in_the_race_resumes_to_the_same_choice(raced: Path, tiny_family: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("DEATH", "16")
+    killed = run_cli("search", write_racing(tmp_path, tiny_family), "--run", run, prelude=prelude)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert any(r.partial for r in evaluation_records(open_run(run).study().user_attrs, ["search"]).values())
+    resumed = run_cli("resume", run, prelude=LOOKS_COST_NOTHING)
+    assert resumed.returncode == 0, resumed.stderr
+    before, after = (open_run(r).study().user_attrs for r in (raced, run))
+    assert after[METHOD] == before[METHOD]
+    assert after[RACE] == before[RACE]
+    assert trials_of(run) == trials_of(raced)
+    assert verdict_of(run) == verdict_of(raced)
+
+
+def test_the_trial_of_a_recipe_that_raced_can_be_repeated(raced: Path) -> None:
+    study = open_run(raced).study()
+    names = {r.name for r in evaluation_records(study.user_attrs, ["search"]).values() if r.seconds.race is not None}
+    numbers = [t.number for t in study.get_trials() if t.user_attrs.get("baseline") in names]
+    assert numbers
+    done = run_cli("repeat", raced, "--trial", str(numbers[0]), prelude=LOOKS_COST_NOTHING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of 160 item scores differ" in done.stdout

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from lm_eval_tasks import metrics, write_task
 from models import write_llama
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.formulas import Answer, TensorAnswer
 from evomerge.evaluate.item_values import MetricFailed
-from evomerge.evaluate.metrics import KINDS, METRICS, Answer, Metric, TensorAnswer, find_metric
+from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
 from evomerge.evaluate.racing import ceiling
 from evomerge.evaluate.tasks import Task, items_of, open_tasks
 from evomerge.search.verdict.intervals import score_range

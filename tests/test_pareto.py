@@ -63,7 +63,11 @@ def finalists_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_each_set_of_weights_is_climbed_from_the_nearest_one(pareto: Path) -> None:
-    tried = {str(t.user_attrs["weights"]): t for t in open_run(pareto).study().trials if {"learned", "weights"} <= t.user_attrs.keys()}
+    tried = {
+        str(t.user_attrs["weights"]): t
+        for t in open_run(pareto).study().trials
+        if {"learned", "weights"} <= t.user_attrs.keys()
+    }
     assert list(tried) == [str(c.weights) for c in CLIMBS[1:]]
     assert all(len(steps_of(pareto, c.number)) == 3 for c in CLIMBS[1:])
     for climb in CLIMBS[3:]:

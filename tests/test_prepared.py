@@ -8,7 +8,7 @@ from lm_eval_tasks import write_task
 from searches import run_cli, trials_of, write_config
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.prepared_items import prepared_workload

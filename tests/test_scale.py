@@ -158,6 +158,25 @@ def test_a_disagreement_names_the_model_that_the_objective_overlooks() -> None:
     assert "disagree" not in alike.sentence
 
 
+def test_a_weak_correlation_is_said_without_contradiction_where_both_have_the_same_best_model() -> None:
+    rows = [("upper", 0.9, 0.9), ("soup", 0.8, 0.1), ("base", 0.1, 0.7), ("lower", 0.2, 0.6), ("uniform", 0.7, 0.2)]
+    found = agreement("task t", rows, "gold_logprob", "exact_match")
+    assert found.correlation == pytest.approx(0.0)
+    assert (found.best, found.place, found.disagrees) == ("upper", 1, True)
+    assert found.sentence == (
+        "task t: rank correlation of gold_logprob and exact_match over 5 models: 0.00, which is weak; "
+        "upper is the best by both"
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=12))
+def test_the_sentence_says_of_the_best_model_what_its_place_says(pairs: list[tuple[int, int]]) -> None:
+    rows = [(f"m{k}", float(a), float(b)) for k, (a, b) in enumerate(pairs)]
+    found = agreement("task t", rows, "o", "m")
+    assert ("disagree" in found.sentence) == (found.disagrees and found.place > 1)
+    assert ("best by both" in found.sentence) == (found.disagrees and found.place == 1)
+
+
 # --- In a search ---
 
 

@@ -101,6 +101,17 @@ def test_the_values_of_a_group_come_back(data: st.DataObject, layers: int, granu
     assert nearest_values(wanted, group, layers, 0.0) == pytest.approx(values, abs=1e-7)
 
 
+def test_more_knots_than_layers_are_found_within_their_bounds() -> None:
+    """The least squares leave the bounds there, and coordinate descent needs thousands of sweeps."""
+    layers, count = 8, 9
+    group = Group("weight", "rev", "default", "depth", -0.5, 1.5, tuple(map(str, range(count))))
+    for seed in range(250, 270):
+        values = np.clip(np.random.default_rng(seed).uniform(-3, 3, size=count), group.low, group.high)
+        along = per_layer(list(values), "depth", layers)
+        found = nearest_values([(TensorRole(k, "mlp"), float(along[k])) for k in range(layers)], group, layers, 0.0)
+        assert per_layer(found, "depth", layers) == pytest.approx(along, abs=1e-9)
+
+
 @settings(deadline=None)
 @given(st.data(), st.integers(2, 8))
 def test_the_nearest_point_is_nearer_than_its_neighbours_and_its_own_nearest(data: st.DataObject, layers: int) -> None:

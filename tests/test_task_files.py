@@ -12,7 +12,7 @@ from models import write_llama
 from typer.testing import CliRunner
 
 from evomerge.cli import app
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import open_tasks
 

@@ -9,7 +9,7 @@ from evaluate import compare, extend, write_tasks
 from merge import write_models
 from stopwatch import timed
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock, Counts
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.tasks import items_of, open_tasks

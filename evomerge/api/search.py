@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.api.merge import plain
 from evomerge.api.run import Run, Trial, reader_of_trials
-from evomerge.config.config_file import load_config, parse_config, pin, write_config
+from evomerge.config.config_file import load_config, parse_config, write_config
+from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full

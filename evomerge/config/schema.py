@@ -6,18 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from evomerge.config.strict import Strict
+from evomerge.config.tasks import GuardConfig, SplitsConfig, TaskConfig
 from evomerge.merge.methods.method import Method
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.tensor_names import Component, Part
 
 Granularity = Literal["model", "depth", "group", "layer"]
-
-
-class Strict(BaseModel):
-    """A mapping in which unknown keys and numbers that are not finite are errors."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 RESERVED = ("base", "winner")  # names that a run's tables give to other models
@@ -107,94 +103,6 @@ class SpaceConfig(BaseModel):
                 number = method.knobs[name].choices[value.choice]
                 found[name] = Axis(low=number, high=number)
         return found
-
-
-class TaskOptions(Strict):
-    """One lm-eval task and how models are scored on it.
-
-    task: a YAML file or the name of one of lm-eval's own tasks.
-    objective: what the search optimises: a metric that the task has per item, or one of `evaluate/metrics.py`; `auto`
-        is a smooth one that fits the task, `entropy` one without labels.  It is checked when the task is opened, since
-        only then its metrics are known.
-    metric: the metric that the verdict compares (default: the task's first).
-    gold: a Jinja template of the gold answer, if it is not `doc_to_target`.
-    num_fewshot, apply_chat_template: as in lm-eval.
-    fewshot_as_multiturn: with a chat template, examples are turns of their own.
-    limit: use only the first documents, this many.
-    allow_task_code: whether the task's file may run Python code.
-    """
-
-    task: str
-    objective: str = "auto"
-    metric: str | None = None
-    gold: str | None = None
-    num_fewshot: int | None = Field(default=None, ge=0)
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = True
-    limit: int | None = Field(default=None, ge=1)
-    allow_task_code: bool = False
-
-    @property
-    def is_file(self) -> bool:
-        return self.task.endswith((".yaml", ".yml"))
-
-
-class TaskConfig(TaskOptions):
-    """One task that the search improves.
-
-    weight: its share in the score.
-    """
-
-    weight: float = Field(default=1.0, gt=0)
-
-
-class GuardConfig(TaskOptions):
-    """One task that must not get worse; it may be one of those that the search improves.
-
-    max_drop: by how much the mean of its metric may be worse than the reference's, in units of the metric.
-    of: the reference: `base`, or the name of a source.
-    """
-
-    max_drop: float = Field(ge=0)
-    of: str = "base"
-
-    @property
-    def weight(self) -> float:
-        """Its share in the score: none."""
-        return 0.0
-
-
-def check_share(value: object) -> object:
-    """ValueError if a value is not a count, a share or the name of a split; 1.0 and `true` are not counts."""
-    is_count = type(value) is int and value >= 1
-    is_share = type(value) is float and 0 < value < 1
-    if not is_count and not is_share and value not in ("train", "validation", "test"):
-        raise ValueError("give a count of 1 or more, a share between 0 and 1, or one of train, validation, test")
-    return value
-
-
-Share = Annotated[int | float | Literal["train", "validation", "test"], BeforeValidator(check_share)]
-
-
-class SplitsConfig(Strict):
-    """How the items of each task are dealt: for each split a count, a share, or the name of one of the task's own."""
-
-    search: Share = 0.4
-    selection: Share = 0.2
-    holdout: Share = 0.4
-
-    @model_validator(mode="after")
-    def fit(self) -> "SplitsConfig":
-        dealt = (self.search, self.selection, self.holdout)
-        shares = [s for s in dealt if isinstance(s, float)]
-        if sum(shares) > 1 + 1e-9:
-            raise ValueError(f"the shares add up to {sum(shares):g}, which is more than 1")
-        named = [s for s in dealt if isinstance(s, str)]
-        if len(set(named)) < len(named):
-            raise ValueError(
-                f"two splits use the task's split {max(named, key=named.count)!r}; they must not share items"
-            )
-        return self
 
 
 class SamplerConfig(Strict):

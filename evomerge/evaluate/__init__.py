@@ -14,7 +14,8 @@ for a run; a candidate costs only its forwards and the scores.
     kv_cache.py         keys and values that rows share, and those of a generation
     loglikelihood.py    batches for log-likelihoods, and their forwards
     generation.py       batches for generated answers, and their forwards
-    metrics.py          the table of metrics with their formulas
+    metrics.py          the table of metrics
+    formulas.py         their formulas: the value of one item from what the model answered
     item_values.py      from answers to the values of metrics and to item scores
     engine.py           `Engine`: the chain for one live model
     gradient.py         the gradient of the objective: forwards that keep their graph, and their backward passes

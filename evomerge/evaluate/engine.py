@@ -8,11 +8,12 @@ import torch
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.capabilities import probe
 from evomerge.evaluate.clock import Clock, forwards_of
+from evomerge.evaluate.formulas import Answer
 from evomerge.evaluate.generation import Stops, generate, plan_generation
 from evomerge.evaluate.item_values import ItemMetrics, formula_values, item_score, lm_eval_values
 from evomerge.evaluate.kv_cache import KeysValues
 from evomerge.evaluate.loglikelihood import Plan, RowScore, plan_batches, score_batches
-from evomerge.evaluate.metrics import Answer, Metric
+from evomerge.evaluate.metrics import Metric
 from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason

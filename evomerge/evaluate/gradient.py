@@ -21,6 +21,7 @@ from torch import Tensor
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine, choices_of
+from evomerge.evaluate.formulas import TensorAnswer
 from evomerge.evaluate.item_values import item_score
 from evomerge.evaluate.loglikelihood import (
     LOGITS,
@@ -32,7 +33,7 @@ from evomerge.evaluate.loglikelihood import (
     kept_logits,
     plan_batches,
 )
-from evomerge.evaluate.metrics import Extra, Metric, TensorAnswer
+from evomerge.evaluate.metrics import Extra, Metric
 from evomerge.evaluate.tasks import Task
 from evomerge.evaluate.token_budget import LEAST
 from evomerge.evaluate.workload import ItemRequests, Workload

@@ -1,10 +1,11 @@
-"""From answers to item values and scores: lm-eval's filters and metrics, and the formulas of `metrics.py`."""
+"""From answers to item values and scores: lm-eval's filters and metrics, and the formulas of `formulas.py`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.metrics import METRICS, Answer, Metric
+from evomerge.evaluate.formulas import Answer
+from evomerge.evaluate.metrics import METRICS, Metric
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import Item, Task
 

@@ -45,7 +45,7 @@ class RowScore(NamedTuple):
 
     logprob: its log-likelihood in nats.
     greedy: whether greedy decoding gives it.
-    token_logprobs, token_margins, token_entropies: (T,), see `Answer` (`metrics.py`).
+    token_logprobs, token_margins, token_entropies: (T,), see `Answer` (`formulas.py`).
     """
 
     logprob: float

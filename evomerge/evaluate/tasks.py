@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.config.schema import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
+from evomerge.config.tasks import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.metrics import CHOSEN, KINDS, METRICS, NORMALISED, Metric, added_metric, added_names
 from evomerge.evaluate.taskfile import load_file, load_named

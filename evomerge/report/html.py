@@ -14,6 +14,7 @@ from evomerge.files import write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
+from evomerge.report.gradient_steps import steps_figure, steps_text
 from evomerge.report.status import Status, read_status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import interval_text, remarks
@@ -58,7 +59,8 @@ def write_report(run: Run) -> None:
     layers = sum(part.length for part in recipe.slices)
     layers = layers or layer_count(stored_tensor_names(locate(recipe.base.path)))
     front = [] if status.front is None else front_figures(status.front)
-    figures = [progress_figure(status), *front, *coefficient_figures(recipe, layers)]
+    steps = [steps_figure(status.climbs, VALUE_TITLE[status.relative])] if status.climbs else []
+    figures = [progress_figure(status), *steps, *front, *coefficient_figures(recipe, layers)]
     write_text(run.report_file, page(status, status.verdict, figures))
 
 
@@ -74,6 +76,7 @@ def page(status: Status, verdict: dict[str, Any], figures: Iterable[tuple[str, s
         score_table(verdict),
         f"<p class=dim>{html.escape(explanation(verdict))}</p>",
         *(f"<p class=dim>{html.escape(a.sentence)}.</p>" for a in status.agreements),
+        *([f"<p class=dim>{html.escape(steps_text(status.climbs, status.used))}.</p>"] if status.climbs else []),
         f"<p class=dim>The search used {html.escape(usage_text(status.used, status.price))}.</p>",
     ]
     if status.front is not None:

@@ -14,6 +14,7 @@ from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.monitor import price_of
 from evomerge.search.run import Run
 from evomerge.search.storage.method_choice import MethodChoice, recorded_choice
+from evomerge.search.storage.step_record import StepRecord, steps_by_climb
 from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
 from evomerge.search.storage.trial_record import Seconds, record_of
 from evomerge.search.verdict.front import Front, front_of
@@ -36,6 +37,7 @@ class Status:
     relative: whether a value of 0 is the base's and 1 that of each task's best parent.
     agreements: how alike objective and metric rank models.
     choice: how the method was chosen; None if the configuration names one, or before the choice.
+    climbs: the gradient steps of the learned start, climb by climb; empty without one.
     front: with `goals: pareto` the front of the trials; None if no trial has a place in it.
     """
 
@@ -51,6 +53,7 @@ class Status:
     relative: bool = False
     agreements: list[Agreement] = field(default_factory=list)
     choice: MethodChoice | None = None
+    climbs: list[list[StepRecord]] = field(default_factory=list)
     front: Front | None = None
 
     def count(self, state: TrialState) -> int:
@@ -124,6 +127,7 @@ def read_status(run: Run) -> Status:
         SCALE in study.user_attrs and Scale.from_json(study.user_attrs[SCALE]).relative,
         agreements(trials, study.user_attrs),
         recorded_choice(study.user_attrs) if config.methods else None,
+        steps_by_climb(study.user_attrs),
         front if front and front.trials else None,
     )
 

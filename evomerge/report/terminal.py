@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from evomerge.report.gradient_steps import steps_text
 from evomerge.report.live_view import NO_SNAPSHOT, render, watch
 from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
@@ -116,6 +117,8 @@ def print_status(status: Status, timing: bool) -> None:
         also = f" ({name})" if name else ""
         meaning = "; 0 is the base, 1 the best parent of each task" if status.relative else ""
         console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}{meaning}")
+    if status.climbs:
+        console.print(steps_text(status.climbs, status.used))
     for found in status.agreements:
         console.print(found.sentence, style="bold" if found.disagrees else None)
     if status.front is not None:

@@ -22,6 +22,7 @@ from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
+from evomerge.search.evaluation.method_race import score_default_recipes
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
 from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.settled_dtype import settle_compute_dtype
@@ -35,7 +36,7 @@ from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
-from evomerge.search.space.baselines import Baseline, baselines
+from evomerge.search.space.baselines import Baseline, base_alone, baselines
 from evomerge.search.space.choose_method import (
     choose_method,
     must_choose_method,
@@ -46,7 +47,7 @@ from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
 from evomerge.search.space.start_points import start_baselines
 from evomerge.search.storage.database import Retry, open_study
-from evomerge.search.storage.method_choice import METHOD, recorded_choice
+from evomerge.search.storage.method_choice import METHOD, DefaultRecipe, recorded_choice
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.trial import Races, TrialRunner, next_baseline
@@ -121,7 +122,7 @@ async def open_and_search(
             if must_choose_method(config, study):
                 await stoppable(stop, driver.settle_scale(), show_life)
                 monitor.phase("choosing the method")
-                choice = await stoppable(stop, choose_method(config, models, driver.objective_of), show_life)
+                choice = await stoppable(stop, choose_method(config, models, driver.score_default_recipes), show_life)
                 monitor.say(choice.sentence)
                 stored.set_user_attr(METHOD, choice.to_json())
                 config = settle_method(run, config, stored, monitor)
@@ -213,6 +214,12 @@ class Driver:
     async def settle_scale(self) -> None:
         """Phase 1, first half: base and parents by every metric, and the scale that they give."""
         await settle_scale(self.study, self.evaluations, self.state.baselines, self.monitor)
+
+    async def score_default_recipes(self, recipes: list[Baseline]) -> list[DefaultRecipe]:
+        """Phase 0: the results of default recipes on the search split."""
+        parents = [b for b in self.state.baselines if b.kind == "parent"]
+        known = [base_alone(self.study.space), *parents]
+        return await score_default_recipes(recipes, known, self.evaluations, self.study.space.config)
 
     async def score_outside_baselines(self) -> None:
         """Phase 1, second half: every baseline that is no point of the space."""

@@ -1,12 +1,13 @@
 """Run one finished trial again, alone, from its record in the study (`evomerge repeat`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
+from evomerge.search.evaluation.method_race import kept_method_race, was_raced
 from evomerge.search.evaluation.race_policy import make_race_setup
 from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
@@ -57,7 +58,11 @@ def repeat(run: Run, number: int) -> Repeated:
     tried = tried_baselines(config, models, recorded_choice(study.stored.user_attrs))
     known, record = baselines(study.space, tried), record_of(trial)
     job = TrialJob(study.space.recipe(trial.params), None)
-    if "baseline" not in trial.user_attrs:
+    if "baseline" in trial.user_attrs:
+        method_race = kept_method_race(evaluations, config) if was_raced(evaluations, job.recipe) else None
+        if method_race is not None:
+            job = replace(job, race_setup=method_race.setup, race=method_race.begin())
+    else:
         race_setup = make_race_setup(study, known, evaluations)
         race = None
         if race_setup is not None and WEIGHTS in trial.user_attrs:

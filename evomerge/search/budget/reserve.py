@@ -26,7 +26,7 @@ from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
-from evomerge.search.verdict.finals import ALONG_FRONT, FINALISTS
+from evomerge.search.verdict.finals import ALONG_FRONT, FINALISTS, learned_points
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.search.verdict.simplify import most_steps
 from evomerge.sources.open_models import Models
@@ -110,7 +110,7 @@ def step_seconds(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -
     """
     latest: list[TrialRecord | EvaluationRecord] = [record_of(t) for t in trials if in_full(t)]
     latest = [r for r in latest if r.seconds.forward is not None][-LATEST:]
-    latest = latest or list(evaluation_records(attributes, ["search"]).values())
+    latest = latest or [r for r in evaluation_records(attributes, ["search"]).values() if r.partial is None]
     if not latest:
         return None
     merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
@@ -144,14 +144,15 @@ def remaining_work(
     """
 
     def scored(split: Split, name: str) -> bool:
-        return evaluation_key(split, name) in attributes
+        known = attributes.get(evaluation_key(split, name))
+        return known is not None and known.get("partial") is None
 
     tried = {t.user_attrs.get("baseline") for t in study.trials}
     lacking = [b for b in known if b.name not in tried and not scored("search", digest(b.recipe))]
     soups = 0 if any(b.kind == "greedy" for b in known) else max(0, sum(b.kind == "parent" for b in known) - 2)
     searched = [t for t in study.complete if "baseline" not in t.user_attrs]
     best = sorted(searched, key=rank, reverse=True)[:FINALISTS]
-    recipes = {digest(study.space.recipe(t.params)) for t in best}
+    recipes = {digest(study.space.recipe(t.params)) for t in [*best, *learned_points(searched)]}
     others = 2  # the mean of the distribution, and the best by metric
     others += ALONG_FRONT if study.space.config.goals == "pareto" else 0
     finalists = sum(not scored("selection", r) for r in recipes) + FINALISTS - len(best) + others

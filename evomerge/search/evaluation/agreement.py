@@ -78,8 +78,10 @@ class Agreement:
         text = f"{self.what}: rank correlation of {self.objective} and {self.metric} over {self.models} models: {by}"
         if not self.disagrees:
             return text
-        place = f"number {self.place}" if self.place > 1 else "also the best"
-        return f"{text}; they disagree: {self.best} is the best by {self.metric} and {place} by {self.objective}"
+        if self.place == 1:
+            return f"{text}, which is weak; {self.best} is the best by both"
+        places = f"{self.best} is the best by {self.metric} and number {self.place} by {self.objective}"
+        return f"{text}; they disagree: {places}"
 
 
 def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> list[ScoredModel]:
@@ -96,7 +98,7 @@ def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) 
     tables: dict[str, list[Packed]] = {}
     numbers: dict[str, int] = {}
     for record in evaluation_records(attributes, ["search"]).values():
-        if record.name is not None:
+        if record.name is not None and record.partial is None:
             tables.setdefault(record.name, []).append(record.scores)
     for trial in filter(in_full, trials):
         name = model_name(trial)

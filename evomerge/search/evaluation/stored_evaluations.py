@@ -3,13 +3,16 @@
 import hashlib
 from dataclasses import replace
 
+import numpy as np
 import optuna
 
+from evomerge.evaluate.racing import Race
 from evomerge.evaluate.signs import Signs
 from evomerge.evaluate.tasks import Item, Split
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.usage import Usage
-from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome
+from evomerge.search.evaluation.jobs import EvaluationJob, Failure, Outcome, TrialJob
+from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.scale import SCALE, Scale, scale_of
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
@@ -35,11 +38,11 @@ class StoredEvaluations:
         self.scale = scale_of(study.user_attrs, task_set)
         self.names: dict[Split, str] = {}
 
-    def known(self, split: Split, recipe: Recipe) -> Known:
-        """The item scores of a recipe on a split that are in the study already."""
-        attributes = self.study.user_attrs
+    def known(self, split: Split, recipe: Recipe | str) -> Known:
+        """The item scores of a recipe on a split that are in the study already.  recipe: or its digest."""
+        attributes, name = self.study.user_attrs, recipe if isinstance(recipe, str) else digest(recipe)
         found: Known = {}
-        for row in rows_of_record(attributes, evaluation_record(attributes, split, digest(recipe)), {}):
+        for row in rows_of_record(attributes, evaluation_record(attributes, split, name), {}):
             found.setdefault(row["task"], {}).setdefault(row["metric"], {})[row["item"]] = row["score"]
         return found
 
@@ -63,8 +66,11 @@ class StoredEvaluations:
             found[task.name] = [i for i in self.task_set.items[task.name][split] if not all(i.id in t for t in tables)]
         return {task: items for task, items in found.items() if items}
 
-    def stored(self, split: Split, recipe: Recipe) -> Scores | None:
-        """The scores of a recipe that are needed on a split, None if the study does not have all of them."""
+    def stored(self, split: Split, recipe: Recipe | str) -> Scores | None:
+        """The scores of a recipe that are needed on a split, None if the study does not have all of them.
+
+        recipe: or its digest.
+        """
         known = self.known(split, recipe)
         return None if self.missing(split, known) else self.arranged(split, known)
 
@@ -118,11 +124,26 @@ class Evaluations(StoredEvaluations):
             self.store(split, recipe, name, self.arranged(split, known), count, result)
         return self.arranged(split, known)
 
+    async def score_in_race(self, recipe: Recipe, name: str, setup: RaceSetup, race: Race) -> None:
+        """Score a recipe on the search split until a race stops it, and keep its scores.
+
+        name: of the model, kept with its scores.
+
+        ArithmeticError if the model is broken, RuntimeError if it cannot be scored for another reason.
+        """
+        self.pool.log(f"scoring {recipe.method} {digest(recipe)} on up to {len(setup.ceiling)} items of search")
+        result = await self.pool.run(TrialJob(recipe, None, setup, race), f"search: {name}")
+        if isinstance(result, Failure):
+            raise result.error()
+        count = sum(int(np.isfinite(next(iter(metrics.values()))).sum()) for metrics in result.scores.values())
+        self.store("search", recipe, name, result.scores, count, result)
+
     def store(self, split: Split, recipe: Recipe, name: str, scores: Scores, count: int, result: Outcome) -> None:
         """Store scores in the study, in one write.
 
         name: of the model.
-        scores: of all items that were ever scored.  count: how many were scored now.  result: of scoring those.
+        scores: of all items that were ever scored; NaN for those that a race left out.
+        count: how many were scored now.  result: of scoring those.
         """
         before = evaluation_record(self.study.user_attrs, split, digest(recipe))
         record = EvaluationRecord(
@@ -131,6 +152,7 @@ class Evaluations(StoredEvaluations):
             scores={task: {metric: pack(s) for metric, s in metrics.items()} for task, metrics in scores.items()},
             signs=replace(result.signs, repeats=False) if result.signs else before.signs,
             scored=count,
+            partial=None if result.estimate is None else result.estimate.fraction,
             seconds=Seconds(**result.seconds),
             used=(before.used or Usage()) + result.used,
             elapsed=self.monitor.stopwatch.elapsed,

@@ -102,4 +102,5 @@ def slope(task: str, objective: str, metric: str, reference: Known, others: Sequ
     y = np.array([np.mean(smooth) - np.mean(list(known[task][objective].values())) for known in others])
     if len(x) and x @ y > 0:
         return float(x @ y / (x @ x))
-    return float(np.std(smooth) / np.std(plain)) if np.std(smooth) and np.std(plain) else 1.0
+    # The range is exactly 0 where all are equal; the standard deviation may be what rounding leaves.
+    return float(np.std(smooth) / np.std(plain)) if np.ptp(smooth) > 0 and np.ptp(plain) > 0 else 1.0

@@ -9,7 +9,7 @@ The best default recipe of the chosen method is a point at which the search may 
 baselines outside the space, so that a method which was not searched can still win.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import optuna
@@ -22,7 +22,6 @@ from evomerge.search.space.baselines import Baseline
 from evomerge.search.space.space import Point, Space, build_space
 from evomerge.search.storage.method_choice import DefaultRecipe, MethodChoice, recorded_choice
 from evomerge.search.storage.study import SearchStudy
-from evomerge.search.workers.pool import run_all
 
 if TYPE_CHECKING:
     from evomerge.sources.open_models import Models
@@ -32,20 +31,28 @@ LAMBDAS = (1.0, 1.5, 2.0)
 
 
 async def choose_method(
-    config: SearchConfig, models: "Models", score: Callable[[Baseline], Awaitable[float]]
+    config: SearchConfig,
+    models: "Models",
+    score: Callable[[list[Baseline]], Awaitable[list[DefaultRecipe]]],
 ) -> MethodChoice:
-    """The method whose best default recipe has the highest score; of equal ones the first in the configuration.
+    """The method whose best default recipe has the highest value; of equal ones the first in the configuration.
 
-    score: the score of a baseline on the search split; minus infinity if it is broken.
+    score: the results of default recipes on the search split, in their order.
     """
     tried = {method: default_recipes(space_of(config, method, models)) for method in config.candidate_methods}
-    scores = iter(await run_all(*(score(baseline) for found in tried.values() for baseline in found)))
-    best: dict[str, tuple[float, str]] = {}
-    for method, found in tried.items():
-        best[method] = max(((next(scores), baseline.name) for baseline in found), key=lambda pair: pair[0])
-    chosen = max(best, key=lambda method: best[method][0])
-    known = {m: DefaultRecipe(name, value if value > -float("inf") else None) for m, (value, name) in best.items()}
-    return MethodChoice(chosen, known)
+    results = iter(await score([baseline for found in tried.values() for baseline in found]))
+    return best_method({method: [next(results) for _ in found] for method, found in tried.items()})
+
+
+def best_method(results: Mapping[str, Sequence[DefaultRecipe]]) -> MethodChoice:
+    """The choice by the results of every method's default recipes."""
+    best = {method: max(found, key=standing) for method, found in results.items()}
+    return MethodChoice(max(best, key=lambda method: standing(best[method])), best)
+
+
+def standing(result: DefaultRecipe) -> tuple[float, bool]:
+    """The key by which results are compared; of two equal values a measured one is above an estimated one."""
+    return -float("inf") if result.value is None else result.value, result.partial is None
 
 
 def tried_baselines(config: SearchConfig, models: "Models", choice: MethodChoice | None) -> list[Baseline]:

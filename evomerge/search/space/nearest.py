@@ -25,7 +25,7 @@ Vector = NDArray[np.float64]
 AtTensor = tuple[TensorRole, float]  # a tensor and the coefficient there
 
 EXACT = 1e-9  # a difference of coefficients that is rounding
-SWEEPS = 1000  # of coordinate descent, at most
+SWEEPS = 10_000  # of coordinate descent, at most; more knots than layers need thousands
 CONVERGED = 1e-12  # a sweep that changes no value by more is the last
 
 

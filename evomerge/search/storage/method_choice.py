@@ -13,10 +13,19 @@ class DefaultRecipe:
 
     name: of its baseline.
     value: on the search split; None if every default recipe of the method is broken.
+    partial: the share of the items that were scored, of a recipe that a race stopped, whose value is estimated.
     """
 
     name: str
     value: float | None
+    partial: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The value for people."""
+        if self.value is None:
+            return "broken"
+        return f"{self.value:.4g}" if self.partial is None else f"about {self.value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,10 @@ class MethodChoice:
 
     @property
     def sentence(self) -> str:
-        """The choice in words: `ties is searched: 0.83 (ties weight 0.5); linear 0.79, slerp broken`."""
-        shown = {m: "broken" if d.value is None else f"{d.value:.4g}" for m, d in self.best.items()}
-        rest = ", ".join(f"{method} {value}" for method, value in shown.items() if method != self.chosen)
-        return f"{self.chosen} is searched: {shown[self.chosen]} ({self.best[self.chosen].name}); {rest}"
+        """The choice in words: `ties is searched: 0.83 (ties lambda 1); linear about 0.79, slerp broken`."""
+        own = self.best[self.chosen]
+        rest = ", ".join(f"{method} {found.text}" for method, found in self.best.items() if method != self.chosen)
+        return f"{self.chosen} is searched: {own.text} ({own.name}); {rest}"
 
     def to_json(self) -> dict[str, Any]:
         """The choice as a study keeps it."""

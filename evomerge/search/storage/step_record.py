@@ -67,6 +67,14 @@ def step_key(number: int, climb: int = 0) -> str:
     return f"{STEPS}{climb:02d}:{number:05d}" if climb else f"{STEPS}{number:05d}"
 
 
+def steps_by_climb(attributes: Mapping[str, Any]) -> list[list[StepRecord]]:
+    """The records of all steps, climb by climb, each in order.  attributes: the study's."""
+    found: dict[str, list[StepRecord]] = {}
+    for key in sorted((k for k in attributes if k.startswith(STEPS)), key=lambda key: (len(key), key)):
+        found.setdefault(key[:-5], []).append(StepRecord.from_json(attributes[key]))
+    return list(found.values())
+
+
 def step_records(attributes: Mapping[str, Any], climb: int | None = None) -> list[StepRecord]:
     """The records of steps, in order.  attributes: the study's.  climb: only those of this climb."""
     keys = sorted(key for key in attributes if key.startswith(STEPS))

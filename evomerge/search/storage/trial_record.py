@@ -150,6 +150,7 @@ class EvaluationRecord:
     name: of the model; None in older records.
     signs: what the canary saw of the model; None if it was not asked.
     scored: how many items were scored in the latest evaluation; the others' scores were known.
+    partial: the share of the items that were scored, in (0, 1), of a recipe that was stopped by a race.
     seconds: where the time of the latest evaluation went.
     used: what all evaluations of this recipe on this split took.
     elapsed: how long the run had taken when the record was written.
@@ -160,6 +161,7 @@ class EvaluationRecord:
     name: str | None = None
     signs: Signs | None = None
     scored: int = 0
+    partial: float | None = None
     seconds: Seconds = Seconds()
     used: "Usage | None" = None
     elapsed: "Elapsed | None" = None
@@ -178,6 +180,7 @@ class EvaluationRecord:
             name=reader.text("name"),
             signs=reader.signs(),
             scored=reader.integer("scored") or 0,
+            partial=reader.number("partial"),
             seconds=reader.seconds(),
             used=reader.used(),
             elapsed=reader.elapsed(),

@@ -5,6 +5,7 @@ verdict.py: the statistical test and its outcome in words.
 intervals.py: the confidence intervals that the test uses.
 guards.py: whether a model keeps the guards.
 verdict_file.py: verdict.json, written and checked.
+simplify.py: fewer sources and coefficients, by steps that no_loss.py allows.
 front.py: the Pareto front of the tasks, its hypervolume and its knee.
 choices.py: another finalist than the verdict's, chosen later.
 recommended.py: which recipe of a run is exported.

@@ -196,7 +196,7 @@ def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> lis
     trials = [
         *complete[:FINALISTS],
         *best_by_metric(study, complete),
-        *(t for t in complete if LEARNED in t.user_attrs and WEIGHTS not in t.user_attrs),
+        *learned_points(complete),
         *along_front(study, complete),
     ]
     found = [Finalist(f"trial {t.number}", "candidate", t.number, space.recipe(t.params)) for t in trials]
@@ -207,6 +207,11 @@ def searched_finalists(study: SearchStudy, baselines: Sequence[Baseline]) -> lis
     for finalist in found:
         unique.setdefault(model_key(finalist.recipe, space.layers), finalist)
     return [finalist for key, finalist in unique.items() if key not in known]
+
+
+def learned_points(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials of points that gradient steps by the search's own task weights led to."""
+    return [t for t in trials if LEARNED in t.user_attrs and WEIGHTS not in t.user_attrs]
 
 
 def best_by_metric(study: SearchStudy, ranked: Sequence[FrozenTrial]) -> list[FrozenTrial]:

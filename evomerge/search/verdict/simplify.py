@@ -29,17 +29,9 @@ from evomerge.merge.methods.knobs import Knob, is_named
 from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.evaluation.stored_evaluations import Evaluations
-from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.space.nearest import EXACT, coefficients, nearest_point, nearest_values, per_layer
 from evomerge.search.space.space import Group, Point, Space, axis_names
-from evomerge.search.verdict.intervals import (
-    Interval,
-    ItemScores,
-    Range,
-    intervals,
-    ranges_of_differences,
-    score_range,
-)
+from evomerge.search.verdict.no_loss import NoLoss
 from evomerge.search.verdict.verdict import difference_text
 from evomerge.sources.tensor_names import coefficient_layer
 
@@ -299,7 +291,7 @@ async def simplify(
         log("simplify: the candidate's coefficients cannot be made fewer")
         return []
     kept: list[Form] = []
-    judge = Judge(evaluations, await evaluations.score("search", recipe, "candidate", everything=True), margin)
+    judge = NoLoss(evaluations, await evaluations.score("search", recipe, "candidate", everything=True), margin)
     equal = judge.metric_difference(judge.candidate)
     if equal.low is None or equal.low <= -margin:
         least = "" if equal.low is None else f"; give a margin above {-equal.low:.3g}, or more search items"
@@ -320,45 +312,3 @@ async def simplify(
 
     await simplest(form, keep)
     return [Simplified(simpler.recipe, sentence_of(form, simpler)) for simpler in reversed(kept)]
-
-
-class Judge:
-    """Compares recipes with the candidate on the search split."""
-
-    def __init__(self, evaluations: Evaluations, candidate: Scores, margin: float) -> None:
-        """candidate: its scores by every metric.  margin: the largest loss."""
-        self.tasks = evaluations.task_set
-        self.scale = evaluations.scale
-        self.candidate = candidate
-        self.margin = margin
-
-    def metric_difference(self, scores: Scores) -> Interval:
-        """The mean metric minus the candidate's, paired by items."""
-        own, theirs = (self.tasks.scores_of(s, "metric") for s in (scores, self.candidate))
-        ranges = {t.name: score_range(t.metric, [own[t.name], theirs[t.name]]) for t in self.tasks.goals}
-        return self.difference(own, theirs, ranges)
-
-    def value_difference(self, scores: Scores) -> Interval:
-        """The mean value of the items minus the candidate's, paired by items."""
-        own, theirs = (
-            {task: values.tolist() for task, values in self.scale.item_values(s).items()}
-            for s in (scores, self.candidate)
-        )
-        ranges: dict[str, Range | None] = {
-            task: (min(*own[task], *theirs[task]), max(*own[task], *theirs[task])) for task in own
-        }
-        return self.difference(own, theirs, ranges)
-
-    def difference(self, own: ItemScores, theirs: ItemScores, ranges: dict[str, Range | None]) -> Interval:
-        """The mean difference of two models' item scores.  ranges: of an item's score, by task."""
-        differences = {task: np.subtract(own[task], theirs[task]).tolist() for task in own}
-        return intervals([differences], ranges_of_differences(ranges), self.tasks.weights, 0)[0]
-
-    def holds_guards(self, scores: Scores) -> bool:
-        """Whether no guard is broken more than by the candidate."""
-        return all(g.violation(scores) <= g.violation(self.candidate) for g in self.scale.guards.values())
-
-    def within(self, metric: Interval, value: Interval) -> bool:
-        """Whether the metric excludes a loss beyond the margin, and the value does not show one."""
-        excluded = metric.low is not None and metric.low > -self.margin
-        return excluded and value.high is not None and value.high >= -self.margin

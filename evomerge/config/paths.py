@@ -1,0 +1,92 @@
+"""The paths in a configuration: made absolute, checked for what is there, pinned to commits of the hub."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskOptions
+from evomerge.sources.locate import looks_like_hub_id, pinned
+
+
+def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a configuration file with absolute paths; hub ids and names of lm-eval's tasks are unchanged.
+
+    content: parsed YAML, of any types.  folder: to which relative paths are relative.
+    """
+
+    def absolute(text: str) -> str:
+        try:
+            return str((folder / os.path.expanduser(text)).resolve())
+        except ValueError:  # a zero byte: no file can have that name, which `path_problems` reports
+            return text
+
+    def model(text: object) -> object:
+        if not isinstance(text, str) or (looks_like_hub_id(text) and not os.path.exists(folder / text)):
+            return text
+        return absolute(text)
+
+    content = dict(content)
+    if "base" in content:
+        content["base"] = model(content["base"])
+    if isinstance(content.get("sources"), list):
+        content["sources"] = [
+            {**s, "path": model(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
+        ]
+        content["sources"] = [
+            {**s, "statistics": absolute(s["statistics"])}
+            if isinstance(s, dict) and isinstance(s.get("statistics"), str)
+            else s
+            for s in content["sources"]
+        ]
+    if isinstance(content.get("baselines"), list):
+        content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
+    if isinstance(content.get("start_from"), str):
+        content["start_from"] = absolute(content["start_from"])
+    for key in ("tasks", "guards"):
+        if isinstance(content.get(key), list):
+            content[key] = [
+                {**t, "task": absolute(t["task"])}
+                if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
+                else t
+                for t in content[key]
+            ]
+    return content
+
+
+def path_problems(config: SearchConfig) -> list[str]:
+    """The problems with paths: models and files that do not exist, and tasks that are listed twice."""
+    problems = []
+    models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    for where, path in models:
+        if not os.path.isdir(path) and not looks_like_hub_id(path):
+            problems.append(f"{where}: no such folder: {path}")
+    for i, source in enumerate(config.sources):
+        if source.statistics is not None and not os.path.isfile(source.statistics):
+            problems.append(f"sources.{i}.statistics: no such file: {source.statistics}")
+    lists: dict[str, Sequence[TaskOptions]] = {"tasks": config.tasks, "guards": config.guards}
+    for key, entries in lists.items():
+        for i, task in enumerate(entries):
+            if task.is_file and not os.path.isfile(task.task):
+                problems.append(f"{key}.{i}.task: no such file: {task.task}")
+    for i, recipe in enumerate(config.baselines):
+        if not os.path.isfile(recipe):
+            problems.append(f"baselines.{i}: no such file: {recipe}")
+    for key, entries in lists.items():
+        names = [task.task for task in entries]
+        problems += [f"{key}: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    return problems
+
+
+def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
+    """The configuration with a commit for every hub id, and with the table of these commits in `hub`.
+
+    known: the commits with which the search began, if it has begun.
+
+    EvomergeError if the hub does not give a model.
+    """
+    paths = [config.base, *(source.path for source in config.sources)]
+    hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
+    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})
