@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.search import read_config
-from evomerge.config.config_file import pin
+from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import write_text

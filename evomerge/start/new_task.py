@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from evomerge.config.schema import TaskConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import NAME_LENGTH, open_tasks
 from evomerge.files import read_text, write_text
