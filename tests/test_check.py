@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from searches import run_cli, write_config
@@ -138,3 +139,13 @@ def test_a_check_shows_the_answers_and_scores_of_evaluate(tiny_family: Path, tmp
     done = run_cli("search", config, "--check", "--trials", "6", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "a trial takes at most" in done.stdout
+
+
+def test_a_chat_template_that_is_missing_is_said_before_anything_is_computed(tiny_family: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(write_config(tmp_path, tiny_family).read_text())
+    content["tasks"][0]["apply_chat_template"] = True
+    (tmp_path / "chat.yaml").write_text(yaml.safe_dump(content))
+    done = run_cli("search", tmp_path / "chat.yaml", "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert "has no chat template; leave it out" in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "run").exists()

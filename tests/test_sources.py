@@ -128,7 +128,7 @@ def test_a_config_that_is_not_utf8_or_missing_is_refused(llama: Path) -> None:
     (llama / "config.json").write_bytes(b"\xff\xfe{}")
     assert "config.json: cannot be read" in refusal(llama)
     (llama / "config.json").unlink()
-    assert "config.json: no such file" in refusal(llama)
+    assert "is no model folder, it has neither config.json nor adapter_config.json" in refusal(llama)
 
 
 def test_a_quantised_checkpoint_is_refused_by_its_tensor(llama: Path) -> None:

@@ -71,6 +71,29 @@ def test_a_split_that_the_data_lack_is_named(key: str, tmp_path: Path) -> None:
         open_tasks([TaskConfig(task=str(file))])
 
 
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+def test_a_column_that_the_data_lack_is_named(key: str, tmp_path: Path) -> None:
+    file = with_keys(write_task(tmp_path, "sums", DOCS, **ASK), **{key: "{{qq}}"})
+    with pytest.raises(
+        EvomergeError, match=rf"{key}: the data have no column 'qq'; did you mean q\?; they have q, c"
+    ):
+        open_tasks([TaskConfig(task=str(file))])
+
+
+def test_an_empty_data_file_is_named(tmp_path: Path) -> None:
+    file = write_task(tmp_path, "sums", DOCS, **ASK)
+    (data,) = tmp_path.glob("*.jsonl")
+    data.write_text("")
+    with pytest.raises(EvomergeError, match="its data file is empty"):
+        open_tasks([TaskConfig(task=str(file))])
+
+
+def test_a_misspelt_objective_has_a_hint(tmp_path: Path) -> None:
+    file = write_task(tmp_path, "sums", DOCS, **ASK)
+    with pytest.raises(EvomergeError, match=r"did you mean choice_logprob\?"):
+        open_tasks([TaskConfig(task=str(file), objective="choice_logprb")])
+
+
 def test_a_task_of_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evomerge.evaluate.tasks.load_named", lambda name: [])
     with pytest.raises(EvomergeError, match="empty: lm-eval finds no task in it"):

@@ -25,11 +25,12 @@ def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16
     from evomerge.report.check_text import check_text
     from evomerge.report.progress import console
     from evomerge.search.check.check import check_search
-    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.models import open_config_models
 
     models = open_config_models(loaded)
     task_set = open_task_set(loaded)
+    check_chat_templates(models, task_set)
     check_statistics(loaded, models, task_set)
     found = check_search(loaded, models, task_set, items, print if show else lambda text: None)
     if show:

@@ -97,7 +97,7 @@ def search(
     # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.
     from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.recipe.layout import build_layout
-    from evomerge.search.evaluation.task_set import check_statistics, open_task_set
+    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.inputs import create_run
     from evomerge.search.models import open_config_models
     from evomerge.search.space.start_points import read_start, refuse_seen_items
@@ -108,6 +108,7 @@ def search(
         if show:
             print(f"note: {note}", file=sys.stderr)
     task_set = open_task_set(loaded)
+    check_chat_templates(models, task_set)
     check_statistics(loaded, models, task_set)
     if loaded.start_from is not None:
         read_start(loaded)

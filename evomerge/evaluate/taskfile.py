@@ -4,11 +4,12 @@ import difflib
 import json
 import logging
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import EvomergeError, first_line
+from evomerge.errors import EvomergeError, did_you_mean, first_line
 from evomerge.files import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
@@ -86,7 +87,8 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
             make()  # fails here on wrong arguments; lm-eval calls it only after the first answer
         return tasks, bool(code)
     except Exception as error:  # lm-eval and datasets raise many types
-        why = missing_split(content, error) or f"lm-eval cannot open this task ({reason(error)})"
+        why = missing_split(content, error) or missing_column(content, error)
+        why = why or f"lm-eval cannot open this task ({reason(error)})"
         raise EvomergeError(f"{path}: {why}") from error
 
 
@@ -102,6 +104,32 @@ def missing_split(content: dict[str, Any], error: Exception) -> str | None:
     files = (content.get("dataset_kwargs") or {}).get("data_files")
     listed = f"; it has {', '.join(map(str, files))}" if isinstance(files, dict) else ""
     return f"{key}: the data set has no split {wanted!r}{listed}"
+
+
+def missing_column(content: dict[str, Any], error: Exception) -> str | None:
+    """The message for a template that names a column which the data lack; None for other errors.
+
+    content: the task file.
+    """
+    found = re.fullmatch(r"'(\w+)' is undefined", reason(error))
+    if found is None:
+        return None
+    name = found[1]
+    key = next((k for k, v in content.items() if k.startswith("doc_to_") and name in re.findall(r"\w+", str(v))), None)
+    columns = first_columns((content.get("dataset_kwargs") or {}).get("data_files"))
+    listed = f"; they have {', '.join(columns)}" if columns else ""
+    return f"{key or 'a template'}: the data have no column {name!r}{did_you_mean(name, columns)}{listed}"
+
+
+def first_columns(data_files: Any) -> list[str]:
+    """The keys of the first row of JSON Lines, of files as `local_data` gives them; empty for other files."""
+    while isinstance(data_files, (dict, list)):
+        data_files = next(iter(data_files.values() if isinstance(data_files, dict) else data_files), None)
+    if not str(data_files).endswith(".jsonl") or not os.path.isfile(str(data_files)):
+        return []
+    with open(str(data_files), encoding="utf-8", errors="replace") as file:
+        row = json.loads(next((line for line in file if line.strip()), "null"))
+    return list(row) if isinstance(row, dict) else []
 
 
 def code_in(path: Path, root: Path, seen: set[Path]) -> list[tuple[Path, str]]:
@@ -202,6 +230,8 @@ def local_data(data_files: Any, task_file: Path) -> Any:
     path = task_file.parent / str(data_files)
     if not os.path.isfile(path):
         raise EvomergeError(f"{task_file}: its data file is missing: {path}")
+    if os.path.getsize(path) == 0:
+        raise EvomergeError(f"{task_file}: its data file is empty: {path}")
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.config.tasks import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.evaluate.metrics import CHOSEN, KINDS, METRICS, NORMALISED, Metric, added_metric, added_names
 from evomerge.evaluate.taskfile import load_file, load_named
 
@@ -162,7 +162,8 @@ def require_metric(task: Task, key: str, name: str) -> None:
     if plain not in task.metrics and plain not in task.own and (found := added_metric(plain)) is not None:
         add_metric(task, found)
     if plain not in {*task.metrics, *task.own} or (filter_name and filter_name not in task.filters):
-        raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)})")
+        hint = did_you_mean(plain, [*task.metrics, *task.own, *CHOSEN])
+        raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)}){hint}")
 
 
 def objective_for(task: Task, name: str, metric: str) -> str:

@@ -161,6 +161,8 @@ def config_ties_head(config: Mapping[str, Any]) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a model's config.json.  EvomergeError if it cannot be read, or a key has a wrong type."""
     file = folder / "config.json"
+    if not file.exists():
+        raise EvomergeError(f"{folder}: is no model folder, it has neither config.json nor adapter_config.json")
     config = read_json(file)
     for key, kind in (("model_type", str), ("auto_map", dict)):
         if not isinstance(config.get(key), (kind, type(None))):

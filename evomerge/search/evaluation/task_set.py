@@ -16,6 +16,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.guards import Guard
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.sources.open_models import Models
+from evomerge.sources.tokenizer import has_chat_template
 
 Scores = dict[str, dict[str, list[float]]]
 """Task -> metric -> one score per item, the higher the better."""
@@ -106,6 +107,16 @@ def guards_of(config: SearchConfig, tasks: Sequence[Task]) -> tuple[Guard, ...]:
         name = next(iter(metrics)) if len(metrics) == 1 else guard.task
         found.append(Guard(name, metrics, guard.max_drop, guard.of))
     return tuple(found)
+
+
+def check_chat_templates(models: Models, task_set: TaskSet) -> None:
+    """EvomergeError if a task asks for a chat template that the base's tokenizer does not have."""
+    for task in task_set.tasks:
+        if task.chat and not has_chat_template(models.base.path):
+            raise EvomergeError(
+                f"task {task.name}: apply_chat_template is asked for, but {models.base.path} has no chat template; "
+                "leave it out, or put the chat_template.jinja of a source beside the base's tokenizer"
+            )
 
 
 def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) -> None:
