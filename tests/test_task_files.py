@@ -74,9 +74,7 @@ def test_a_split_that_the_data_lack_is_named(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
 def test_a_column_that_the_data_lack_is_named(key: str, tmp_path: Path) -> None:
     file = with_keys(write_task(tmp_path, "sums", DOCS, **ASK), **{key: "{{qq}}"})
-    with pytest.raises(
-        EvomergeError, match=rf"{key}: the data have no column 'qq'; did you mean q\?; they have q, c"
-    ):
+    with pytest.raises(EvomergeError, match=rf"{key}: the data have no column 'qq'; did you mean q\?; they have q, c"):
         open_tasks([TaskConfig(task=str(file))])
 
 

@@ -44,15 +44,21 @@ def reproduce(
 def inspect(
     base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     sources: Annotated[list[str], typer.Argument(help="Fine-tunes or LoRA adapters of it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Tell whether these models can be merged, and what to expect."""
+    """Tell whether these models can be merged, and what to expect: how far they are from the base, and how alike."""
     from evomerge.report.inspection import inspect as inspect_models
     from evomerge.report.progress import console
 
     found = inspect_models(base, sources)
-    console.print(found)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        console.print(found)
     if not found.mergeable:
         raise typer.Exit(2)
+    if found.strangers:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: evomerge evaluate merged/ --tasks evals/tiny/rev.yaml --tasks evals/tiny/sort.yaml")

@@ -1,9 +1,11 @@
 """Inspect models: layers and components, compatibility, and how far the sources are from the base."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from io import StringIO
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.measure.gram import gram_matrix
+from evomerge.merge.measure.distances import measure, strangers
 from evomerge.sources.locate import locate
-from evomerge.sources.open_models import Models, open_models
-from evomerge.sources.tensor_names import layer_count, tensor_role
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import layer_count
 
-WIDTH = 120  # characters of the text form
+WIDTH = 80  # characters of the text form
+ALIKE, NEAR, AGAINST = 0.9, 0.2, -0.2  # cosines
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +48,15 @@ class Inspection:
         """Whether the models can be merged."""
         return not self.problems
 
+    @property
+    def strangers(self) -> list[str]:
+        """The sources that are no fine-tunes of the base (`merge/measure/distances.py`)."""
+        return strangers(self.distances)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return asdict(self) | {"strangers": self.strangers, "advice": list(self.advice())}
+
     def __str__(self) -> str:
         text = StringIO()
         Console(file=text, width=WIDTH, soft_wrap=True, highlight=False).print(self)
@@ -60,18 +72,55 @@ class Inspection:
         yield from (Text(f"note: {note}") for note in self.notes)
         yield from (Text(f"problem: {problem}") for problem in self.problems)
         if self.mergeable:
-            yield self.table()
+            yield self.distance_table()
+            if len(self.cosines) > 1:
+                yield self.cosine_table()
+            yield from (Text(sentence) for sentence in self.advice())
         yield Text("these models can be merged" if self.mergeable else "these models cannot be merged")
 
-    def table(self) -> Table:
-        """Distances and cosines, a row for each source."""
+    def distance_table(self) -> Table:
+        """How long each task vector is beside the base, in percent, by component."""
         components = list(next(iter(self.distances.values())))
-        table = Table("source", *(f"|d|/|b| {c}" for c in components), *(f"cos {s}" for s in self.cosines))
+        table = Table(title="length of the change, % of the base's weights", title_justify="left")
+        for name in ("source", *components):
+            table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
         for source, shares in self.distances.items():
-            lengths = ["-" if share is None else f"{share:.2%}" for share in shares.values()]
-            angles = ["-" if cosine is None else f"{cosine:+.2f}" for cosine in self.cosines[source].values()]
-            table.add_row(source, *lengths, *angles)
+            table.add_row(source, *("-" if x is None else f"{100 * x:.3g}" for x in shares.values()))
         return table
+
+    def cosine_table(self) -> Table:
+        """The cosine between any two task vectors."""
+        table = Table(title="cosine between the changes (1: the same, 0: unrelated)", title_justify="left")
+        for name in ("source", *self.cosines):
+            table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+        for source, row in self.cosines.items():
+            table.add_row(source, *("-" if x is None else f"{x:z.2f}" for x in row.values()))
+        return table
+
+    def advice(self) -> Iterator[str]:
+        """What the numbers mean, one sentence each."""
+        for source, shares in self.distances.items():
+            farthest = max((x for x in shares.values() if x is not None), default=0.0)
+            if source in self.strangers:
+                yield (
+                    f"{source} changes some weights by {farthest:.0%} of their size: that is another model rather than "
+                    "a fine-tune of this base, and merging it will most likely destroy both"
+                )
+            elif farthest == 0.0:
+                yield f"{source} is the base itself"
+        names = list(self.cosines)
+        for one, other in combinations(names, 2):
+            cosine = self.cosines[one][other]
+            if cosine is not None and cosine > ALIKE:
+                yield f"{one} and {other} are nearly the same change (cosine {cosine:.2f}): one of them is enough"
+            elif cosine is not None and cosine < AGAINST:
+                yield f"{one} and {other} pull against each other (cosine {cosine:.2f}): each will lose a part"
+        good = [n for n in names if n not in self.strangers]
+        pairs = [self.cosines[a][b] for a, b in combinations(good, 2)]
+        if pairs and all(c is not None and AGAINST <= c <= NEAR for c in pairs):
+            yield "the sources hardly touch each other: task_arithmetic with a weight for every layer is a good start"
+        elif pairs:
+            yield "the sources overlap: try `method: [task_arithmetic, ties, dare_ties]`, and let the search choose"
 
 
 def inspect(base: str | Path, sources: str | Path | Sequence[str | Path]) -> Inspection:
@@ -100,35 +149,3 @@ def inspect(base: str | Path, sources: str | Path | Sequence[str | Path]) -> Ins
         distances=distances,
         cosines=cosines,
     )
-
-
-Measures = dict[str, dict[str, float | None]]
-"""Source -> component or source -> a number."""
-
-
-def measure(models: Models) -> tuple[Measures, Measures]:
-    """The distances and the cosines of an `Inspection`."""
-    sources = list(models.sources)
-    components = sorted({tensor_role(n).component for n in models.base.tensors})
-    squares = {(s, c): 0.0 for s in sources for c in components}
-    base_squares = dict.fromkeys(components, 0.0)
-    products = np.zeros((len(sources), len(sources)))  # (N, N)
-    for name, info in models.base.tensors.items():
-        if not info.dtype.is_floating_point:
-            continue
-        base = models.base.read(name)
-        deltas = [models.sources[s].read(name).float() - base.float() for s in sources]
-        gram = gram_matrix([base, *deltas])
-        component = tensor_role(name).component
-        base_squares[component] += gram[0, 0]
-        products += gram[1:, 1:]
-        for i, s in enumerate(sources):
-            squares[s, component] += gram[i + 1, i + 1]
-    distances: Measures = {}
-    cosines: Measures = {}
-    for i, s in enumerate(sources):
-        shares = {c: (squares[s, c] / base_squares[c]) ** 0.5 if base_squares[c] else None for c in components}
-        lengths = np.sqrt(products[i, i] * products.diagonal())
-        distances[s] = {c: None if share is None else float(share) for c, share in shares.items()}
-        cosines[s] = {o: float(p / n) if n else None for o, p, n in zip(sources, products[i], lengths, strict=True)}
-    return distances, cosines

@@ -11,12 +11,14 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.item_values import MetricFailed
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.materialise import NotFinite
+from evomerge.merge.measure.distances import measure, strangers
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
     forecast_concerns,
     holdout_concern,
     split_concerns,
+    stranger_concerns,
     task_concerns,
 )
 from evomerge.search.check.forecast import Forecast, forecast
@@ -76,7 +78,8 @@ def check_search(
         raise EvomergeError(f"base and sources cannot be scored: {error}") from error
     size = sum(math.prod(t.shape) for t in models.base.tensors.values()) * TORCH_DTYPES[config.dtype].itemsize
     plan = forecast(config, task_set, found, size)
-    concerns = [concern for task in found.tasks for concern in task_concerns(task)]
+    concerns = list(stranger_concerns(strangers(measure(models)[0])))
+    concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
     templates = [n for n, m in {"base": models.base, **models.sources}.items() if has_chat_template(m.path)]
     plainly = [t.name for t in task_set.tasks if not t.chat and t.kind != "loglikelihood_rolling"]

@@ -151,6 +151,17 @@ def plain(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().lower()
 
 
+def stranger_concerns(strangers: Sequence[str]) -> Iterator[Concern]:
+    """Sources that are no fine-tunes of the base."""
+    for name in strangers:
+        what = (
+            f"{name} is another model rather than a fine-tune of this base: its weights have hardly anything in common"
+        )
+        yield Concern(
+            what, "leave it out, or find the base that it was made from; `evomerge inspect` has the distances"
+        )
+
+
 def chat_concerns(templates: Sequence[str], asked_plainly: Sequence[str]) -> Iterator[Concern]:
     """Chat models that are asked without their template.
 
