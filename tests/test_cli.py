@@ -176,6 +176,8 @@ def test_evaluate_prints_lm_evals_metrics_and_writes_items(tiny_family: Path, tm
     assert result["items"] == 20
     assert len(result["per_item"]["acc"]) == 20
     assert result["metrics"]["acc"] == sum(result["per_item"]["acc"]) / 20
+    for answer, right in zip(result["answers"], result["per_item"]["acc"], strict=True):
+        assert (answer["text"] == answer["gold"]) == bool(right)
 
 
 def test_inspect_shows_distances_and_refuses_another_architecture(tiny_family: Path, tmp_path: Path) -> None:

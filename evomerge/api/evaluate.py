@@ -1,7 +1,7 @@
 """Score a model on tasks, and gather what `fisher` and `regmean` need to know of one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,7 +21,7 @@ class Evaluation:
     """The scores of one model.
 
     tasks: task -> its result: `items`, how many were scored; `metrics`, metric -> its mean over the items, by lm-eval's
-        own aggregation; `raw`, metric -> one value per item.
+        own aggregation; `raw`, metric -> one value per item; `answers`, prompt, gold answer and answer of each item.
     compute_dtype: the type in which the model computed.
     seconds: part of the work -> wall-clock seconds.
     """
@@ -31,9 +31,15 @@ class Evaluation:
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The scores as JSON has them: task -> items, metrics, compute_dtype, per_item."""
+        """The scores as JSON has them: task -> items, metrics, compute_dtype, per_item, answers."""
         return {
-            name: {"items": r.items, "metrics": r.metrics, "compute_dtype": self.compute_dtype, "per_item": r.raw}
+            name: {
+                "items": r.items,
+                "metrics": r.metrics,
+                "compute_dtype": self.compute_dtype,
+                "per_item": r.raw,
+                "answers": [asdict(answer) for answer in r.answers],
+            }
             for name, r in self.tasks.items()
         }
 

@@ -79,11 +79,13 @@ def evaluate(
         int | None, typer.Option(min=64, help="Padded tokens per forward; by default what the device holds.")
     ] = None,
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write the scores, per item too, as JSON.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Show prompt, answer, gold and scores of so many items a task.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write scores and answers of every item as JSON.")] = None,
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from evomerge.api.evaluate import evaluate as score
     from evomerge.files import write_text
+    from evomerge.report.terminal import print_answers
 
     found = score(
         model,
@@ -99,6 +101,7 @@ def evaluate(
         batch_tokens=batch_tokens,
         device=device,
     )
+    print_answers(list(found.tasks.values()), show)
     if output is not None:
         write_text(output, json.dumps(found.as_dict(), indent=2, default=str) + "\n")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.clock import Clock, counter
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.item_values import ItemMetrics, MetricFailed, aggregate
@@ -18,12 +19,14 @@ class TaskResult:
     items: how many items were scored.
     metrics: each metric over all items, by lm-eval's own aggregation.
     raw: each metric's value for every item.
+    answers: to every item.
     """
 
     task: str
     items: int
     metrics: dict[str, float]
     raw: ItemMetrics
+    answers: list[Answer]
 
 
 def evaluate_model(
@@ -56,5 +59,5 @@ def evaluate_model(
             metrics = {metric: aggregate(task, metric, values) for metric, values in found.items()}
         except MetricFailed as error:
             raise EvomergeError(str(error)) from error
-        results.append(TaskResult(task.name, len(items), metrics, found))
+        results.append(TaskResult(task.name, len(items), metrics, found, answers_of(engine, work)))
     return results

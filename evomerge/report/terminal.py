@@ -204,3 +204,18 @@ def print_results(results: Sequence["TaskResult"], clock: "Clock") -> None:
             table.add_row(result.task, str(result.items), metric, f"{value:.4f}")
     console.print(table)
     console.print(", ".join(f"{part} {seconds:.1f} s" for part, seconds in clock.seconds.items()))
+
+
+def print_answers(results: Sequence["TaskResult"], count: int) -> None:
+    """Print the first answers to each task.  count: of each."""
+    for result in results:
+        for number, answer in enumerate(result.answers[:count]):
+            scores = ", ".join(f"{metric} {score_text(values[number])}" for metric, values in result.raw.items())
+            taken = "" if answer.taken == answer.text else f" -> {answer.taken!r}"
+            print(f"\n{result.task} {number + 1}: {scores}\n{answer.prompt}")
+            print(f"  answer {answer.text!r}{taken}\n  gold   {answer.gold!r}")
+
+
+def score_text(value: Any) -> str:
+    """One item's value of a metric; some of lm-eval's are no numbers."""
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)

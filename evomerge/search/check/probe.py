@@ -1,17 +1,14 @@
 """A few items of each task, answered by base and sources."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evomerge.evaluate.answers import answers_of
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.engine import Engine, choices_of
-from evomerge.evaluate.item_values import ItemMetrics
-from evomerge.evaluate.requests import gold_choice
-from evomerge.evaluate.tasks import Item, Split, Task
-from evomerge.evaluate.workload import ItemRequests, Workload
+from evomerge.evaluate.tasks import Split
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.score_checks import finite_scores
 from evomerge.search.evaluation.task_set import TaskSet
@@ -22,11 +19,8 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Answered:
-    """One item as a model answered it.
+    """One item as a model answered it: `text`, `taken` and `cut` as in `evaluate/answers.py`.
 
-    text: what the model wrote, or the choice that it took; empty where a task only scores texts.
-    taken: what the task's filter took of it.
-    cut: whether the text has as many tokens as the task allows.
     metric, objective: the item scores, the higher the better.
     """
 
@@ -101,7 +95,7 @@ def probe(
     """
     engine, tasks = evaluator.engine, evaluator.task_set.tasks
     chosen = {t.name: evaluator.task_set.items[t.name]["search"][:count] for t in tasks}
-    answers: dict[str, list[dict[str, Answered]]] = {t.name: [{} for _ in chosen[t.name]] for t in tasks}
+    asked: dict[str, list[ProbedItem]] = {}
     seconds, merge = {t.name: 0.0 for t in tasks}, 0.0
     for model in models:
         progress(f"{model.name} answers {count} items of each task")
@@ -117,56 +111,26 @@ def probe(
                 seconds[task.name] = (time.perf_counter() - started) / max(1, len(chosen[task.name]))
             work = engine.prepare(task, chosen[task.name], everything=True)
             found = engine.score(work, clock)
-            for place, answer in enumerate(answered(engine, work, found)):
-                answers[task.name][place][model.name] = answer
-    probed = []
-    for task in tasks:
-        items = [
-            ProbedItem(prompt_of(engine, task, item), gold_of(task, item), answers[task.name][place])
-            for place, item in enumerate(chosen[task.name])
-        ]
-        right = 1.0 if evaluator.task_set.values_metric(task) else None
-        probed.append(ProbedTask(task.name, task.kind, task.metric, task.objective, right, items, seconds[task.name]))
-    return Probe(probed, merge)
-
-
-def answered(engine: Engine, work: Workload, found: ItemMetrics) -> list[Answered]:
-    """The answers of one task's workload, after it was scored."""
-    task = work.task
-    scores: Mapping[str, list[float]] = {m: finite_scores(task, m, found) for m in (task.metric, task.objective)}
-    both = zip(scores[task.metric], scores[task.objective], strict=True)
-    return [
-        Answered(*text_of(engine, task, asked), metric, objective)
-        for asked, (metric, objective) in zip(work.items, both, strict=True)
-    ]
-
-
-def text_of(engine: Engine, task: Task, asked: ItemRequests) -> tuple[str, str, bool]:
-    """What was answered, what the first filter took of it, and whether it was cut."""
-    if task.kind == "generate_until":
-        text = str(asked.instances[0].resps[0])
-        taken = asked.instances[0].filtered_resps[task.filters[0]]
-        length = len(engine.lm.tok_encode(text, add_special_tokens=False))
-        return text, str(taken[0] if isinstance(taken, list) and taken else taken), length >= asked.prompts[0].limit
-    if task.kind == "multiple_choice":
-        numbers, _ = choices_of(task, asked)
-        logprobs = [asked.instances[k].resps[0][0] for k in range(len(numbers))]
-        text = asked.instances[int(np.argmax(logprobs))].args[1].removeprefix(task.lm.config.target_delimiter)
-        return text, text, False
-    return "", "", False
-
-
-def prompt_of(engine: Engine, task: Task, item: Item) -> str:
-    """The prompt as the model sees it, with examples and template."""
-    return str(engine.requests.instances(task, item)[0].args[0])
-
-
-def gold_of(task: Task, item: Item) -> str:
-    """The gold answer as text: what the metric compares with."""
-    if task.kind == "multiple_choice":
-        return str(task.lm.doc_to_choice(item.doc)[gold_choice(task, item.doc)])
-    target = task.lm.doc_to_target(item.doc)
-    return "" if task.kind == "loglikelihood_rolling" else str(target[0] if isinstance(target, list) else target)
+            answers = answers_of(engine, work)
+            items = asked.setdefault(task.name, [ProbedItem(a.prompt, a.gold, {}) for a in answers])
+            scores = [finite_scores(task, metric, found) for metric in (task.metric, task.objective)]
+            for item, answer, metric, objective in zip(items, answers, *scores, strict=True):
+                item.answers[model.name] = Answered(answer.text, answer.taken, answer.cut, metric, objective)
+    return Probe(
+        [
+            ProbedTask(
+                task.name,
+                task.kind,
+                task.metric,
+                task.objective,
+                1.0 if evaluator.task_set.values_metric(task) else None,
+                asked[task.name],
+                seconds[task.name],
+            )
+            for task in tasks
+        ],
+        merge,
+    )
 
 
 def questions(task_set: TaskSet) -> dict[str, dict[Split, list[str]]]:
