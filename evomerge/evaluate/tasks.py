@@ -162,7 +162,8 @@ def require_metric(task: Task, key: str, name: str) -> None:
     if plain not in task.metrics and plain not in task.own and (found := added_metric(plain)) is not None:
         add_metric(task, found)
     if plain not in {*task.metrics, *task.own} or (filter_name and filter_name not in task.filters):
-        hint = did_you_mean(plain, [*task.metrics, *task.own, *CHOSEN])
+        known = [*task.metrics, *task.own, *CHOSEN]
+        hint = "" if plain in known else did_you_mean(plain, known)
         raise EvomergeError(f"task {task.name}: {key} {name!r} is not one of its metrics ({listed(task)}){hint}")
 
 
