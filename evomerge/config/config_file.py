@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from evomerge.config.database_url import has_password, masked
-from evomerge.config.schema import SearchConfig, TaskOptions
+from evomerge.config.schema import SearchConfig, SpaceConfig, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
@@ -39,8 +39,35 @@ def method_problems(config: SearchConfig) -> list[str]:
         for source in config.space.sources
         if source not in names
     ]
+    if config.space.layers is not None:
+        return problems + layer_problems(config, methods)
     found = [problem for method in methods for problem in problems_of_one(config, method, methods)]
     return problems + list(dict.fromkeys(found))  # methods may have the same problem
+
+
+def layer_problems(config: SearchConfig, methods: Sequence[Method]) -> list[str]:
+    """The problems of a search for layers: other methods and coefficients, and what makes no layer differ."""
+    layers = config.space.layers
+    assert layers is not None, "only such a search is checked"
+    problems = [
+        f"space.layers: needs `method: passthrough`, every layer is that of one source; here is {m.name}"
+        for m in methods
+        if m.name != "passthrough"
+    ]
+    fields = SpaceConfig.model_fields
+    given = [n for n in fields if n != "layers" and getattr(config.space, n) != fields[n].default]
+    for name in [*config.space.__pydantic_extra__, *given]:
+        hint = "give `scale` in space.layers" if name == "scale" else "leave it out"
+        problems.append(f"space.{name}: cannot stand beside space.layers; {hint}")
+    if any(s.name == "skip" for s in config.sources):
+        problems.append("sources: with space.layers no source can be called skip, which means: no layer")
+    if len(config.sources) == 1 and not layers.skip and layers.passes == 1 and layers.scale is None:
+        problems.append("space.layers: one source and no `skip`, `passes` or `scale`: there is nothing to search")
+    if config.simplify is not None:
+        problems.append("simplify: there are no coefficients to leave out in a search for layers")
+    if config.sampler.name == "learned":
+        problems.append("sampler: learned: a choice of layers has no derivative; give another sampler")
+    return problems
 
 
 def problems_of_one(config: SearchConfig, method: Method, candidates: Sequence[Method]) -> list[str]:
@@ -206,7 +233,9 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     start = content.get("start_from")
     if not isinstance(start, str) or {"base", "sources", "method"} <= content.keys():
         return content
-    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start))) | content
+    space = content.get("space")
+    any_layers = isinstance(space, dict) and bool(space.get("layers"))
+    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start), any_layers)) | content
 
 
 def of_run(folder: Path) -> dict[str, Any]:
@@ -218,12 +247,15 @@ def of_run(folder: Path) -> dict[str, Any]:
     return {key: earlier[key] for key in ("base", "sources", "method", "allow_differences")}
 
 
-def of_file(file: Path) -> dict[str, Any]:
-    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them."""
+def of_file(file: Path, any_layers: bool) -> dict[str, Any]:
+    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them.
+
+    any_layers: whether the recipe may have slices, because layers are searched.
+    """
     from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
     recipe, _ = load_merge(file)
-    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+    if (recipe.slices and not any_layers) or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
     sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
     given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}

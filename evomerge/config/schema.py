@@ -80,6 +80,36 @@ def parse_axis(value: object) -> object:
 AxisValue = Annotated[Axis, BeforeValidator(parse_axis)]
 
 
+class LayersConfig(Strict):
+    """The search for the layers of the output: which source gives each of them (`passthrough` only).
+
+    skip: whether a layer may be left out.
+    passes: how many times the layers of `range` may follow one another.
+    range: (start, end): the layers start .. end - 1; None: all.
+    scale: the bounds of a factor for what each layer adds; None: it adds what it does in its source.
+    """
+
+    skip: bool = False
+    passes: int = Field(default=1, ge=1, le=8)
+    range: tuple[Annotated[int, Field(ge=0)], int] | None = None
+    scale: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def in_order(self) -> "LayersConfig":
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range: {list(self.range)} has no layer; give [start, end] with start < end")
+        if self.range is not None and self.passes == 1:
+            raise ValueError("range: says which layers may follow again, so it needs `passes: 2` or more")
+        if self.scale is not None and self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale: give bounds [low, high] with low < high, not {list(self.scale)}")
+        return self
+
+
+def parse_layers(value: object) -> object:
+    """`true` as a mapping; a mapping is returned unchanged."""
+    return {} if value is True else value
+
+
 class SpaceConfig(BaseModel):
     """Which coefficients are searched.
 
@@ -87,6 +117,7 @@ class SpaceConfig(BaseModel):
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
     components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
+    layers: the search for layers instead of coefficients.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
     """
@@ -98,6 +129,9 @@ class SpaceConfig(BaseModel):
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
+    layers: Annotated[LayersConfig | None, BeforeValidator(parse_layers)] = Field(
+        default=None, exclude_if=lambda layers: layers is None
+    )
 
     def axes(self, method: Method) -> dict[str, Axis]:
         """The coefficients that the file names; the name of a value becomes its number if the method has that name."""

@@ -143,14 +143,15 @@ def model_key(recipe: Recipe, layers: int) -> object:
 def given_recipe(config: SearchConfig, path: Path) -> Recipe:
     """The recipe of a file of the user's, recipe or mergekit file, with the names of the search's sources.
 
-    Raises EvomergeError if a source is not among the search's, or if the recipe has `slices`, a `vocabulary` or a
-    source with a `recipe`.
+    Raises EvomergeError if a source is not among the search's, or if the recipe has a `vocabulary`, a source with a
+    `recipe`, or `slices` that the search does not have (`space.layers`).
     """
     recipe = renamed(pin(load_merge(path)[0], config.hub), config)
     names = [s.name for s in config.sources]
     if unknown := [s.name for s in recipe.sources if s.name not in names]:
         raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
-    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+    other_layers = bool(recipe.slices) and config.space.layers is None
+    if other_layers or recipe.vocabulary or any(s.recipe for s in recipe.sources):
         raise EvomergeError(
             f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
             "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
@@ -179,9 +180,12 @@ def in_space(
     bounds, else a recipe outside the space.  Weights that add up to 1 mean the same in linear and task_arithmetic.
     """
     own = space.config.method
+    if space.assembly is not None and kind == "parent":
+        alone = space.assembly.whole(name)
+        return Baseline(name, kind, space.recipe(alone), alone)
     same = own == method or ({own, method} == {"linear", "task_arithmetic"} and abs(sum(weights.values()) - 1) < 1e-9)
-    alone = kind == "parent" and "weight" in METHODS[own].knobs and METHODS[own].keeps_parent
-    if same or alone:
+    kept = kind == "parent" and "weight" in METHODS[own].knobs and METHODS[own].keeps_parent
+    if same or kept:
         each = {s: {"weight": w, "density": density} for s, w in weights.items()}
         point = space.point(each, {"lambda": 1.0})
         if point is not None:

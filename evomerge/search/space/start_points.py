@@ -116,6 +116,8 @@ def read_start(config: SearchConfig) -> tuple[list[Start], list[str]]:
     gone: dict[str, None] = {}
     starts = []
     for name, rival, recipe in recipes:
+        if recipe.slices and config.space.layers is None:
+            raise EvomergeError(f"start_from: {path} was a search for layers (`space.layers`), and this is none")
         sources, lost = sources_here(recipe, config)
         gone |= dict.fromkeys(lost)
         if not sources:

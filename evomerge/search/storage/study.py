@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -203,7 +204,7 @@ class SearchStudy:
             return self.kept_sampler
         chosen = settled(self.stored.user_attrs, self.space.config.sampler)
         seed = self.space.config.seed
-        sampler = make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
+        sampler = make_sampler(SamplerSetup(chosen, self.axes, seed, number, self.workers, self.space.ties))
         if sampler_kind(chosen.name).serves_all_trials:
             self.kept_sampler = sampler
         return sampler
@@ -219,8 +220,11 @@ class SearchStudy:
         asked = self.mirror.ask()
         assert asked.number == number, "trials are proposed in order"
         self.size = max(self.size, number + 1)
-        for name, axis in self.space.axes.items():
-            asked.suggest_float(name, axis.low, axis.high)
+        for name, axis in self.axes.items():
+            if isinstance(axis, CategoricalDistribution):
+                asked.suggest_categorical(name, axis.choices)
+            else:
+                asked.suggest_float(name, axis.low, axis.high)
         return self.memory.get_trial(number)
 
     def begin(self, baseline: tuple[str, Point] | None, learned: LearnedPoint | None = None) -> Begun:
@@ -257,7 +261,7 @@ class SearchStudy:
             create_trial(
                 state=TrialState.RUNNING,
                 params=point,
-                distributions=self.axes,
+                distributions=dict(self.axes),
                 user_attrs=attributes,
                 system_attrs={FIXED_PARAMETERS: point},
             )
