@@ -117,6 +117,9 @@ class TrialRunner:
                 return Outcome(known, {}, self.evaluations.signs("search", recipe)), None
             if trial.baseline:
                 return TrialJob(recipe, None), None
+            if self.study.space.assembly and (same := self.study.at(trial.params)) is not None:
+                scores = {t: {m: x.tolist() for m, x in by.items()} for t, by in trial_scores(same).items()}
+                return Outcome(scores, {}, record_of(same).signs), None  # choices are often drawn again
             race, record = races.next() if races else (None, RaceRecord(None))
             setup = races.setup if races and race else None
             return TrialJob(recipe, parent_signs(self.study, baselines), setup, race), record

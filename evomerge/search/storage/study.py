@@ -189,6 +189,10 @@ class SearchStudy:
         trial = None if number is None else self.memory.get_trial(number)
         return trial if trial is not None and trial.state in FINISHED else None
 
+    def at(self, params: Point) -> FrozenTrial | None:
+        """The first trial with these parameters that was evaluated in full, None if there is none."""
+        return next((t for t in self.complete if t.params == params), None)
+
     def of_learned(self, steps: int, weights: dict[str, float] | None = None) -> FrozenTrial | None:
         """The finished trial at the point that was reached after so many gradient steps, None if there is none.
 
