@@ -16,7 +16,10 @@ from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import choices_of, is_named, values_of
 from evomerge.merge.methods.method import Method
+from evomerge.merge.recipe.pinned_inputs import pin as pin_recipe
+from evomerge.merge.recipe.recipe import load_recipe, models_on_disk, parse_recipe
 from evomerge.sources.locate import looks_like_hub_id, pinned
+from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -140,10 +143,22 @@ def type_problems(config: SearchConfig) -> list[str]:
     return [f"compute_dtype: {config.compute_dtype} cannot hold the values of dtype {config.dtype}; give {allowed}"]
 
 
+def vocabulary_problems(config: SearchConfig) -> list[str]:
+    """The problem with a `vocabulary` that is none of the models'."""
+    names = [s.name for s in config.sources]
+    if config.vocabulary is None or [*VOCABULARY_CHOICES, *names].count(config.vocabulary) == 1:
+        return []
+    allowed = ", ".join([*VOCABULARY_CHOICES, *names])
+    return [f"vocabulary: {config.vocabulary!r} is not one (alone) of {allowed}"]
+
+
 def path_problems(config: SearchConfig) -> list[str]:
     """The problems with paths: models and files that do not exist, and tasks that are listed twice."""
     problems = []
-    models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    models = [("base", config.base)]
+    for i, s in enumerate(config.sources):
+        inner = [(f"sources.{i}.recipe: {name}", m.path) for name, m in models_on_disk(s.recipe)] if s.recipe else []
+        models += inner or [(f"sources.{i}.path", s.path)]
     for where, path in models:
         if not os.path.isdir(path) and not looks_like_hub_id(path):
             problems.append(f"{where}: no such folder: {path}")
@@ -210,6 +225,12 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             else s
             for s in content["sources"]
         ]
+        content["sources"] = [
+            {**s, "recipe": whole_recipe(s["recipe"], folder, f"sources.{i}.recipe")}
+            if isinstance(s, dict) and s.get("recipe") is not None
+            else s
+            for i, s in enumerate(content["sources"])
+        ]
     if isinstance(content.get("baselines"), list):
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("start_from"), str):
@@ -223,6 +244,24 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
                 for t in content[key]
             ]
     return content
+
+
+def whole_recipe(given: object, folder: Path, where: str) -> dict[str, Any]:
+    """The recipe of a source with absolute paths.
+
+    given: the name of a recipe file, or the recipe itself.  folder: to which relative paths are relative.
+    where: its key, for the message.
+
+    EvomergeError if it is no recipe.
+    """
+    try:
+        if isinstance(given, str):
+            recipe = load_recipe((folder / os.path.expanduser(given)).resolve())
+        else:
+            recipe = parse_recipe(given, folder / "recipe")
+    except EvomergeError as error:
+        raise EvomergeError(f"{where}: {error}".replace(f"{folder / 'recipe'}: ", "")) from error
+    return recipe.model_dump(mode="json", exclude_defaults=True) | {"dtype": recipe.dtype}
 
 
 def with_start(content: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +283,8 @@ def of_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise EvomergeError(f"start_from: {folder} is no run folder (it has no config.yaml)")
     earlier = load_config(file).model_dump(by_alias=True, exclude_none=True)
-    return {key: earlier[key] for key in ("base", "sources", "method", "allow_differences")}
+    keys = ("base", "sources", "method", "allow_differences", "vocabulary")
+    return {key: earlier[key] for key in keys if key in earlier}
 
 
 def of_file(file: Path, any_layers: bool) -> dict[str, Any]:
@@ -255,10 +295,16 @@ def of_file(file: Path, any_layers: bool) -> dict[str, Any]:
     from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
     recipe, _ = load_merge(file)
-    if (recipe.slices and not any_layers) or recipe.vocabulary or any(s.recipe for s in recipe.sources):
-        raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
-    sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
+    if recipe.slices and not any_layers:
+        raise EvomergeError(f"{file}: a search cannot start from slices, unless it is one for layers (`space.layers`)")
+    sources: list[dict[str, Any]] = []
+    for s in recipe.sources:
+        origin = {"recipe": s.recipe.model_dump(mode="json")} if s.recipe else {"path": s.path}
+        sources.append({"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), **origin})
     given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
+    if recipe.vocabulary:
+        named = {s.name: own["name"] for s, own in zip(recipe.sources, sources, strict=True)}
+        given["vocabulary"] = named.get(recipe.vocabulary, recipe.vocabulary)
     if recipe.allow_differences:
         given["allow_differences"] = recipe.allow_differences
     return given
@@ -291,7 +337,8 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + type_problems(config) + path_problems(config) + guard_problems(config)
+        problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
+        problems += path_problems(config) + guard_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -323,9 +370,14 @@ def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
 
     EvomergeError if the hub does not give a model.
     """
-    paths = [config.base, *(source.path for source in config.sources)]
+    recipes = [s.recipe for s in config.sources if s.recipe]
+    paths = [config.base, *(s.path for s in config.sources if s.path)]
+    paths += [model.path for recipe in recipes for _, model in models_on_disk(recipe)]
     hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
-    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    sources = [
+        s.model_copy(update={"recipe": pin_recipe(s.recipe, hub)} if s.recipe else {"path": hub.get(s.path, s.path)})
+        for s in config.sources
+    ]
     return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.merge.methods.method import Method
-from evomerge.merge.recipe.recipe import Dtype
+from evomerge.merge.recipe.recipe import Dtype, Recipe
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.tensor_names import Component, Part
 
@@ -28,12 +28,14 @@ class SourceConfig(Strict):
 
     name: how tables and recipes call it; none of RESERVED.
     path: a folder or a hub id.
+    recipe: instead of a path, the recipe of the merge that is this source.
     role: used only to choose the recommended recipes.
     statistics: a file of `evomerge statistics`, for the methods that need one.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    path: str
+    path: str = Field(default="", exclude_if=lambda path: not path)
+    recipe: Recipe | None = Field(default=None, exclude_if=lambda recipe: recipe is None)
     role: Literal["specialist", "generalist"] | None = None
     statistics: str | None = None
 
@@ -43,6 +45,14 @@ class SourceConfig(Strict):
         if name in RESERVED:
             raise ValueError(f"{name!r} is the name of another model in tables; choose another name for the source")
         return name
+
+    @model_validator(mode="after")
+    def check_origin(self) -> "SourceConfig":
+        if bool(self.path) == (self.recipe is not None):
+            raise ValueError("needs a `path` or a `recipe`, and not both")
+        if self.recipe is not None and self.statistics is not None:
+            raise ValueError("statistics: can be given for a model on disk, not for a recipe")
+        return self
 
 
 class Axis(Strict):
@@ -333,7 +343,7 @@ class SearchConfig(Strict):
     """A whole search.  In the file relative paths are relative to its folder; here they are absolute.
 
     name: of the study and of the run folder.
-    base, sources, allow_differences: as in a recipe.
+    base, sources, allow_differences, vocabulary: as in a recipe.
     method: as in a recipe; of a list of methods the first, and once the search has chosen, the chosen one.
     methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
@@ -360,6 +370,7 @@ class SearchConfig(Strict):
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     allow_differences: list[Allowed] = []
+    vocabulary: str | None = Field(default=None, exclude_if=lambda vocabulary: vocabulary is None)
     method: MethodName
     methods: list[MethodName] | None = None
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))

@@ -51,7 +51,7 @@ from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.search.space.layer_assembly import build_assembly
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import open_tokenizer
+from evomerge.sources.tokenizer import Vocabulary, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -100,7 +100,8 @@ class Evaluator:
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-        self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
+        tokenizer = vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path))
+        self.engine = Engine(self.model, tokenizer, budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None
@@ -114,6 +115,8 @@ class Evaluator:
         inputs: SHA-256 of the models' files, by model.  EvomergeError if an item does not fit the model.
         """
         self.prepared("search", everything=False)
+        if self.config.vocabulary is not None:
+            inputs = {name: {**files, "vocabulary": self.config.vocabulary} for name, files in inputs.items()}
         if self.cache is not None:
             for method in self.config.candidate_methods:
                 measure_sources(self.bank, method, [s.name for s in self.config.sources], self.cache, inputs)

@@ -21,8 +21,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe.recipe import Recipe
 from evomerge.merge.recipe.slices import BASE, Slice
+from evomerge.search.space.config_recipe import config_recipe, config_source
 from evomerge.sources.tensor_names import COMPONENTS, PARTS, TensorRole, tensor_role
 
 if TYPE_CHECKING:
@@ -119,15 +120,11 @@ class Assembly:
         used = {name for part in slices for name in part.layers}
         by_matrix: dict[str, Any] = dict.fromkeys(WRITERS, scales)
         scaled = any(scale != 1.0 for scale in scales)
-        return Recipe(
-            method=self.config.method,
-            dtype=self.config.dtype,
-            seed=self.config.seed,
-            base=Model(path=self.config.base),
-            sources=[RecipeSource(name=s.name, path=s.path) for s in self.config.sources if s.name in used],
-            parameters={"scale": by_matrix | {"default": 1.0}} if scaled else {},
+        return config_recipe(
+            self.config,
+            [config_source(s) for s in self.config.sources if s.name in used],
+            {"scale": by_matrix | {"default": 1.0}} if scaled else {},
             slices=[] if whole else slices,
-            allow_differences=self.config.allow_differences,
         )
 
     def point_of(self, recipe: Recipe) -> dict[str, Any] | None:

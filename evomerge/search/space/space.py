@@ -22,7 +22,8 @@ from optuna.distributions import FloatDistribution
 from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.space.config_recipe import config_recipe, config_source
 from evomerge.search.space.layer_assembly import Assembly, AxisDistribution, build_assembly
 from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
 
@@ -119,18 +120,7 @@ class Space:
             elif knobs[knob].choices:
                 value = next(name for name, number in knobs[knob].choices.items() if number == value)
             (per_source[source] if source else shared)[knob] = value
-        return Recipe(
-            method=self.config.method,
-            dtype=self.config.dtype,
-            seed=self.config.seed,
-            base=Model(path=self.config.base),
-            sources=[
-                RecipeSource(name=s.name, path=s.path, parameters=per_source[s.name], statistics=s.statistics)
-                for s in self.config.sources
-            ],
-            parameters=shared,
-            allow_differences=self.config.allow_differences,
-        )
+        return config_recipe(self.config, [config_source(s, per_source[s.name]) for s in self.config.sources], shared)
 
     def gradient(self, by_knob: KnobGradient) -> Point:
         """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule)."""
