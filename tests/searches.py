@@ -155,7 +155,7 @@ def finished_search(config: Path, prelude: str = "") -> Path:
     return run
 
 
-def trials_of(run: Path) -> list[tuple[int, str, dict[str, float], float | None]]:
+def trials_of(run: Path) -> list[tuple[int, str, dict[str, Any], float | None]]:
     """(number, state, parameters, value) of every trial of a run, by number."""
     import optuna
 

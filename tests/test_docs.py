@@ -149,7 +149,7 @@ def keys(
     for name, field in model.model_fields.items():
         yield (*above, name)
         for inner in models_in(field.annotation):
-            if inner not in (*inside, model):
+            if inner not in (*inside, model, Recipe):  # a recipe's keys have a chapter of their own
                 yield from keys(inner, (*above, name), (*inside, model))
 
 

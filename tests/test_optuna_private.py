@@ -100,7 +100,7 @@ def test_numbered_qmc_sampler() -> None:
     theirs.add_trial(finished(0.0))  # the sampler learns the axes from it
     points = [dict(theirs.ask(dict(AXES)).params) for _ in range(4)]
     for number in (3, 0, 2):
-        ours = optuna.create_study(sampler=private.NumberedQMCSampler(3, number))
+        ours = optuna.create_study(sampler=private.NumberedQMCSampler(3, number, trial_seed=number))
         ours.add_trial(finished(0.0))
         assert ours.ask(dict(AXES)).params == points[number]
 

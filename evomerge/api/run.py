@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import TypeAdapter
@@ -35,7 +35,7 @@ class Trial:
         the best, so `value` is an estimate; `broken`: its model is unusable, and `value` that of the worst trial;
         `failed`: it has no value; `running`.
     value: the weighted mean objective over the tasks, the higher the better; None if there is none.
-    params: parameter -> its value.
+    params: parameter -> its value, a number or the name of a choice.
     baseline: the name of the baseline that the trial is, None if the sampler proposed it.
     evaluated: the share of the items that were scored.
     reason: why it is broken or has failed, else empty.
@@ -45,7 +45,7 @@ class Trial:
     number: int
     state: TrialResult
     value: float | None
-    params: dict[str, float]
+    params: dict[str, Any]
     baseline: str | None
     evaluated: float
     reason: str

@@ -100,10 +100,12 @@ def search(
     from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.inputs import create_run
     from evomerge.search.models import open_config_models
+    from evomerge.search.space.layer_assembly import build_assembly
     from evomerge.search.space.start_points import read_start, refuse_seen_items
 
     loaded = pin(loaded, {})
     models = open_config_models(loaded)
+    build_assembly(loaded, models)
     for note in check_loads(build_layout(models), models.base):
         if show:
             print(f"note: {note}", file=sys.stderr)

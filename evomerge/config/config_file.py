@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from evomerge.config.database_url import has_password, masked
 from evomerge.config.paths import absolute_paths, path_problems
-from evomerge.config.schema import SearchConfig
+from evomerge.config.schema import SearchConfig, SpaceConfig
 from evomerge.config.tasks import TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import choices_of, is_named, values_of
 from evomerge.merge.methods.method import Method
+from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -40,8 +41,35 @@ def method_problems(config: SearchConfig) -> list[str]:
         for source in config.space.sources
         if source not in names
     ]
+    if config.space.layers is not None:
+        return problems + layer_problems(config, methods)
     found = [problem for method in methods for problem in problems_of_one(config, method, methods)]
     return problems + list(dict.fromkeys(found))  # methods may have the same problem
+
+
+def layer_problems(config: SearchConfig, methods: Sequence[Method]) -> list[str]:
+    """The problems of a search for layers: other methods and coefficients, and what makes no layer differ."""
+    layers = config.space.layers
+    assert layers is not None, "only such a search is checked"
+    problems = [
+        f"space.layers: needs `method: passthrough`, every layer is that of one source; here is {m.name}"
+        for m in methods
+        if m.name != "passthrough"
+    ]
+    fields = SpaceConfig.model_fields
+    given = [n for n in fields if n != "layers" and getattr(config.space, n) != fields[n].default]
+    for name in [*config.space.__pydantic_extra__, *given]:
+        hint = "give `scale` in space.layers" if name == "scale" else "leave it out"
+        problems.append(f"space.{name}: cannot stand beside space.layers; {hint}")
+    if any(s.name == "skip" for s in config.sources):
+        problems.append("sources: with space.layers no source can be called skip, which means: no layer")
+    if len(config.sources) == 1 and not layers.skip and layers.passes == 1 and layers.scale is None:
+        problems.append("space.layers: one source and no `skip`, `passes` or `scale`: there is nothing to search")
+    if config.simplify is not None:
+        problems.append("simplify: there are no coefficients to leave out in a search for layers")
+    if config.sampler.name == "learned":
+        problems.append("sampler: learned: a choice of layers has no derivative; give another sampler")
+    return problems
 
 
 def problems_of_one(config: SearchConfig, method: Method, candidates: Sequence[Method]) -> list[str]:
@@ -114,6 +142,15 @@ def type_problems(config: SearchConfig) -> list[str]:
     return [f"compute_dtype: {config.compute_dtype} cannot hold the values of dtype {config.dtype}; give {allowed}"]
 
 
+def vocabulary_problems(config: SearchConfig) -> list[str]:
+    """The problem with a `vocabulary` that is none of the models'."""
+    names = [s.name for s in config.sources]
+    if config.vocabulary is None or [*VOCABULARY_CHOICES, *names].count(config.vocabulary) == 1:
+        return []
+    allowed = ", ".join([*VOCABULARY_CHOICES, *names])
+    return [f"vocabulary: {config.vocabulary!r} is not one (alone) of {allowed}"]
+
+
 def guard_problems(config: SearchConfig) -> list[str]:
     """The problems with guards: references that do not exist, and options that differ from those of the same task."""
     models = ["base", *(s.name for s in config.sources)]
@@ -138,7 +175,9 @@ def with_start(content: dict[str, Any]) -> dict[str, Any]:
     start = content.get("start_from")
     if not isinstance(start, str) or {"base", "sources", "method"} <= content.keys():
         return content
-    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start))) | content
+    space = content.get("space")
+    any_layers = isinstance(space, dict) and bool(space.get("layers"))
+    return (of_run(Path(start)) if os.path.isdir(start) else of_file(Path(start), any_layers)) | content
 
 
 def of_run(folder: Path) -> dict[str, Any]:
@@ -147,18 +186,28 @@ def of_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise EvomergeError(f"start_from: {folder} is no run folder (it has no config.yaml)")
     earlier = load_config(file).model_dump(by_alias=True, exclude_none=True)
-    return {key: earlier[key] for key in ("base", "sources", "method", "allow_differences")}
+    keys = ("base", "sources", "method", "allow_differences", "vocabulary")
+    return {key: earlier[key] for key in keys if key in earlier}
 
 
-def of_file(file: Path) -> dict[str, Any]:
-    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them."""
+def of_file(file: Path, any_layers: bool) -> dict[str, Any]:
+    """The base, the sources and the method of a recipe or mergekit file, as a configuration has them.
+
+    any_layers: whether the recipe may have slices, because layers are searched.
+    """
     from evomerge.merge.mergekit.load_merge import load_merge  # opens models, for which it needs torch
 
     recipe, _ = load_merge(file)
-    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
-        raise EvomergeError(f"{file}: a search cannot start from slices, another vocabulary or recipes in recipes")
-    sources = [{"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), "path": s.path} for s in recipe.sources]
+    if recipe.slices and not any_layers:
+        raise EvomergeError(f"{file}: a search cannot start from slices, unless it is one for layers (`space.layers`)")
+    sources: list[dict[str, Any]] = []
+    for s in recipe.sources:
+        origin = {"recipe": s.recipe.model_dump(mode="json")} if s.recipe else {"path": s.path}
+        sources.append({"name": re.sub(r"[^A-Za-z0-9_-]", "-", s.name), **origin})
     given = {"base": recipe.base.path, "sources": sources, "method": recipe.method}
+    if recipe.vocabulary:
+        named = {s.name: own["name"] for s, own in zip(recipe.sources, sources, strict=True)}
+        given["vocabulary"] = named.get(recipe.vocabulary, recipe.vocabulary)
     if recipe.allow_differences:
         given["allow_differences"] = recipe.allow_differences
     return given
@@ -191,7 +240,8 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     problems: list[str] = []
     try:
         config = SearchConfig.model_validate(content)
-        problems = method_problems(config) + type_problems(config) + path_problems(config) + guard_problems(config)
+        problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
+        problems += path_problems(config) + guard_problems(config)
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.

@@ -7,6 +7,9 @@ from typing import Any
 
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskOptions
+from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.pinned_inputs import pin as pin_recipe
+from evomerge.merge.recipe.recipe import load_recipe, models_on_disk, parse_recipe
 from evomerge.sources.locate import looks_like_hub_id, pinned
 
 
@@ -40,6 +43,12 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             else s
             for s in content["sources"]
         ]
+        content["sources"] = [
+            {**s, "recipe": whole_recipe(s["recipe"], folder, f"sources.{i}.recipe")}
+            if isinstance(s, dict) and s.get("recipe") is not None
+            else s
+            for i, s in enumerate(content["sources"])
+        ]
     if isinstance(content.get("baselines"), list):
         content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("start_from"), str):
@@ -55,10 +64,31 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content
 
 
+def whole_recipe(given: object, folder: Path, where: str) -> dict[str, Any]:
+    """The recipe of a source with absolute paths.
+
+    given: the name of a recipe file, or the recipe itself.  folder: to which relative paths are relative.
+    where: its key, for the message.
+
+    EvomergeError if it is no recipe.
+    """
+    try:
+        if isinstance(given, str):
+            recipe = load_recipe((folder / os.path.expanduser(given)).resolve())
+        else:
+            recipe = parse_recipe(given, folder / "recipe")
+    except EvomergeError as error:
+        raise EvomergeError(f"{where}: {error}".replace(f"{folder / 'recipe'}: ", "")) from error
+    return recipe.model_dump(mode="json", exclude_defaults=True) | {"dtype": recipe.dtype}
+
+
 def path_problems(config: SearchConfig) -> list[str]:
     """The problems with paths: models and files that do not exist, and tasks that are listed twice."""
     problems = []
-    models = [("base", config.base)] + [(f"sources.{i}.path", s.path) for i, s in enumerate(config.sources)]
+    models = [("base", config.base)]
+    for i, s in enumerate(config.sources):
+        inner = [(f"sources.{i}.recipe: {name}", m.path) for name, m in models_on_disk(s.recipe)] if s.recipe else []
+        models += inner or [(f"sources.{i}.path", s.path)]
     for where, path in models:
         if not os.path.isdir(path) and not looks_like_hub_id(path):
             problems.append(f"{where}: no such folder: {path}")
@@ -86,7 +116,12 @@ def pin(config: SearchConfig, known: Mapping[str, str]) -> SearchConfig:
 
     EvomergeError if the hub does not give a model.
     """
-    paths = [config.base, *(source.path for source in config.sources)]
+    recipes = [s.recipe for s in config.sources if s.recipe]
+    paths = [config.base, *(s.path for s in config.sources if s.path)]
+    paths += [model.path for recipe in recipes for _, model in models_on_disk(recipe)]
     hub = dict(known) | {path: found for path in paths if (found := pinned(path, known)) != path}
-    sources = [s.model_copy(update={"path": hub.get(s.path, s.path)}) for s in config.sources]
+    sources = [
+        s.model_copy(update={"recipe": pin_recipe(s.recipe, hub)} if s.recipe else {"path": hub.get(s.path, s.path)})
+        for s in config.sources
+    ]
     return config.model_copy(update={"base": hub.get(config.base, config.base), "sources": sources, "hub": hub})

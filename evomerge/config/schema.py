@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from evomerge.config.strict import Strict
 from evomerge.config.tasks import GuardConfig, SplitsConfig, TaskConfig
 from evomerge.merge.methods.method import Method
-from evomerge.merge.recipe.recipe import Dtype
+from evomerge.merge.recipe.recipe import Dtype, Recipe
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.tensor_names import Component, Part
 
@@ -24,12 +24,14 @@ class SourceConfig(Strict):
 
     name: how tables and recipes call it; none of RESERVED.
     path: a folder or a hub id.
+    recipe: instead of a path, the recipe of the merge that is this source.
     role: used only to choose the recommended recipes.
     statistics: a file of `evomerge statistics`, for the methods that need one.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    path: str
+    path: str = Field(default="", exclude_if=lambda path: not path)
+    recipe: Recipe | None = Field(default=None, exclude_if=lambda recipe: recipe is None)
     role: Literal["specialist", "generalist"] | None = None
     statistics: str | None = None
 
@@ -39,6 +41,14 @@ class SourceConfig(Strict):
         if name in RESERVED:
             raise ValueError(f"{name!r} is the name of another model in tables; choose another name for the source")
         return name
+
+    @model_validator(mode="after")
+    def check_origin(self) -> "SourceConfig":
+        if bool(self.path) == (self.recipe is not None):
+            raise ValueError("needs a `path` or a `recipe`, and not both")
+        if self.recipe is not None and self.statistics is not None:
+            raise ValueError("statistics: can be given for a model on disk, not for a recipe")
+        return self
 
 
 class Axis(Strict):
@@ -76,6 +86,36 @@ def parse_axis(value: object) -> object:
 AxisValue = Annotated[Axis, BeforeValidator(parse_axis)]
 
 
+class LayersConfig(Strict):
+    """The search for the layers of the output: which source gives each of them (`passthrough` only).
+
+    skip: whether a layer may be left out.
+    passes: how many times the layers of `range` may follow one another.
+    range: (start, end): the layers start .. end - 1; None: all.
+    scale: the bounds of a factor for what each layer adds; None: it adds what it does in its source.
+    """
+
+    skip: bool = False
+    passes: int = Field(default=1, ge=1, le=8)
+    range: tuple[Annotated[int, Field(ge=0)], int] | None = None
+    scale: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def in_order(self) -> "LayersConfig":
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range: {list(self.range)} has no layer; give [start, end] with start < end")
+        if self.range is not None and self.passes == 1:
+            raise ValueError("range: says which layers may follow again, so it needs `passes: 2` or more")
+        if self.scale is not None and self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale: give bounds [low, high] with low < high, not {list(self.scale)}")
+        return self
+
+
+def parse_layers(value: object) -> object:
+    """`true` as a mapping; a mapping is returned unchanged."""
+    return {} if value is True else value
+
+
 class SpaceConfig(BaseModel):
     """Which coefficients are searched.
 
@@ -83,6 +123,7 @@ class SpaceConfig(BaseModel):
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
     components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
+    layers: the search for layers instead of coefficients.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
     """
@@ -94,6 +135,9 @@ class SpaceConfig(BaseModel):
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
+    layers: Annotated[LayersConfig | None, BeforeValidator(parse_layers)] = Field(
+        default=None, exclude_if=lambda layers: layers is None
+    )
 
     def axes(self, method: Method) -> dict[str, Axis]:
         """The coefficients that the file names; the name of a value becomes its number if the method has that name."""
@@ -207,7 +251,7 @@ class SearchConfig(Strict):
     """A whole search.  In the file relative paths are relative to its folder; here they are absolute.
 
     name: of the study and of the run folder.
-    base, sources, allow_differences: as in a recipe.
+    base, sources, allow_differences, vocabulary: as in a recipe.
     method: as in a recipe; of a list of methods the first, and once the search has chosen, the chosen one.
     methods: the list that the search chooses from; None if the file names one method.
     space: the coefficients that are searched.
@@ -234,6 +278,7 @@ class SearchConfig(Strict):
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     allow_differences: list[Allowed] = []
+    vocabulary: str | None = Field(default=None, exclude_if=lambda vocabulary: vocabulary is None)
     method: MethodName
     methods: list[MethodName] | None = None
     space: SpaceConfig = Field(default_factory=lambda: SpaceConfig.model_validate({}))

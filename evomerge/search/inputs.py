@@ -15,6 +15,7 @@ from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, sha256, write_text
+from evomerge.merge.recipe.recipe import Recipe, models_on_disk
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.models import model_folders
 from evomerge.search.run import Run, refuse_existing
@@ -34,12 +35,30 @@ PACKAGES = (
 
 
 def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
-    """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path."""
-    prints = {name: model_fingerprint(folder) for name, folder in model_folders(config).items()}
+    """SHA-256 of every file of the base (`base`) and of each source, by name; statistics files by their path.
+
+    For a source that is a recipe these are the files of its models, and the recipe.
+    """
+    prints: dict[str, dict[str, str]] = {}
+    for name, folder in model_folders(config).items():
+        source_name, _, inner = name.partition("/")
+        files = model_fingerprint(folder)
+        prints.setdefault(source_name, {}).update({f"{inner}/{f}" if inner else f: d for f, d in files.items()})
     for source in config.sources:
+        if source.recipe is not None:
+            text = json.dumps(without_paths(source.recipe), sort_keys=True)
+            prints[source.name]["recipe"] = hashlib.sha256(text.encode()).hexdigest()
         if source.statistics is not None:
             prints[source.name][source.statistics] = sha256(Path(source.statistics))
     return prints
+
+
+def without_paths(recipe: Recipe) -> dict[str, Any]:
+    """The content of a recipe without the paths of its models."""
+    copy = recipe.model_copy(deep=True)
+    for _, model in models_on_disk(copy):
+        model.path, model.asked, model.sha256 = "", None, {}
+    return copy.model_dump(mode="json")
 
 
 def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
@@ -70,6 +89,9 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
             entry[key] = ""
+    for entry, source in zip(content["sources"], config.sources, strict=True):
+        if source.recipe is not None:
+            entry["recipe"] = without_paths(source.recipe)
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}
     return hashlib.sha256(json.dumps([content, known, items], sort_keys=True).encode()).hexdigest()
 

@@ -254,7 +254,7 @@ class Driver:
         if space.config.sampler.name == "auto" and CHOSEN not in study.stored.user_attrs:
             limit = self.monitor.limits.trials
             left = None if limit is None else limit - study.count
-            study.stored.set_user_attr(CHOSEN, choose(len(space.axes), left, self.pool.size))
+            study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size))
         self.monitor.phase("searching")
 
     async def prepare_search(self) -> None:

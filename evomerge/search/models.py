@@ -5,20 +5,34 @@ from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.recipe import models_on_disk
 from evomerge.sources.fingerprint import file_stamps
 from evomerge.sources.locate import locate
 from evomerge.sources.open_models import Models, open_models
 
 
 def model_folders(config: SearchConfig) -> dict[str, Path]:
-    """The folders of the base (`base`) and of each source on this machine, by name."""
-    return {"base": locate(config.base)} | {s.name: locate(s.path) for s in config.sources}
+    """The folders of the base (`base`) and of each source on this machine, by name.
+
+    The models of a source that is a recipe are called `source/name`.
+    """
+    found = {"base": locate(config.base)}
+    for source in config.sources:
+        if source.recipe is None:
+            found[source.name] = locate(source.path)
+        else:
+            found |= {name: locate(m.path) for name, m in models_on_disk(source.recipe, f"{source.name}/")}
+    return found
 
 
 def open_config_models(config: SearchConfig) -> Models:
     """Open and check the models of a configuration.  EvomergeError lists all that does not fit together."""
-    folders = model_folders(config)
-    return open_models(folders.pop("base"), folders, allowed=config.allow_differences)
+    from evomerge.merge.recipe.open_bank import open_nested
+
+    sources = {
+        s.name: open_nested(s.name, s.recipe, "cpu", None) if s.recipe else locate(s.path) for s in config.sources
+    }
+    return open_models(locate(config.base), sources, vocabulary=config.vocabulary, allowed=config.allow_differences)
 
 
 def shapes_of(models: Models) -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from evomerge.errors import EvomergeError, first_line
@@ -107,6 +108,19 @@ def open_tokenizer(folder: Path) -> Any:
     except Exception as error:  # transformers and its converters raise any type of error
         reason = first_line(error)
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
+
+
+def vocabulary_tokenizer(vocabulary: Vocabulary) -> Any:
+    """The tokenizer of a vocabulary as an object of transformers, also of one that is not on disk.
+
+    EvomergeError if it cannot be opened.
+    """
+    if not vocabulary.content:
+        return open_tokenizer(vocabulary.folder)
+    with TemporaryDirectory() as folder:
+        vocabulary.write(Path(folder))
+        (Path(folder) / "config.json").write_bytes((vocabulary.folder / "config.json").read_bytes())
+        return open_tokenizer(Path(folder))
 
 
 def tokenizer_content(vocabulary: Vocabulary) -> dict[str, Any]:

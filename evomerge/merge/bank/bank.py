@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -89,6 +90,19 @@ class Bank:
         self.measurement_cache: MeasurementCache = {}
         self.kept_inputs: dict[tuple[tuple[str, ...], int], dict[str, TensorInputs]] = {}
         """(sources, seed) -> the inputs of the tensors that stay in memory (`tensor_plan.py`)."""
+        self.planes_stay = True
+
+    def with_slices(self, slices: Sequence[Slice]) -> "Bank":
+        """The bank of the same models for recipes with other slices.  What both hold in memory is there once."""
+        other = copy(self)
+        other.slices = list(slices)
+        other.layout = build_layout(self.models, slices)
+        other.names = list(other.layout.tensors)
+        other.layers = other.layout.layers
+        # What is kept by the names of output tensors would be that of other layers.
+        other.measurement_cache, other.kept_inputs, other.planes_stay = {}, {}, False
+        other.derived_tensors = DerivedTensors(self.device, self.room, None)
+        return other
 
     # --- Which tensor of which model ---
 
@@ -148,6 +162,8 @@ class Bank:
     def plane(self, key: Key, make: Callable[[], Tensor]) -> Tensor:
         """A measurement of every element of a tensor, on the device; `make` computes it if it is not kept."""
         kept = self.measurement_cache.get(key)
+        if not self.planes_stay:
+            return make() if kept is None else self.device_cache.on_device(kept)
         if kept is None:
             return self.device_cache.get(key, make)
         return self.device_cache.get(key, lambda: self.device_cache.on_device(kept), in_place=self.device_cache.mapped)

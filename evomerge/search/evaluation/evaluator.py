@@ -38,7 +38,8 @@ from evomerge.merge.bank.memory import Share
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.gradient import KnobTaps
 from evomerge.merge.kernels.compiled import compiled_for
-from evomerge.merge.live import candidate_model, destinations
+from evomerge.merge.live import candidate_model
+from evomerge.merge.live_layers import LiveLayers
 from evomerge.merge.materialise import NotFinite, materialise
 from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
@@ -48,8 +49,9 @@ from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_ra
 from evomerge.search.evaluation.score_checks import checked, finite_scores, needed_scores
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
+from evomerge.search.space.layer_assembly import build_assembly
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import open_tokenizer
+from evomerge.sources.tokenizer import Vocabulary, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -91,12 +93,15 @@ class Evaluator:
             computing = faster_type(config.dtype, measure(config.dtype, device.type, shapes_of(models)))
         dtype, held = TORCH_DTYPES[config.dtype], TORCH_DTYPES[computing]
         compiled = compiled_for(models.base.tensors, device, log)
-        self.bank = Bank(models, device, compiled=compiled, cache=cache, live=held, share=share)
+        assembly = build_assembly(config, models)
+        slices = assembly.deepest if assembly else ()
+        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=held, share=share)
         self.model = candidate_model(self.bank, dtype, held)
-        self.destinations = destinations(self.model, self.bank)
-        self.taps = KnobTaps(self.model, self.bank, self.destinations)
+        self.live = LiveLayers(self.model, self.bank)
+        self.taps = KnobTaps(self.model, *self.live.fitted)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-        self.engine = Engine(self.model, open_tokenizer(models.base.path), budget, log)
+        tokenizer = vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path))
+        self.engine = Engine(self.model, tokenizer, budget, log)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None
@@ -110,6 +115,8 @@ class Evaluator:
         inputs: SHA-256 of the models' files, by model.  EvomergeError if an item does not fit the model.
         """
         self.prepared("search", everything=False)
+        if self.config.vocabulary is not None:
+            inputs = {name: {**files, "vocabulary": self.config.vocabulary} for name, files in inputs.items()}
         if self.cache is not None:
             for method in self.config.candidate_methods:
                 measure_sources(self.bank, method, [s.name for s in self.config.sources], self.cache, inputs)
@@ -225,7 +232,7 @@ class Evaluator:
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         """Merge a recipe into the live model.  NotFinite if a merged weight is NaN or infinite."""
         with clock.time("merge"):
-            materialise(recipe, self.bank, self.destinations, self.check)
+            materialise(recipe, *self.live.fit(recipe.slices), self.check)
 
     def seen_by_canary(self, normal: Signs | None, clock: Clock) -> Signs:
         """The signs of the candidate in the live model.  Broken if they are not healthy beside the normal ones."""

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from evomerge.search.samplers.mixed_cma import MixedCMA
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, trial_seed
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
 from evomerge.search.storage.trial_record import LEARNED, place_in_order
@@ -44,9 +45,9 @@ def is_enqueued(trial: FrozenTrial) -> bool:
 
 
 class CmaEsSampler(BaseSampler):
-    """Maximises over float axes, scaled to the unit cube.
+    """Maximises over float axes, scaled to the unit cube, and over choices (mixed_cma.py).
 
-    axes: the bounds of each parameter by name, in order; D of them.
+    axes: the bounds or the choices of each parameter by name; D of them.
     seed: the study's.
     sigma0: the first step size in the unit cube.
     population: samples per generation.  None: 4 + floor(3 ln D), or a third of the workers if that is more, so that few
@@ -66,24 +67,28 @@ class CmaEsSampler(BaseSampler):
 
     def __init__(
         self,
-        axes: Mapping[str, FloatDistribution],
+        axes: Mapping[str, FloatDistribution | CategoricalDistribution],
         seed: int,
         sigma0: float,
         population: int | None,
         workers: int = 1,
         ties: Mapping[str, str] | None = None,
     ) -> None:
-        self.axes = axes
+        bounds = {name: axis for name, axis in axes.items() if isinstance(axis, FloatDistribution)}
+        self.choices = {n: list(a.choices) for n, a in axes.items() if isinstance(a, CategoricalDistribution)}
+        self.axes = {name: axes[name] for name in [*bounds, *self.choices]}
+        """In the order of the coordinates: first what has bounds."""
         self.seed = seed
         self.sigma0 = sigma0
         self.given_population = population
         self.workers = workers
         names = list(dict.fromkeys((ties or {}).values()))
-        self.groups = [names.index(ties[axis]) for axis in axes] if ties else []  # (D,) the group of each axis
+        # (D,) the group of each axis; choices are in none
+        self.groups = [names.index(ties[axis]) for axis in axes] if ties and not self.choices else []
         self.start: NDArray[np.float64] | None = None  # (D,) where shifts begin; None without shifts
-        self.low = np.array([d.low for d in axes.values()])
-        self.width = np.array([d.high - d.low for d in axes.values()])
-        self.optimizer: CMA | None = None
+        self.low = np.array([d.low for d in bounds.values()])
+        self.width = np.array([d.high - d.low for d in bounds.values()])
+        self.optimizer: CMA | MixedCMA | None = None
         self.means: list[NDArray[np.float64]] = []  # per generation, restarts counted on; each (D,) in the unit cube
         self.began = 0  # the generation at which the present distribution began
         self.group: list[FrozenTrial] = []  # results that came since the last generation
@@ -116,7 +121,7 @@ class CmaEsSampler(BaseSampler):
     ) -> Any:
         raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
-    def distribution_mean(self, study: Study) -> dict[str, float] | None:
+    def distribution_mean(self, study: Study) -> dict[str, Any] | None:
         """The mean after the latest complete generation, None before the first one is complete.
 
         After a restart, until the new distribution is told something, this is the mean of the one before.
@@ -124,7 +129,7 @@ class CmaEsSampler(BaseSampler):
         self.replay(study, first=None)
         return None if self.settled is None else self.point(self.settled)
 
-    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | None":
+    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | MixedCMA | None":
         """The optimizer after all results so far; only those that came since the last call are told.
 
         first: the trial that is sampled now, for the case that it is the study's first; None if none is.
@@ -137,10 +142,11 @@ class CmaEsSampler(BaseSampler):
                     return None
                 start = self.choose_start(trials)
                 set_system_attribute(study, first, START, start)
-            at = np.full(len(self.axes), 0.5) if start["trial"] is None else self.unit(trials[start["trial"]])
+            known = start["trial"] is not None
+            at = self.unit(trials[start["trial"]]) if known else np.full(len(self.axes), 0.5)
             if start.get("shifts"):
                 self.start, at = at, np.full(start["shifts"], 0.5)
-            self.begin(at, start["population"])
+            self.begin(at, start["population"], anywhere=not known)
         self.open += range(self.seen, len(trials))
         self.seen = len(trials)
         came = [trials[n] for n in self.open if trials[n].state.is_finished()]
@@ -181,13 +187,13 @@ class CmaEsSampler(BaseSampler):
         """The generation that a trial was drawn from."""
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
-    def tell(self, optimizer: "CMA", group: Sequence[FrozenTrial]) -> None:
+    def tell(self, optimizer: "CMA | MixedCMA", group: Sequence[FrozenTrial]) -> None:
         """Tell the optimizer one generation, and start again if the distribution has collapsed."""
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
         self.settled = optimizer.mean.copy()
         if optimizer.should_stop():
             rng = np.random.RandomState(trial_seed(self.seed, group[-1].number))
-            self.begin(rng.uniform(size=optimizer.dim), 2 * optimizer.population_size)
+            self.begin(rng.uniform(size=optimizer.dim), 2 * optimizer.population_size, anywhere=True)
         else:
             self.means.append(optimizer.mean.copy())
 
@@ -196,11 +202,21 @@ class CmaEsSampler(BaseSampler):
         drawn, at = self.generation(trial), self.coordinates(trial)
         if drawn == len(self.means) - 1:
             return at
-        moved: NDArray[np.float64] = np.clip(at + (self.means[-1] - self.means[drawn]) / 2, 0.0, 1.0)
-        return moved
+        count = len(at) - len(self.choices)  # what was chosen stays
+        moved = np.clip(at[:count] + (self.means[-1] - self.means[drawn])[:count] / 2, 0.0, 1.0)
+        return np.concatenate([moved, at[count:]])
 
-    def begin(self, mean: NDArray[np.float64], population: int) -> None:
-        """Start a new distribution, which counts as the next generation.  mean: its coordinates."""
+    def begin(self, mean: NDArray[np.float64], population: int, anywhere: bool) -> None:
+        """Start a new distribution, which counts as the next generation.
+
+        mean: its coordinates.  anywhere: whether every choice is open, else the mean's is the likely one.
+        """
+        if self.choices:
+            counts = [len(values) for values in self.choices.values()]
+            self.optimizer = MixedCMA(mean, self.sigma0, counts, population, anywhere)
+            self.began = len(self.means)
+            self.means.append(self.optimizer.mean)
+            return
         from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
@@ -213,15 +229,18 @@ class CmaEsSampler(BaseSampler):
         return self.unit(trial) if self.start is None else np.array(trial.system_attrs[SHIFT])
 
     def unit(self, trial: FrozenTrial) -> NDArray[np.float64]:
-        """(D,) a trial's parameters in the unit cube."""
-        values = np.array([trial.params[name] for name in self.axes])
-        unit: NDArray[np.float64] = np.clip((values - self.low) / self.width, 0.0, 1.0)
-        return unit
+        """(D,) a trial's parameters: in the unit cube, and the number of what was chosen."""
+        values = np.array([trial.params[name] for name in self.axes if name not in self.choices])
+        unit = np.clip((values - self.low) / self.width, 0.0, 1.0)
+        chosen = [values.index(trial.params[name]) for name, values in self.choices.items()]
+        return np.concatenate([unit, np.array(chosen, dtype=np.float64)])
 
-    def point(self, coordinates: NDArray[np.float64]) -> dict[str, float]:
+    def point(self, coordinates: NDArray[np.float64]) -> dict[str, Any]:
         """The parameters at the coordinates of a trial."""
         unit = coordinates if self.start is None else self.start + coordinates[self.groups] - 0.5
-        return dict(zip(self.axes, (self.low + self.width * np.clip(unit, 0.0, 1.0)).tolist(), strict=True))
+        numbers = self.low + self.width * np.clip(unit[: len(self.low)], 0.0, 1.0)
+        chosen = zip(self.choices.values(), unit[len(self.low) :], strict=True)
+        return dict(zip(self.axes, [*numbers.tolist(), *(values[int(k)] for values, k in chosen)], strict=True))
 
 
 def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:

@@ -11,5 +11,7 @@ from evomerge.search.storage.optuna_private import NumberedQMCSampler
 TPE = SamplerKind(lambda setup: TPESampler(seed=setup.seed))
 NSGA_II = SamplerKind(lambda setup: NSGAIISampler(seed=setup.seed), turns=False)  # each would need a population
 GP = SamplerKind(lambda setup: GPSampler(seed=setup.seed, deterministic_objective=True), requires=("scipy",))
-QMC = SamplerKind(lambda setup: NumberedQMCSampler(setup.study_seed, setup.number), requires=("scipy",), turns=False)
+QMC = SamplerKind(
+    lambda setup: NumberedQMCSampler(setup.study_seed, setup.number, setup.seed), requires=("scipy",), turns=False
+)
 RANDOM = SamplerKind(lambda setup: RandomSampler(seed=setup.seed), turns=False)

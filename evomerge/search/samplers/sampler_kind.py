@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 
@@ -26,7 +26,7 @@ class SamplerSetup:
     """What a sampler is made from.
 
     config: the key `sampler` of the search configuration.
-    axes: the bounds of each parameter by its name, in order.
+    axes: the bounds of each parameter by its name, in order; of one with named values, its choices.
     study_seed: the key `seed` of the search configuration.
     number: of the trial, from 0.
     workers: how many trials may run at once.
@@ -34,7 +34,7 @@ class SamplerSetup:
     """
 
     config: SamplerConfig
-    axes: Mapping[str, FloatDistribution]
+    axes: Mapping[str, FloatDistribution | CategoricalDistribution]
     study_seed: int
     number: int
     workers: int = 1

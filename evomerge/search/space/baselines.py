@@ -13,7 +13,8 @@ from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.normalization import nonzero_divisor
 from evomerge.merge.recipe.coefficients import Coefficient, filtered_values
 from evomerge.merge.recipe.pinned_inputs import pin
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.space.config_recipe import config_recipe, config_source, source_key
 from evomerge.search.space.space import Point, Space
 from evomerge.sources.tensor_names import COMPONENTS, PARTS, TensorRole
 
@@ -120,12 +121,11 @@ def model_key(recipe: Recipe, layers: int) -> object:
     layers: how many the base model has.
     """
     parameters = [recipe.parameters, *(s.parameters for s in recipe.sources)]
-    plain = not (recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources))
-    if recipe.method not in ("linear", "task_arithmetic") or not plain:
+    if recipe.method not in ("linear", "task_arithmetic") or recipe.slices:  # one search has one vocabulary
         return recipe.model_dump_json(exclude={"outputs"})
     if any(filtered_values(value) for given in parameters for value in given.values()):
         return recipe.model_dump_json(exclude={"outputs"})
-    counts = []
+    counts, names = [], [source_key(s) for s in recipe.sources]
     kinds = [(c, None) for c in COMPONENTS] + [(c, p) for c in COMPONENTS for p in PARTS if p.startswith(f"{c}.")]
     for layer, (component, part) in product((None, *range(layers)), kinds):
         where = TensorRole(layer, component, part=part)
@@ -133,7 +133,7 @@ def model_key(recipe: Recipe, layers: int) -> object:
         weights = knobs.each["weight"]
         divisor = nonzero_divisor(sum(weights)) if knobs.shared["normalize"] else 1.0
         scale = knobs.shared.get("lambda", 1.0) / divisor
-        per_model = {s.path: round(scale * w, 9) for s, w in zip(recipe.sources, weights, strict=True)}
+        per_model = {s: round(scale * w, 9) for s, w in zip(names, weights, strict=True)}
         rest = 1.0 - sum(per_model.values()) if recipe.method == "task_arithmetic" else 0.0
         per_model[recipe.base.path] = round(per_model.get(recipe.base.path, 0.0) + rest, 9)
         counts.append(frozenset((path, amount) for path, amount in per_model.items() if amount))
@@ -143,27 +143,35 @@ def model_key(recipe: Recipe, layers: int) -> object:
 def given_recipe(config: SearchConfig, path: Path) -> Recipe:
     """The recipe of a file of the user's, recipe or mergekit file, with the names of the search's sources.
 
-    Raises EvomergeError if a source is not among the search's, or if the recipe has `slices`, a `vocabulary` or a
-    source with a `recipe`.
+    Raises EvomergeError if a source is not among the search's, or if the recipe has another `vocabulary`, a source with
+    another `recipe`, or `slices` that the search does not have (`space.layers`).
     """
-    recipe = renamed(pin(load_merge(path)[0], config.hub), config)
+    given = pin(load_merge(path)[0], config.hub)
+    recipe = renamed(given, config)
     names = [s.name for s in config.sources]
     if unknown := [s.name for s in recipe.sources if s.name not in names]:
         raise EvomergeError(f"{path}: the source {unknown[0]!r} is not one of the search's: {', '.join(names)}")
-    if recipe.slices or recipe.vocabulary or any(s.recipe for s in recipe.sources):
+    other_layers = bool(recipe.slices) and config.space.layers is None
+    own = {old.name: new.name for old, new in zip(given.sources, recipe.sources, strict=True)}
+    other_tokens = given.vocabulary is not None and own.get(given.vocabulary, given.vocabulary) != config.vocabulary
+    known = {source_key(s) for s in config.sources}
+    other_merge = any(s.recipe and source_key(s) not in known for s in recipe.sources)
+    if other_layers or other_tokens or other_merge:
         raise EvomergeError(
-            f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, a `vocabulary` or "
-            "a source with a `recipe`; merge it with `evomerge merge` and compare with `evomerge evaluate`"
+            f"{path}: a baseline is merged into the search's own model, so it cannot have `slices`, another "
+            "`vocabulary` or a source with another `recipe`; "
+            "merge it with `evomerge merge` and compare with `evomerge evaluate`"
         )
     return recipe
 
 
 def renamed(recipe: Recipe, config: SearchConfig) -> Recipe:
     """A recipe with the names that a search gives to its sources, by their paths, and with the search's settings."""
-    names = {s.path: s.name for s in config.sources}
-    sources = [s.model_copy(update={"name": names.get(s.path, s.name)}) for s in recipe.sources]
+    names = {source_key(s): s.name for s in config.sources}
+    sources = [s.model_copy(update={"name": names.get(source_key(s), s.name)}) for s in recipe.sources]
     allowed = config.allow_differences  # the same models, so an export opens them in the same way
-    return recipe.model_copy(update={"dtype": config.dtype, "sources": sources, "allow_differences": allowed})
+    own = {"dtype": config.dtype, "vocabulary": config.vocabulary, "allow_differences": allowed}
+    return recipe.model_copy(update={"sources": sources, **own})
 
 
 def in_space(
@@ -179,9 +187,12 @@ def in_space(
     bounds, else a recipe outside the space.  Weights that add up to 1 mean the same in linear and task_arithmetic.
     """
     own = space.config.method
+    if space.assembly is not None and kind == "parent":
+        alone = space.assembly.whole(name)
+        return Baseline(name, kind, space.recipe(alone), alone)
     same = own == method or ({own, method} == {"linear", "task_arithmetic"} and abs(sum(weights.values()) - 1) < 1e-9)
-    alone = kind == "parent" and "weight" in METHODS[own].knobs and METHODS[own].keeps_parent
-    if same or alone:
+    kept = kind == "parent" and "weight" in METHODS[own].knobs and METHODS[own].keeps_parent
+    if same or kept:
         each = {s: {"weight": w, "density": density} for s, w in weights.items()}
         point = space.point(each, {"lambda": 1.0})
         if point is not None:
@@ -200,13 +211,6 @@ def plain_recipe(space: Space, method: str, weights: dict[str, float], density: 
         parameters: dict[str, Coefficient] = {"weight": weights[source.name]}
         if "density" in knobs:
             parameters["density"] = density
-        sources.append(RecipeSource(name=source.name, path=source.path, parameters=parameters))
+        sources.append(config_source(source.model_copy(update={"statistics": None}), parameters))
     sources = [s for s in sources if weights[s.name] != 0.0] or sources[:1]  # a recipe has at least one
-    return Recipe(
-        method=method,
-        dtype=space.config.dtype,
-        seed=space.config.seed,
-        base=Model(path=space.config.base),
-        sources=sources,
-        allow_differences=space.config.allow_differences,
-    )
+    return config_recipe(space.config, sources, method=method)

@@ -52,8 +52,11 @@ def nearest_point(space: Space, recipe: Recipe) -> Nearest | None:
 
     A source that the recipe does not have gets weight 0.  None if there is no such point: the recipe has another
     method, a source that the space does not have, or another value of a switch; or it lacks a source and the method
-    has no weights.
+    has no weights; or its layers are not the space's, or are chosen in this space otherwise.
     """
+    if space.assembly is not None:
+        found = space.assembly.point_of(recipe)
+        return None if found is None else Nearest(found, 0.0, "")
     sources = {s.name: i for i, s in enumerate(recipe.sources)}
     names = {s.name for s in space.config.sources}
     knobs = METHODS[space.config.method].knobs

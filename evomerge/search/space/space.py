@@ -8,28 +8,31 @@ From a point to a recipe (`Space.recipe`):
     coefficient        {"mlp": [0.2, 0.4, 0.6, 0.8], "default": [...]}, all groups of one knob and source
     recipe             the coefficients of every knob, under its source or under `parameters`
 
-From a recipe to the nearest point: nearest.py.
+From a recipe to the nearest point: nearest.py.  Where whole layers are chosen (`space.layers`) there are no
+coefficients, and layer_assembly.py does both.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 
 from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
-from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.space.config_recipe import config_recipe, config_source
+from evomerge.search.space.layer_assembly import Assembly, AxisDistribution, build_assembly
 from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
 
 if TYPE_CHECKING:
     from evomerge.sources.open_models import Models
 
 Finest = Component | Part
-Point = dict[str, float]
-"""Axis name -> value: the parameters of one Optuna trial."""
+Point = dict[str, Any]
+"""Axis name -> value, a number or the name of a choice: the parameters of one Optuna trial."""
 
 KnobGradient = Mapping[tuple[str, str | None], Mapping[Finest, Sequence[float]]]
 """(Knob, source or None) -> part, or component without parts -> the derivative by the knob there, one a layer."""
@@ -72,6 +75,7 @@ class Space:
     groups: every knob of the method, the fixed ones too.
     tensors: names of the base model's tensors.
     reach: source -> the parts, or components without parts, that it can change; empty: all sources change all of them.
+    assembly: where layers are chosen; there are no groups then.
     """
 
     config: SearchConfig
@@ -79,10 +83,11 @@ class Space:
     groups: tuple[Group, ...]
     tensors: tuple[str, ...] = ()
     reach: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    assembly: Assembly | None = None
 
     @property
     def axes(self) -> dict[str, FloatDistribution]:
-        """Axis name -> its bounds, in a fixed order.  Fixed groups have no axes."""
+        """Coefficient by axis name -> its bounds, in a fixed order.  Fixed groups have no axes."""
         return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
 
     @property
@@ -92,12 +97,14 @@ class Space:
         return {axis: name for name, group in named.items() for axis in group.axes}
 
     @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """`axes` in the type that Optuna's samplers take."""
-        return dict(self.axes)
+    def distributions(self) -> dict[str, AxisDistribution]:
+        """All axes, what may be chosen included, in a fixed order."""
+        return dict(self.axes) | (self.assembly.distributions if self.assembly else {})
 
-    def recipe(self, point: Mapping[str, float]) -> Recipe:
+    def recipe(self, point: Mapping[str, Any]) -> Recipe:
         """The recipe at a point; it has a value for every knob of the method."""
+        if self.assembly is not None:
+            return self.assembly.recipe(point)
         by_component: dict[tuple[str, str | None], dict[str, PerLayer]] = {}  # (knob, source) -> component -> values
         for group in self.groups:
             values = [group.low if group.fixed else point[a] for a in group.axes]
@@ -113,18 +120,7 @@ class Space:
             elif knobs[knob].choices:
                 value = next(name for name, number in knobs[knob].choices.items() if number == value)
             (per_source[source] if source else shared)[knob] = value
-        return Recipe(
-            method=self.config.method,
-            dtype=self.config.dtype,
-            seed=self.config.seed,
-            base=Model(path=self.config.base),
-            sources=[
-                RecipeSource(name=s.name, path=s.path, parameters=per_source[s.name], statistics=s.statistics)
-                for s in self.config.sources
-            ],
-            parameters=shared,
-            allow_differences=self.config.allow_differences,
-        )
+        return config_recipe(self.config, [config_source(s, per_source[s.name]) for s in self.config.sources], shared)
 
     def gradient(self, by_knob: KnobGradient) -> Point:
         """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule)."""
@@ -148,8 +144,10 @@ class Space:
         each: source -> knob -> value.
         shared: knob -> value, of the knobs that all sources share.
 
-        Knobs that are not named take the method's default.
+        Knobs that are not named take the method's default.  A layer assembly has no such points.
         """
+        if self.assembly is not None:
+            return None
         point: Point = {}
         for group in self.groups:
             given = each.get(group.source, {}) if group.source else shared
@@ -191,6 +189,8 @@ def build_space(config: SearchConfig, models: "Models") -> Space:
     An axis that would change nothing (a component that an adapter leaves alone) is fixed at its lower bound.
     """
     layers = layer_count(list(models.base.tensors))
+    if (assembly := build_assembly(config, models)) is not None:
+        return Space(config, layers, (), tuple(models.base.tensors), assembly=assembly)
     changed = changed_components(models)
     method = METHODS[config.method]
     given = config.space.axes(method)

@@ -22,6 +22,7 @@ from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, open_run
 from evomerge.search.space.baselines import Baseline, Kind, given_recipe, renamed
+from evomerge.search.space.config_recipe import source_key
 from evomerge.search.space.nearest import nearest_point
 from evomerge.search.space.space import Space, build_space
 from evomerge.search.storage.item_scores import evaluation_records, item_ids
@@ -116,6 +117,8 @@ def read_start(config: SearchConfig) -> tuple[list[Start], list[str]]:
     gone: dict[str, None] = {}
     starts = []
     for name, rival, recipe in recipes:
+        if recipe.slices and config.space.layers is None:
+            raise EvomergeError(f"start_from: {path} was a search for layers (`space.layers`), and this is none")
         sources, lost = sources_here(recipe, config)
         gone |= dict.fromkeys(lost)
         if not sources:
@@ -135,17 +138,17 @@ def read_start(config: SearchConfig) -> tuple[list[Start], list[str]]:
 def sources_here(recipe: Recipe, config: SearchConfig) -> tuple[list[RecipeSource], list[str]]:
     """The sources of a recipe that a search has too, with the search's paths, and the names of the others.
 
-    A source is the search's with its path, else the one with its name.
+    A source is the search's with its path or recipe, else the one with its name.
     """
-    by_path, by_name = ({getattr(s, key): s for s in config.sources} for key in ("path", "name"))
-    taken = {s.path for s in recipe.sources if s.path in by_path}
+    by_key, by_name = {source_key(s): s for s in config.sources}, {s.name: s for s in config.sources}
+    taken = {source_key(s) for s in recipe.sources} & by_key.keys()
     found, gone = [], []
     for source in recipe.sources:
-        same = by_path.get(source.path) or by_name.get(source.name)
-        if same is None or (source.path != same.path and same.path in taken):
+        same = by_key.get(source_key(source)) or by_name.get(source.name)
+        if same is None or (source_key(source) != source_key(same) and source_key(same) in taken):
             gone.append(source.name)
         else:
-            found.append(source.model_copy(update={"name": same.name, "path": same.path}))
+            found.append(source.model_copy(update={"name": same.name, "path": same.path, "recipe": same.recipe}))
     return found, gone
 
 

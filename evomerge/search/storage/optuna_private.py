@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import QMCSampler
+from optuna.samplers import QMCSampler, RandomSampler
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
@@ -84,9 +84,11 @@ class NumberedQMCSampler(QMCSampler):
     Optuna counts places in the study's attributes, where a crash would skip or repeat one.
     """
 
-    def __init__(self, seed: int, number: int) -> None:
-        """seed: of the sequence, the same for all trials of a study.  number: the place, from 0."""
-        super().__init__(seed=seed, scramble=True, warn_independent_sampling=False)
+    def __init__(self, seed: int, number: int, trial_seed: int) -> None:
+        """seed: of the sequence, the same for all trials of a study.  number: the place, from 0.
+        trial_seed: of the choices, which are random."""
+        own = RandomSampler(seed=trial_seed)
+        super().__init__(seed=seed, scramble=True, independent_sampler=own, warn_independent_sampling=False)
         self.number = number
 
     def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -192,6 +193,10 @@ class SearchStudy:
         trial = None if number is None else self.memory.get_trial(number)
         return trial if trial is not None and trial.state in FINISHED else None
 
+    def at(self, params: Point) -> FrozenTrial | None:
+        """The first trial with these parameters that was evaluated in full, None if there is none."""
+        return next((t for t in self.complete if t.params == params), None)
+
     def of_learned(self, steps: int, weights: dict[str, float] | None = None) -> FrozenTrial | None:
         """The finished trial at the point that was reached after so many gradient steps, None if there is none.
 
@@ -210,9 +215,14 @@ class SearchStudy:
 
         def make(number: int) -> BaseSampler:
             seed = self.space.config.seed
-            return make_sampler(SamplerSetup(chosen, self.space.axes, seed, number, self.workers, self.space.ties))
+            return make_sampler(SamplerSetup(chosen, self.axes, seed, number, self.workers, self.space.ties))
 
-        if self.space.config.goals == "pareto" and kind.turns and SCALE in self.stored.user_attrs:
+        if (
+            self.space.config.goals == "pareto"
+            and kind.turns
+            and SCALE in self.stored.user_attrs
+            and not self.space.assembly
+        ):
             scale = Scale.from_json(self.stored.user_attrs[SCALE])
             self.kept_sampler = TurnsSampler(self.space.axes, scale, make, kind.serves_all_trials)
             return self.kept_sampler
@@ -232,8 +242,11 @@ class SearchStudy:
         asked = self.mirror.ask()
         assert asked.number == number, "trials are proposed in order"
         self.size = max(self.size, number + 1)
-        for name, axis in self.space.axes.items():
-            asked.suggest_float(name, axis.low, axis.high)
+        for name, axis in self.axes.items():
+            if isinstance(axis, CategoricalDistribution):
+                asked.suggest_categorical(name, axis.choices)
+            else:
+                asked.suggest_float(name, axis.low, axis.high)
         sampler = self.mirror.sampler
         if isinstance(sampler, TurnsSampler) and (weights := sampler.weights(number, self.trials)):
             self.memory.set_trial_user_attr(number, WEIGHTS, weights)
@@ -273,7 +286,7 @@ class SearchStudy:
             create_trial(
                 state=TrialState.RUNNING,
                 params=point,
-                distributions=self.axes,
+                distributions=dict(self.axes),
                 user_attrs=attributes,
                 system_attrs={FIXED_PARAMETERS: point},
             )

@@ -93,7 +93,10 @@ class Form:
 
 
 def form_of(space: Space, recipe: Recipe) -> Form | None:
-    """The form of a recipe of the search's sources; None if it gives coefficients by the names of tensors."""
+    """The form of a recipe of the search's sources; None if it gives coefficients by the names of tensors, or where
+    layers are searched."""
+    if space.assembly is not None:
+        return None
     given = [recipe.parameters, *(s.parameters for s in recipe.sources)]
     if any(filtered_values(value) for parameters in given for value in parameters.values()):
         return None
