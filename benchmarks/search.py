@@ -49,7 +49,7 @@ STEP_COST = 3.0  # of an item in a gradient step, in forwards
 EVALUATIONS, TRIALS = 100, 200  # of the rivals
 SAMPLERS = ("auto", "learned", "cma-es", "gp", "tpe")
 EQUAL_SOURCES, NOISE = 3, 0.5  # deviation of an equal source's weights, relative to the task vector's
-EQUAL_TASKS = ("count", "rev")  # of the tiny family; the copies are of the second one's source
+EQUAL_SKILL = "count"  # of the tiny family: the source that is copied, and the task
 Point = dict[str, float]
 
 
@@ -216,7 +216,7 @@ def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str
     It is small, because a verdict's error rate does not depend on the numbers of items and trials.
     """
     with tempfile.TemporaryDirectory(prefix="evomerge-equals-") as place:
-        folder = equal_family(like, EQUAL_TASKS[-1], Path(place) / "family", seed)
+        folder = equal_family(like, EQUAL_SKILL, Path(place) / "family", seed)
         sources = [{"name": f"copy{k}", "path": str(folder / f"copy{k}")} for k in range(EQUAL_SOURCES)]
         space = {"granularity": "depth", "knots": 2, "weight": [0.05, 1.0], "normalize": True}
         changed = with_changes(
@@ -226,7 +226,7 @@ def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str
             sources=sources,
             method="linear",
             space=space,
-            tasks=[{"task": t.task} for t in config.tasks if Path(t.task).stem in EQUAL_TASKS],
+            tasks=[{"task": t.task} for t in config.tasks if Path(t.task).stem == EQUAL_SKILL],
             seed=seed,
             splits={"search": 24, "selection": 24, "holdout": 60},
             budget={"trials": trials},
@@ -317,7 +317,7 @@ def run(arguments: argparse.Namespace) -> None:
         if "equals" in arguments.rows:
             config, like = load_config(arguments.tiny), Path(load_config(arguments.tiny).base).parent
             for name in arguments.samplers:
-                own = with_changes(config, sampler={"name": name}, objective=arguments.objectives[0])
+                own = with_changes(config, sampler={"name": name, "steps": 30}, objective=arguments.objectives[0])
                 key = f"equals/{name} {arguments.objectives[0]} {arguments.trials}/{seed}"
                 results.once(key, lambda c=own, s=seed, f=like: equals(c, f, s, arguments.trials))
         for row in ("smollm2", "bad"):
