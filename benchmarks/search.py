@@ -190,28 +190,28 @@ def mean_number(value: Any) -> float:
 
 
 def equal_family(like: Path, source: str, folder: Path, seed: int) -> Path:
-    """Write a base and EQUAL_SOURCES copies of one source, each with noise of its own.
+    """Write one source as the base, and EQUAL_SOURCES copies of it, each with noise of its own.
 
     like: a folder of a tiny family.
     """
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(like / "base", folder / "base")
-    base = load_file(like / "base" / "model.safetensors")
+    shutil.copytree(like / source, folder / "base")
+    first = load_file(like / "base" / "model.safetensors")
     tuned = load_file(like / source / "model.safetensors")
     for k in range(EQUAL_SOURCES):
         shutil.copytree(like / source, folder / f"copy{k}")
         generator = torch.Generator().manual_seed(1000 * seed + k)
         noisy = {}
         for name, tensor in tuned.items():
-            size = NOISE * (tensor - base[name]).std()
+            size = NOISE * (tensor - first[name]).std()
             noisy[name] = tensor + size * torch.randn(tensor.shape, generator=generator)
         save_file(noisy, folder / f"copy{k}" / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str, Any]:
-    """One search among equal sources, by a normalised mean of them: no point is better than all at the same weight.
+    """One search among equal sources, by a normalised mean of them: no point is better than the base.
 
     It is small, because a verdict's error rate does not depend on the numbers of items and trials.
     """
