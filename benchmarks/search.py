@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP_COST = 3.0  # of an item in a gradient step, in forwards
 EVALUATIONS, TRIALS = 100, 200  # of the rivals
 SAMPLERS = ("auto", "learned", "cma-es", "gp", "tpe")
-EQUAL_SOURCES, NOISE = 3, 0.5  # deviation of an equal source's weights, relative to the task vector's
+EQUAL_SOURCES, NOISE = 3, 6.0  # deviation of an equal source's weights, relative to the task vector's
 EQUAL_SKILL = "count"  # of the tiny family: the source that is copied, and the task
 Point = dict[str, float]
 
@@ -190,28 +190,27 @@ def mean_number(value: Any) -> float:
 
 
 def equal_family(like: Path, source: str, folder: Path, seed: int) -> Path:
-    """Write one source as the base, and EQUAL_SOURCES copies of it, each with noise of its own.
+    """Write a base and EQUAL_SOURCES sources: copies of one source, each with noise of its own.
 
     like: a folder of a tiny family.
     """
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(like / source, folder / "base")
     first = load_file(like / "base" / "model.safetensors")
     tuned = load_file(like / source / "model.safetensors")
-    for k in range(EQUAL_SOURCES):
-        shutil.copytree(like / source, folder / f"copy{k}")
+    for k, name in enumerate(["base", *(f"copy{k}" for k in range(EQUAL_SOURCES))]):
+        shutil.copytree(like / source, folder / name)
         generator = torch.Generator().manual_seed(1000 * seed + k)
         noisy = {}
-        for name, tensor in tuned.items():
-            size = NOISE * (tensor - first[name]).std()
-            noisy[name] = tensor + size * torch.randn(tensor.shape, generator=generator)
-        save_file(noisy, folder / f"copy{k}" / "model.safetensors", {"format": "pt"})
+        for key, tensor in tuned.items():
+            size = NOISE * (tensor - first[key]).std()
+            noisy[key] = tensor + size * torch.randn(tensor.shape, generator=generator)
+        save_file(noisy, folder / name / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str, Any]:
-    """One search among equal sources, by a normalised mean of them: no point is better than the base.
+    """One search among equal sources, by a normalised mean of them: no point is better than all at the same weight.
 
     It is small, because a verdict's error rate does not depend on the numbers of items and trials.
     """
