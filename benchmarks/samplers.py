@@ -14,7 +14,8 @@ coefficients tie parts together: all, by kind, by kind and half of the depth, by
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
 learned start in that space, by evomerge's Adam on mini-batches.  A trial's value is that of `objective: auto`.  After
 so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
-best baseline and 1 the end of CMA-ES in that space after 3000 trials.  With workers, that many trials run at once.
+best baseline and 1 the end of CMA-ES by the holdout items themselves, after 3000 trials.  With workers, that many
+trials run at once.
 
 coarse    30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best of them
 """
@@ -159,6 +160,12 @@ def random_point(rng: np.random.Generator, names: Sequence[str], number: int) ->
     return np.clip(centre + rng.uniform(0.1, 0.8) * (anywhere - HIGH / 2), 0, HIGH)
 
 
+def gaussian(left: Vector, right: Vector, width: float) -> Vector:
+    """(n, N) of the distances between (n, d) and (N, d)."""
+    squares: Vector = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
+    return np.exp(-squares / (2 * width**2))
+
+
 class Surrogate:
     """A smooth model of the tiny family: objective and margin of each item at any of the points, by kernel regression.
 
@@ -175,16 +182,13 @@ class Surrogate:
         self.middle = middle / middle.sum(1, keepdims=True)
         self.points, self.scores = stored["points"], stored["scores"]  # (N, 240), (N, 2, items)
         self.coarse, self.fine = self.points @ self.middle.T, self.points * self.sizes
-        self.widths, self.share, self.ridge = (1.2, 14.0), 1.0, 1e-3
+        self.widths, self.ridge = (1.2, 14.0), 1e-3
         self.fit(np.arange(len(self.points)))
 
     def kernel(self, points: Vector) -> tuple[Vector, Vector]:
         """(n, N) of the groups' means, (n, N) of all weights, by the points of the fit."""
-        pairs = ((points @ self.middle.T, self.coarse, self.widths[0]), (points * self.sizes, self.fine, self.widths[1]))
-        near, wide = (
-            np.exp(-((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T) / (2 * w**2)) for a, b, w in pairs
-        )
-        return near, self.share * wide
+        near = gaussian(points @ self.middle.T, self.coarse, self.widths[0])
+        return near, gaussian(points * self.sizes, self.fine, self.widths[1])
 
     def fit(self, rows: NDArray[np.int64]) -> None:
         """Fit the scores at some points."""
@@ -253,7 +257,8 @@ class Problem:
     def line(known: Sequence[tuple[Vector, Vector]], items: NDArray[np.int64], which: int) -> Line:
         """The scale of a task's objective (0) or metric (1)."""
         base, *others = [(o if which == 0 else (m > 0).astype(float))[items].tolist() for o, m in known]
-        return fitted("score", base, {str(k): each for k, each in enumerate(others[-SOURCES:])}, LEAST if which else 0.0)
+        parents = {f"source {k}": each for k, each in enumerate(others[-SOURCES:])}
+        return fitted("score", base, parents, LEAST if which else 0.0)
 
     def value(self, point: Vector, split: str = "search", share: float | None = None) -> float:
         """The value of a trial.  point: (D,)."""
@@ -334,11 +339,15 @@ def sampled(problem: Problem, name: str, start: Vector | None, workers: int, tri
     return Found([point for _, point in values[first:]], seconds)
 
 
-def coarse_to_fine(problem: Problem, start: Vector | None, trials: int) -> Found:
-    """COARSE trials that move all weights of a source at once, then CMA-ES in the space from the best of them."""
+def coarse_to_fine(problem: Problem, start: Vector | None, trials: int, split: str = "search") -> Found:
+    """COARSE trials that move all weights of a source at once, then CMA-ES in the space from the best of them.
+
+    split: whose items give the values.
+    """
     from cmaes import CMA
 
-    best = (problem.value(start), start) if start is not None else max(((problem.value(g), g) for g in problem.given), key=lambda v: v[0])
+    given = problem.given if start is None else [start]
+    best = max(((problem.value(point, split), point) for point in given), key=lambda v: v[0])
     found, seconds = [best], []
     centre, sources = best[1] / HIGH, problem.sources
 
@@ -359,7 +368,7 @@ def coarse_to_fine(problem: Problem, start: Vector | None, trials: int) -> Found
             place = optimizer.ask()
             point = place_of(place) * HIGH
             seconds.append(time.perf_counter() - began)
-            value = problem.value(point)
+            value = problem.value(point, split)
             group.append((place, -value))
             found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
             if len(group) == optimizer.population_size:
@@ -410,14 +419,14 @@ def unfit(name: str, dimensions: int, start: str) -> bool:
 def ends(problem: Problem, learned: Vector) -> dict[str, float]:
     """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
     best = max(problem.given, key=problem.value)
-    long = coarse_to_fine(problem, learned, LONG).points[-1]
+    long = coarse_to_fine(problem, learned, LONG, "holdout").points[-1]
     return {
         "baseline": problem.value(best, "holdout"),
         "learned": problem.value(learned, "holdout"),
-        "long": problem.value(long, "holdout"),
+        "optimum": problem.value(long, "holdout"),
         "baseline metric": problem.metric(best),
         "learned metric": problem.metric(learned),
-        "long metric": problem.metric(long),
+        "optimum metric": problem.metric(long),
     }
 
 
@@ -431,7 +440,7 @@ def table(path: Path) -> None:
         edges = {int(k.split("/")[2]): v for k, v in found.items() if k.startswith(f"ends/{dimensions}/")}
         if not edges:
             continue
-        learned = [(e["learned"] - e["baseline"]) / (e["long"] - e["baseline"]) for e in edges.values()]
+        learned = [(e["learned"] - e["baseline"]) / (e["optimum"] - e["baseline"]) for e in edges.values()]
         metrics = ", ".join(f"{n} {np.mean([e[n] for e in edges.values()]):.3f}" for n in next(iter(edges.values())))
         print(f"\n{dimensions} coefficients, {len(edges)} seeds; the learned start alone {mean(learned)}; {metrics}\n")
         print(f"| sampler | start | workers | {' | '.join(map(str, BUDGETS))} | ms a proposal | seeds |")
@@ -443,7 +452,7 @@ def table(path: Path) -> None:
             cells = []
             for k in range(len(BUDGETS)):
                 each = [
-                    (r["values"][k] - edges[s]["baseline"]) / (edges[s]["long"] - edges[s]["baseline"])
+                    (r["values"][k] - edges[s]["baseline"]) / (edges[s]["optimum"] - edges[s]["baseline"])
                     for s, r in runs.items()
                     if k < len(r["values"])
                 ]
