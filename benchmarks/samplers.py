@@ -24,6 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from results import Results
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SamplerConfig
-from evomerge.search.evaluation.scale import LEAST, Line, fitted
+from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.samplers.auto import SIGMA0
@@ -53,8 +54,8 @@ HIGH = 2.0  # bound of a weight
 MARGIN = 8.0  # beyond it a margin says no more
 COARSE = 30  # trials of the coarse stage
 LONG = 3000  # trials whose end counts as 1
-SLOW = {"gp": {4: 100, 12: 60, 24: 60, 48: 30, 240: 30}, "tpe": {4: 200, 12: 200, 24: 100, 48: 100, 240: 60}}
-WORKERS = {"cma-es": (1, 8), "tpe": (1, 8), "gp": (1, 8), "random": (1,), "coarse": (1,), "cma-es free": (1,)}
+SLOW = {"gp": 60, "tpe": 200}  # samplers of so few trials here
+SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
 
 
 # --- The parts of the model ---
@@ -182,7 +183,7 @@ class Surrogate:
         self.middle = middle / middle.sum(1, keepdims=True)
         self.points, self.scores = stored["points"], stored["scores"]  # (N, 240), (N, 2, items)
         self.coarse, self.fine = self.points @ self.middle.T, self.points * self.sizes
-        self.widths, self.ridge = (1.2, 14.0), 1e-3
+        self.widths, self.ridge = (2.0, 20.0), 3e-3
         self.fit(np.arange(len(self.points)))
 
     def kernel(self, points: Vector) -> tuple[Vector, Vector]:
@@ -237,7 +238,7 @@ class Problem:
     dimensions: of the space.
     """
 
-    def __init__(self, surrogate: Surrogate, dimensions: int, seed: int, share: float = 0.5) -> None:
+    def __init__(self, surrogate: Surrogate, dimensions: int, seed: int, share: float) -> None:
         self.surrogate, self.groups, self.seed, self.share = surrogate, surrogate.groups[dimensions], seed, share
         self.names = [f"w{k:03d}" for k in range(dimensions)]
         self.axes = {name: FloatDistribution(0.0, HIGH) for name in self.names}
@@ -332,9 +333,9 @@ def sampled(problem: Problem, name: str, start: Vector | None, workers: int, tri
     running: list[tuple[optuna.Trial, Vector]] = []
     while len(seconds) < trials or running:
         while len(running) < workers and len(seconds) < trials:
-            began = time.perf_counter()
+            began = time.process_time()
             running.append(propose())
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
         finish(*running.pop(0))
     return Found([point for _, point in values[first:]], seconds)
 
@@ -364,10 +365,10 @@ def coarse_to_fine(problem: Problem, start: Vector | None, trials: int, split: s
         sigma = SIGMA0 if number or start is not None else 0.2
         optimizer, group = CMA(mean=at, sigma=sigma, bounds=bounds, seed=problem.seed), []
         for _ in range(count):
-            began = time.perf_counter()
+            began = time.process_time()
             place = optimizer.ask()
             point = place_of(place) * HIGH
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             value = problem.value(point, split)
             group.append((place, -value))
             found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
@@ -377,38 +378,50 @@ def coarse_to_fine(problem: Problem, start: Vector | None, trials: int, split: s
     return Found([point for _, point in found[1:]], seconds)
 
 
+def at_random(problem: Problem, start: Vector | None, trials: int) -> Found:
+    """Points anywhere; the best of them, of the start and of the baselines."""
+    rng = np.random.default_rng([problem.seed, 2])
+    points = [*problem.given, *([] if start is None else [start]), *rng.uniform(0, HIGH, (trials, len(problem.names)))]
+    found: list[tuple[float, Vector]] = []
+    for point in points:
+        found.append(max([(problem.value(point), point), *found[-1:]], key=lambda v: v[0]))
+    return Found([point for _, point in found[-trials:]], [0.0])
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     surrogate, results = Surrogate(arguments.surrogate), Results(arguments.out)
-    for seed in range(arguments.first, arguments.first + arguments.seeds):
-        for dimensions in arguments.dimensions:
-            problem = Problem(surrogate, dimensions, seed)
-            learned = problem.learned()
-            results.once(f"ends/{dimensions}/{seed}", lambda p=problem, s=learned: ends(p, s))
-            for name in arguments.samplers:
-                for start in ("baseline", "learned"):
-                    if unfit(name, dimensions, start):
-                        continue
-                    for workers in WORKERS[name]:
-                        trials = SLOW.get(name, {}).get(dimensions, BUDGETS[-1])
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for seed, dimensions, share in product(seeds, arguments.dimensions, arguments.shares):
+        problem = Problem(surrogate, dimensions, seed, share)
+        starts = {"baseline": None, "learned": problem.learned()}
+        results.once(f"ends/{dimensions}/{seed}", lambda p=problem, s=starts: ends(p, s["learned"]))
+        for name, start in product(arguments.samplers, starts):
+            title = name if share == METRIC_SHARE else f"{name}, metric {share:g}"
+            trials = min(SLOW.get(name, BUDGETS[-1]), arguments.trials)
+            for workers in (1,) if name in ("random", "coarse") else arguments.workers:
+                if not unfit(name, dimensions, start):
+                    results.once(
+                        f"{title}/{dimensions}/{start}/{workers}/{seed}",
+                        lambda p=problem, n=name, s=starts[start], w=workers, t=trials: measured(p, n, s, w, t),
+                    )
 
-                        def work(
-                            p: Problem = problem,
-                            n: str = name,
-                            s: Vector | None = learned if start == "learned" else None,
-                            w: int = workers,
-                            t: int = trials,
-                        ) -> dict[str, Any]:
-                            found = coarse_to_fine(p, s, t) if n == "coarse" else sampled(p, n, s, w, t)
-                            budgets = [b for b in BUDGETS if b <= t]
-                            return {
-                                "values": [p.value(found.points[b - 1], "holdout") for b in budgets],
-                                "metric": [p.metric(found.points[b - 1]) for b in budgets],
-                                "seconds": float(np.mean(found.seconds)),
-                            }
 
-                        results.once(f"{name}/{dimensions}/{start}/{workers}/{seed}", work)
+def measured(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> dict[str, Any]:
+    """What a search's best points have on the holdout items after each of the BUDGETS: value and exact match."""
+    if name == "coarse":
+        found = coarse_to_fine(problem, start, trials)
+    elif name == "random":
+        found = at_random(problem, start, trials)
+    else:
+        found = sampled(problem, name, start, workers, trials)
+    points = [found.points[b - 1] for b in BUDGETS if b <= trials]
+    return {
+        "values": [problem.value(p, "holdout", METRIC_SHARE) for p in points],
+        "metric": [problem.metric(p) for p in points],
+        "seconds": float(np.mean(found.seconds)),
+    }
 
 
 def unfit(name: str, dimensions: int, start: str) -> bool:
@@ -433,14 +446,22 @@ def ends(problem: Problem, learned: Vector) -> dict[str, float]:
 # --- Printing ---
 
 
-def table(path: Path) -> None:
-    """Print what the file has, as Markdown: means over seeds, and standard errors."""
+def table(path: Path, which: str) -> None:
+    """Print what the file has, as Markdown: means over seeds, and standard errors.
+
+    which: `value`, from 0 for the best baseline to 1 for the optimum, or `metric`, the exact match itself.
+    """
     found = json.loads(path.read_text(encoding="utf-8"))
     for dimensions in DIMENSIONS:
         edges = {int(k.split("/")[2]): v for k, v in found.items() if k.startswith(f"ends/{dimensions}/")}
         if not edges:
             continue
-        learned = [(e["learned"] - e["baseline"]) / (e["optimum"] - e["baseline"]) for e in edges.values()]
+
+        def relative(value: float, seed: int, known: Mapping[int, Any] = edges) -> float:
+            low, high = known[seed]["baseline"], known[seed]["optimum"]
+            return value if which == "metric" else (value - low) / (high - low)
+
+        learned = [relative(e["learned metric" if which == "metric" else "learned"], s) for s, e in edges.items()]
         metrics = ", ".join(f"{n} {np.mean([e[n] for e in edges.values()]):.3f}" for n in next(iter(edges.values())))
         print(f"\n{dimensions} coefficients, {len(edges)} seeds; the learned start alone {mean(learned)}; {metrics}\n")
         print(f"| sampler | start | workers | {' | '.join(map(str, BUDGETS))} | ms a proposal | seeds |")
@@ -449,14 +470,11 @@ def table(path: Path) -> None:
         for way in sorted((w for w in ways if not w.startswith("ends")), key=lambda w: w.split("/")[2:]):
             name, _, start, workers = way.split("/")
             runs = {int(k.split("/")[4]): v for k, v in found.items() if k.startswith(f"{way}/")}
-            cells = []
-            for k in range(len(BUDGETS)):
-                each = [
-                    (r["values"][k] - edges[s]["baseline"]) / (edges[s]["optimum"] - edges[s]["baseline"])
-                    for s, r in runs.items()
-                    if k < len(r["values"])
-                ]
-                cells.append(mean(each))
+            each = {s: r["metric" if which == "metric" else "values"] for s, r in runs.items()}
+            cells = [
+                mean([relative(values[k], s) for s, values in each.items() if k < len(values)])
+                for k in range(len(BUDGETS))
+            ]
             own = 1000 * float(np.mean([r["seconds"] for r in runs.values()]))
             print(f"| {name} | {start} | {workers} | {' | '.join(cells)} | {own:.0f} | {len(runs)} |")
 
@@ -466,7 +484,7 @@ def mean(values: Sequence[float]) -> str:
     if not values:
         return ""
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{np.mean(values):.2f} ±{error:.2f}"
+    return f"{np.mean(values):.3f} ±{error:.3f}"
 
 
 def main() -> None:
@@ -479,15 +497,19 @@ def main() -> None:
     running = commands.add_parser("run", help="search")
     running.add_argument("--surrogate", type=Path, default=Path("runs/surrogate.npz"))
     running.add_argument("--out", type=Path, default=Path("runs/samplers.json"))
-    running.add_argument("--samplers", nargs="+", choices=WORKERS, default=[*WORKERS])
+    running.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     running.add_argument("--dimensions", nargs="+", type=int, choices=DIMENSIONS, default=DIMENSIONS)
+    running.add_argument("--workers", nargs="+", type=int, default=(1, 8))
+    running.add_argument("--shares", nargs="+", type=float, default=[METRIC_SHARE], help="of the metric in the value")
+    running.add_argument("--trials", type=int, default=BUDGETS[-1])
     running.add_argument("--seeds", type=int, default=10)
     running.add_argument("--first", type=int, default=0, help="first seed")
     printing = commands.add_parser("table", help="print what was measured")
     printing.add_argument("file", type=Path)
+    printing.add_argument("--which", choices=("value", "metric"), default="value")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        table(arguments.file)
+        table(arguments.file, arguments.which)
     else:
         {"fit": fit, "run": run}[arguments.command](arguments)
 
