@@ -14,16 +14,20 @@ coefficients tie parts together: all, by kind, by kind and half of the depth, by
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
 learned start in that space, by evomerge's Adam on mini-batches.  A trial's value is that of `objective: auto`.  After
 so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
-best baseline and 1 the end of CMA-ES by the holdout items themselves, after 3000 trials.  With workers, that many
+best baseline and 1 the end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many
 trials run at once.
 
-coarse    30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best of them
+coarse       30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best
+cma-es       in 48 and 240 coefficients after a learned start it moves whole groups, those of 24, as evomerge does
+cma-es free  never does so
+
+In 48 and 240 coefficients CMA-ES runs without a study and with one worker; its seconds there are with those of a value.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +44,7 @@ from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.samplers.auto import SIGMA0
+from evomerge.search.samplers.cmaes import WIDE
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup
 from evomerge.search.storage.trial_record import LEARNED
@@ -53,8 +58,8 @@ BUDGETS = (30, 60, 100, 200, 400)
 HIGH = 2.0  # bound of a weight
 MARGIN = 8.0  # beyond it a margin says no more
 COARSE = 30  # trials of the coarse stage
-LONG = 3000  # trials whose end counts as 1
-SLOW = {"gp": 60, "tpe": 200}  # samplers of so few trials here
+LONG = 1000  # trials whose end counts as 1
+SLOW = {"gp": 60, "tpe": 100}  # samplers of so few trials here
 SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
 
 
@@ -244,7 +249,7 @@ class Problem:
         self.axes = {name: FloatDistribution(0.0, HIGH) for name in self.names}
         coarse = surrogate.groups[24 if dimensions > 24 else dimensions]
         first = [int(np.argmax(self.groups == k)) for k in range(dimensions)]  # a weight of each coefficient
-        self.ties = {name: str(coarse[f]) for name, f in zip(self.names, first, strict=True)}
+        self.coarse = coarse[first]
         self.sources = np.array([f // PARTS for f in first])
         rng = np.random.default_rng(seed)
         dealt = [t * (SEARCHED + JUDGED) + rng.permutation(SEARCHED + JUDGED) for t in range(TASKS)]
@@ -305,15 +310,13 @@ class Found(NamedTuple):
 
 def sampled(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> Found:
     """A search by a sampler of evomerge.  start: tried after the baselines, and taken as learned."""
-    free = name == "cma-es free"
-    config = SamplerConfig(name="cma-es" if free else name, sigma0=0.2 if start is None else SIGMA0)
+    config = SamplerConfig(name=name, sigma0=0.2 if start is None else SIGMA0)
     study = optuna.create_study(direction="maximize")
     values: list[tuple[float, Vector]] = []
 
     def propose() -> tuple[optuna.Trial, Vector]:
         if number[0] == 0 or not sampler_kind(config.name).serves_all_trials:
-            ties = {} if free else problem.ties
-            setup = SamplerSetup(config, problem.axes, problem.seed, number[0], workers, ties)
+            setup = SamplerSetup(config, problem.axes, problem.seed, number[0], workers)
             study.sampler = make_sampler(setup)
         number[0] += 1
         asked = study.ask()
@@ -340,9 +343,15 @@ def sampled(problem: Problem, name: str, start: Vector | None, workers: int, tri
     return Found([point for _, point in values[first:]], seconds)
 
 
-def coarse_to_fine(problem: Problem, start: Vector | None, trials: int, split: str = "search") -> Found:
-    """COARSE trials that move all weights of a source at once, then CMA-ES in the space from the best of them.
+def by_stages(
+    problem: Problem,
+    start: Vector | None,
+    stages: Sequence[tuple[int, NDArray[np.int64] | None]],
+    split: str = "search",
+) -> Found:
+    """CMA-ES in one stage after the other, each from the best point of those before, with one worker.
 
+    stages: of each the number of trials, and (D,) the group of each coefficient if whole groups are moved up or down.
     split: whose items give the values.
     """
     from cmaes import CMA
@@ -350,31 +359,23 @@ def coarse_to_fine(problem: Problem, start: Vector | None, trials: int, split: s
     given = problem.given if start is None else [start]
     best = max(((problem.value(point, split), point) for point in given), key=lambda v: v[0])
     found, seconds = [best], []
-    centre, sources = best[1] / HIGH, problem.sources
-
-    def move(place: Vector) -> Vector:
-        return np.clip(centre + place[sources] - 0.5, 0, 1)
-
-    stages: list[tuple[int, Vector, Callable[[Vector], Vector]]] = [
-        (COARSE, np.full(SOURCES, 0.5), move),
-        (trials - COARSE, best[1] / HIGH, lambda place: place),
-    ]
-    for number, (count, mean, place_of) in enumerate(stages):
-        at = mean if number == 0 else found[-1][1] / HIGH
-        bounds = np.tile([0.0, 1.0], (len(at), 1))
+    for number, (trials, groups) in enumerate(stages):
+        centre = found[-1][1] / HIGH
+        mean = centre if groups is None else np.full(groups.max() + 1, 0.5)
         sigma = SIGMA0 if number or start is not None else 0.2
-        optimizer, group = CMA(mean=at, sigma=sigma, bounds=bounds, seed=problem.seed), []
-        for _ in range(count):
+        bounds = np.tile([0.0, 1.0], (len(mean), 1))
+        optimizer, group = CMA(mean=mean, sigma=sigma, bounds=bounds, seed=problem.seed), []
+        for _ in range(trials):
             began = time.process_time()
             place = optimizer.ask()
-            point = place_of(place) * HIGH
-            seconds.append(time.process_time() - began)
+            point = HIGH * (place if groups is None else np.clip(centre + place[groups] - 0.5, 0, 1))
             value = problem.value(point, split)
             group.append((place, -value))
             found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
             if len(group) == optimizer.population_size:
                 optimizer.tell(group)
                 group = []
+            seconds.append(time.process_time() - began)
     return Found([point for _, point in found[1:]], seconds)
 
 
@@ -400,7 +401,8 @@ def run(arguments: argparse.Namespace) -> None:
         for name, start in product(arguments.samplers, starts):
             title = name if share == METRIC_SHARE else f"{name}, metric {share:g}"
             trials = min(SLOW.get(name, BUDGETS[-1]), arguments.trials)
-            for workers in (1,) if name in ("random", "coarse") else arguments.workers:
+            alone = name in ("random", "coarse") or dimensions > WIDE
+            for workers in (1,) if alone else arguments.workers:
                 if not unfit(name, dimensions, start):
                     results.once(
                         f"{title}/{dimensions}/{start}/{workers}/{seed}",
@@ -410,10 +412,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measured(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> dict[str, Any]:
     """What a search's best points have on the holdout items after each of the BUDGETS: value and exact match."""
-    if name == "coarse":
-        found = coarse_to_fine(problem, start, trials)
-    elif name == "random":
+    if name == "random":
         found = at_random(problem, start, trials)
+    elif name == "coarse":
+        found = by_stages(problem, start, [(COARSE, problem.sources), (trials - COARSE, None)])
+    elif name.startswith("cma-es") and len(problem.axes) > WIDE:  # Optuna takes seconds to make a trial so wide
+        shifts = None if start is None or name == "cma-es free" else problem.coarse
+        found = by_stages(problem, start, [(trials, shifts)])
     else:
         found = sampled(problem, name, start, workers, trials)
     points = [found.points[b - 1] for b in BUDGETS if b <= trials]
@@ -432,7 +437,7 @@ def unfit(name: str, dimensions: int, start: str) -> bool:
 def ends(problem: Problem, learned: Vector) -> dict[str, float]:
     """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
     best = max(problem.given, key=problem.value)
-    long = coarse_to_fine(problem, learned, LONG, "holdout").points[-1]
+    long = by_stages(problem, learned, [(LONG, None)], "holdout").points[-1]
     return {
         "baseline": problem.value(best, "holdout"),
         "learned": problem.value(learned, "holdout"),
