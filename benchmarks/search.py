@@ -42,6 +42,8 @@ from small_family import SmallFamily
 import evomerge
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
+from evomerge.search.evaluation import scale
+from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.storage.trial_record import record_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +167,7 @@ def judged(run: evomerge.Run) -> dict[str, Any]:
         "chosen": chosen,
         "chosen_kind": kinds[chosen],
         "selection": selection[chosen],
+        "score": verdict.score.value,
         "best_parent": max(selection[p] for p in parents),
         "best_baseline": max(selection[r] for r in rivals),
         "sentence": verdict.sentence,
@@ -282,9 +285,19 @@ def smollm2(arguments: argparse.Namespace, bad: bool, seed: int) -> dict[str, An
 # --- Running and printing ---
 
 
+def set_share(share: float) -> None:
+    """Give the metric another share in the values of trials; without any, trials are not scored by it."""
+    scale.METRIC_SHARE = share
+    if not share:
+        TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     results = Results(arguments.out)
+    usual = arguments.share == scale.METRIC_SHARE
+    set_share(arguments.share)
+    labels = {o: o if usual else f"{o} share {arguments.share:g}" for o in arguments.objectives}
     small = [row for row in arguments.rows if row in ("evolve", "cma-es")]
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         if small:
@@ -298,11 +311,11 @@ def run(arguments: argparse.Namespace) -> None:
                 kept = with_changes(family.config, objective=None if objective == "metric" else objective)
                 rival = with_changes(kept, sampler={"name": "cma-es"}, budget={"trials": arguments.rival})
                 if "cma-es" in small:
-                    key = f"cma-es/{objective} {arguments.rival}/{seed}"
+                    key = f"cma-es/{labels[objective]} {arguments.rival}/{seed}"
                     results.once(key, lambda f=family, c=rival: searches(f, c))
                 for name in arguments.samplers:
                     own = with_changes(kept, sampler={"name": name}, budget={"trials": arguments.trials})
-                    key = f"tiny/{name} {objective} {arguments.trials}/{seed}"
+                    key = f"tiny/{name} {labels[objective]} {arguments.trials}/{seed}"
                     results.once(key, lambda f=family, c=own: searches(f, c))
         if "mixed" in arguments.rows:
             mixed = with_changes(load_config(arguments.mixed), seed=seed)
@@ -311,7 +324,7 @@ def run(arguments: argparse.Namespace) -> None:
                 kept = with_changes(mixed, objective=None if objective == "metric" else objective)
                 for name in arguments.samplers:
                     own = with_changes(kept, sampler={"name": name}, budget={"trials": arguments.trials})
-                    key = f"mixed/{name} {objective} {arguments.trials}/{seed}"
+                    key = f"mixed/{name} {labels[objective]} {arguments.trials}/{seed}"
                     results.once(key, lambda f=family, c=own: searches(f, c))
         if "equals" in arguments.rows:
             config, like = load_config(arguments.tiny), Path(load_config(arguments.tiny).base).parent
@@ -424,6 +437,7 @@ def main() -> None:
     running.add_argument("--rival", type=int, default=TRIALS, help="trials of CMA-ES as a rival")
     running.add_argument("--samplers", nargs="*", choices=SAMPLERS, default=["auto"])
     running.add_argument("--objectives", nargs="+", default=["auto"], help="`metric`: the configuration names none")
+    running.add_argument("--share", type=float, default=scale.METRIC_SHARE, help="of the metric in a trial's value")
     running.add_argument("--out", type=Path, default=Path("runs/proof.json"))
     running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
     running.add_argument("--mixed", type=Path, default=ROOT / "configs" / "mixed.yaml")
