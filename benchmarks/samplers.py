@@ -364,7 +364,9 @@ def by_stages(
         mean = centre if groups is None else np.full(groups.max() + 1, 0.5)
         sigma = SIGMA0 if number or start is not None else 0.2
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
-        optimizer, group = CMA(mean=mean, sigma=sigma, bounds=bounds, seed=problem.seed), []
+        tries = min(10 * len(mean), 500)  # to draw a point within the bounds; ten times the dimension takes seconds
+        optimizer = CMA(mean=mean, sigma=sigma, bounds=bounds, seed=problem.seed, n_max_resampling=tries)
+        group: list[tuple[Vector, float]] = []
         for _ in range(trials):
             began = time.process_time()
             place = optimizer.ask()
