@@ -359,6 +359,14 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.3f} ±{half:.3f} ({len(values)} seeds)"
 
 
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95% interval of a share (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    low = float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0
+    return low, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0
+
+
 def ratio(costs: Sequence[float], whole: float) -> str:
     """The median of costs as a share of the rival's, with the 95% interval of the median (bootstrap), and misses."""
     shares = np.array(costs) / whole
@@ -414,7 +422,9 @@ def table(path: Path) -> None:
         if way.startswith("equals/"):
             wins = sum(bool(r["winner"]) for r in results.values())
             count = len(results)
-            print(f"\n{way}: no winner in {count - wins} of {count} ({100 * (count - wins) / count:.0f}%)")
+            low, high = share_interval(count - wins, count)
+            share = f"{100 * (count - wins) / count:.0f}% [{100 * low:.1f}%, {100 * high:.1f}%]"
+            print(f"\n{way}: no winner in {count - wins} of {count}, {share}")
         if way.startswith(("smollm2/", "bad/")):
             for seed, result in results.items():
                 weights = ", ".join(f"{n} {w:.2f}" for n, w in result["weights"].items())
