@@ -42,13 +42,16 @@ from small_family import SmallFamily
 import evomerge
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
+from evomerge.search.evaluation import scale
+from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.storage.trial_record import record_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_COST = 3.0  # of an item in a gradient step, in forwards
 EVALUATIONS, TRIALS = 100, 200  # of the rivals
 SAMPLERS = ("auto", "learned", "cma-es", "gp", "tpe")
-EQUAL_SOURCES, NOISE = 3, 0.02  # deviation of an equal source's weights, relative to the task vector's
+EQUAL_SOURCES, NOISE = 3, 6.0  # deviation of an equal source's weights, relative to the task vector's
+EQUAL_SKILL = "count"  # of the tiny family: the source that is copied, and the task
 Point = dict[str, float]
 
 
@@ -164,6 +167,7 @@ def judged(run: evomerge.Run) -> dict[str, Any]:
         "chosen": chosen,
         "chosen_kind": kinds[chosen],
         "selection": selection[chosen],
+        "score": verdict.score.value,
         "best_parent": max(selection[p] for p in parents),
         "best_baseline": max(selection[r] for r in rivals),
         "sentence": verdict.sentence,
@@ -189,30 +193,32 @@ def mean_number(value: Any) -> float:
 
 
 def equal_family(like: Path, source: str, folder: Path, seed: int) -> Path:
-    """Write a base and EQUAL_SOURCES copies of one source, each with noise of its own.
+    """Write a base and EQUAL_SOURCES sources: copies of one source, each with noise of its own.
 
     like: a folder of a tiny family.
     """
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(like / "base", folder / "base")
-    base = load_file(like / "base" / "model.safetensors")
+    first = load_file(like / "base" / "model.safetensors")
     tuned = load_file(like / source / "model.safetensors")
-    for k in range(EQUAL_SOURCES):
-        shutil.copytree(like / source, folder / f"copy{k}")
+    for k, name in enumerate(["base", *(f"copy{k}" for k in range(EQUAL_SOURCES))]):
+        shutil.copytree(like / source, folder / name)
         generator = torch.Generator().manual_seed(1000 * seed + k)
         noisy = {}
-        for name, tensor in tuned.items():
-            size = NOISE * (tensor - base[name]).std()
-            noisy[name] = tensor + size * torch.randn(tensor.shape, generator=generator)
-        save_file(noisy, folder / f"copy{k}" / "model.safetensors", {"format": "pt"})
+        for key, tensor in tuned.items():
+            size = NOISE * (tensor - first[key]).std()
+            noisy[key] = tensor + size * torch.randn(tensor.shape, generator=generator)
+        save_file(noisy, folder / name / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str, Any]:
-    """One search among equal sources, by a normalised mean of them: every point makes nearly the same model."""
+    """One search among equal sources, by a normalised mean of them: no point is better than all at the same weight.
+
+    It is small, because a verdict's error rate does not depend on the numbers of items and trials.
+    """
     with tempfile.TemporaryDirectory(prefix="evomerge-equals-") as place:
-        folder = equal_family(like, "add", Path(place) / "family", seed)
+        folder = equal_family(like, EQUAL_SKILL, Path(place) / "family", seed)
         sources = [{"name": f"copy{k}", "path": str(folder / f"copy{k}")} for k in range(EQUAL_SOURCES)]
         space = {"granularity": "depth", "knots": 2, "weight": [0.05, 1.0], "normalize": True}
         changed = with_changes(
@@ -222,8 +228,9 @@ def equals(config: SearchConfig, like: Path, seed: int, trials: int) -> dict[str
             sources=sources,
             method="linear",
             space=space,
+            tasks=[{"task": t.task} for t in config.tasks if Path(t.task).stem == EQUAL_SKILL],
             seed=seed,
-            splits={"search": 30, "selection": 30, "holdout": 60},  # a verdict's error rate does not depend on it
+            splits={"search": 24, "selection": 24, "holdout": 60},
             budget={"trials": trials},
         )
         run, seconds, where = searched(changed)
@@ -278,9 +285,19 @@ def smollm2(arguments: argparse.Namespace, bad: bool, seed: int) -> dict[str, An
 # --- Running and printing ---
 
 
+def set_share(share: float) -> None:
+    """Give the metric another share in the values of trials; without any, trials are not scored by it."""
+    scale.METRIC_SHARE = share
+    if not share:
+        TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     results = Results(arguments.out)
+    usual = arguments.share == scale.METRIC_SHARE
+    set_share(arguments.share)
+    labels = {o: o if usual else f"{o} share {arguments.share:g}" for o in arguments.objectives}
     small = [row for row in arguments.rows if row in ("evolve", "cma-es")]
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         if small:
@@ -294,11 +311,11 @@ def run(arguments: argparse.Namespace) -> None:
                 kept = with_changes(family.config, objective=None if objective == "metric" else objective)
                 rival = with_changes(kept, sampler={"name": "cma-es"}, budget={"trials": arguments.rival})
                 if "cma-es" in small:
-                    key = f"cma-es/{objective} {arguments.rival}/{seed}"
+                    key = f"cma-es/{labels[objective]} {arguments.rival}/{seed}"
                     results.once(key, lambda f=family, c=rival: searches(f, c))
                 for name in arguments.samplers:
                     own = with_changes(kept, sampler={"name": name}, budget={"trials": arguments.trials})
-                    key = f"tiny/{name} {objective} {arguments.trials}/{seed}"
+                    key = f"tiny/{name} {labels[objective]} {arguments.trials}/{seed}"
                     results.once(key, lambda f=family, c=own: searches(f, c))
         if "mixed" in arguments.rows:
             mixed = with_changes(load_config(arguments.mixed), seed=seed)
@@ -307,12 +324,12 @@ def run(arguments: argparse.Namespace) -> None:
                 kept = with_changes(mixed, objective=None if objective == "metric" else objective)
                 for name in arguments.samplers:
                     own = with_changes(kept, sampler={"name": name}, budget={"trials": arguments.trials})
-                    key = f"mixed/{name} {objective} {arguments.trials}/{seed}"
+                    key = f"mixed/{name} {labels[objective]} {arguments.trials}/{seed}"
                     results.once(key, lambda f=family, c=own: searches(f, c))
         if "equals" in arguments.rows:
             config, like = load_config(arguments.tiny), Path(load_config(arguments.tiny).base).parent
             for name in arguments.samplers:
-                own = with_changes(config, sampler={"name": name}, objective=arguments.objectives[0])
+                own = with_changes(config, sampler={"name": name, "steps": 30}, objective=arguments.objectives[0])
                 key = f"equals/{name} {arguments.objectives[0]} {arguments.trials}/{seed}"
                 results.once(key, lambda c=own, s=seed, f=like: equals(c, f, s, arguments.trials))
         for row in ("smollm2", "bad"):
@@ -340,6 +357,14 @@ def interval(values: Sequence[float]) -> str:
         return f"{mean:.3f} (1 seed)"
     half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{mean:.3f} ±{half:.3f} ({len(values)} seeds)"
+
+
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """The 95% interval of a share (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    low = float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0
+    return low, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0
 
 
 def ratio(costs: Sequence[float], whole: float) -> str:
@@ -397,7 +422,9 @@ def table(path: Path) -> None:
         if way.startswith("equals/"):
             wins = sum(bool(r["winner"]) for r in results.values())
             count = len(results)
-            print(f"\n{way}: no winner in {count - wins} of {count} ({100 * (count - wins) / count:.0f}%)")
+            low, high = share_interval(count - wins, count)
+            share = f"{100 * (count - wins) / count:.0f}% [{100 * low:.1f}%, {100 * high:.1f}%]"
+            print(f"\n{way}: no winner in {count - wins} of {count}, {share}")
         if way.startswith(("smollm2/", "bad/")):
             for seed, result in results.items():
                 weights = ", ".join(f"{n} {w:.2f}" for n, w in result["weights"].items())
@@ -420,6 +447,7 @@ def main() -> None:
     running.add_argument("--rival", type=int, default=TRIALS, help="trials of CMA-ES as a rival")
     running.add_argument("--samplers", nargs="*", choices=SAMPLERS, default=["auto"])
     running.add_argument("--objectives", nargs="+", default=["auto"], help="`metric`: the configuration names none")
+    running.add_argument("--share", type=float, default=scale.METRIC_SHARE, help="of the metric in a trial's value")
     running.add_argument("--out", type=Path, default=Path("runs/proof.json"))
     running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
     running.add_argument("--mixed", type=Path, default=ROOT / "configs" / "mixed.yaml")

@@ -11,6 +11,7 @@ from test_storage import opened, space_of
 
 from evomerge.config.schema import SamplerConfig
 from evomerge.errors import EvomergeError
+from evomerge.search.samplers.auto import choose
 from evomerge.search.samplers.registry import BUILT_IN, make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, trial_seed
 from evomerge.search.storage.database import sqlite_url
@@ -103,3 +104,20 @@ def test_a_search_with_an_unknown_sampler_opens_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "sampler.name: 'cmaes' is not a sampler; give one of auto, learned, cma-es, tpe" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("axes", "trials", "workers", "learned", "chosen"),
+    [
+        (24, 60, 1, False, "gp"),
+        (24, 60, 1, True, "cma-es"),
+        (24, 61, 1, False, "cma-es"),
+        (31, 60, 1, False, "cma-es"),
+        (24, 60, 2, False, "cma-es"),
+        (24, None, 1, False, "cma-es"),
+    ],
+)
+def test_auto_goes_on_with_gp_where_few_trials_start_from_a_baseline(
+    axes: int, trials: int | None, workers: int, learned: bool, chosen: str
+) -> None:
+    assert choose(axes, trials, workers, learned) == chosen

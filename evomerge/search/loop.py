@@ -50,6 +50,7 @@ from evomerge.search.storage.database import Retry, open_study
 from evomerge.search.storage.method_choice import METHOD, DefaultRecipe, recorded_choice
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.study_lease import acquire_lease
+from evomerge.search.storage.trial_record import LEARNED
 from evomerge.search.trial import Races, TrialRunner, next_baseline
 from evomerge.search.verdict.finals import finish
 from evomerge.search.verdict.verdict import Verdict
@@ -254,7 +255,8 @@ class Driver:
         if space.config.sampler.name == "auto" and CHOSEN not in study.stored.user_attrs:
             limit = self.monitor.limits.trials
             left = None if limit is None else limit - study.count
-            study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size))
+            learned = any(LEARNED in trial.user_attrs for trial in study.finished)
+            study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size, learned))
         self.monitor.phase("searching")
 
     async def prepare_search(self) -> None:

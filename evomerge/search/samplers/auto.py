@@ -1,8 +1,8 @@
 """`auto` and `learned`: a learned start, and which sampler follows it.
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
-kept in the study, so that a resume with another budget does not change the sampler.  The rule is one of thumb; no table
-of measurements stands behind it yet.
+kept in the study, so that a resume with another budget does not change the sampler.  The numbers of the rule are those
+of the table of samplers in docs/search.md.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,24 @@ from evomerge.search.samplers.sampler_kind import SamplerKind
 
 CHOSEN = "evomerge:sampler"  # study attribute: what `auto` chose
 SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
-GP_TRIALS = 60  # above it a Gaussian process's own time grows too long beside its use
-GP_AXES = 30
+GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES reaches with 100
+GP_AXES = 30  # a proposal takes a quarter of a second in 24 coefficients, and longer in more
 
 AUTO = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
 LEARNED = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
 
 
-def choose(axes: int, trials: int | None, workers: int) -> str:
-    """The sampler that follows a learned start.
+def choose(axes: int, trials: int | None, workers: int, learned: bool) -> str:
+    """The sampler that follows.
 
     axes: how many coefficients are searched.
     trials: how many are left; None is not limited.
     workers: how many trials run at once.
+    learned: whether there was a learned start.  After it a Gaussian process finds no more than CMA-ES, which needs no
+        time of its own.
     """
     few = trials is not None and trials <= GP_TRIALS
-    return "gp" if few and workers == 1 and axes <= GP_AXES else "cma-es"
+    return "gp" if few and workers == 1 and axes <= GP_AXES and not learned else "cma-es"
 
 
 def settled(attributes: Mapping[str, Any], config: SamplerConfig) -> SamplerConfig:

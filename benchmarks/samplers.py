@@ -1,0 +1,525 @@
+"""Which sampler finds most by how many trials: by dimension, start and workers, on a smooth model of the tiny family.
+
+    python examples/tiny/make.py runs/tiny
+    python benchmarks/samplers.py fit --out runs/surrogate.npz
+    python benchmarks/samplers.py run --surrogate runs/surrogate.npz --out runs/samplers.json
+    python benchmarks/samplers.py table runs/samplers.json
+
+`fit` scores the models at random points by every item of the tiny family, and fits the objective and the margin of each
+item (an answer is right if its margin is positive) by kernel ridge regression.  A point has 240 weights: 4 sources by
+60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Spaces of 4, 12, 24 and 48
+coefficients tie parts together: all, by kind, by kind and half of the depth, by kind and layer.
+
+`run` proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
+seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
+learned start in that space, by evomerge's Adam on mini-batches.  A trial's value is that of `objective: auto`.  After
+so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
+best baseline and 1 the end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many
+trials run at once.
+
+coarse       30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best
+cma-es       in 48 and 240 coefficients after a learned start it moves whole groups, those of 24, as evomerge does
+cma-es free  never does so
+
+In 48 and 240 coefficients CMA-ES runs without a study and with one worker; its seconds there are with those of a value.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import FloatDistribution
+from results import Results
+
+from evomerge.config.config_file import load_config
+from evomerge.config.schema import SamplerConfig
+from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
+from evomerge.search.learned.adam import Adam, average
+from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
+from evomerge.search.samplers.auto import SIGMA0
+from evomerge.search.samplers.cmaes import WIDE
+from evomerge.search.samplers.registry import make_sampler, sampler_kind
+from evomerge.search.samplers.sampler_kind import SamplerSetup
+from evomerge.search.storage.trial_record import LEARNED
+
+ROOT = Path(__file__).resolve().parent.parent
+Vector = NDArray[np.float64]
+TASKS, SOURCES, PARTS = 4, 4, 60
+SEARCHED, JUDGED = 60, 100  # items of each task
+DIMENSIONS = (4, 12, 24, 48, 240)
+BUDGETS = (30, 60, 100, 200, 400)
+HIGH = 2.0  # bound of a weight
+MARGIN = 8.0  # beyond it a margin says no more
+COARSE = 30  # trials of the coarse stage
+LONG = 1000  # trials whose end counts as 1
+SLOW = {"gp": 60, "tpe": 100}  # samplers of so few trials here
+SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
+
+
+# --- The parts of the model ---
+
+
+def parts_of(names: Sequence[str], rows: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
+    """The part of each row of each tensor, by the tensor's name: 56 halves of matrices, 2 of the embedding, 2 norms."""
+    found, count = {}, 0
+    for name in names:
+        halves = (np.arange(rows[name]) >= rows[name] / 2).astype(np.int64)
+        if "norm" in name:
+            late = name == "model.norm.weight" or int(name.split(".")[2]) >= 2
+            found[name] = np.full(rows[name], PARTS - 2 + late)
+        else:
+            found[name], count = count + halves, count + 2
+    assert count == PARTS - 2
+    return found
+
+
+def groups_of(names: Sequence[str], dimensions: int) -> NDArray[np.int64]:
+    """The group of each part, (PARTS,), in a space of so many coefficients."""
+    places = []  # (kind, layer, number) of every part
+    for name in (n for n in names if "norm" not in n):
+        kind = 0 if "self_attn" in name else 1 if "mlp" in name else 2
+        layer = int(name.split(".")[2]) if kind < 2 else 0
+        places += [(kind, layer, 0), (kind, layer, 3)] if kind == 2 else [(kind, layer, layer)] * 2
+    places += [(3, 0, 0), (3, 3, 3)]
+    if dimensions == SOURCES * PARTS:
+        return np.arange(PARTS)
+    keys: list[tuple[int, ...]] = {
+        4: [(0,) for _ in places],
+        12: [(min(kind, 2),) for kind, _, _ in places],
+        24: [(min(kind, 2), depth // 2) for kind, _, depth in places],
+        48: [(kind, depth) for kind, _, depth in places],
+    }[dimensions]
+    return np.unique(np.array(keys), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def axis_groups(parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(240,) the coefficient of each weight, by the group of each part."""
+    count = int(parts.max()) + 1
+    return np.concatenate([source * count + parts for source in range(SOURCES)])
+
+
+# --- Fitting ---
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Score models at random points, and write what the surrogate needs."""
+    import torch
+    from objectives import CANDIDATES
+    from search import with_changes
+    from small_family import SmallFamily
+
+    items = SEARCHED + JUDGED
+    config = with_changes(load_config(arguments.tiny), splits={"search": items, "selection": 20, "holdout": 20}, seed=0)
+    family = SmallFamily(config)
+    rows = {n: len(b) for n, b in zip(family.names, family.base, strict=True)}
+    parts = parts_of(family.names, rows)
+    objective = CANDIDATES["mean and weakest -6"]
+    where = {n: torch.tensor(parts[n]) for n in family.names}
+    sizes = np.zeros((SOURCES, PARTS))
+    for name, change in zip(family.names, family.changes, strict=True):
+        squares = change.reshape(SOURCES, rows[name], -1).double().pow(2).sum(2).numpy()
+        for source in range(SOURCES):
+            sizes[source] += np.bincount(parts[name], squares[source], PARTS)
+
+    def scores(weights: Vector) -> Vector:
+        """(2, items) objectives and margins of the model with these weights, (240,)."""
+        each = torch.tensor(weights.reshape(SOURCES, PARTS)).float()
+        values = {}
+        for name, base, change in zip(family.names, family.base, family.changes, strict=True):
+            rates = each[:, where[name]].view(SOURCES, rows[name], *[1] * (base.ndim - 1))
+            values[name] = base + (rates * change).sum(0)
+        answers = family.score(values, "search").values()
+        margins = [a.margins.masked_fill(~a.mask, MARGIN).amin(1).clamp(-MARGIN, MARGIN) for a in answers]
+        return np.stack([torch.cat([objective(a) for a in answers]).numpy(), torch.cat(margins).numpy()]).astype(float)
+
+    rng = np.random.default_rng(0)
+    points = list(given_points().values())
+    points += [random_point(rng, family.names, kind) for kind in range(arguments.points)]
+    found = np.array([scores(p) for p in points])
+    spaces = {f"groups{d}": groups_of(family.names, d) for d in DIMENSIONS}
+    np.savez(arguments.out, points=np.array(points), scores=found, sizes=sizes.reshape(-1) ** 0.5, **spaces)
+    surrogate = Surrogate(arguments.out)
+    print(f"{len(points)} points; {surrogate.quality()}")
+
+
+def given_points() -> dict[str, Vector]:
+    """Name -> (240,) weights: the base, the sources, their means."""
+    sources = {f"source {s}": np.repeat(np.eye(SOURCES)[s], PARTS) for s in range(SOURCES)}
+    means = {f"all at {w:g}": np.full(SOURCES * PARTS, w) for w in (0.0, 0.25, 0.5)}
+    return means | sources
+
+
+def random_point(rng: np.random.Generator, names: Sequence[str], number: int) -> Vector:
+    """(240,) weights: coarse or fine, anywhere or near weights that are equal within a source."""
+    groups = axis_groups(groups_of(names, DIMENSIONS[number % len(DIMENSIONS)]))
+    anywhere = rng.uniform(0, HIGH, groups.max() + 1)[groups]
+    if rng.random() < 0.3:
+        return anywhere * rng.random() ** 0.5
+    centre = rng.uniform(0.1, 1.0, SOURCES).repeat(PARTS)
+    return np.clip(centre + rng.uniform(0.1, 0.8) * (anywhere - HIGH / 2), 0, HIGH)
+
+
+def gaussian(left: Vector, right: Vector, width: float) -> Vector:
+    """(n, N) of the distances between (n, d) and (N, d)."""
+    squares: Vector = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
+    return np.exp(-squares / (2 * width**2))
+
+
+class Surrogate:
+    """A smooth model of the tiny family: objective and margin of each item at any of the points, by kernel regression.
+
+    The kernel is the sum of a Gaussian of the 24 groups' means and a Gaussian of all weights; a weight counts by the
+    size of the change that it scales.
+    """
+
+    def __init__(self, path: Path) -> None:
+        stored = np.load(path)
+        self.sizes = stored["sizes"] / np.sqrt(np.mean(stored["sizes"] ** 2))
+        self.groups = {d: axis_groups(stored[f"groups{d}"]) for d in DIMENSIONS}
+        middle = np.zeros((24, SOURCES * PARTS))
+        middle[self.groups[24], np.arange(SOURCES * PARTS)] = self.sizes**2
+        self.middle = middle / middle.sum(1, keepdims=True)
+        self.points, self.scores = stored["points"], stored["scores"]  # (N, 240), (N, 2, items)
+        self.coarse, self.fine = self.points @ self.middle.T, self.points * self.sizes
+        self.widths, self.ridge = (2.0, 20.0), 3e-3
+        self.fit(np.arange(len(self.points)))
+
+    def kernel(self, points: Vector) -> tuple[Vector, Vector]:
+        """(n, N) of the groups' means, (n, N) of all weights, by the points of the fit."""
+        near = gaussian(points @ self.middle.T, self.coarse, self.widths[0])
+        return near, gaussian(points * self.sizes, self.fine, self.widths[1])
+
+    def fit(self, rows: NDArray[np.int64]) -> None:
+        """Fit the scores at some points."""
+        kernel = sum(self.kernel(self.points[rows]))[:, rows]
+        flat = self.scores[rows].reshape(len(rows), -1)
+        self.mean = flat.mean(0)
+        solved = np.linalg.solve(kernel + self.ridge * np.eye(len(rows)), flat - self.mean)
+        self.weights = np.zeros((len(self.points), flat.shape[1]))  # (N, 2 items)
+        self.weights[rows] = solved
+
+    def at(self, point: Vector) -> tuple[Vector, Vector]:
+        """Objectives and margins of all items at a point, each (items,)."""
+        flat = self.mean + sum(self.kernel(point[None]))[0] @ self.weights
+        return tuple(flat.reshape(2, -1))
+
+    def gradient(self, point: Vector, items: Vector) -> Vector:
+        """(240,) the derivative of a weighted sum of objectives.  items: (items,) their weights."""
+        near, wide = (k[0] for k in self.kernel(point[None]))
+        pull = self.weights[:, : len(items)] @ items  # (N,)
+        coarse = ((near * pull) @ (self.coarse - point @ self.middle.T)) / self.widths[0] ** 2
+        fine = ((wide * pull) @ (self.fine - point * self.sizes)) / self.widths[1] ** 2
+        return coarse @ self.middle + fine * self.sizes
+
+    def quality(self) -> str:
+        """How well the fit of four fifths of the points foretells the rest."""
+        held = np.arange(len(self.points)) % 5 == 4
+        self.fit(np.flatnonzero(~held))
+        guessed = np.array([np.stack(self.at(p)) for p in self.points[held]])
+        real = self.scores[held]
+        self.fit(np.arange(len(self.points)))
+        parts = [1 - ((guessed - real)[:, k] ** 2).mean() / real[:, k].var(0).mean() for k in (0, 1)]
+        means = np.corrcoef(guessed[:, 0].mean(1), real[:, 0].mean(1))[0, 1]
+        right = np.corrcoef((guessed[:, 1] > 0).mean(1), (real[:, 1] > 0).mean(1))[0, 1]
+        return (
+            f"held-out points: {parts[0]:.2f} of the variance of an item's objective, {parts[1]:.2f} of its margin; "
+            f"correlation of the mean objective {means:.3f}, of the exact match {right:.3f}"
+        )
+
+
+# --- Searching ---
+
+
+class Problem:
+    """A search on the surrogate: a space and a seed, which deals the items.
+
+    dimensions: of the space.
+    """
+
+    def __init__(self, surrogate: Surrogate, dimensions: int, seed: int, share: float) -> None:
+        self.surrogate, self.groups, self.seed, self.share = surrogate, surrogate.groups[dimensions], seed, share
+        self.names = [f"w{k:03d}" for k in range(dimensions)]
+        self.axes = {name: FloatDistribution(0.0, HIGH) for name in self.names}
+        coarse = surrogate.groups[24 if dimensions > 24 else dimensions]
+        first = [int(np.argmax(self.groups == k)) for k in range(dimensions)]  # a weight of each coefficient
+        self.coarse = coarse[first]
+        self.sources = np.array([f // PARTS for f in first])
+        rng = np.random.default_rng(seed)
+        dealt = [t * (SEARCHED + JUDGED) + rng.permutation(SEARCHED + JUDGED) for t in range(TASKS)]
+        self.search = np.array([d[:SEARCHED] for d in dealt])  # (tasks, items)
+        self.holdout = np.array([d[SEARCHED:] for d in dealt])
+        self.given = [np.array([p[f] for f in first]) for p in given_points().values()]
+        known = [surrogate.at(p[self.groups]) for p in self.given]
+        self.lines = [[self.line(known, items, which) for which in (0, 1)] for items in self.search]
+
+    @staticmethod
+    def line(known: Sequence[tuple[Vector, Vector]], items: NDArray[np.int64], which: int) -> Line:
+        """The scale of a task's objective (0) or metric (1)."""
+        base, *others = [(o if which == 0 else (m > 0).astype(float))[items].tolist() for o, m in known]
+        parents = {f"source {k}": each for k, each in enumerate(others[-SOURCES:])}
+        return fitted("score", base, parents, LEAST if which else 0.0)
+
+    def value(self, point: Vector, split: str = "search", share: float | None = None) -> float:
+        """The value of a trial.  point: (D,)."""
+        objective, margin = self.surrogate.at(point[self.groups])
+        share = self.share if share is None else share
+        means = []
+        for items, (line, metric) in zip(getattr(self, split), self.lines, strict=True):
+            smooth, right = line.of(objective[items]).mean(), metric.of((margin[items] > 0).astype(float)).mean()
+            means.append((1 - share) * smooth + share * right)
+        return float(np.mean(means))
+
+    def metric(self, point: Vector) -> float:
+        """The mean exact match on the holdout items."""
+        return float((self.surrogate.at(point[self.groups])[1][self.holdout] > 0).mean())
+
+    def learned(self) -> Vector:
+        """(D,) the end of the learned start: Adam from the best baseline, on mini-batches of the search items."""
+        rng = np.random.default_rng([self.seed, 1])
+        adam, seen = Adam(self.axes, RATE, STEPS), []
+        point = dict(zip(self.names, max(self.given, key=self.value).tolist(), strict=True))
+        for _ in range(STEPS):
+            seen.append(point)
+            items = np.zeros(TASKS * (SEARCHED + JUDGED))
+            for task, (line, _) in zip(self.search, self.lines, strict=True):
+                items[rng.choice(task, ITEMS // TASKS, replace=False)] = 1 / line.unit
+            fine = self.surrogate.gradient(np.array([point[n] for n in self.names])[self.groups], items)
+            gradient = np.bincount(self.groups, fine, len(self.names))
+            point = adam.step(point, dict(zip(self.names, gradient.tolist(), strict=True)))
+        last = average(seen[-round(AVERAGED * STEPS) :])
+        return np.array([last[n] for n in self.names])
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    points: the best by value after each trial of the sampler, each (D,).
+    seconds: of each proposal.
+    """
+
+    points: list[Vector]
+    seconds: list[float]
+
+
+def sampled(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> Found:
+    """A search by a sampler of evomerge.  start: tried after the baselines, and taken as learned."""
+    config = SamplerConfig(name=name, sigma0=0.2 if start is None else SIGMA0)
+    study = optuna.create_study(direction="maximize")
+    values: list[tuple[float, Vector]] = []
+
+    def propose() -> tuple[optuna.Trial, Vector]:
+        if number[0] == 0 or not sampler_kind(config.name).serves_all_trials:
+            setup = SamplerSetup(config, problem.axes, problem.seed, number[0], workers)
+            study.sampler = make_sampler(setup)
+        number[0] += 1
+        asked = study.ask()
+        return asked, np.array([asked.suggest_float(axis, 0.0, HIGH) for axis in problem.names])
+
+    def finish(trial: optuna.Trial, point: Vector) -> None:
+        value = problem.value(point)
+        study.tell(trial, value)
+        values.append(max([(value, point), *values[-1:]], key=lambda v: v[0]))
+
+    number = [0]
+    for given in problem.given + ([] if start is None else [start]):
+        attributes = {LEARNED: STEPS} if given is start else {}
+        study.enqueue_trial(dict(zip(problem.names, given.tolist(), strict=True)), user_attrs=attributes)
+        finish(*propose())
+    first, seconds = len(values), []
+    running: list[tuple[optuna.Trial, Vector]] = []
+    while len(seconds) < trials or running:
+        while len(running) < workers and len(seconds) < trials:
+            began = time.process_time()
+            running.append(propose())
+            seconds.append(time.process_time() - began)
+        finish(*running.pop(0))
+    return Found([point for _, point in values[first:]], seconds)
+
+
+def by_stages(
+    problem: Problem,
+    start: Vector | None,
+    stages: Sequence[tuple[int, NDArray[np.int64] | None]],
+    split: str = "search",
+) -> Found:
+    """CMA-ES in one stage after the other, each from the best point of those before, with one worker.
+
+    stages: of each the number of trials, and (D,) the group of each coefficient if whole groups are moved up or down.
+    split: whose items give the values.
+    """
+    from cmaes import CMA
+
+    given = problem.given if start is None else [start]
+    best = max(((problem.value(point, split), point) for point in given), key=lambda v: v[0])
+    found, seconds = [best], []
+    for number, (trials, groups) in enumerate(stages):
+        centre = found[-1][1] / HIGH
+        mean = centre if groups is None else np.full(groups.max() + 1, 0.5)
+        sigma = SIGMA0 if number or start is not None else 0.2
+        bounds = np.tile([0.0, 1.0], (len(mean), 1))
+        tries = min(10 * len(mean), 500)  # to draw a point within the bounds; ten times the dimension takes seconds
+        optimizer = CMA(mean=mean, sigma=sigma, bounds=bounds, seed=problem.seed, n_max_resampling=tries)
+        group: list[tuple[Vector, float]] = []
+        for _ in range(trials):
+            began = time.process_time()
+            place = optimizer.ask()
+            point = HIGH * (place if groups is None else np.clip(centre + place[groups] - 0.5, 0, 1))
+            value = problem.value(point, split)
+            group.append((place, -value))
+            found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
+            if len(group) == optimizer.population_size:
+                optimizer.tell(group)
+                group = []
+            seconds.append(time.process_time() - began)
+    return Found([point for _, point in found[1:]], seconds)
+
+
+def at_random(problem: Problem, start: Vector | None, trials: int) -> Found:
+    """Points anywhere; the best of them, of the start and of the baselines."""
+    rng = np.random.default_rng([problem.seed, 2])
+    points = [*problem.given, *([] if start is None else [start]), *rng.uniform(0, HIGH, (trials, len(problem.names)))]
+    found: list[tuple[float, Vector]] = []
+    for point in points:
+        found.append(max([(problem.value(point), point), *found[-1:]], key=lambda v: v[0]))
+    return Found([point for _, point in found[-trials:]], [0.0])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the file does not have yet."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    surrogate, results = Surrogate(arguments.surrogate), Results(arguments.out)
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for seed, dimensions, share in product(seeds, arguments.dimensions, arguments.shares):
+        problem = Problem(surrogate, dimensions, seed, share)
+        starts = {"baseline": None, "learned": problem.learned()}
+        results.once(f"ends/{dimensions}/{seed}", lambda p=problem, s=starts: ends(p, s["learned"]))
+        for name, start in product(arguments.samplers, starts):
+            title = name if share == METRIC_SHARE else f"{name}, metric {share:g}"
+            trials = min(SLOW.get(name, BUDGETS[-1]), arguments.trials)
+            alone = name in ("random", "coarse") or dimensions > WIDE
+            for workers in (1,) if alone else arguments.workers:
+                if not unfit(name, dimensions, start):
+                    results.once(
+                        f"{title}/{dimensions}/{start}/{workers}/{seed}",
+                        lambda p=problem, n=name, s=starts[start], w=workers, t=trials: measured(p, n, s, w, t),
+                    )
+
+
+def measured(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> dict[str, Any]:
+    """What a search's best points have on the holdout items after each of the BUDGETS: value and exact match."""
+    if name == "random":
+        found = at_random(problem, start, trials)
+    elif name == "coarse":
+        found = by_stages(problem, start, [(COARSE, problem.sources), (trials - COARSE, None)])
+    elif name.startswith("cma-es") and len(problem.axes) > WIDE:  # Optuna takes seconds to make a trial so wide
+        shifts = None if start is None or name == "cma-es free" else problem.coarse
+        found = by_stages(problem, start, [(trials, shifts)])
+    else:
+        found = sampled(problem, name, start, workers, trials)
+    points = [found.points[b - 1] for b in BUDGETS if b <= trials]
+    return {
+        "values": [problem.value(p, "holdout", METRIC_SHARE) for p in points],
+        "metric": [problem.metric(p) for p in points],
+        "seconds": float(np.mean(found.seconds)),
+    }
+
+
+def unfit(name: str, dimensions: int, start: str) -> bool:
+    """Whether a way is the same as another one here."""
+    return (name == "coarse" and dimensions == 4) or (name == "cma-es free" and (dimensions < 48 or start != "learned"))
+
+
+def ends(problem: Problem, learned: Vector) -> dict[str, float]:
+    """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
+    best = max(problem.given, key=problem.value)
+    long = by_stages(problem, learned, [(LONG, None)], "holdout").points[-1]
+    return {
+        "baseline": problem.value(best, "holdout"),
+        "learned": problem.value(learned, "holdout"),
+        "optimum": problem.value(long, "holdout"),
+        "baseline metric": problem.metric(best),
+        "learned metric": problem.metric(learned),
+        "optimum metric": problem.metric(long),
+    }
+
+
+# --- Printing ---
+
+
+def table(path: Path, which: str) -> None:
+    """Print what the file has, as Markdown: means over seeds, and standard errors.
+
+    which: `value`, from 0 for the best baseline to 1 for the optimum, or `metric`, the exact match itself.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for dimensions in DIMENSIONS:
+        edges = {int(k.split("/")[2]): v for k, v in found.items() if k.startswith(f"ends/{dimensions}/")}
+        if not edges:
+            continue
+
+        def relative(value: float, seed: int, known: Mapping[int, Any] = edges) -> float:
+            low, high = known[seed]["baseline"], known[seed]["optimum"]
+            return value if which == "metric" else (value - low) / (high - low)
+
+        learned = [relative(e["learned metric" if which == "metric" else "learned"], s) for s, e in edges.items()]
+        metrics = ", ".join(f"{n} {np.mean([e[n] for e in edges.values()]):.3f}" for n in next(iter(edges.values())))
+        print(f"\n{dimensions} coefficients, {len(edges)} seeds; the learned start alone {mean(learned)}; {metrics}\n")
+        print(f"| sampler | start | workers | {' | '.join(map(str, BUDGETS))} | ms a proposal | seeds |")
+        print("|---|---|---|" + "---|" * (len(BUDGETS) + 2))
+        ways = dict.fromkeys(k.rpartition("/")[0] for k in found if k.split("/")[1] == str(dimensions))
+        for way in sorted((w for w in ways if not w.startswith("ends")), key=lambda w: w.split("/")[2:]):
+            name, _, start, workers = way.split("/")
+            runs = {int(k.split("/")[4]): v for k, v in found.items() if k.startswith(f"{way}/")}
+            each = {s: r["metric" if which == "metric" else "values"] for s, r in runs.items()}
+            cells = [
+                mean([relative(values[k], s) for s, values in each.items() if k < len(values)])
+                for k in range(len(BUDGETS))
+            ]
+            own = 1000 * float(np.mean([r["seconds"] for r in runs.values()]))
+            print(f"| {name} | {start} | {workers} | {' | '.join(cells)} | {own:.0f} | {len(runs)} |")
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    if not values:
+        return ""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return f"{np.mean(values):.3f} ±{error:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    fitting = commands.add_parser("fit", help="score models at random points, and fit the surrogate")
+    fitting.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
+    fitting.add_argument("--points", type=int, default=400)
+    fitting.add_argument("--out", type=Path, default=Path("runs/surrogate.npz"))
+    running = commands.add_parser("run", help="search")
+    running.add_argument("--surrogate", type=Path, default=Path("runs/surrogate.npz"))
+    running.add_argument("--out", type=Path, default=Path("runs/samplers.json"))
+    running.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    running.add_argument("--dimensions", nargs="+", type=int, choices=DIMENSIONS, default=DIMENSIONS)
+    running.add_argument("--workers", nargs="+", type=int, default=(1, 8))
+    running.add_argument("--shares", nargs="+", type=float, default=[METRIC_SHARE], help="of the metric in the value")
+    running.add_argument("--trials", type=int, default=BUDGETS[-1])
+    running.add_argument("--seeds", type=int, default=10)
+    running.add_argument("--first", type=int, default=0, help="first seed")
+    printing = commands.add_parser("table", help="print what was measured")
+    printing.add_argument("file", type=Path)
+    printing.add_argument("--which", choices=("value", "metric"), default="value")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        table(arguments.file, arguments.which)
+    else:
+        {"fit": fit, "run": run}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()
