@@ -45,6 +45,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.search.evaluation import scale
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.storage.trial_record import record_of
+from evomerge.sources.tensor_names import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_COST = 3.0  # of an item in a gradient step, in forwards
@@ -259,13 +260,12 @@ def smollm2_config(arguments: argparse.Namespace, bad: bool, seed: int) -> Searc
         "base": str(arguments.base.resolve()),
         "sources": sources,
         "method": "task_arithmetic",
-        "space": {"granularity": "depth", "knots": 3, "components": ["attention", "mlp"], "weight": [0.0, 1.5]},
+        "space": {"granularity": "layer", "components": list(PARTS), "weight": [-0.5, 2.0]},
         "tasks": tasks,
-        "splits": {"search": 60, "selection": 40, "holdout": 200},
+        "splits": {"search": 120, "selection": 30, "holdout": 150},
         "sampler": {"name": arguments.sampler},
-        "budget": {"timeout": arguments.timeout},
+        "budget": {"trials": 100, "timeout": arguments.timeout},
         "dtype": "bfloat16",
-        "batch_tokens": 2048,
         "seed": seed,
     }
     return SearchConfig.model_validate(content)
@@ -454,8 +454,8 @@ def main() -> None:
     running.add_argument("--smollm2", type=Path, help="folder with adapters/NAME and tasks/NAME.yaml")
     running.add_argument("--base", type=Path, help="checkpoint that examples/smollm2/fetch_base.py wrote")
     running.add_argument("--bad", type=Path, help="adapter that examples/smollm2/train_lora.py --rate 0.03 trained")
-    running.add_argument("--sampler", default="auto", help="of smollm2 and bad")
-    running.add_argument("--timeout", default="15m", help="of smollm2 and bad")
+    running.add_argument("--sampler", default="learned", help="of smollm2 and bad")
+    running.add_argument("--timeout", help="of smollm2 and bad")
     running.add_argument("--keep", type=Path, help="folder for the run folders of smollm2 and bad")
     printing = commands.add_parser("table", help="print what was measured")
     printing.add_argument("file", type=Path)
