@@ -40,10 +40,10 @@ from torch import Tensor
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SamplerConfig
-from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.climbs import climbs, distance
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE
 from evomerge.search.learned.minibatches import minibatch
+from evomerge.search.learned.steps import Climber, average
 from evomerge.search.samplers.registry import make_sampler
 from evomerge.search.samplers.sampler_kind import SamplerSetup, trial_seed
 from evomerge.search.space.space import Point
@@ -128,10 +128,10 @@ class Problem:
         best = max(self.baselines, key=lambda trial: sum(trial[1]))[0]
         for climb in climbs(dict.fromkeys(self.tasks, 1.0), STEPS, pareto=True):
             near = min(reached, key=lambda r: distance(r[0], climb.weights), default=(climb.weights, best))
-            adam, point, points = Adam(self.family.space.axes, RATE, climb.steps), near[1], []
+            climber, point, points = Climber(self.family.space.axes, RATE, climb.steps), near[1], []
             for step in range(climb.steps):
                 points.append(point)
-                point = adam.step(point, self.gradient(point, climb.weights, climb.number * STEPS + step))
+                point = climber.step(point, self.gradient(point, climb.weights, climb.number * STEPS + step))
                 if len(points) in climb.looks:
                     mean = average(points[-max(1, round(AVERAGED * len(points))) :])
                     found.append((mean, self(mean)))

@@ -12,7 +12,7 @@ coefficients tie parts together: all, by kind, by kind and half of the depth, by
 
 `run` proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
-learned start in that space, by evomerge's Adam on mini-batches.  A trial's value is that of `objective: auto`.  After
+learned start in that space, by evomerge's steps on mini-batches.  A trial's value is that of `objective: auto`.  After
 so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
 best baseline and 1 the end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many
 trials run at once.
@@ -41,8 +41,8 @@ from results import Results
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
-from evomerge.search.learned.adam import Adam, average
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
+from evomerge.search.learned.steps import Climber, average
 from evomerge.search.samplers.auto import SIGMA0
 from evomerge.search.samplers.cmaes import WIDE
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
@@ -281,9 +281,9 @@ class Problem:
         return float((self.surrogate.at(point[self.groups])[1][self.holdout] > 0).mean())
 
     def learned(self) -> Vector:
-        """(D,) the end of the learned start: Adam from the best baseline, on mini-batches of the search items."""
+        """(D,) the end of the learned start: steps from the best baseline, on mini-batches of the search items."""
         rng = np.random.default_rng([self.seed, 1])
-        adam, seen = Adam(self.axes, RATE, STEPS), []
+        climber, seen = Climber(self.axes, RATE, STEPS), []
         point = dict(zip(self.names, max(self.given, key=self.value).tolist(), strict=True))
         for _ in range(STEPS):
             seen.append(point)
@@ -292,7 +292,7 @@ class Problem:
                 items[rng.choice(task, ITEMS // TASKS, replace=False)] = 1 / line.unit
             fine = self.surrogate.gradient(np.array([point[n] for n in self.names])[self.groups], items)
             gradient = np.bincount(self.groups, fine, len(self.names))
-            point = adam.step(point, dict(zip(self.names, gradient.tolist(), strict=True)))
+            point = climber.step(point, dict(zip(self.names, gradient.tolist(), strict=True)))
         last = average(seen[-round(AVERAGED * STEPS) :])
         return np.array([last[n] for n in self.names])
 
