@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searches import run_cli
 
-from evomerge.config.tasks import TaskConfig
+from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import Task, open_tasks
+from evomerge.evaluate.tasks import Task, deal, open_tasks
 from evomerge.start.new_task import NewTask, new_task
 
 Row = dict[str, Any]
@@ -126,6 +127,21 @@ def test_questions_that_come_again_are_counted(tmp_path: Path) -> None:
     rows = [{"question": f"q{n % 7}", "answer": f"a{n}"} for n in range(10)]
     done = new_task(write(tmp_path, rows, "data.json"))
     assert (done.rows, done.repeated) == (10, 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(0, 5))
+def test_rows_with_the_same_question_get_into_one_split(random: Random, seed: int) -> None:
+    questions = [n if n < 50 else random.randrange(50) for n in range(80)]
+    rows = [{"question": f"What is {q}?", "answer": f"a{n}"} for n, q in enumerate(questions)]
+    with TemporaryDirectory() as folder:
+        task = opened(new_task(write(Path(folder), rows)))
+        dealt = deal(task, SplitsConfig(search=12, selection=6, holdout=12), seed)
+    asked = {split: {item.doc["question"] for item in items} for split, items in dealt.items()}
+    assert {split: len(items) for split, items in dealt.items()} == {"search": 12, "selection": 6, "holdout": 12}
+    assert not asked["search"] & asked["holdout"]
+    assert not asked["search"] & asked["selection"]
+    assert not asked["selection"] & asked["holdout"]
 
 
 def test_the_file_is_read_beside_its_data_wherever_it_lies(tmp_path: Path) -> None:

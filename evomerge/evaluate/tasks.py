@@ -222,7 +222,8 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
     seed: of the deal.
 
     Counts and shares are dealt from the documents that lm-eval evaluates, in the order of a seeded hash of the item, so
-    the deal does not depend on the order of the data.  EvomergeError if there are too few items.
+    the deal does not depend on the order of the data.  Items with the same question come one after another; of those at
+    the end of a split the rest is in no other split.  EvomergeError if there are too few items.
     """
     wanted: dict[Split, Share] = {name: getattr(splits, name) for name in SPLITS}
     dealt: dict[Split, list[Item]] = {}
@@ -234,7 +235,12 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
     pool = [i for i in items_of(task, task.docs) if i.id not in taken]
     total = len(pool)
     position = {item.id: n for n, item in enumerate(pool)}  # in the data's order
-    pool.sort(key=lambda i: hashlib.sha256(f"{seed}\0{i.id}".encode()).hexdigest())
+    first = first_of_question(task, pool)
+
+    def order(item_id: str) -> str:
+        return hashlib.sha256(f"{seed}\0{item_id}".encode()).hexdigest()
+
+    pool.sort(key=lambda i: (order(first[i.id]), order(i.id)))
     for name, share in wanted.items():
         if isinstance(share, str):
             continue
@@ -245,10 +251,25 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
                 f"(search {splits.search}, selection {splits.selection}, holdout {splits.holdout})"
             )
         dealt[name] = sorted(pool[:count], key=lambda i: position[i.id])
-        del pool[:count]
+        asked = {first[i.id] for i in dealt[name]}
+        pool = [i for i in pool[count:] if first[i.id] not in asked]
     if empty := [name for name, items in dealt.items() if not items]:
         raise EvomergeError(f"task {task.name}: no item is left for the {empty[0]} split")
     return dealt
+
+
+def first_of_question(task: Task, items: Iterable[Item]) -> dict[str, str]:
+    """Item id -> the id of the first item with the same question; every item's own in tasks whose prompts are alike."""
+    texts: dict[str, str] = {}
+    for item in items:
+        try:
+            texts[item.id] = str(task.lm.doc_to_text(item.doc)).strip()
+        except Exception:  # a template that does not fit is reported where prompts are built
+            texts[item.id] = item.id
+    if 2 * len(set(texts.values())) <= len(texts):
+        return {item_id: item_id for item_id in texts}
+    seen: dict[str, str] = {}
+    return {item_id: seen.setdefault(text, item_id) if text else item_id for item_id, text in texts.items()}
 
 
 def own_split(task: Task, name: str) -> Iterable[dict[str, Any]]:
