@@ -182,6 +182,22 @@ def copied(assembly: Assembly, point: dict[str, Any]) -> dict[str, Tensor]:
     return found | {name: weights[point["head"]][name] for name in ("model.norm.weight", "lm_head.weight")}
 
 
+def opened(config: SearchConfig) -> tuple[Assembly, LiveLayers]:
+    """The layers of a search, and a live model with room for all of them."""
+    models = open_config_models(config)
+    assembly = build_assembly(config, models)
+    assert assembly is not None
+    bank = Bank(models, slices=assembly.deepest)
+    return assembly, LiveLayers(candidate_model(bank, torch.float32), bank)
+
+
+def placed(live: LiveLayers, recipe: Recipe) -> dict[str, Tensor]:
+    """Merge a recipe into the live model; where its tensors are."""
+    fitted, places = live.fit(recipe.slices)
+    materialise(recipe, fitted, places)
+    return dict(places)
+
+
 @settings(max_examples=6, deadline=None, phases=[Phase.generate])
 @given(data=st.data())
 def test_the_live_model_has_the_layers_of_every_point_one_after_the_other(
@@ -189,17 +205,12 @@ def test_the_live_model_has_the_layers_of_every_point_one_after_the_other(
 ) -> None:
     """Deeper and shallower ones and one without slices, in any order: tensors by hand, logits of the exported model."""
     config = config_of(EVERYTHING, family)
-    models = open_config_models(config)
-    assembly = build_assembly(config, models)
-    assert assembly is not None
-    bank = Bank(models, slices=assembly.deepest)
-    live = LiveLayers(candidate_model(bank, torch.float32), bank)
+    assembly, live = opened(config)
     tokens = torch.arange(3, 11)[None]
     for number in range(3):
         point = data.draw(points(assembly)) | {"layer0": "one"}
         recipe = assembly.recipe(point)
-        fitted, places = live.fit(recipe.slices)
-        materialise(recipe, fitted, places)
+        places = placed(live, recipe)
         expected = copied(assembly, point)
         assert places.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -220,22 +231,16 @@ def test_the_live_model_has_the_layers_of_every_point_one_after_the_other(
 def test_a_skipped_layer_is_one_that_writes_nothing(family: dict[str, Path]) -> None:
     """x + 0 = x: the model without a layer computes what it computes with the layer's two last matrices at 0."""
     config = config_of({"skip": True}, family)
-    models = open_config_models(config)
-    assembly = build_assembly(config, models)
-    assert assembly is not None
-    bank = Bank(models, slices=assembly.deepest)
-    live = LiveLayers(candidate_model(bank, torch.float32), bank)
+    assembly, live = opened(config)
     tokens = torch.arange(3, 11)[None]
     recipe = assembly.recipe(assembly.whole("one"))
-    fitted, places = live.fit(recipe.slices)
-    materialise(recipe, fitted, places)
+    places = placed(live, recipe)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         places[f"model.layers.2.{name}.weight"].zero_()
     with torch.inference_mode():
         zeroed = live.model(tokens).logits.clone()
     recipe = assembly.recipe(assembly.whole("one") | {"layer2": SKIP})
-    fitted, places = live.fit(recipe.slices)
-    materialise(recipe, fitted, places)
+    placed(live, recipe)
     with torch.inference_mode():
         assert torch.equal(live.model(tokens).logits, zeroed)
 
@@ -260,11 +265,7 @@ def test_layers_of_several_kinds_keep_their_kind(kind: str, tmp_path: Path) -> N
         AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(folders[name])
         write_tokenizer(folders[name])
     config = config_of({"skip": True, "passes": 2, "range": [0, 2]}, folders)
-    models = open_config_models(config)
-    assembly = build_assembly(config, models)
-    assert assembly is not None
-    bank = Bank(models, slices=assembly.deepest)
-    live = LiveLayers(candidate_model(bank, torch.float32), bank)
+    assembly, live = opened(config)
     tokens = torch.arange(3, 19)[None]
     changes: list[dict[str, str]] = [
         {"layer0": SKIP},
@@ -274,8 +275,7 @@ def test_layers_of_several_kinds_keep_their_kind(kind: str, tmp_path: Path) -> N
     ]
     for number, change in enumerate(changes):
         recipe = assembly.recipe(assembly.whole("one") | change)
-        fitted, places = live.fit(recipe.slices)
-        materialise(recipe, fitted, places)
+        placed(live, recipe)
         export(recipe, open_bank(recipe), out := tmp_path / f"out{number}", model_card)
         with torch.inference_mode():
             exported = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
@@ -284,11 +284,7 @@ def test_layers_of_several_kinds_keep_their_kind(kind: str, tmp_path: Path) -> N
 
 def test_a_model_that_is_too_deep_is_refused(family: dict[str, Path]) -> None:
     config = config_of({"skip": True}, family)
-    models = open_config_models(config)
-    assembly = build_assembly(config, models)
-    assert assembly is not None
-    bank = Bank(models, slices=assembly.deepest)
-    live = LiveLayers(candidate_model(bank, torch.float32), bank)
+    _, live = opened(config)
     with pytest.raises(EvomergeError, match="with 6 layers does not fit into the 4 layers"):
         live.fit(recipe_with([{"one": [0, 4]}, {"two": [2, 4]}]).slices)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.api.search import read_config
+from evomerge.api.search import open_inputs, read_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 
@@ -25,13 +25,8 @@ def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16
     from evomerge.report.check_text import check_text
     from evomerge.report.progress import console
     from evomerge.search.check.check import check_search
-    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
-    from evomerge.search.models import open_config_models
 
-    models = open_config_models(loaded)
-    task_set = open_task_set(loaded)
-    check_chat_templates(models, task_set)
-    check_statistics(loaded, models, task_set)
+    models, task_set = open_inputs(loaded, show)
     found = check_search(loaded, models, task_set, items, print if show else lambda text: None)
     if show:
         console.print(check_text(found))

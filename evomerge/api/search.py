@@ -95,23 +95,11 @@ def search(
     if out is not None:
         refuse_full(Path(out))
     # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.
-    from evomerge.merge.output.load_check import check_loads
-    from evomerge.merge.recipe.layout import build_layout
-    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.inputs import create_run
-    from evomerge.search.models import open_config_models
-    from evomerge.search.space.layer_assembly import build_assembly
     from evomerge.search.space.start_points import read_start, refuse_seen_items
 
     loaded = pin(loaded, {})
-    models = open_config_models(loaded)
-    build_assembly(loaded, models)
-    for note in check_loads(build_layout(models), models.base):
-        if show:
-            print(f"note: {note}", file=sys.stderr)
-    task_set = open_task_set(loaded)
-    check_chat_templates(models, task_set)
-    check_statistics(loaded, models, task_set)
+    models, task_set = open_inputs(loaded, show)
     if loaded.start_from is not None:
         read_start(loaded)
         refuse_seen_items(loaded, task_set)
@@ -121,6 +109,30 @@ def search(
     if show:
         print(f"run folder: {folder}", flush=True)
     return search_in(created, limits, worker_options, out, on_trial, show)
+
+
+def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
+    """The models and tasks of a search, opened and checked.
+
+    config: with the versions of its models pinned.  show: whether to print what to know about the models.
+
+    Raises EvomergeError for whatever a search cannot use.
+    """
+    from evomerge.merge.output.load_check import check_loads
+    from evomerge.merge.recipe.layout import build_layout
+    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
+    from evomerge.search.models import open_config_models
+    from evomerge.search.space.layer_assembly import build_assembly
+
+    models = open_config_models(config)
+    build_assembly(config, models)
+    for note in check_loads(build_layout(models), models.base):
+        if show:
+            print(f"note: {note}", file=sys.stderr)
+    task_set = open_task_set(config)
+    check_chat_templates(models, task_set)
+    check_statistics(config, models, task_set)
+    return models, task_set
 
 
 def look(config: SearchConfig, models: "Models", task_set: "TaskSet") -> None:

@@ -235,7 +235,9 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
     pool = [i for i in items_of(task, task.docs) if i.id not in taken]
     total = len(pool)
     position = {item.id: n for n, item in enumerate(pool)}  # in the data's order
-    first = first_of_question(task, pool)
+    questions, seen = questions_of(task, pool), dict[str, str]()
+    # item id -> the id of the first item with the same question
+    first = {i.id: seen.setdefault(text, i.id) if (text := questions.get(i.id)) else i.id for i in pool}
 
     def order(item_id: str) -> str:
         return hashlib.sha256(f"{seed}\0{item_id}".encode()).hexdigest()
@@ -258,18 +260,15 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
     return dealt
 
 
-def first_of_question(task: Task, items: Iterable[Item]) -> dict[str, str]:
-    """Item id -> the id of the first item with the same question; every item's own in tasks whose prompts are alike."""
+def questions_of(task: Task, items: Iterable[Item]) -> dict[str, str]:
+    """Item id -> the text of its question, without spaces around it; empty if most items have the same text."""
     texts: dict[str, str] = {}
     for item in items:
         try:
             texts[item.id] = str(task.lm.doc_to_text(item.doc)).strip()
         except Exception:  # a template that does not fit is reported where prompts are built
             texts[item.id] = item.id
-    if 2 * len(set(texts.values())) <= len(texts):
-        return {item_id: item_id for item_id in texts}
-    seen: dict[str, str] = {}
-    return {item_id: seen.setdefault(text, item_id) if text else item_id for item_id, text in texts.items()}
+    return texts if 2 * len(set(texts.values())) > len(texts) else {}
 
 
 def own_split(task: Task, name: str) -> Iterable[dict[str, Any]]:

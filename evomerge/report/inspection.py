@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.measure.distances import measure, strangers
+from evomerge.merge.measure.distances import Measures, measure, strangers
 from evomerge.sources.locate import locate
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import layer_count
@@ -72,30 +72,11 @@ class Inspection:
         yield from (Text(f"note: {note}") for note in self.notes)
         yield from (Text(f"problem: {problem}") for problem in self.problems)
         if self.mergeable:
-            yield self.distance_table()
+            yield number_table("length of the change, % of the base's weights", self.distances, "{:.3g}", 100.0)
             if len(self.cosines) > 1:
-                yield self.cosine_table()
+                yield number_table("cosine between the changes (1: the same, 0: unrelated)", self.cosines, "{:z.2f}")
             yield from (Text(sentence) for sentence in self.advice())
         yield Text("these models can be merged" if self.mergeable else "these models cannot be merged")
-
-    def distance_table(self) -> Table:
-        """How long each task vector is beside the base, in percent, by component."""
-        components = list(next(iter(self.distances.values())))
-        table = Table(title="length of the change, % of the base's weights", title_justify="left")
-        for name in ("source", *components):
-            table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-        for source, shares in self.distances.items():
-            table.add_row(source, *("-" if x is None else f"{100 * x:.3g}" for x in shares.values()))
-        return table
-
-    def cosine_table(self) -> Table:
-        """The cosine between any two task vectors."""
-        table = Table(title="cosine between the changes (1: the same, 0: unrelated)", title_justify="left")
-        for name in ("source", *self.cosines):
-            table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-        for source, row in self.cosines.items():
-            table.add_row(source, *("-" if x is None else f"{x:z.2f}" for x in row.values()))
-        return table
 
     def advice(self) -> Iterator[str]:
         """What the numbers mean, one sentence each."""
@@ -121,6 +102,16 @@ class Inspection:
             yield "the sources hardly touch each other: task_arithmetic with a weight for every layer is a good start"
         elif pairs:
             yield "the sources overlap: try `method: [task_arithmetic, ties, dare_ties]`, and let the search choose"
+
+
+def number_table(title: str, rows: Measures, form: str, factor: float = 1.0) -> Table:
+    """A table with a row for each source.  form: of a number times `factor`."""
+    table = Table(title=title, title_justify="left")
+    for name in ("source", *next(iter(rows.values()))):
+        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+    for source, numbers in rows.items():
+        table.add_row(source, *("-" if x is None else form.format(factor * x) for x in numbers.values()))
+    return table
 
 
 def inspect(base: str | Path, sources: str | Path | Sequence[str | Path]) -> Inspection:

@@ -18,7 +18,8 @@ import yaml
 
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import NAME_LENGTH, open_tasks
+from evomerge.evaluate.answers import gold_of
+from evomerge.evaluate.tasks import NAME_LENGTH, items_of, open_tasks
 from evomerge.files import read_text, write_text
 from evomerge.parse import parse_json
 from evomerge.start.columns import LETTERS, Columns, Rows, find_columns, text_of
@@ -114,8 +115,8 @@ def new_task(
     write_text(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100))
     try:
         (task,) = open_tasks([TaskConfig(task=str(file))])
-        first = next(iter(task.docs))
-        shown, gold = str(task.lm.doc_to_text(first)), gold_of(task, first)
+        first = items_of(task, task.docs)[0]
+        shown, gold = str(task.lm.doc_to_text(first.doc)), gold_of(task, first)
     except Exception:
         file.unlink()
         raise
@@ -240,9 +241,3 @@ def choice_texts(row: Mapping[str, Any], columns: Columns) -> list[str]:
 
 def is_number(value: Any) -> bool:
     return re.fullmatch(NUMBER, text_of(value)) is not None
-
-
-def gold_of(task: Any, doc: Mapping[str, Any]) -> str:
-    """The gold answer of a document as text."""
-    target = task.lm.doc_to_target(doc)
-    return str(task.lm.doc_to_choice(doc)[target] if task.kind == "multiple_choice" else target)

@@ -1,6 +1,6 @@
 """How far sources are from their base, and how alike their task vectors are."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
@@ -14,9 +14,11 @@ Measures = dict[str, dict[str, float | None]]
 """Source -> component or source -> a number."""
 
 
-def measure(models: Models) -> tuple[Measures, Measures]:
+def measure(models: Models, layers: Container[int] | None = None) -> tuple[Measures, Measures]:
     """Source -> component -> the length of its task vector as a share of the base's, None where the base is 0; and
     source -> source -> the cosine between their task vectors, None if one is 0.
+
+    layers: look at the tensors of these layers only; None looks at all tensors, which reads every model from the disk.
     """
     sources = list(models.sources)
     components = sorted({tensor_role(n).component for n in models.base.tensors})
@@ -24,7 +26,7 @@ def measure(models: Models) -> tuple[Measures, Measures]:
     base_squares = dict.fromkeys(components, 0.0)
     products = np.zeros((len(sources), len(sources)))  # (N, N)
     for name, info in models.base.tensors.items():
-        if not info.dtype.is_floating_point:
+        if not info.dtype.is_floating_point or not (layers is None or tensor_role(name).layer in layers):
             continue
         base = models.base.read(name)
         deltas = [models.sources[s].read(name).float() - base.float() for s in sources]

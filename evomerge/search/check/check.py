@@ -1,17 +1,16 @@
 """Everything that a look before a search finds: `check_search`."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.item_values import MetricFailed
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.merge.materialise import NotFinite
 from evomerge.merge.measure.distances import measure, strangers
+from evomerge.merge.output.export import total_bytes
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
@@ -76,9 +75,9 @@ def check_search(
         found = probe(evaluator, alone, items, log)
     except (NotFinite, NotFiniteScore, MetricFailed) as error:
         raise EvomergeError(f"base and sources cannot be scored: {error}") from error
-    size = sum(math.prod(t.shape) for t in models.base.tensors.values()) * TORCH_DTYPES[config.dtype].itemsize
-    plan = forecast(config, task_set, found, size)
-    concerns = list(stranger_concerns(strangers(measure(models)[0])))
+    plan = forecast(config, task_set, found, total_bytes(alone[0].recipe, evaluator.bank))
+    distances, _ = measure(models, layers={0, space.layers - 1})  # every layer of a stranger is strange
+    concerns = list(stranger_concerns(strangers(distances)))
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
     templates = [n for n, m in {"base": models.base, **models.sources}.items() if has_chat_template(m.path)]

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from evomerge.evaluate.answers import answers_of
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.tasks import Split
+from evomerge.evaluate.tasks import Split, questions_of
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.score_checks import finite_scores
 from evomerge.search.evaluation.task_set import TaskSet
@@ -104,13 +105,15 @@ def probe(
         evaluator.materialise(model.recipe, clock)
         merge = time.perf_counter() - started
         for task in tasks:
-            if model is models[-1]:  # everything is warm by now
-                work = engine.prepare(task, chosen[task.name], evaluator.complete(task, everything=False))
-                started = time.perf_counter()
-                engine.score(work, clock)
-                seconds[task.name] = (time.perf_counter() - started) / max(1, len(chosen[task.name]))
             work = engine.prepare(task, chosen[task.name], everything=True)
+            started = time.perf_counter()
             found = engine.score(work, clock)
+            if model is models[-1]:  # everything is warm by now
+                if not evaluator.complete(task, everything=False):
+                    cheaper = engine.prepare(task, chosen[task.name], everything=False)
+                    started = time.perf_counter()
+                    engine.score(cheaper, clock)
+                seconds[task.name] = (time.perf_counter() - started) / max(1, len(chosen[task.name]))
             answers = answers_of(engine, work)
             items = asked.setdefault(task.name, [ProbedItem(a.prompt, a.gold, {}) for a in answers])
             scores = [finite_scores(task, metric, found) for metric in (task.metric, task.objective)]
@@ -137,11 +140,7 @@ def questions(task_set: TaskSet) -> dict[str, dict[Split, list[str]]]:
     """Task -> split -> the text of every item's question; without tasks whose items mostly have the same text."""
     found: dict[str, dict[Split, list[str]]] = {}
     for task in task_set.tasks:
-        texts = {
-            split: [str(task.lm.doc_to_text(item.doc)) for item in items]
-            for split, items in task_set.items[task.name].items()
-        }
-        every = [text for each in texts.values() for text in each]
-        if 2 * len(set(every)) > len(every):
-            found[task.name] = texts
+        splits = task_set.items[task.name]
+        if texts := questions_of(task, chain.from_iterable(splits.values())):
+            found[task.name] = {split: [texts[item.id] for item in items] for split, items in splits.items()}
     return found

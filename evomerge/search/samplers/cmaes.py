@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.search.samplers.mixed_cma import MixedCMA
-from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, trial_seed
+from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, WholePointSampler, trial_seed
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
 from evomerge.search.storage.trial_record import LEARNED, place_in_order
 
@@ -44,7 +43,7 @@ def is_enqueued(trial: FrozenTrial) -> bool:
     return FIXED_PARAMETERS in trial.system_attrs
 
 
-class CmaEsSampler(BaseSampler):
+class CmaEsSampler(WholePointSampler):
     """Maximises over float axes, scaled to the unit cube, and over choices (mixed_cma.py).
 
     axes: the bounds or the choices of each parameter by name; D of them.
@@ -97,10 +96,6 @@ class CmaEsSampler(BaseSampler):
         self.told = 0  # results that the optimizer was told
         self.settled: NDArray[np.float64] | None = None  # the mean of the latest distribution that was told something
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All axes, as Optuna asks."""
-        return dict(self.axes)
-
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -115,11 +110,6 @@ class CmaEsSampler(BaseSampler):
         if self.start is not None:
             set_system_attribute(study, trial, SHIFT, drawn.tolist())
         return self.point(drawn)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
     def distribution_mean(self, study: Study) -> dict[str, Any] | None:
         """The mean after the latest complete generation, None before the first one is complete.

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import SamplerConfig
 
@@ -44,6 +45,21 @@ class SamplerSetup:
     def seed(self) -> int:
         """The seed of this trial."""
         return trial_seed(self.study_seed, self.number)
+
+
+class WholePointSampler(BaseSampler):
+    """A sampler that proposes all parameters of a trial together.  axes: their bounds or choices, by name."""
+
+    axes: Mapping[str, BaseDistribution]
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All axes, as Optuna asks."""
+        return dict(self.axes)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from evomerge.search.evaluation.scale import Scale
 from evomerge.search.learned.climbs import Weights, climbs
 from evomerge.search.samplers.cmaes import is_enqueued
-from evomerge.search.samplers.sampler_kind import SamplerWithMean
+from evomerge.search.samplers.sampler_kind import SamplerWithMean, WholePointSampler
 from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.optuna_private import (
     FIXED_PARAMETERS,
@@ -40,7 +40,7 @@ from evomerge.search.storage.trial_record import LEARNED, WEIGHTS, record_of
 FIRST = 60  # trials by the search's weights, where nothing has been learned
 
 
-class TurnsSampler(BaseSampler):
+class TurnsSampler(WholePointSampler):
     """Lets a sampler for one value look for the front of several tasks.
 
     axes: the bounds of each parameter by name, in order.
@@ -48,6 +48,8 @@ class TurnsSampler(BaseSampler):
     make: makes the sampler of a turn for one trial, by the trial's number.
     kept: whether a turn's sampler is made once a process.
     """
+
+    axes: Mapping[str, FloatDistribution]
 
     def __init__(
         self,
@@ -73,9 +75,6 @@ class TurnsSampler(BaseSampler):
         turn = self.turn(number, trials)
         return self.scales[turn].weights if turn else None
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(self.axes)
-
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -89,11 +88,6 @@ class TurnsSampler(BaseSampler):
         for key, value in view.get_trials(deepcopy=False)[trial.number].system_attrs.items():
             set_system_attribute(study, trial, key, value)
         return point
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise KeyError(f"{param_name} is not an axis of this search: {', '.join(self.axes)}")
 
     def distribution_mean(self, study: Study) -> dict[str, float] | None:
         """The mean of the distribution of the search's own weights, None if there is none."""
