@@ -544,7 +544,9 @@ def one_night(name: str, seed: int, family: Path, folder: Path, long: bool = Fal
     if name in ALONE:
         wanted = undisturbed(night.family if night.changes else family, night.changes.get("method"), folder)
         assert after == finished(wanted), "trials are not those of the undisturbed run"
-        assert comparable(night.run) == comparable(wanted), "the verdict is not the undisturbed run's"
+        ours, theirs = comparable(night.run), comparable(wanted)
+        other = {key: (ours.get(key), theirs[key]) for key in theirs if ours.get(key) != theirs[key]}
+        assert not other, f"the verdict is not the undisturbed run's: {other}"
         what += "; the undisturbed run's trials and verdict"
     shutil.rmtree(own)
     return what

@@ -213,6 +213,10 @@ def test_a_useless_source_is_dropped_and_a_resume_scores_nothing_twice(searched:
     written = (searched / "log.txt").read_text().count(" scoring ")
     assert run_cli("resume", searched).returncode == 0
     assert (searched / "log.txt").read_text().count(" scoring ") == written
+
+    (searched / "verdict.json").unlink()  # as if the disk had been full when it was written
+    assert run_cli("resume", searched).returncode == 0
+    assert verdict_of(searched) == verdict
     assert verdict_of(searched) == verdict
     assert open_run(searched).config().simplify == 0.03
 

@@ -15,6 +15,7 @@
 The three splits have no item in common, so no score that a choice was made by is used to judge the choice.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
 from evomerge.search.workers.pool import run_all
 
+JUDGED = "holdout_uses"  # attribute of the study: digests of the recipes that the holdout items have judged
 FINALISTS = 5  # trials by value
 ALONG_FRONT = 8  # trials of the front, at most
 
@@ -164,8 +166,7 @@ async def finish(
         guards=guards,
     )
 
-    uses = int(study.stored.user_attrs.get("holdout_uses", 0)) + (0 if judged_before(run, chosen.recipe) else 1)
-    study.stored.set_user_attr("holdout_uses", uses)
+    uses = count_use(run, study, digest(chosen.recipe))
     content = verdict_content(
         verdict,
         {"name": chosen.name, "trial": chosen.trial, "recipe": digest(chosen.recipe)},
@@ -305,10 +306,21 @@ async def score_or_none(run: Run, evaluations: Evaluations, split: Split, name: 
         return None
 
 
-def judged_before(run: Run, recipe: Recipe) -> bool:
-    """Whether the verdict in the run folder is about this very recipe, as when `resume` is repeated."""
-    try:
-        previous = run.verdict()
-    except EvomergeError:
-        return False
-    return previous is not None and previous["chosen"].get("recipe") == digest(recipe)
+def count_use(run: Run, study: SearchStudy, judged: str) -> int:
+    """Note in the study that the holdout items judge this recipe; how many different ones they have judged by now.
+
+    The same number again however often a verdict that was broken off is begun anew.  judged: digest of the recipe.
+    """
+    known = study.stored.user_attrs.get(JUDGED, [])
+    if isinstance(known, int):  # earlier versions kept the number alone; verdict.json tells the last one's recipe
+        known = [*(f"earlier {k}" for k in range(known - 1)), last_judged(run) or judged]
+    if judged not in known:
+        study.stored.set_user_attr(JUDGED, [*known, judged])
+    return len({*known, judged})
+
+
+def last_judged(run: Run) -> str | None:
+    """The digest of the recipe that verdict.json is about; None if it cannot be read."""
+    with contextlib.suppress(EvomergeError):
+        return None if (verdict := run.verdict()) is None else verdict["chosen"].get("recipe")
+    return None
