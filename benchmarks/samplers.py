@@ -7,8 +7,9 @@
 
 `fit` scores the models at random points by every item of the tiny family, and fits the objective and the margin of each
 item (an answer is right if its margin is positive) by kernel ridge regression.  A point has 240 weights: 4 sources by
-60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Spaces of 4, 12, 24 and 48
-coefficients tie parts together: all, by kind, by kind and half of the depth, by kind and layer.
+60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Smaller spaces tie parts
+together: all (4 coefficients), by kind (12), by kind and half of the depth (24), by kind and layer (48), by piece of
+attention or MLP and layer (96).
 
 `run` proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
@@ -18,10 +19,10 @@ best baseline and 1 the end of CMA-ES by the holdout items themselves, after 100
 trials run at once.
 
 coarse       30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best
-cma-es       in 48 and 240 coefficients after a learned start it moves whole groups, those of 24, as evomerge does
+cma-es       in 48 coefficients and more after a learned start it moves whole groups, those of 24, as evomerge does
 cma-es free  never does so
 
-In 48 and 240 coefficients CMA-ES runs without a study and with one worker; its seconds there are with those of a value.
+In 48 coefficients and more CMA-ES runs without a study and with one worker.
 """
 
 import argparse
@@ -53,13 +54,14 @@ ROOT = Path(__file__).resolve().parent.parent
 Vector = NDArray[np.float64]
 TASKS, SOURCES, PARTS = 4, 4, 60
 SEARCHED, JUDGED = 60, 100  # items of each task
-DIMENSIONS = (4, 12, 24, 48, 240)
+DIMENSIONS = (4, 12, 24, 48, 96, 240)
+PIECES = {"q_proj": 0, "k_proj": 0, "v_proj": 1, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
 BUDGETS = (30, 60, 100, 200, 400)
 HIGH = 2.0  # bound of a weight
 MARGIN = 8.0  # beyond it a margin says no more
 COARSE = 30  # trials of the coarse stage
 LONG = 1000  # trials whose end counts as 1
-SLOW = {"gp": 60, "tpe": 100}  # samplers of so few trials here
+SLOW = {"gp": 100}  # samplers of so few trials here
 SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
 
 
@@ -82,12 +84,14 @@ def parts_of(names: Sequence[str], rows: Mapping[str, int]) -> dict[str, NDArray
 
 def groups_of(names: Sequence[str], dimensions: int) -> NDArray[np.int64]:
     """The group of each part, (PARTS,), in a space of so many coefficients."""
-    places = []  # (kind, layer, number) of every part
+    places = []  # (kind, piece, depth) of every part
     for name in (n for n in names if "norm" not in n):
-        kind = 0 if "self_attn" in name else 1 if "mlp" in name else 2
-        layer = int(name.split(".")[2]) if kind < 2 else 0
-        places += [(kind, layer, 0), (kind, layer, 3)] if kind == 2 else [(kind, layer, layer)] * 2
-    places += [(3, 0, 0), (3, 3, 3)]
+        if name == "model.embed_tokens.weight":
+            places += [(2, 5, 0), (2, 5, 3)]
+        else:
+            _, _, layer, block, matrix, _ = name.split(".")
+            places += [(int(block == "mlp"), PIECES[matrix], int(layer))] * 2
+    places += [(3, 6, 0), (3, 6, 3)]
     if dimensions == SOURCES * PARTS:
         return np.arange(PARTS)
     keys: list[tuple[int, ...]] = {
@@ -95,6 +99,7 @@ def groups_of(names: Sequence[str], dimensions: int) -> NDArray[np.int64]:
         12: [(min(kind, 2),) for kind, _, _ in places],
         24: [(min(kind, 2), depth // 2) for kind, _, depth in places],
         48: [(kind, depth) for kind, _, depth in places],
+        96: [(piece, depth) for _, piece, depth in places],
     }[dimensions]
     return np.unique(np.array(keys), axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -370,6 +375,7 @@ def by_stages(
         for _ in range(trials):
             began = time.process_time()
             place = optimizer.ask()
+            seconds.append(time.process_time() - began)
             point = HIGH * (place if groups is None else np.clip(centre + place[groups] - 0.5, 0, 1))
             value = problem.value(point, split)
             group.append((place, -value))
@@ -377,7 +383,6 @@ def by_stages(
             if len(group) == optimizer.population_size:
                 optimizer.tell(group)
                 group = []
-            seconds.append(time.process_time() - began)
     return Found([point for _, point in found[1:]], seconds)
 
 
