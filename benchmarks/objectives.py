@@ -5,31 +5,25 @@
     python benchmarks/objectives.py table runs/objectives.json
 
 Every candidate is a formula for generation and one for multiple choice.  Each task is scaled so that the base is 0 and
-the best parent is 1, as a search does it.  If the candidate's name says `raw`, it is not scaled; if it says `as
-metric`, the base and the best parent have their own metrics' values: a task counts as much as its metric can change.
+the best parent is 1, as a search does it, unless the candidate's name says `raw`.
 
 correlation   Spearman's, over random points, baselines and points near a good one, between the mean objective on the
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
-cma-es        the metric on the holdout items of the mean of the last distribution of CMA-ES, and of its best point,
-              from the best baseline; a trial's value is (1 - share) times the scaled objective plus share times the
-              metric
 
 `run` skips what the file has already, so a long run can be done in parts.
 """
 
 import argparse
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from results import Results
+from results import Results, command_line, interval
 from scipy.stats import spearmanr
-from scipy.stats import t as student
 from small_family import Answers, SmallFamily, Vector
 from torch import Tensor
 
@@ -122,21 +116,12 @@ CANDIDATES: dict[str, Formula] = {
     "token mean floored -4": by_kind(per_token_floored(-4.0), choice_floored(-4.0)),
     "token mean floored -6": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
     "token mean floored -6 raw": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
-    "token mean floored -6 as metric": by_kind(per_token_floored(-6.0), choice_floored(-6.0)),
-    "gold_logprob as metric": whole,
     "token mean floored -8": by_kind(per_token_floored(-8.0), choice_floored(-8.0)),
     "weakest token -6": by_kind(weakest(-6.0), choice_floored(-6.0)),
     "mean and weakest -6": by_kind(half_and_half(-6.0), choice_floored(-6.0)),
     "smallest margin": by_kind(smallest_margin, lambda a: torch.nn.functional.logsigmoid(choice_margin(a))),
     "mean margin -6": by_kind(mean_margin(-6.0), choice_floored(-6.0)),
 }
-SHARED = (
-    "token mean floored -6",
-    "token mean floored -6 as metric",
-    "mean and weakest -6",
-)  # that CMA-ES tries with a share of the metric
-SHARES = (0.0, 0.5)
-LEAST = 0.05  # the least by which a task's metric is taken to change, in candidates `as metric`
 
 
 class Objective:
@@ -149,11 +134,6 @@ class Objective:
     def __init__(self, family: SmallFamily, name: str) -> None:
         self.formula, self.raw = CANDIDATES[name], name.endswith("raw")
         self.offset, self.unit = self.scale(family, self.formula)
-        self.metric_offset, self.metric_unit = self.scale(family, CANDIDATES["metric"])
-        if name.endswith("as metric"):
-            best = {t: max(u, LEAST) if u < 1.0 else LEAST for t, u in self.metric_unit.items()}
-            self.unit = {task: unit / best[task] for task, unit in self.unit.items()}
-            self.metric_unit = dict.fromkeys(self.metric_unit, 1.0)
 
     def scale(self, family: SmallFamily, formula: Formula) -> tuple[dict[str, float], dict[str, float]]:
         """Task -> the base's mean and what the best parent has more; 1 where no parent is better beyond noise."""
@@ -171,13 +151,9 @@ class Objective:
         values = self.formula(answers)
         return values if self.raw else (values - self.offset[name]) / self.unit[name]
 
-    def mean(self, answers: Mapping[str, Answers], share: float = 0.0) -> float:
-        """The mean over tasks; share: of the metric."""
-        total = 0.0
-        for name, found in answers.items():
-            metric = (found.right().mean().item() - self.metric_offset[name]) / self.metric_unit[name]
-            total += (1 - share) * self.task(name, found).mean().item() + share * metric
-        return total / len(answers)
+    def mean(self, answers: Mapping[str, Answers]) -> float:
+        """The mean over tasks."""
+        return float(np.mean([self.task(name, found).mean().item() for name, found in answers.items()]))
 
 
 class KnownFamily(SmallFamily):
@@ -196,10 +172,10 @@ class KnownFamily(SmallFamily):
     def on_both(self, values: dict[str, Tensor]) -> dict[str, dict[str, Answers]]:
         return {"search": self.score(values, "search"), "holdout": self.score(values, "holdout")}
 
-    def start(self, objective: Objective, share: float = 0.0) -> Vector:
+    def start(self, objective: Objective) -> Vector:
         """The best baseline in the space by the objective, in the unit cube."""
         inside = [b for b in self.baselines if b.point is not None]
-        best = max(inside, key=lambda b: objective.mean(self.known[b.name]["search"], share))
+        best = max(inside, key=lambda b: objective.mean(self.known[b.name]["search"]))
         assert best.point is not None
         return self.unit(best.point)
 
@@ -239,27 +215,6 @@ def adam(family: KnownFamily, objective: Objective, seed: int, steps: int, batch
         if step >= 0.7 * steps:
             late.append(theta.detach().numpy().copy())
     return np.mean(late, axis=0)
-
-
-def cma_es(family: KnownFamily, objective: Objective, share: float, seed: int, trials: int) -> tuple[Vector, Vector]:
-    """The mean of the last distribution and the best point, in the unit cube."""
-    from cmaes import CMA
-
-    start = family.start(objective, share)
-    bounds = np.tile([0.0, 1.0], (len(start), 1))
-    optimizer = CMA(mean=start, sigma=0.2, bounds=bounds, seed=seed)
-    best: tuple[float, Vector] = (-np.inf, start)
-    done = 0
-    while done + optimizer.population_size <= trials:
-        told = []
-        for _ in range(optimizer.population_size):
-            unit = optimizer.ask()
-            value = objective.mean(family.score(family.values(torch.as_tensor(unit)), "search"), share)
-            told.append((unit, -value))
-            best = max(best, (value, unit), key=lambda pair: pair[0])
-        optimizer.tell(told)
-        done += len(told)
-    return np.clip(optimizer.mean, 0, 1), best[1]
 
 
 def points(family: KnownFamily, count: int, good: Vector) -> Iterator[Vector]:
@@ -309,79 +264,41 @@ def run(arguments: argparse.Namespace) -> None:
         where = family.name
         results.once(f"{where}/baselines", lambda f=family: {n: mean_right(k["holdout"]) for n, k in f.known.items()})
         results.once(f"{where}/correlation", lambda f=family: correlations(f, arguments.points))
-        for seed, name in product(range(arguments.seeds), names):
+        for seed, name in product(range(arguments.first, arguments.first + arguments.seeds), names):
             objective = Objective(family, name)
 
             def by_gradient(f: KnownFamily = family, o: Objective = objective, s: int = seed) -> float:
                 return f.holdout(adam(f, o, s, arguments.steps, arguments.batch))
 
-            if not name.startswith("metric") and arguments.steps:
+            if not name.startswith("metric"):
                 results.once(f"{where}/gradient/{name}/{seed}", by_gradient)
-            for share in SHARES if name in SHARED else (0.0,):
-                if not arguments.trials:
-                    continue
-
-                def by_samples(
-                    f: KnownFamily = family, o: Objective = objective, s: int = seed, part: float = share
-                ) -> list[float]:
-                    mean, best = cma_es(f, o, part, zlib.crc32(f"{s}".encode()), arguments.trials)
-                    return [f.holdout(mean), f.holdout(best)]
-
-                results.once(f"{where}/cma-es/{name}/{share:g}/{seed}", by_samples)
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95% interval of Student's t over seeds."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.3f} ±{half:.3f}"
-
-
-def table(path: Path) -> None:
-    """Print what the file has, as Markdown."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+def table(found: dict[str, Any]) -> None:
+    """Print what was measured, as Markdown."""
     for family in dict.fromkeys(key.split("/")[0] for key in found):
         base = found[f"{family}/baselines"]
         best = max(base, key=base.__getitem__)
         print(f"\n## {family}: holdout metric; best baseline {best} {base[best]:.3f}\n")
-        print("| objective | rank correlation | better half | its best point | gradient | cma-es mean | cma-es best |")
-        print("|---|---|---|---|---|---|---|")
-        for name, share in [(n, s) for n in CANDIDATES for s in (SHARES if n in SHARED else (0.0,))]:
-            row = found.get(f"{family}/correlation", {}).get(name, {})
-            cells = [
-                f"{row[k]:.3f}" if k in row and not share else "" for k in ("all", "better half", "metric of its best")
-            ]
+        print("| objective | rank correlation | better half | its best point | gradient | seeds |")
+        print("|---|---|---|---|---|---|")
+        for name in CANDIDATES:
+            row = found[f"{family}/correlation"].get(name, {})
+            cells = [f"{row[k]:.3f}" if row else "" for k in ("all", "better half", "metric of its best")]
             learned = [v for k, v in found.items() if k.startswith(f"{family}/gradient/{name}/")]
-            sampled = [v for k, v in found.items() if k.startswith(f"{family}/cma-es/{name}/{share:g}/")]
-            cells.append(f"{interval(learned)} ({len(learned)})" if learned and not share else "")
-            for which in (0, 1):
-                cells.append(f"{interval([v[which] for v in sampled])} ({len(sampled)})" if sampled else "")
-            title = name + (f", metric {share:g}" if share else "")
-            print(f"| {title} | {' | '.join(cells)} |")
+            print(f"| {name} | {' | '.join(cells)} | {interval(learned)} | {len(learned)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="measure")
+    parser, running = command_line(__doc__, "objectives", 3, run, table)
     running.add_argument("configs", type=Path, nargs="+")
-    running.add_argument("--out", type=Path, default=Path("runs/objectives.json"))
     running.add_argument("--items", type=int, default=100, help="search items of each task")
     running.add_argument("--points", type=int, default=60, help="for the correlations, beside the baselines")
-    running.add_argument("--seeds", type=int, default=3)
-    running.add_argument("--steps", type=int, default=40, help="of Adam; 0 for none")
+    running.add_argument("--steps", type=int, default=40, help="of Adam")
     running.add_argument("--batch", type=int, default=24, help="items of each task a step")
-    running.add_argument("--trials", type=int, default=100, help="of CMA-ES; 0 for none")
     running.add_argument("--only", nargs="*", help="names of candidates")
-    printing = commands.add_parser("table", help="print what was measured")
-    printing.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "table":
-        table(arguments.file)
-    else:
-        run(arguments)
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ result of `matrix` and `adam` is the mean point of the last 30% of the steps.  C
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from results import Results
+from results import Results, command_line, interval
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
@@ -158,36 +157,26 @@ def run(arguments: argparse.Namespace) -> None:
             )
 
 
-def table(arguments: argparse.Namespace) -> None:
+def table(found: dict[str, Any]) -> None:
+    """Print what was measured, as Markdown."""
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for key, found in json.loads(arguments.results.read_text(encoding="utf-8")).items():
+    for key, parts in found.items():
         family, name, _ = key.split("/")
-        for part, values in found.items():
+        for part, values in parts.items():
             rows.setdefault((family, f"{name} {part}".strip()), []).append(values)
     print("| family, coefficients | optimizer | seeds | steps of 16 items | objective | metric |")
     print("|---|---|---|---|---|---|")
     for (family, name), each in rows.items():
-        mean = {key: float(np.mean([values[key] for values in each])) for key in each[0]}
-        print(
-            f"| {family} | {name} | {len(each)} | {mean['cost']:.0f} | {mean['objective']:.3f} | {mean['metric']:.3f} |"
-        )
+        objective, metric = (interval([values[key] for values in each]) for key in ("objective", "metric"))
+        print(f"| {family} | {name} | {len(each)} | {each[0]['cost']:.0f} | {objective} | {metric} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    running = commands.add_parser("run")
+    parser, running = command_line(__doc__, "optimizers", 3, run, table)
     running.add_argument("config", type=Path)
     running.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, help="KIND:RATE:STEPS, or l-bfgs")
-    running.add_argument("--seeds", type=int, default=3)
-    running.add_argument("--first", type=int, default=0)
     running.add_argument("--start", type=float, default=0.5)
     running.add_argument("--fine", action="store_true", help="a coefficient for every source, layer and matrix")
-    running.add_argument("--out", type=Path, default=Path("runs/optimizers.json"))
-    running.set_defaults(function=run)
-    showing = commands.add_parser("table")
-    showing.add_argument("results", type=Path)
-    showing.set_defaults(function=table)
     arguments = parser.parse_args()
     arguments.function(arguments)
 

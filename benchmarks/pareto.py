@@ -21,7 +21,6 @@ and seed reached.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
@@ -33,8 +32,7 @@ import optuna
 import torch
 from numpy.typing import NDArray
 from objectives import CANDIDATES
-from results import Results
-from scipy.stats import t as student
+from results import ROOT, Results, command_line, interval
 from small_family import Rows, SmallFamily
 from torch import Tensor
 
@@ -52,7 +50,6 @@ from evomerge.search.verdict.front import hypervolume
 Values = tuple[float, ...]
 """One a task."""
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS = {2: (0, 3), 3: (0, 1, 3), 4: (0, 1, 2, 3)}  # of the tiny family: rev, sort, count, add
 SPACES: dict[int, dict[str, Any]] = {4: {"granularity": "model", "components": []}, 24: {}}
 EACH = 8  # items of each task; a trial then takes 5 ms a task
@@ -267,9 +264,8 @@ def run(arguments: argparse.Namespace) -> None:
                 results.once(key, lambda p=problem, w=way, s=sampler, n=count, x=learned: Search(p, w, s, x).run(n))
 
 
-def table(path: Path) -> None:
-    """Print what the file has, as Markdown."""
-    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+def table(found: dict[str, dict[str, float]]) -> None:
+    """Print what was measured, as Markdown."""
     groups: dict[tuple[str, str, str], dict[str, dict[str, dict[str, float]]]] = {}
     best: dict[tuple[str, str, str], float] = {}
     for key, volumes in found.items():
@@ -289,35 +285,17 @@ def table(path: Path) -> None:
             print(f"| {way} | {' | '.join(cells)} | {len(by_seed)} |")
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95% interval of Student's t over seeds."""
-    if len(values) < 2:
-        return "".join(f"{v:.3f}" for v in values)
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3f} ±{half:.3f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="measure")
-    running.add_argument("--seeds", type=int, default=5)
+    parser, running = command_line(__doc__, "pareto", 5, run, table)
     running.add_argument("--tasks", type=int, nargs="+", default=list(TASKS))
     running.add_argument("--axes", type=int, nargs="+", default=list(SPACES))
     running.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     running.add_argument("--samplers", nargs="+", default=["cma-es", "tpe", "gp", "nsga-ii", "nsga-iii"])
     running.add_argument("--starts", nargs="+", choices=["scratch", "learned"], default=["scratch", "learned"])
-    running.add_argument("--first", type=int, default=0, help="first seed")
     running.add_argument("--trials", type=int, default=MARKS[-1])
     running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
-    running.add_argument("--out", type=Path, default=Path("runs/pareto.json"))
-    printing = commands.add_parser("table", help="print what was measured")
-    printing.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "table":
-        table(arguments.file)
-    else:
-        run(arguments)
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Which sampler finds most by how many trials: by dimension, start and workers, on a smooth model of the tiny family.
 
     python examples/tiny/make.py runs/tiny
-    python benchmarks/samplers.py fit --out runs/surrogate.npz
-    python benchmarks/samplers.py run --surrogate runs/surrogate.npz --out runs/samplers.json
+    python benchmarks/samplers.py run
     python benchmarks/samplers.py table runs/samplers.json
 
-`fit` scores the models at random points by every item of the tiny family, and fits the objective and the margin of each
-item (an answer is right if its margin is positive) by kernel ridge regression.  A point has 240 weights: 4 sources by
-60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Smaller spaces tie parts
-together: all (4 coefficients), by kind (12), by kind and half of the depth (24), by kind and layer (48), by piece of
-attention or MLP and layer (96).
+`run` scores models at random points by every item of the tiny family, if it has not done so before, and fits the
+objective and the margin of each item (an answer is right if its margin is positive) by kernel ridge regression.  A
+point has 240 weights: 4 sources by 60 parts of the model (the halves of each matrix, and the norms of each half of
+the depth).  Smaller spaces tie parts together: all (4 coefficients), by kind (12), by kind and half of the depth
+(24), by kind and layer (48), by piece of attention or MLP and layer (96).
 
-`run` proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
+Then it proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
 learned start in that space, by evomerge's steps on mini-batches.  A trial's value is that of `objective: auto`.  After
 so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
@@ -26,7 +25,6 @@ In 48 coefficients and more CMA-ES runs without a study and with one worker.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -37,7 +35,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
-from results import Results
+from results import ROOT, Results, command_line, interval
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SamplerConfig
@@ -50,7 +48,6 @@ from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup
 from evomerge.search.storage.trial_record import LEARNED
 
-ROOT = Path(__file__).resolve().parent.parent
 Vector = NDArray[np.float64]
 TASKS, SOURCES, PARTS = 4, 4, 60
 SEARCHED, JUDGED = 60, 100  # items of each task
@@ -62,6 +59,7 @@ MARGIN = 8.0  # beyond it a margin says no more
 COARSE = 30  # trials of the coarse stage
 LONG = 1000  # trials whose end counts as 1
 SLOW = {"gp": 100}  # samplers of so few trials here
+STARTS = ("baseline", "learned")
 SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
 
 
@@ -114,7 +112,7 @@ def axis_groups(parts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def fit(arguments: argparse.Namespace) -> None:
-    """Score models at random points, and write what the surrogate needs."""
+    """Score models at random points, and write what the surrogate needs: some minutes."""
     import torch
     from objectives import CANDIDATES
     from search import with_changes
@@ -149,8 +147,8 @@ def fit(arguments: argparse.Namespace) -> None:
     points += [random_point(rng, family.names, kind) for kind in range(arguments.points)]
     found = np.array([scores(p) for p in points])
     spaces = {f"groups{d}": groups_of(family.names, d) for d in DIMENSIONS}
-    np.savez(arguments.out, points=np.array(points), scores=found, sizes=sizes.reshape(-1) ** 0.5, **spaces)
-    surrogate = Surrogate(arguments.out)
+    np.savez(arguments.surrogate, points=np.array(points), scores=found, sizes=sizes.reshape(-1) ** 0.5, **spaces)
+    surrogate = Surrogate(arguments.surrogate)
     print(f"{len(points)} points; {surrogate.quality()}")
 
 
@@ -399,13 +397,15 @@ def at_random(problem: Problem, start: Vector | None, trials: int) -> Found:
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not arguments.surrogate.is_file():
+        fit(arguments)
     surrogate, results = Surrogate(arguments.surrogate), Results(arguments.out)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     for seed, dimensions, share in product(seeds, arguments.dimensions, arguments.shares):
         problem = Problem(surrogate, dimensions, seed, share)
-        starts = {"baseline": None, "learned": problem.learned()}
+        starts = dict(zip(STARTS, (None, problem.learned()), strict=True))
         results.once(f"ends/{dimensions}/{seed}", lambda p=problem, s=starts: ends(p, s["learned"]))
-        for name, start in product(arguments.samplers, starts):
+        for name, start in product(arguments.samplers, arguments.starts):
             title = name if share == METRIC_SHARE else f"{name}, metric {share:g}"
             trials = min(SLOW.get(name, BUDGETS[-1]), arguments.trials)
             alone = name in ("random", "coarse") or dimensions > WIDE
@@ -458,72 +458,53 @@ def ends(problem: Problem, learned: Vector) -> dict[str, float]:
 # --- Printing ---
 
 
-def table(path: Path, which: str) -> None:
-    """Print what the file has, as Markdown: means over seeds, and standard errors.
+def table(found: dict[str, Any]) -> None:
+    """Print what was measured, as Markdown: means over seeds, and 95% intervals.
 
-    which: `value`, from 0 for the best baseline to 1 for the optimum, or `metric`, the exact match itself.
+    First the value, from 0 for the best baseline to 1 for the optimum, then the exact match.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for dimensions in DIMENSIONS:
+    for dimensions, which in product(DIMENSIONS, ("values", "metric")):
         edges = {int(k.split("/")[2]): v for k, v in found.items() if k.startswith(f"ends/{dimensions}/")}
         if not edges:
             continue
 
-        def relative(value: float, seed: int, known: Mapping[int, Any] = edges) -> float:
+        def shown(value: float, seed: int, known: Mapping[int, Any] = edges, plain: bool = which == "metric") -> float:
             low, high = known[seed]["baseline"], known[seed]["optimum"]
-            return value if which == "metric" else (value - low) / (high - low)
+            return value if plain else (value - low) / (high - low)
 
-        learned = [relative(e["learned metric" if which == "metric" else "learned"], s) for s, e in edges.items()]
-        metrics = ", ".join(f"{n} {np.mean([e[n] for e in edges.values()]):.3f}" for n in next(iter(edges.values())))
-        print(f"\n{dimensions} coefficients, {len(edges)} seeds; the learned start alone {mean(learned)}; {metrics}\n")
+        suffix = " metric" if which == "metric" else ""
+        known = [
+            f"{end} {interval([shown(e[end + suffix], seed) for seed, e in edges.items()])}"
+            for end in ("baseline", "learned", "optimum")
+        ]
+        print(f"\n{dimensions} coefficients, {which}, {len(edges)} seeds; {', '.join(known)}\n")
         print(f"| sampler | start | workers | {' | '.join(map(str, BUDGETS))} | ms a proposal | seeds |")
         print("|---|---|---|" + "---|" * (len(BUDGETS) + 2))
         ways = dict.fromkeys(k.rpartition("/")[0] for k in found if k.split("/")[1] == str(dimensions))
         for way in sorted((w for w in ways if not w.startswith("ends")), key=lambda w: w.split("/")[2:]):
             name, _, start, workers = way.split("/")
             runs = {int(k.split("/")[4]): v for k, v in found.items() if k.startswith(f"{way}/")}
-            each = {s: r["metric" if which == "metric" else "values"] for s, r in runs.items()}
             cells = [
-                mean([relative(values[k], s) for s, values in each.items() if k < len(values)])
+                interval([shown(r[which][k], s) for s, r in runs.items() if k < len(r[which])])
                 for k in range(len(BUDGETS))
             ]
             own = 1000 * float(np.mean([r["seconds"] for r in runs.values()]))
-            print(f"| {name} | {start} | {workers} | {' | '.join(cells)} | {own:.0f} | {len(runs)} |")
-
-
-def mean(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    if not values:
-        return ""
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{np.mean(values):.3f} ±{error:.3f}"
+            print(f"| {name} | {start} | {workers} | {' | '.join(cells)} | {own:.1f} | {len(runs)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    fitting = commands.add_parser("fit", help="score models at random points, and fit the surrogate")
-    fitting.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
-    fitting.add_argument("--points", type=int, default=400)
-    fitting.add_argument("--out", type=Path, default=Path("runs/surrogate.npz"))
-    running = commands.add_parser("run", help="search")
-    running.add_argument("--surrogate", type=Path, default=Path("runs/surrogate.npz"))
-    running.add_argument("--out", type=Path, default=Path("runs/samplers.json"))
+    parser, running = command_line(__doc__, "samplers", 10, run, table)
+    running.add_argument("--surrogate", type=Path, default=Path("runs/surrogate.npz"), help="made if it is not there")
+    running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
+    running.add_argument("--points", type=int, default=490, help="of the surrogate")
     running.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     running.add_argument("--dimensions", nargs="+", type=int, choices=DIMENSIONS, default=DIMENSIONS)
     running.add_argument("--workers", nargs="+", type=int, default=(1, 8))
     running.add_argument("--shares", nargs="+", type=float, default=[METRIC_SHARE], help="of the metric in the value")
+    running.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     running.add_argument("--trials", type=int, default=BUDGETS[-1])
-    running.add_argument("--seeds", type=int, default=10)
-    running.add_argument("--first", type=int, default=0, help="first seed")
-    printing = commands.add_parser("table", help="print what was measured")
-    printing.add_argument("file", type=Path)
-    printing.add_argument("--which", choices=("value", "metric"), default="value")
     arguments = parser.parse_args()
-    if arguments.command == "table":
-        table(arguments.file, arguments.which)
-    else:
-        {"fit": fit, "run": run}[arguments.command](arguments)
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Results
+from results import ROOT, Results, command_line, interval
 from small_family import SmallFamily
 
 import evomerge
@@ -47,7 +47,6 @@ from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.storage.trial_record import record_of
 from evomerge.sources.tensor_names import PARTS
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP_COST = 3.0  # of an item in a gradient step, in forwards
 EVALUATIONS, TRIALS = 100, 200  # of the rivals
 SAMPLERS = ("auto", "learned", "cma-es", "gp", "tpe")
@@ -294,6 +293,10 @@ def set_share(share: float) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
+    if {"smollm2", "bad"} & {*arguments.rows} and not (arguments.smollm2 and arguments.base):
+        sys.exit("the rows smollm2 and bad need --smollm2 and --base")
+    if "bad" in arguments.rows and not arguments.bad:
+        sys.exit("the row bad needs --bad")
     results = Results(arguments.out)
     usual = arguments.share == scale.METRIC_SHARE
     set_share(arguments.share)
@@ -348,17 +351,6 @@ def cost_to_reach(result: Mapping[str, Any], target: float, which: str) -> float
     return min((s["cost"] for s in result["steps"] if s[which] >= target), default=np.inf)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95% interval over seeds, of Student's t."""
-    from scipy.stats import t as student
-
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f} (1 seed)"
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.3f} ±{half:.3f} ({len(values)} seeds)"
-
-
 def share_interval(count: int, of: int) -> tuple[float, float]:
     """The 95% interval of a share (Clopper and Pearson 1934)."""
     from scipy.stats import beta
@@ -387,16 +379,16 @@ def grouped(found: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     return groups
 
 
-def table(path: Path) -> None:
-    """Print what the file has, as Markdown."""
-    groups = grouped(json.loads(path.read_text(encoding="utf-8")))
+def table(found: Mapping[str, Any]) -> None:
+    """Print what was measured, as Markdown."""
+    groups = grouped(found)
     rivals = {w: r for w, r in groups.items() if w.startswith(("evolve/", "cma-es/"))}
     print("Floors and searches on the tiny family, holdout items, the best own point\n")
-    print("| way | exact match | gold log-probability |\n|---|---|---|")
+    print("| way | seeds | exact match | gold log-probability |\n|---|---|---|---|")
     for way, results in groups.items():
         if way.startswith(("evolve/", "cma-es/", "tiny/")):
             metric, logprob = ([last(r, w) for r in results.values()] for w in ("metric", "logprob"))
-            print(f"| {way} | {interval(metric)} | {interval(logprob)} |")
+            print(f"| {way} | {len(results)} | {interval(metric)} | {interval(logprob)} |")
     print("\nCost to reach a rival's value with the same seed, as a share of the rival's cost (median over seeds)\n")
     print("| search | rival | by exact match | by gold log-probability |\n|---|---|---|---|")
     for way, results in groups.items():
@@ -416,8 +408,8 @@ def table(path: Path) -> None:
             below = sum(c < 0 for c in chosen)
             kinds = sum(r["chosen_kind"] == "candidate" for r in results.values())
             print(
-                f"\n{way}: best own point, holdout {interval(own)}; chosen less the best parent on selection "
-                f"{interval(chosen)}, below it in {below} of {len(chosen)}; a candidate of the search in {kinds}"
+                f"\n{way}, {len(own)} seeds: best own point, holdout {interval(own)}; chosen less the best parent on "
+                f"selection {interval(chosen)}, below it in {below} of {len(chosen)}; a candidate in {kinds}"
             )
         if way.startswith("equals/"):
             wins = sum(bool(r["winner"]) for r in results.values())
@@ -435,20 +427,15 @@ def table(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="measure")
+    parser, running = command_line(__doc__, "proof", 10, run, table)
     rows = ["evolve", "cma-es", "mixed", "equals", "smollm2", "bad"]
     running.add_argument("--rows", nargs="+", choices=rows, default=rows[:4])
-    running.add_argument("--seeds", type=int, default=10)
-    running.add_argument("--first", type=int, default=0, help="first seed")
     running.add_argument("--trials", type=int, default=60, help="of each search")
     running.add_argument("--evaluations", type=int, default=EVALUATIONS, help="of mergekit-evolve's setting")
     running.add_argument("--rival", type=int, default=TRIALS, help="trials of CMA-ES as a rival")
     running.add_argument("--samplers", nargs="*", choices=SAMPLERS, default=["auto"])
     running.add_argument("--objectives", nargs="+", default=["auto"], help="`metric`: the configuration names none")
     running.add_argument("--share", type=float, default=scale.METRIC_SHARE, help="of the metric in a trial's value")
-    running.add_argument("--out", type=Path, default=Path("runs/proof.json"))
     running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
     running.add_argument("--mixed", type=Path, default=ROOT / "configs" / "mixed.yaml")
     running.add_argument("--smollm2", type=Path, help="folder with adapters/NAME and tasks/NAME.yaml")
@@ -457,17 +444,8 @@ def main() -> None:
     running.add_argument("--sampler", default="learned", help="of smollm2 and bad")
     running.add_argument("--timeout", help="of smollm2 and bad")
     running.add_argument("--keep", type=Path, help="folder for the run folders of smollm2 and bad")
-    printing = commands.add_parser("table", help="print what was measured")
-    printing.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "table":
-        table(arguments.file)
-        return
-    if {"smollm2", "bad"} & {*arguments.rows} and not (arguments.smollm2 and arguments.base):
-        sys.exit("the rows smollm2 and bad need --smollm2 and --base")
-    if "bad" in arguments.rows and not arguments.bad:
-        sys.exit("the row bad needs --bad")
-    run(arguments)
+    arguments.function(arguments)
 
 
 if __name__ == "__main__":
