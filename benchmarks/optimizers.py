@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from results import Results, command_line, interval
+from small_family import with_changes
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import SearchConfig
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome
 from evomerge.search.evaluation.task_set import open_task_set
@@ -52,11 +52,11 @@ class Family:
     evaluator: Evaluator = field(init=False)
 
     def __post_init__(self) -> None:
-        content = load_config(self.path).model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
-        content |= {"seed": self.seed, "tasks": [task | {"objective": "auto"} for task in content["tasks"]]}
+        config = load_config(self.path)
+        space = config.space.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         if self.fine:
-            content["space"] = {k: v for k, v in content["space"].items() if k != "knots"} | FINE
-        config = SearchConfig.model_validate(content)
+            space = {k: v for k, v in space.items() if k != "knots"} | FINE
+        config = with_changes(config, seed=self.seed, objective="auto", space=space)
         models = open_config_models(config)
         self.space = build_space(config, models)
         self.task_set = open_task_set(config)

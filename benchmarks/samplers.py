@@ -115,8 +115,7 @@ def fit(arguments: argparse.Namespace) -> None:
     """Score models at random points, and write what the surrogate needs: some minutes."""
     import torch
     from objectives import CANDIDATES
-    from search import with_changes
-    from small_family import SmallFamily
+    from small_family import SmallFamily, with_changes
 
     items = SEARCHED + JUDGED
     config = with_changes(load_config(arguments.tiny), splits={"search": items, "selection": 20, "holdout": 20}, seed=0)

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from results import ROOT, Results, command_line, interval
-from small_family import SmallFamily
+from small_family import SmallFamily, with_changes
 
 import evomerge
 from evomerge.config.config_file import load_config
@@ -102,16 +102,6 @@ def evolve(family: SmallFamily, seed: int, evaluations: int) -> list[Step]:
 
 
 # --- Searches of evomerge ---
-
-
-def with_changes(config: SearchConfig, **changes: Any) -> SearchConfig:
-    """A configuration with other keys.  objective: of every task; None is the default."""
-    content = config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
-    objective = changes.pop("objective", "keep")
-    for task in content["tasks"] if objective != "keep" else []:
-        task.pop("objective", None)
-        task |= {} if objective is None else {"objective": objective}
-    return SearchConfig.model_validate(content | changes)
 
 
 def searched(config: SearchConfig) -> "tuple[evomerge.Run, float, Path]":

@@ -5,12 +5,11 @@ found.  It is cheap: the weights at a point are a sum of task vectors, and one f
 gold answers' log-probabilities and whether they are right.
 
 Only for task_arithmetic, whose weights are linear in the point, and for tasks whose answer is right where greedy
-decoding gives the gold answer and then the stop string; `check` compares that with lm-eval's metric.
+decoding gives the gold answer and then the stop string.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
-from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.evaluate.tasks import Split
 from evomerge.merge.recipe.recipe import Recipe
@@ -83,6 +81,16 @@ class Rows:
         return Rows(self.tokens[flat], self.scored[flat], self.mask[flat], gold, numbers)
 
 
+def with_changes(config: SearchConfig, **changes: Any) -> SearchConfig:
+    """A configuration with other keys.  objective: of every task; None is the default."""
+    content = config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+    objective = changes.pop("objective", "keep")
+    for task in content["tasks"] if objective != "keep" else []:
+        task.pop("objective", None)
+        task |= {} if objective is None else {"objective": objective}
+    return SearchConfig.model_validate(content | changes)
+
+
 class SmallFamily:
     """The models, the space and the items of a configuration.
 
@@ -126,10 +134,6 @@ class SmallFamily:
     def unit(self, point: Mapping[str, float]) -> Vector:
         """(D,) a point in the unit cube."""
         return (np.array([point[a] for a in self.axes]) - self.low) / self.width
-
-    def point(self, unit: Vector) -> dict[str, float]:
-        """The point at a place in the unit cube."""
-        return dict(zip(self.axes, (self.low + self.width * unit).tolist(), strict=True))
 
     def values(self, unit: Tensor) -> dict[str, Tensor]:
         """The weights of the model at a place (D,) of the unit cube, or outside it; differentiable."""
@@ -207,13 +211,6 @@ class SmallFamily:
         """The mean over tasks of accuracy or exact match."""
         return float(np.mean([a.right().mean().item() for a in self.score(values, split).values()]))
 
-    def check(self, recipe: Recipe, split: Split) -> float:
-        """The largest difference of a task's metric to that of lm-eval by generation."""
-        mine = self.score(self.of_recipe(recipe), split)
-        outcome = self.evaluator.evaluate(recipe, split, everything=True)
-        theirs = {t.name: np.mean(outcome.scores[t.name][t.metric]) for t in self.task_set.tasks}
-        return max(abs(float(a.right().mean()) - float(theirs[t])) for t, a in mine.items())
-
 
 class HiddenStates(torch.nn.Module):
     """The last hidden states of a causal model, for `functional_call`."""
@@ -232,8 +229,3 @@ def stop_tokens(tokenizer: Any, task: Any) -> list[int]:
     until = task.lm.config.generation_kwargs["until"]
     ids: list[int] = tokenizer.encode([until] if isinstance(until, str) else until[0], add_special_tokens=False)
     return ids
-
-
-def open_family(path: Path) -> SmallFamily:
-    """The family of a configuration file."""
-    return SmallFamily(load_config(path))
