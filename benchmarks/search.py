@@ -374,11 +374,12 @@ def table(found: Mapping[str, Any]) -> None:
     groups = grouped(found)
     rivals = {w: r for w, r in groups.items() if w.startswith(("evolve/", "cma-es/"))}
     print("Floors and searches on the tiny family, holdout items, the best own point\n")
-    print("| way | seeds | exact match | gold log-probability |\n|---|---|---|---|")
+    print("| way | seeds | exact match | gold log-probability | winners |\n|---|---|---|---|---|")
     for way, results in groups.items():
         if way.startswith(("evolve/", "cma-es/", "tiny/")):
             metric, logprob = ([last(r, w) for r in results.values()] for w in ("metric", "logprob"))
-            print(f"| {way} | {len(results)} | {interval(metric)} | {interval(logprob)} |")
+            won = sum(r["winner"] for r in results.values()) if way.startswith("tiny/") else ""
+            print(f"| {way} | {len(results)} | {interval(metric)} | {interval(logprob)} | {won} |")
     print("\nCost to reach a rival's value with the same seed, as a share of the rival's cost (median over seeds)\n")
     print("| search | rival | by exact match | by gold log-probability |\n|---|---|---|---|")
     for way, results in groups.items():
@@ -396,10 +397,10 @@ def table(found: Mapping[str, Any]) -> None:
             own = [last(r, "metric") for r in results.values()]
             chosen = [r["selection"] - r["best_parent"] for r in results.values()]
             below = sum(c < 0 for c in chosen)
-            kinds = sum(r["chosen_kind"] == "candidate" for r in results.values())
+            won = sum(r["winner"] for r in results.values())
             print(
                 f"\n{way}, {len(own)} seeds: best own point, holdout {interval(own)}; chosen less the best parent on "
-                f"selection {interval(chosen)}, below it in {below} of {len(chosen)}; a candidate in {kinds}"
+                f"selection {interval(chosen)}, below it in {below} of {len(chosen)}; a winner in {won}"
             )
         if way.startswith("equals/"):
             wins = sum(bool(r["winner"]) for r in results.values())
