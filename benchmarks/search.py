@@ -378,7 +378,7 @@ def table(found: Mapping[str, Any]) -> None:
     for way, results in groups.items():
         if way.startswith(("evolve/", "cma-es/", "tiny/")):
             metric, logprob = ([last(r, w) for r in results.values()] for w in ("metric", "logprob"))
-            won = sum(r["winner"] for r in results.values()) if way.startswith("tiny/") else ""
+            won = sum(r["winner"] for r in results.values()) if not way.startswith("evolve/") else ""
             print(f"| {way} | {len(results)} | {interval(metric)} | {interval(logprob)} | {won} |")
     print("\nCost to reach a rival's value with the same seed, as a share of the rival's cost (median over seeds)\n")
     print("| search | rival | by exact match | by gold log-probability |\n|---|---|---|---|")
