@@ -279,7 +279,7 @@ def table(found: dict[str, dict[str, float]]) -> None:
         print("|---" * (len(MARKS) + 3) + "|")
         for way, by_seed in ways.items():
             cells = [
-                interval([v[str(mark)] / best[tasks, axes, s] for s, v in by_seed.items() if str(mark) in v])
+                interval([v[str(mark)] / best[tasks, axes, s] for s, v in by_seed.items() if str(mark) in v], 2)
                 for mark in (0, *MARKS)
             ]
             print(f"| {way} | {' | '.join(cells)} | {len(by_seed)} |")

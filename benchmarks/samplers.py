@@ -471,9 +471,9 @@ def table(found: dict[str, Any]) -> None:
             low, high = known[seed]["baseline"], known[seed]["optimum"]
             return value if plain else (value - low) / (high - low)
 
-        suffix = " metric" if which == "metric" else ""
+        suffix, digits = (" metric", 3) if which == "metric" else ("", 2)
         known = [
-            f"{end} {interval([shown(e[end + suffix], seed) for seed, e in edges.items()])}"
+            f"{end} {interval([shown(e[end + suffix], seed) for seed, e in edges.items()], digits)}"
             for end in ("baseline", "learned", "optimum")
         ]
         print(f"\n{dimensions} coefficients, {which}, {len(edges)} seeds; {', '.join(known)}\n")
@@ -484,7 +484,7 @@ def table(found: dict[str, Any]) -> None:
             name, _, start, workers = way.split("/")
             runs = {int(k.split("/")[4]): v for k, v in found.items() if k.startswith(f"{way}/")}
             cells = [
-                interval([shown(r[which][k], s) for s, r in runs.items() if k < len(r[which])])
+                interval([shown(r[which][k], s) for s, r in runs.items() if k < len(r[which])], digits)
                 for k in range(len(BUDGETS))
             ]
             own = 1000 * float(np.mean([r["seconds"] for r in runs.values()]))
