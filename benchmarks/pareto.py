@@ -12,8 +12,6 @@ the trials:
 own        the sampler maximises the mean of the tasks
 turns      each trial by the next one of the learned start's weights (`climbs`); a distribution of CMA-ES for each
 later      FIRST trials by the mean of the tasks, then turns
-random     weights drawn anew for each trial, uniformly (ParEGO, Knowles 2006, with a weighted sum)
-chebyshev  the same with ParEGO's augmented Chebyshev distance from the best of each task
 multi      Optuna's sampler for several objectives; GP maximises logEHVI, NSGA keeps POPULATION
 
 The table has the hypervolume after so many of these trials, as a share of the best that any search of the same problem
@@ -30,7 +28,6 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from numpy.typing import NDArray
 from objectives import CANDIDATES
 from results import ROOT, Results, command_line, interval
 from small_family import Rows, SmallFamily
@@ -65,8 +62,6 @@ WAYS = {
     "own": ("cma-es", "tpe", "gp"),
     "turns": ("cma-es", "tpe", "gp"),
     "later": ("cma-es", "tpe", "gp"),
-    "random": ("tpe", "gp"),
-    "chebyshev": ("tpe", "gp"),
     "multi": ("nsga-ii", "nsga-iii", "tpe", "gp"),
 }
 FEW = {"gp": 60, "tpe": 200}  # trials of samplers that take long themselves; the others: the last mark
@@ -147,8 +142,7 @@ class Search:
     def __init__(self, problem: Problem, way: str, sampler: str, learned: bool) -> None:
         self.problem, self.way = problem, way
         self.axes = problem.family.space.axes
-        self.given = [*problem.baselines, *(problem.learned if learned else [])]
-        self.trials = list(self.given)
+        self.trials = [*problem.baselines, *(problem.learned if learned else [])]
         self.config = SamplerConfig(name=sampler, sigma0=SIGMA if learned else 0.2)
         tasks = len(problem.tasks)
         own = dict.fromkeys(problem.tasks, 1.0 / tasks)
@@ -159,19 +153,17 @@ class Search:
         """The hypervolume after the given trials and after so many more, up to `count`."""
         volumes = {"0": self.volume()}
         for number in range(count):
-            key, weights = self.weights(number)
+            key = 0 if self.way == "later" and number < FIRST else number % len(self.turns)
             if key not in self.studies:
-                self.studies[key] = self.study(number, key, weights)
+                self.studies[key] = self.study(number, key)
             study = self.studies[key]
-            if self.way in ("random", "chebyshev"):
-                self.studies.clear()
             trial = study.ask()
             point = {a: trial.suggest_float(a, d.low, d.high) for a, d in self.axes.items()}
             values = self.problem(point)
-            study.tell(trial, self.told(weights, values))
+            study.tell(trial, self.told(key, values))
             for other, known in self.studies.items():
                 if other != key:
-                    give(known, self.axes, point, self.told(self.turns[other], values))
+                    give(known, self.axes, point, self.told(other, values))
             self.trials.append((point, values))
             if number + 1 in MARKS:
                 volumes[str(number + 1)] = self.volume()
@@ -180,31 +172,17 @@ class Search:
     def volume(self) -> float:
         return hypervolume(np.array([values for _, values in self.trials]))
 
-    def weights(self, number: int) -> tuple[int, NDArray[np.float64]]:
-        """The number of a trial's study, and its task weights."""
-        if self.way in ("random", "chebyshev"):
-            rng = np.random.default_rng(trial_seed(self.problem.seed, number))
-            return number, rng.dirichlet(np.ones(len(self.problem.tasks)))
-        turn = 0 if self.way == "later" and number < FIRST else number % len(self.turns)
-        return turn, self.turns[turn]
+    def told(self, key: int, values: Values) -> float | Values:
+        """What the sampler of a turn is told of a trial.  key: the turn's number."""
+        return values if self.way == "multi" else float(self.turns[key] @ np.array(values))
 
-    def told(self, weights: NDArray[np.float64], values: Values) -> float | Values:
-        """What a sampler is told of a trial."""
-        if self.way == "multi":
-            return values
-        if self.way == "chebyshev":
-            known = np.array([v for _, v in self.trials])
-            behind = weights * (known.max(axis=0) - np.array(values))
-            return -float(behind.max() + 0.05 * behind.sum())
-        return float(weights @ np.array(values))
-
-    def study(self, number: int, key: int, weights: NDArray[np.float64]) -> optuna.Study:
-        """A study with all trials so far, told by some weights."""
+    def study(self, number: int, key: int) -> optuna.Study:
+        """A turn's study with all trials so far.  number: of the trial that comes next.  key: the turn's number."""
         seed = trial_seed(self.problem.seed, number)
         goals = len(self.problem.tasks) if self.way == "multi" else 1
         study = optuna.create_study(directions=["maximize"] * goals, sampler=self.sampler(seed, number, key))
         for point, values in self.trials:
-            give(study, self.axes, point, self.told(weights, values))
+            give(study, self.axes, point, self.told(key, values))
         return study
 
     def sampler(self, seed: int, number: int, key: int) -> optuna.samplers.BaseSampler:
