@@ -12,10 +12,10 @@ the depth).  Smaller spaces tie parts together: all (4 coefficients), by kind (1
 
 Then it proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
-learned start in that space, by evomerge's steps on mini-batches.  A trial's value is that of `objective: auto`.  After
-so many trials of the sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the
-best baseline and 1 the end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many
-trials run at once.
+learned start in that space, by evomerge's steps on mini-batches.  A trial's value is half its objective and half its
+exact match, each scaled; the objective is half that of `auto` and half its weakest token.  After so many trials of the
+sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the best baseline and 1 the
+end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many trials run at once.
 
 coarse       30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best
 cma-es       in 48 coefficients and more after a learned start it moves whole groups, those of 24, as evomerge does
