@@ -2,6 +2,7 @@
 
     methods   docs/pictures/methods/   what every merge method does                              seconds
     merging   docs/pictures/merging/   when merging works, measured on the tiny family           two minutes
+    compare   no picture: the table of explanation/choose-a-method.md                            five minutes
     search    docs/pictures/search/    the winner's curse; racing and gradient in a real search  two minutes
 
 Without a part all of them are drawn.  The tiny family is made in runs/tiny if it is not there.
@@ -13,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-PARTS = ("methods", "merging", "search")
+PARTS = ("methods", "merging", "compare", "search")
 
 if __name__ == "__main__":
     parts = sys.argv[1:] or PARTS
@@ -21,7 +22,7 @@ if __name__ == "__main__":
         sys.exit(f"{', '.join(sorted(unknown))}: not one of {', '.join(PARTS)}")
     sys.path.insert(0, str(DOCS / "tools"))
     root = DOCS.parent
-    if "merging" in parts or "search" in parts:
+    if set(parts) - {"methods"}:
         subprocess.run([sys.executable, root / "examples" / "tiny" / "make.py", root / "runs" / "tiny"], check=True)
     for part in parts:
         import_module(part).draw(DOCS / "pictures" / part)

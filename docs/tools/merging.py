@@ -18,6 +18,7 @@ import torch
 from svg import COLOURS, Axes, Picture
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import evomerge
 from evomerge.merge.measure.distances import measure
@@ -42,17 +43,26 @@ class Lab:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
+        disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
         self.model = LlamaForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32)
         self.items = {task: read_items(task) for task in TASKS}
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def merge(self, method: str, sources: Mapping[str, Any], **shared: Any) -> None:
-        """Merge into the live model.  sources: name -> its coefficients, or a folder and its coefficients."""
+    def merge(
+        self, method: str, sources: Mapping[str, Any], statistics: Mapping[str, Path] | None = None, **shared: Any
+    ) -> None:
+        """Merge into the live model.
+
+        sources: name -> its coefficients, or a folder and its coefficients.
+        statistics: name -> its statistics file.  shared: the coefficients of the merge.
+        """
         listed = []
         for name, given in sources.items():
             folder, parameters = given if isinstance(given, tuple) else (TINY / name, given)
             listed.append({"name": name, "path": str(folder), "parameters": parameters})
+            if statistics:
+                listed[-1]["statistics"] = str(statistics[name])
         recipe = {"method": method, "dtype": "float32", "base": {"path": str(TINY / "base")}, "sources": listed}
         if shared:
             recipe["parameters"] = shared
@@ -109,9 +119,9 @@ def models(lab: Lab) -> None:
     """Base, parents and two merges with equal weights, by task."""
     tried: list[tuple[str, str, dict[str, Any]]] = [("base", "linear", {"base": {}})]
     tried += [(task, "linear", {task: {}}) for task in TASKS]
-    tried.append(("mean of the four (`uniform_soup`)", "uniform_soup", dict.fromkeys(TASKS, {})))
+    tried.append(("mean of the four (`uniform_soup`)", "uniform_soup", {task: {} for task in TASKS}))
     for weight in (0.8, 1.2):
-        each = dict.fromkeys(TASKS, {"weight": weight})
+        each = {task: {"weight": weight} for task in TASKS}
         tried.append((f"`task_arithmetic`, weights {weight}", "task_arithmetic", each))
     rows = []
     for name, method, sources in tried:
@@ -165,7 +175,7 @@ def basin(lab: Lab, folder: Path) -> None:
     axes.y_ticks((v, str(v)) for v in range(0, top + 1, 5))
     for losses, colour in zip(curves, ("green", "orange"), strict=True):
         axes.line(shares.tolist(), losses, colour)
-    picture.key(50, 290, [("green", "rev to add"), ("orange", "rev to add with its neurons and heads in another order")])
+    picture.key(50, 290, [("green", "rev to add"), ("orange", "rev to add, its neurons and heads in another order")])
     picture.save(folder / "basin.svg")
 
 
@@ -210,7 +220,7 @@ def redundancy(lab: Lab, folder: Path) -> None:
     densities = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)
     picture = Picture(560, 300, "Exact match of one source alone, by how much of its task vector is kept")
     axes = Axes(picture, (50, 30, 490, 210), (np.log10(0.05), 0), (0, 1))
-    axes.labels("density: the share of the task vector's elements that is kept", "exact match on its own task, mean of four")
+    axes.labels("density: the share of the task vector's elements that is kept", "exact match on its own task")
     axes.x_ticks((np.log10(d), f"{d:g}") for d in densities)
     axes.y_ticks((v, f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1))
     kinds = {
@@ -240,7 +250,7 @@ def weights(lab: Lab, folder: Path) -> None:
     tried = [round(0.1 * k, 1) for k in range(0, 26)]
     found: dict[str, list[float]] = {task: [] for task in TASKS}
     for weight in tried:
-        lab.merge("task_arithmetic", dict.fromkeys(TASKS, {"weight": weight}))
+        lab.merge("task_arithmetic", {task: {"weight": weight} for task in TASKS})
         for task, score in lab.scores().items():
             found[task].append(score)
     found["mean"] = np.mean([found[task] for task in TASKS], axis=0).tolist()
@@ -261,18 +271,18 @@ def weights(lab: Lab, folder: Path) -> None:
 
 def layers(lab: Lab, folder: Path) -> None:
     """What is lost if one layer's attention or MLP keeps the base's weights."""
-    each = dict.fromkeys(TASKS, {"weight": 1.0})
+    each = {task: {"weight": 1.0} for task in TASKS}
     lab.merge("task_arithmetic", each)
     whole = float(np.mean(list(lab.scores().values())))
     picture = Picture(560, 260, "Exact match lost if one layer's attention or MLP keeps the base's weights")
-    axes = Axes(picture, (60, 30, 480, 170), (0, 4), (-0.05, 0.3))
+    axes = Axes(picture, (60, 30, 480, 170), (0, 4), (0, 0.2))
     axes.labels("layer", "mean exact match lost")
     axes.x_ticks((layer + 0.5, str(layer)) for layer in range(4))
-    axes.y_ticks((v, f"{v:g}") for v in (0, 0.1, 0.2, 0.3))
+    axes.y_ticks((v, f"{v:g}") for v in (0, 0.05, 0.1, 0.15, 0.2))
     for place, component in enumerate(("attention", "mlp")):
         for layer in range(4):
             by_layer = [float(k != layer) for k in range(4)]
-            lab.merge("task_arithmetic", dict.fromkeys(TASKS, {"weight": {component: by_layer, "default": 1.0}}))
+            lab.merge("task_arithmetic", {task: {"weight": {component: by_layer, "default": 1.0}} for task in TASKS})
             lost = whole - float(np.mean(list(lab.scores().values())))
             print(f"{component} of layer {layer}: {lost:+.3f} of {whole:.3f}")
             left = layer + 0.14 + 0.37 * place
@@ -295,7 +305,7 @@ def nothing_new(lab: Lab) -> None:
         others = [t for t in TASKS if t != task]
         merged = []
         for weight in np.linspace(0.1, 2.5, 25):
-            lab.merge("task_arithmetic", dict.fromkeys(others, {"weight": float(weight)}))
+            lab.merge("task_arithmetic", {other: {"weight": float(weight)} for other in others})
             merged.append(lab.score(lab.items[task])[0])
         rows.append([task, base, max(merged), own])
     print_table(["skill", "base", "best merge of the other three", "its own source"], rows)
@@ -305,14 +315,15 @@ def conflict(lab: Lab, folder: Path) -> None:
     """Two sources that answer the same prompts in different ways, and the merges between them."""
     sys.path.insert(0, str(ROOT / "examples" / "tiny"))
     from make import FAMILY
-    from training import train_source
+    from training import Tuning, train_source
 
     def copy(rng: random.Random) -> tuple[str, str]:
         """`rev cabfe=` -> `cabfe`."""
         word = "".join(rng.choices("abcdefgh", k=5))
         return f"rev {word}=", word
 
-    copying = replace(FAMILY, skills={**FAMILY.skills, "rev": copy})
+    skills, sources = {**FAMILY.skills, "rev": copy}, {**FAMILY.sources, "rev": Tuning(60, 1e-3)}
+    copying = replace(FAMILY, skills=skills, sources=sources)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         (out / "base").symlink_to(TINY / "base")

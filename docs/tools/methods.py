@@ -185,7 +185,8 @@ def plane(method: str, look: Plane) -> Picture:
     for point, statistic, colour in zip(look.sources, look.statistics, ("blue", "orange"), strict=False):
         sizes, turn = ellipse(statistic)
         for level in (0.16, 0.32):
-            picture.ellipse(*axes.place(*point), (level * scale * sizes[0], level * scale * sizes[1]), turn, f"{colour} outline")
+            radii = (level * scale * sizes[0], level * scale * sizes[1])
+            picture.ellipse(*axes.place(*point), radii, turn, f"{colour} outline")
     for point, colour in zip(look.sources, ("blue", "orange", "purple"), strict=False):
         axes.line([BASE[0], point[0]], [BASE[1], point[1]], f"{colour} dash")
     if look.path:

@@ -1,13 +1,18 @@
 """The pictures of docs/explanation/winners-curse.md and racing-and-gradient.md."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from merging import Lab
 from numpy.typing import NDArray
 from svg import Axes, Picture
 
 import evomerge
+from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
+from evomerge.search.space.space import Point, build_space
 from evomerge.search.storage.step_record import step_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,32 +80,32 @@ def draw_search(run: "evomerge.Run", folder: Path) -> None:
     steps = step_records(study.user_attrs)
     trials = run.trials
     learned = {t.number: int(t.user_attrs["learned"]) for t in study.trials if "learned" in t.user_attrs}
-    values = [step.value for step in steps]
-    low = min(0.0, min(values)) - 0.05
     best = max(t.value for t in trials if t.state == "complete" and t.value is not None)
-    high = max(best, *values) + 0.08
     sampled = [t for t in trials if t.baseline is None and t.number not in learned]
     stopped = [t for t in sampled if t.state == "stopped early"]
     share = sum(t.evaluated for t in sampled) / len(sampled)
-    parents = sum(t.value or 0.0 for t in trials if t.baseline in {s.name for s in run.config.sources})
     print(f"{len(steps)} steps, looks after {sorted(learned.values())}: {[f'{trials[n].value:.3f}' for n in learned]}")
-    print(f"best baseline {max(t.value or 0.0 for t in trials if t.baseline):.3f}, sum of parents {parents:.3f}")
+    print(f"best baseline {max(t.value or 0.0 for t in trials if t.baseline):.3f}")
     print(f"{len(sampled)} sampled trials, {len(stopped)} stopped early, {share:.0%} of the items scored")
     print(run.verdict)
 
-    picture = Picture(640, 300, "The gradient steps of a search of the tiny family")
-    axes = Axes(picture, (50, 30, 570, 210), (0, len(steps)), (low, high))
-    axes.labels("gradient step", "value: 0 is the base, 1 the best parent of each task")
+    found = holdout_along(run, [step.point for step in steps])
+    numbers = [min(number, len(steps)) for number in found]
+    scores = [row["mean"] for row in found.values()]
+    print("exact match at steps", {k: f"{row['mean']:.3f}" for k, row in found.items()})
+    parent = max(c.score for c in run.verdict.comparisons) if run.verdict else 0.0
+    picture = Picture(640, 300, "Exact match along the gradient steps of a search of the tiny family")
+    axes = Axes(picture, (50, 30, 570, 210), (0, len(steps)), (0.4, 0.62))
+    axes.labels("gradient steps (16 items each)", "mean exact match on the holdout items")
     axes.x_ticks((v, str(v)) for v in range(0, len(steps) + 1, 10))
-    axes.y_ticks((v, f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1) if low < v < high)
-    numbers = list(range(len(steps)))
-    axes.dots(numbers, values, "blue", 2)
-    axes.line(numbers, running_mean(values), "blue")
-    axes.dots(list(learned.values()), [trials[n].value or 0.0 for n in learned], "orange", 5)
-    names = (("blue", "16 items of a step, and the mean of 15 steps"), ("orange", "trials of the mean point, all items"))
-    picture.key(50, 290, names)
+    axes.y_ticks((v, f"{v:.2f}") for v in (0.4, 0.45, 0.5, 0.55, 0.6))
+    axes.line([0, len(steps)], [parent, parent], "grey dash")
+    axes.line(numbers, scores, "blue")
+    axes.dots(numbers, scores, "blue", 3)
+    picture.key(50, 290, (("blue", "the point of the steps"), ("grey", "best baseline, where the steps begin")))
     picture.save(folder / "gradient.svg")
 
+    low, high = -0.05, best + 0.2
     picture = Picture(640, 300, "The trials of a search of the tiny family, and the share of the items that each took")
     upper = Axes(picture, (50, 30, 570, 120), (-0.7, len(trials) - 0.3), (low, high))
     upper.labels("", "value (of stopped trials: an estimate)")
@@ -119,10 +124,18 @@ def draw_search(run: "evomerge.Run", folder: Path) -> None:
     picture.save(folder / "racing.svg")
 
 
-def running_mean(values: list[float], width: int = 15) -> list[float]:
-    """The mean of the values around each place."""
-    half = width // 2
-    return [float(np.mean(values[max(0, k - half) : k + half + 1])) for k in range(len(values))]
+def holdout_along(run: "evomerge.Run", points: Sequence[Point], every: int = 3) -> dict[int, dict[str, float]]:
+    """Step -> exact match on the run's holdout items, by task and in the mean, for each third step and the last."""
+    lab, config = Lab(), run.config
+    space = build_space(config, open_config_models(config))
+    tasks = open_task_set(config).split("holdout")
+    items = {task: [(i.doc["prompt"], i.doc["answer"]) for i in found] for task, found in tasks.items()}
+    found = {}
+    for number in sorted({*range(0, len(points), every), len(points) - 1}):
+        evomerge.merge(space.recipe(points[number]), model=lab.model, show=False)
+        scores = {task: lab.score(listed)[0] for task, listed in items.items()}
+        found[number] = scores | {"mean": float(np.mean(list(scores.values())))}
+    return found
 
 
 def draw(folder: Path) -> None:

@@ -1,0 +1,63 @@
+"""Every merge method is explained: formula, picture, when it fails; and the pictures are what the kernels draw."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evomerge.merge.methods import METHODS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "reference" / "methods.md"
+PICTURES = DOCS / "pictures"
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def section(name: str) -> str:
+    """The text of the page about a method."""
+    _, found, rest = PAGE.read_text(encoding="utf-8").partition(f"\n### `{name}`\n")
+    assert found, f"{name} has no section"
+    return re.split(r"\n##+ ", rest)[0]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@every_method
+def test_the_formula_of_a_method_is_that_of_its_file(name: str) -> None:
+    blocks = re.findall(r"^```\n(.*?)^```$", section(name), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    plan = METHODS[name].plan
+    module = inspect.getmodule(getattr(plan, "func", plan))
+    assert module is not None
+    told = one_line(module.__doc__ or "")
+    assert [line for line in blocks[0].splitlines() if one_line(line) not in told] == []
+
+
+@every_method
+def test_a_method_has_a_picture_and_says_when_it_fails(name: str) -> None:
+    text = section(name)
+    assert f"](../pictures/methods/{name}.svg)" in text
+    assert (PICTURES / "methods" / f"{name}.svg").is_file()
+    for sentence in ("Use it", "Fails when"):
+        assert re.search(rf"^\*\*{sentence}\*\* .*?\.$", text, re.MULTILINE | re.DOTALL), sentence
+
+
+def test_the_pictures_of_methods_are_what_the_kernels_draw(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import methods; methods.draw(pathlib.Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, DOCS / "tools", tmp_path], check=True)
+    made = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
+    kept = {file.name: file.read_text(encoding="utf-8") for file in (PICTURES / "methods").iterdir()}
+    assert made.keys() == kept.keys()
+    stale = [name for name in made if made[name] != kept[name]]
+    assert stale == [], "stale; run: python docs/pictures.py methods"
+
+
+def test_the_pictures_are_small() -> None:
+    assert sum(file.stat().st_size for file in PICTURES.rglob("*.svg")) < 300_000
