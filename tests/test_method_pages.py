@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.merge.gradient import learnable
 from evomerge.merge.methods import METHODS
+from evomerge.merge.methods.knobs import is_named
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "reference" / "methods.md"
@@ -25,6 +27,10 @@ def section(name: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+CHOOSE = DOCS / "explanation" / "choose-a-method.md"
+NEVER_SEARCHED = ("eps", "max_iter", "tol")  # they bound an iteration
 
 
 @every_method
@@ -61,3 +67,16 @@ def test_the_pictures_of_methods_are_what_the_kernels_draw(tmp_path: Path) -> No
 
 def test_the_pictures_are_small() -> None:
     assert sum(file.stat().st_size for file in PICTURES.rglob("*.svg")) < 300_000
+
+
+@every_method
+def test_the_decision_table_has_every_method_and_what_can_be_learned_of_it(name: str) -> None:
+    rows = [line for line in CHOOSE.read_text(encoding="utf-8").splitlines() if f"`{name}`" in line.split(" | ")[-1]]
+    (row,) = [row for row in rows if row.count(" | ") == 1 and row.startswith("| ")]
+    method = METHODS[name]
+    searched = {n for n, knob in method.knobs.items() if not is_named(knob) and n not in NEVER_SEARCHED}
+    learned = searched & learnable(method)
+    told = row.split()[1]
+    assert told == ("there" if not searched else "none" if not learned else "all" if learned == searched else "some")
+    decisions = [line.split(" | ")[1] for line in CHOOSE.read_text().splitlines() if line.count(" | ") == 3]
+    assert any(f"`{name}`" in cell for cell in decisions)
