@@ -186,7 +186,7 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
         if (file := file_of(url)) is not None:
             if not file.exists():
                 if not create:
-                    raise EvomergeError(f"storage {masked(url)}: there is no such file")
+                    raise EvomergeError(f"storage {masked(url)}: there is no such file; put back a copy of it")
                 create_file(file)
             elif file.stat().st_size == 0:
                 raise damaged(url, EvomergeError("it is empty"))
@@ -219,7 +219,7 @@ def open_study(url: str, name: str, create: bool, retry: Retry | None = None) ->
     try:
         return optuna.load_study(storage=storage, study_name=name)
     except KeyError:
-        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}") from None
+        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}; put back a copy of it") from None
 
 
 def storage_of(study: optuna.Study) -> Storage:
@@ -230,7 +230,9 @@ def storage_of(study: optuna.Study) -> Storage:
 
 
 def sqlite_url(path: Path) -> str:
-    return f"sqlite:///{path.resolve()}"
+    """The URL of a database file, whatever characters its path has."""
+    address = sqlalchemy.engine.URL.create("sqlite", database=str(path.resolve()))
+    return address.render_as_string(hide_password=False)
 
 
 def connecting(url: str) -> tuple[dict[str, Any], Callable[[Any, object], None] | None]:
