@@ -58,6 +58,21 @@ def read_text(path: Path, limit: int = YAML_BYTES) -> str:
         return content.decode("utf-8")
 
 
+def copy_model_file(path: Path, to: Path) -> None:
+    """Copy a small file of a model's folder, which may be a stranger's, to a new file.
+
+    A symbolic link is followed to a file of the same name and into a hub's cache, whose snapshots consist of links.
+    EvomergeError for any other link, which could lead to a file that is not the model's, and as for `read_text`.
+    """
+    if path.is_symlink() and (real := path.resolve()).name != path.name and real.parent.name != "blobs":
+        raise EvomergeError(f"{path}: is a symbolic link to {real}, a file of another name; put the file itself there")
+    with opened(path) as file:
+        content = file.read(TOKENIZER_BYTES + 1)
+    if len(content) > TOKENIZER_BYTES:
+        raise EvomergeError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MB, the limit for such a file")
+    to.write_bytes(content)
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, plain data only.  EvomergeError if it cannot be read or is not YAML."""
     return parse_yaml(read_text(path), str(path))

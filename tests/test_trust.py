@@ -1,5 +1,6 @@
 """What lies in folders of strangers, or in the way, is data: nothing else is read, written, deleted or waited for."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,14 +10,19 @@ from base64 import b64encode
 from pathlib import Path
 
 import pytest
+import yaml
 from searches import finished_search, run_cli, write_config
 
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import pack, unpack
+from evomerge.search.workers.local_worker import LocalWorker
+from evomerge.search.workers.pool import Pool
+from evomerge.sources.tokenizer import drop_code
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +142,30 @@ def test_a_file_is_written_beside_a_link_with_its_temporary_name(tmp_path: Path)
     assert stat.S_ISREG((tmp_path / "state.json").lstat().st_mode)
 
 
+GONE = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 1); os.dup2(ends[1], 2)"
+HANG_UP = "import os, signal, threading; threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGHUP)).start()"
+
+
+@pytest.mark.parametrize("prelude", [GONE, HANG_UP])
+def test_a_search_goes_on_without_its_terminal(prelude: str, tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=prelude)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "verdict.json").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [40, 200])
+def test_a_limit_on_the_size_of_files_is_named(kilobytes: int, tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"trials": 3})
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=limit)
+    assert done.returncode == 2, done.stderr
+    assert "ulimit -f" in done.stderr or "the disk cannot be read or written" in done.stderr
+    assert "damaged" not in done.stderr
+    assert run_cli("resume", tmp_path / "run").returncode == 0
+
+
 def test_scores_that_unpack_to_gigabytes_are_refused() -> None:
     bomb = b64encode(zlib.compress(bytes(1 << 30), 9)).decode()
     assert len(bomb) < 2 << 20
@@ -167,3 +197,70 @@ def test_no_form_of_a_url_shows_its_password(url: str) -> None:
 def test_a_state_of_another_shape_is_none(content: object, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps(content))
     assert read_snapshot(tmp_path) is None
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it: no Exception."""
+
+
+def test_whatever_ends_a_worker_s_start_ends_the_wait_for_it(tmp_path: Path) -> None:
+    def fall(*arguments: object) -> Evaluator:
+        raise Panic("in a library")
+
+    async def open_pool() -> None:
+        pool = Pool([LocalWorker(fall, "cpu", lambda: None)], print)
+        try:
+            await asyncio.wait_for(pool.open(), 20)
+        finally:
+            await pool.close()
+
+    with pytest.raises(Panic, match="in a library"):
+        asyncio.run(open_pool())
+
+
+def test_a_tokenizer_whose_pattern_never_ends_is_an_error(tiny_family: Path, tmp_path: Path) -> None:
+    family = Path(shutil.copytree(tiny_family, tmp_path / "family"))
+    for file in family.glob("*/tokenizer.json"):
+        content = json.loads(file.read_text())
+        endless = {
+            "type": "Split",
+            "pattern": {"Regex": ".*" * 24 + "(?=never)"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [endless, content["pre_tokenizer"]]}
+        file.write_text(json.dumps(content))
+    config = write_config(tmp_path, family, budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 2, done.stderr[-500:]
+    assert "no requests can be built of its items" in done.stderr
+    assert "retry-limit" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_model_s_links_to_other_files_are_not_copied(name: str, tiny_family: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "secret")
+    recipe = tmp_path / "recipe.yaml"
+    source = {"name": "add", "path": str(tiny_family / "add"), "parameters": {"weight": 0.5}}
+    recipe.write_text(yaml.safe_dump({"base": {"path": str(base)}, "sources": [source], "method": "task_arithmetic"}))
+    done = run_cli("merge", recipe, "--out", tmp_path / "merged")
+    assert done.returncode == 2, done.stderr
+    assert f"{name}: is a symbolic link to {tmp_path / 'secret'}" in done.stderr
+    assert not (tmp_path / "merged").exists()
+    (base / name).unlink()
+    (blobs := tmp_path / "blobs").mkdir()
+    (blobs / "1f2e").write_text("{}")
+    (base / name).symlink_to(blobs / "1f2e")  # as a hub's cache has it
+    assert run_cli("merge", recipe, "--out", tmp_path / "merged").returncode == 0
+    assert (tmp_path / "merged" / name).read_text() == "{}"
+    assert not (tmp_path / "merged" / name).is_symlink()
+
+
+def test_names_of_code_beside_a_model_are_not_copied(tmp_path: Path) -> None:
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "x": 1}))
+    drop_code(settings)
+    assert json.loads(settings.read_text()) == {"x": 1}

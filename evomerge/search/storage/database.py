@@ -6,6 +6,7 @@ functions of `sql_statements.py` write the rows.
 
 import json
 import logging
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,7 +202,14 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
 
 
 def damaged(url: str, error: BaseException) -> EvomergeError:
+    """The error for a study that cannot be read: a damaged file, or one that a limit of the shell does not let grow."""
     said = scrubbed(database_said(error), url)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if "disk I/O error" in said and limit != resource.RLIM_INFINITY:
+        return EvomergeError(
+            f"{file_of(url)}: cannot be written; this shell limits a file to {limit / 1e6:.1f} MB (ulimit -f). Nothing "
+            "that was finished is lost; raise the limit and try again"
+        )
     return EvomergeError(
         f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({said}); "
         "put back a copy of the file, or start anew with another run folder"
