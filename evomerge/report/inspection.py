@@ -59,7 +59,8 @@ class Inspection:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=WIDTH, soft_wrap=True, highlight=False).print(self)
+        # In a notebook rich would show it at once instead of writing it into the file.
+        Console(file=text, width=WIDTH, soft_wrap=True, highlight=False, force_jupyter=False).print(self)
         return text.getvalue().rstrip()
 
     __repr__ = __str__
