@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merging import ROOT, TASKS, TINY, Items, Lab, print_table
+from merging import ROOT, TASKS, TINY, Items, Lab
+from tables import print_table
 
 from evomerge.config.config_file import load_config
 from evomerge.merge.methods import METHODS

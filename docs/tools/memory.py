@@ -6,7 +6,7 @@ Nothing here is measured on an accelerator.  What a device holds is decided by `
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging import print_table
+from tables import print_table
 
 from evomerge.merge.bank.bank import LEAST_WINDOW
 from evomerge.merge.bank.memory import SCRATCH, device_capacity
@@ -96,14 +96,14 @@ def seconds(time: float) -> str:
     return f"{time / 60:.0f} min" if time < 5400 else f"{time / 3600:.0f} h"
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path | None = None) -> None:
     """Print the tables; there is no picture."""
     columns = (
         "weights",
         "a model in bfloat16",
         "disk: base, 3 sources, export",
-        "live model in memory",
-        "CPU: all in memory",
+        "live model",
+        "memory of a CPU search",
     )
     rows: list[list[str]] = []
     for size in SIZES:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from svg import COLOURS, Axes, Picture
+from tables import print_table
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -102,14 +103,6 @@ class Lab:
     def scores(self) -> dict[str, float]:
         """Task -> share of right answers."""
         return {task: self.score(self.items[task])[0] for task in TASKS}
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table in Markdown; numbers have two decimals."""
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in row) + " |")
-    print()
 
 
 # --- Does it work at all ---

@@ -1,4 +1,4 @@
-"""Every merge method is explained: formula, picture, when it fails; and the pictures are what the kernels draw."""
+"""Every merge method is explained: formula, picture, when it fails; pictures and tables are what the code makes."""
 
 import inspect
 import re
@@ -63,6 +63,17 @@ def test_the_pictures_of_methods_are_what_the_kernels_draw(tmp_path: Path) -> No
     assert made.keys() == kept.keys()
     stale = [name for name in made if made[name] != kept[name]]
     assert stale == [], "stale; run: python docs/pictures.py methods"
+
+
+def test_the_tables_of_memory_and_time_are_what_the_bank_computes() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import memory; memory.draw()"
+    made = subprocess.run(
+        [sys.executable, "-c", code, DOCS / "tools"], check=True, capture_output=True, text=True
+    ).stdout
+    rows = [line for line in made.splitlines() if line]
+    assert rows
+    page = (DOCS / "how-to" / "memory-and-time.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row not in page] == [], "stale; run: python docs/pictures.py memory"
 
 
 def test_the_pictures_are_small() -> None:
