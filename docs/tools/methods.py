@@ -255,7 +255,6 @@ def spectrum(method: str, look: Spectrum) -> Picture:
 
 # --- What each picture shows ---
 
-ONE_AND_HALF = {"density": 0.5}
 T = np.linspace(0, 1, 25).tolist()
 BY_WEIGHT = [{"weight": [1 - t, t]} for t in T]
 
@@ -295,11 +294,11 @@ LOOKS: dict[str, Plane | Bars | Spectrum] = {
         ],
     ),
     "nearswap": Bars({"t": 0.5}, "t = 0.5", single=True),
-    "ties": Bars(ONE_AND_HALF, "density 0.5, weights 1, normalize"),
-    "dare_linear": Bars(ONE_AND_HALF, "density 0.5, weights 1"),
-    "dare_ties": Bars(ONE_AND_HALF, "density 0.5, weights 1"),
-    "della_linear": Bars(ONE_AND_HALF | {"epsilon": 0.4}, "density 0.5, epsilon 0.4, weights 1"),
-    "della": Bars(ONE_AND_HALF | {"epsilon": 0.4}, "density 0.5, epsilon 0.4, weights 1, normalize"),
+    "ties": Bars({"density": 0.5}, "density 0.5, weights 1, normalize"),
+    "dare_linear": Bars({"density": 0.7}, "density 0.7, weights 1"),
+    "dare_ties": Bars({"density": 0.7}, "density 0.7, weights 1"),
+    "della_linear": Bars({"density": 0.7, "epsilon": 0.3}, "density 0.7, epsilon 0.3, weights 1"),
+    "della": Bars({"density": 0.7, "epsilon": 0.3}, "density 0.7, epsilon 0.3, weights 1, normalize"),
     "breadcrumbs": Bars({"density": 0.5, "gamma": 0.13}, "density 0.5, gamma 0.13, weights 1"),
     "breadcrumbs_ties": Bars({"density": 0.5, "gamma": 0.13}, "density 0.5, gamma 0.13, weights 1"),
     "sce": Bars({"select_topk": 0.5}, "select_topk 0.5"),

@@ -87,7 +87,7 @@ def draw_search(run: "evomerge.Run", folder: Path) -> None:
     print(f"{len(steps)} steps, looks after {sorted(learned.values())}: {[f'{trials[n].value:.3f}' for n in learned]}")
     print(f"best baseline {max(t.value or 0.0 for t in trials if t.baseline):.3f}")
     print(f"{len(sampled)} sampled trials, {len(stopped)} stopped early, {share:.0%} of the items scored")
-    print(run.verdict)
+    print(run.verdict.sentence if run.verdict else "no verdict")
 
     found = holdout_along(run, [step.point for step in steps])
     numbers = [min(number, len(steps)) for number in found]
