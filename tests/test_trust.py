@@ -264,3 +264,26 @@ def test_names_of_code_beside_a_model_are_not_copied(tmp_path: Path) -> None:
     settings.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "x": 1}))
     drop_code(settings)
     assert json.loads(settings.read_text()) == {"x": 1}
+
+
+def test_a_run_is_read_without_its_models_and_finds_them_where_the_file_says(tiny_family: Path, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(tiny_family, tmp_path / "models"))
+    config = write_config(tmp_path, models, budget={"trials": 3})
+    run = finished_search(config)
+    models.rename(tmp_path / "moved")
+    for command in ("status", "report"):
+        done = run_cli(command, run)
+        assert done.returncode == 0, done.stderr
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 2
+    assert f"no such folder: {models / 'base'}" in done.stderr
+    config.write_text(config.read_text().replace(str(models), str(tmp_path / "moved")))
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 0, done.stderr
+    assert "the same models are elsewhere now" in (run / "log.txt").read_text()
+    assert str(models) not in (run / "config.yaml").read_text()
+    tokenizer = tmp_path / "moved" / "rev" / "config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    done = run_cli("resume", run, "--trials", "5")
+    assert done.returncode == 2
+    assert "rev: config.json is another file now" in done.stderr
