@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from searches import finished_search, run_cli, write_config
+from searches import ROOT, finished_search, run_cli, write_config
 
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.chat_template import problem_of
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
@@ -287,3 +288,28 @@ def test_a_run_is_read_without_its_models_and_finds_them_where_the_file_says(tin
     done = run_cli("resume", run, "--trials", "5")
     assert done.returncode == 2
     assert "rev: config.json is another file now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 10 s"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more than 2 GB of memory"),
+        ("{{ 'x' * 10 ** 7 }}", "makes a text of 10,000,000 characters"),
+        ("{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}", None),
+        ("{{ raise_exception('not like this') }}", None),
+    ],
+)
+def test_a_chat_template_is_tried_within_bounds(
+    template: str, problem: str | None, tiny_family: Path, tmp_path: Path
+) -> None:
+    assert problem_of(template) == problem
+    if problem is None or "longer" in problem:
+        return
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template)
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "gold_logprob", "apply_chat_template": True}
+    config = write_config(tmp_path, tiny_family, base=str(base), tasks=[task])
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"its chat template {problem}" in done.stderr
