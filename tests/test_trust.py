@@ -9,6 +9,7 @@ import zlib
 from base64 import b64encode
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from searches import ROOT, finished_search, run_cli, write_config
@@ -17,6 +18,7 @@ from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.report.item_table import COLUMNS, without_formulas
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
 from evomerge.search.run import Run, open_run
@@ -313,3 +315,11 @@ def test_a_chat_template_is_tried_within_bounds(
     done = run_cli("search", config, "--run", tmp_path / "run")
     assert done.returncode == 2
     assert f"its chat template {problem}" in done.stderr
+
+
+def test_no_cell_of_a_csv_is_a_formula() -> None:
+    names = ["=HYPERLINK(1)", "+1", "-1", "@x", "\ta", "plain-1", None]
+    empty = {"trial": None, "recipe": None, "split": "search", "metric": "m", "item": "i", "score": -0.5}
+    table = without_formulas(pa.Table.from_pylist([{**empty, "task": n} for n in names], COLUMNS))
+    assert table["task"].to_pylist() == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "'\ta", "plain-1", None]
+    assert table["score"].to_pylist() == [-0.5] * 7
