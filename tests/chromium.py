@@ -56,7 +56,8 @@ PROBLEMS = """() => {
         const texts = [...svg.querySelectorAll('text')].filter(t => seen(t) && t.textContent.trim());
         const boxes = texts.map(t => t.getBoundingClientRect());
         boxes.forEach((b, i) => {
-            const over = Math.max(frame.left - b.left, b.right - frame.right, frame.top - b.top, b.bottom - frame.bottom);
+            const over = Math.max(
+                frame.left - b.left, b.right - frame.right, frame.top - b.top, b.bottom - frame.bottom);
             if (over > 1)
                 found.push(`leaves its picture: ${name(texts[i])}`);
             for (let k = i + 1; k < boxes.length; k++) {

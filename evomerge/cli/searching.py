@@ -120,7 +120,13 @@ def leave(stopped: "SearchStopped") -> NoReturn:
 
 
 def show_export(run: "Run", out: Path | None) -> None:
-    """Name the command that writes the model, unless the search has written it."""
+    """Name the command that follows from the verdict, and the one that writes the model, unless that is done."""
+    from evomerge.report.verdict_text import next_command
+
+    verdict = run.files.verdict()
+    following = "" if verdict is None else next_command(verdict, run.folder)
+    if following.startswith("evomerge resume"):
+        print(f"next: {following}")
     if out is None:
         print(f"export: evomerge export {run.folder} --out merged/")
         if run.config.goals == "pareto":
@@ -136,13 +142,17 @@ def status(
     """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
+    from evomerge.report.verdict_text import next_command
     from evomerge.search.run import open_run
 
     opened = open_run(run)
     if watch:
         watch_run(opened)
     else:
-        print_status(read_status(opened), timing)
+        shown = read_status(opened)
+        print_status(shown, timing)
+        if shown.verdict is not None:
+            print(f"next: {next_command(shown.verdict, opened.folder)}")
 
 
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")

@@ -36,7 +36,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, read_json
 from evomerge.search.storage.database import open_study, sqlite_url
-from evomerge.search.verdict.verdict_file import what_is_wrong
+from evomerge.search.verdict.verdict_file import present_outcome, what_is_wrong
 
 KEY = "evomerge:key"  # study attribute: a hash of what its results depend on, see inputs.py
 
@@ -111,7 +111,7 @@ class Run:
         verdict = read_json(self.verdict_file)
         if problem := what_is_wrong(verdict):
             raise EvomergeError(f"{self.verdict_file}: {problem}; write it again with `evomerge resume {self.folder}`")
-        return verdict
+        return verdict | {"outcome": present_outcome(verdict["outcome"])}
 
     def log(self, text: str) -> None:
         """Write a line with the time to log.txt."""

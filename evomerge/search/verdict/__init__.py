@@ -4,6 +4,7 @@ finals.py: which models are scored on the selection and the holdout split, and w
 verdict.py: the statistical test and its outcome in words.
 intervals.py: the confidence intervals that the test uses.
 guards.py: whether a model keeps the guards.
+next_step.py: the command that follows from the outcome.
 verdict_file.py: verdict.json, written and checked.
 simplify.py: fewer sources and coefficients, by steps that no_loss.py allows.
 front.py: the Pareto front of the tasks, its hypervolume and its knee.
