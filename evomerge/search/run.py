@@ -13,6 +13,7 @@ cache/              what a resume need not make again:
   *.safetensors     measurements of the sources (histograms, Gram matrices), by a hash of the inputs
   derived/          matrices that tsv, iso_c and regmean make of the sources
 workers/N.txt       what worker N prints, if workers are processes of their own
+answers/            what models answered to the holdout items (storage/answers.py)
 winner.yaml         the recipe of the chosen candidate, whether or not it wins
 recommended.yaml    the recipe that the verdict recommends
 finalists.json      every model of the selection split: its recipe, its scores by task (verdict/choices.py)
@@ -74,6 +75,10 @@ class Run:
     @property
     def report_file(self) -> Path:
         return self.folder / "report.html"
+
+    @property
+    def answers_folder(self) -> Path:
+        return self.folder / "answers"
 
     @property
     def log_file(self) -> Path:

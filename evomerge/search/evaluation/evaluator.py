@@ -22,6 +22,7 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
@@ -195,7 +196,8 @@ class Evaluator:
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
             scores = {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}
-        return Outcome(scores, clock.seconds, seen)
+        answers = self.answers(work) if split == "holdout" else {}
+        return Outcome(scores, clock.seconds, seen, answers=answers)
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
@@ -228,6 +230,16 @@ class Evaluator:
         return Outcome(scores, clock.seconds, gradient=gradient)
 
     # --- Merging and scoring ---
+
+    def answers(self, work: Workload) -> dict[str, list[Answer]]:
+        """What the model answered to a scored workload, by task, for the report; a report costs no result."""
+        found = {}
+        for part in work.by_task:
+            try:
+                found[part.task.name] = answers_of(self.engine, part)
+            except Exception as error:  # a task's templates may raise whatever they like
+                self.log(f"task {part.task.name}: its answers are not kept ({reason(error)})")
+        return found
 
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         """Merge a recipe into the live model.  NotFinite if a merged weight is NaN or infinite."""
