@@ -210,7 +210,7 @@ def search_in(
     run: RunFolder, limits: Limits, workers: WorkerOptions, out: str | Path | None, on_trial: OnTrial | None, show: bool
 ) -> Run:
     """Search in a run folder to the verdict, write the report, and the model if `out` is given."""
-    from evomerge.report.html import write_report
+    from evomerge.report.page import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
     from evomerge.search.loop import search as search_loop

@@ -171,7 +171,7 @@ def studies(
 @app.command(epilog="Example: evomerge report runs/quickstart")
 def report(run: RunFolder) -> None:
     """Write report.html of a finished run again."""
-    from evomerge.report.html import write_report
+    from evomerge.report.page import write_report
     from evomerge.search.run import open_run
 
     opened = open_run(run)

@@ -18,7 +18,9 @@ winner.yaml         the recipe of the chosen candidate, whether or not it wins
 recommended.yaml    the recipe that the verdict recommends
 finalists.json      every model of the selection split: its recipe, its scores by task (verdict/choices.py)
 verdict.json        the verdict (verdict/verdict_file.py); written last of the results
-report.html         the report
+conflicts.json      where the sources pull against each other (verdict/conflicts.py)
+landscape.json      scores between the candidate and its parents, if asked for (verdict/landscape.py)
+report.html         the report; also written now and then during the search
 """
 
 import fcntl
@@ -79,6 +81,14 @@ class Run:
     @property
     def answers_folder(self) -> Path:
         return self.folder / "answers"
+
+    @property
+    def conflicts_file(self) -> Path:
+        return self.folder / "conflicts.json"
+
+    @property
+    def landscape_file(self) -> Path:
+        return self.folder / "landscape.json"
 
     @property
     def log_file(self) -> Path:

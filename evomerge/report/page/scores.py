@@ -1,0 +1,88 @@
+"""The scores on the holdout split: every model by task, its intervals as bars."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from evomerge.report.page.material import Material
+from evomerge.report.page.parts import chip, section, span_mark, table, text
+from evomerge.report.verdict_text import candidate_title, difference_text
+
+Span = dict[str, Any]
+"""An interval as verdict.json has it: value, low, high."""
+
+
+def scores_section(material: Material) -> str:
+    """The table of scores; empty without a verdict."""
+    verdict = material.verdict
+    if verdict is None:
+        return ""
+    tasks, title = list(verdict["tasks"]), candidate_title(verdict)
+    holdout = verdict["holdout"]
+    names = ["winner", *(c["name"] for c in verdict["comparisons"])]
+    means = [verdict["score"], *({"value": c["score"], "low": None, "high": None} for c in verdict["comparisons"])]
+    mean_scale = scale_of(means)
+    gap_scale = scale_of([c["difference"] for c in verdict["comparisons"]], [0.0])
+    scales = {task: scale_of([holdout[name][task] for name in names]) for task in tasks}
+    head = ["model", "mean", f"{escape(title)} minus this", *(escape(task) for task in tasks)]
+
+    def cells(name: str) -> list[str]:
+        return [marked(holdout[name][task], scales[task]) for task in tasks]
+
+    chosen = f"<b>{escape(title)}</b>" + ("" if title == verdict["chosen"]["name"] else chip(verdict["chosen"]["name"]))
+    rows = [[chosen, marked(verdict["score"], mean_scale, "own"), "", *cells("winner")]]
+    for comparison, mean in zip(verdict["comparisons"], means[1:], strict=True):
+        kind = chip(comparison["kind"]) if comparison["kind"] != comparison["name"] else ""
+        rows.append([
+            escape(comparison["name"]) + kind,
+            marked(mean, mean_scale),
+            gap(comparison, gap_scale),
+            *cells(comparison["name"]),
+        ])  # fmt: skip
+    return section(
+        "scores",
+        "Scores on the holdout items",
+        table(head, rows, "scores"),
+        text(explanation(verdict), "dim"),
+        *(text(f"{agreement.sentence}.", "dim") for agreement in material.status.agreements),
+    )
+
+
+def marked(span: Span, scale: tuple[float, float], kind: str = "") -> str:
+    """An estimate, its interval in small, and its mark."""
+    low, high = span["low"], span["high"]
+    small = "" if low is None else f"<small>{low:.3f} to {high:.3f}</small>"
+    return f"<b>{span['value']:.3f}</b>{small}{span_mark(span['value'], low, high, scale, kind)}"
+
+
+def gap(comparison: dict[str, Any], scale: tuple[float, float]) -> str:
+    """The candidate's difference to a baseline, as text and as a mark."""
+    span = comparison["difference"]
+    if comparison.get("same") or span["low"] is None:
+        return escape(difference_text(comparison))
+    kind = "good" if span["low"] > 0 else "bad" if span["high"] < 0 else "even"
+    small = f"<small>{span['low']:+.3f} to {span['high']:+.3f}</small>"
+    return f"<b>{span['value']:+.3f}</b>{small}{span_mark(span['value'], span['low'], span['high'], scale, kind)}"
+
+
+def scale_of(spans: Iterable[Span], others: Sequence[float] = ()) -> tuple[float, float]:
+    """The values at the ends of the bars of a column.  others: values that must lie within too."""
+    found = [x for span in spans for x in (span["value"], span["low"], span["high"]) if x is not None]
+    found += others
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    free = (high - low) * 0.04 or 0.01
+    return low - free, high + free
+
+
+def explanation(verdict: dict[str, Any]) -> str:
+    """What the numbers of the table mean."""
+    items = "; ".join(
+        f"{name}: {t['metric']} on {t['items']['holdout']} items "
+        f"(searched on {t['items']['search']} by {t['objective']})"
+        for name, t in verdict["tasks"].items()
+    )
+    return (
+        "Bars are 90% intervals (5% on each side); differences are paired by items. The mean is that over tasks by "
+        f"their weights. {items}. The candidate is {verdict['chosen']['name']}, chosen among "
+        f"{len(verdict['finalists'])} models on the selection split."
+    )
