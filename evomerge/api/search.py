@@ -265,12 +265,16 @@ def outside_a_loop(work: Callable[[], None]) -> None:
 
 
 class SearchListener:
-    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function."""
+    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function and to
+    the report."""
 
     def __init__(self, run: RunFolder, view: "SearchView | None", on_trial: OnTrial | None) -> None:
+        from evomerge.report.page import PageSoFar
+
         self.run = run
         self.view = view
         self.on_trial = on_trial
+        self.page = PageSoFar(run)
         self.read: Callable[[int], Trial] | None = None
 
     def phase(self, text: str) -> None:
@@ -290,6 +294,7 @@ class SearchListener:
     ) -> None:
         if self.view is not None:
             self.view.trial(number, done, total, value, best, note)
+        self.page.refresh()
         if self.on_trial is not None:
             self.read = self.read or reader_of_trials(self.run)
             self.on_trial(self.read(number))

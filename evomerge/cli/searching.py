@@ -20,7 +20,6 @@ from evomerge.cli.options import (
     app,
     refuse_nothing,
 )
-from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -169,14 +168,25 @@ def studies(
 
 
 @app.command(epilog="Example: evomerge report runs/quickstart")
-def report(run: RunFolder) -> None:
-    """Write report.html of a finished run again."""
+def report(
+    run: RunFolder,
+    landscape: Annotated[
+        bool,
+        typer.Option(
+            "--landscape", help="First score models on the lines from the candidate to each parent and to the base."
+        ),
+    ] = False,
+) -> None:
+    """Write report.html again; of a search that has not ended, what there is so far."""
     from evomerge.report.page import write_report
-    from evomerge.search.run import open_run
+    from evomerge.search.run import only_driver, open_run
 
     opened = open_run(run)
-    if not opened.verdict_file.exists():
-        raise EvomergeError(f"{run}: has no verdict yet; go on with `evomerge resume {run}`")
+    if landscape:
+        from evomerge.search.verdict.landscape import measure_landscape
+
+        with only_driver(opened):
+            measure_landscape(opened)
     write_report(opened)
     print(opened.report_file)
 

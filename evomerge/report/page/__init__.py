@@ -6,6 +6,6 @@
 - `parts.py`, `svg.py`: pieces of HTML, charts; `style.css`, `script.js`: colours and layout, copying and filtering.
 """
 
-from evomerge.report.page.page import write_report
+from evomerge.report.page.page import PageSoFar, write_report
 
-__all__ = ["write_report"]
+__all__ = ["PageSoFar", "write_report"]

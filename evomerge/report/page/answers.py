@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
+from typing import Literal
 
 from evomerge.errors import EvomergeError
 from evomerge.report.page.material import Material
@@ -106,7 +106,8 @@ def changes(material: Material, own: str, other: str) -> list[Changed]:
         for item in before.keys() & after.keys() if judged.get("weight", 1.0) > 0 else ():
             if abs(after[item] - before[item]) > CHANGED:
                 found.append(Changed(task, item, before[item], after[item]))
-    return sorted(found, key=lambda c: (c.task, -abs(c.after - c.before), c.item))
+    order = list(material.verdict["tasks"])
+    return sorted(found, key=lambda c: (order.index(c.task), -abs(c.after - c.before), c.item))
 
 
 def scores_by_item(material: Material, digest: str) -> dict[tuple[str, str], dict[str, float]]:
@@ -144,25 +145,32 @@ def filters(tasks: Sequence[str]) -> str:
 def card(changed: Changed, asked: Asked, parent: str, before: Said | None, after: Said | None) -> str:
     """One item with its prompt, both answers and the gold answer."""
     kind = {"gained": "good", "lost": "bad"}[changed.kind]
-    rows: list[tuple[str, Any]] = [
-        (parent, said(before, changed.before)),
-        ("candidate", said(after, changed.after)),
-        ("gold", asked.gold[:SHORT]),
+    rows = [
+        (parent, said(before), mark(changed.before)),
+        ("candidate", said(after), mark(changed.after)),
+        ("gold", asked.gold[:SHORT], ""),
     ]
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in rows)
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)} {score}</dd>" for name, words, score in rows)
     data = f"data-change={changed.kind} data-task='{escape(changed.task, quote=True)}'"
     return (
-        f"<div class=item {data}>{chip(changed.kind, kind)}{chip(changed.task)}"
-        f"<pre>{escape(ending(asked.prompt))}</pre><dl>{listed}</dl></div>"
+        f"<div class=item {data}><div>{chip(changed.kind, kind)}{chip(changed.task)}"
+        f"<pre>{escape(ending(asked.prompt))}</pre></div><dl>{listed}</dl></div>"
     )
 
 
-def said(answer: Said | None, score: float) -> str:
-    """An answer with its score, or the score alone where a task only scores texts."""
-    if answer is None or not answer.text.strip():
-        return f"score {score:.3g}"
+def said(answer: Said | None) -> str:
+    """An answer, and what the filter took of it if that is something else; empty where a task only scores texts."""
+    if answer is None:
+        return ""
     taken = answer.taken if answer.taken.strip() and answer.taken.strip() != answer.text.strip() else ""
-    return f"{answer.text.strip()[:SHORT]}{f' → {taken[:SHORT]}' if taken else ''}  (score {score:.3g})"
+    return f"{answer.text.strip()[:SHORT]}{f' → {taken[:SHORT]}' if taken else ''}"
+
+
+def mark(score: float) -> str:
+    """The score of an answer: right, wrong, or its number."""
+    signs = {0.0: ("bad", "✗"), 1.0: ("good", "✓")}
+    kind, sign = signs.get(score, ("dim", f"{score:.3g}"))
+    return f"<span class={kind} title='score {score:.3g}'>{sign}</span>"
 
 
 def ending(prompt: str) -> str:

@@ -2,7 +2,7 @@
 
 from evomerge import __version__
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import copied, folded, section, table, text
+from evomerge.report.page.parts import capital, copied, folded, section, table, text
 from evomerge.report.usage_text import usage_text
 
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,7 @@ def cost_section(material: Material) -> str:
     total = sum(status.timing.values())
     rows = [[part, f"{seconds:.3f}", f"{seconds / total:.0%}"] for part, seconds in status.timing.items() if total]
     parts = folded("Where a trial's time goes", table(["part", "seconds", "share"], rows, "numbers")) if rows else ""
-    return section("cost", "What it used", text(f"{usage_text(status.used, status.price)}.".capitalize()), parts)
+    return section("cost", "What it used", text(f"{capital(usage_text(status.used, status.price))}."), parts)
 
 
 def use_section(material: Material) -> str:

@@ -3,7 +3,7 @@
 from html import escape
 
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import copied, section, table, text
+from evomerge.report.page.parts import capital, copied, section, table, text
 from evomerge.report.page.svg import Frame, chart, legend, line, points, range_of
 from evomerge.search.verdict.front import Front
 
@@ -15,7 +15,7 @@ def front_section(material: Material) -> str:
         return ""
     unit = "0 is the base, 1 the task's best parent" if front.relative else "unscaled"
     rows = [[escape(m.name), *(f"{value:.3f}" for value in m.values)] for m in front.members]
-    content = [text(f"{front.sentence}. Values on the search items ({unit}).".capitalize())]
+    content = [text(f"{capital(front.sentence)}. Values on the search items ({unit}).")]
     if len(front.tasks) == 2:
         content.append(trials_chart(front))
     content.append(table(["model", *map(escape, front.tasks)], rows, "numbers"))

@@ -3,8 +3,8 @@
 gradient    the gain of coefficient j is the sum over steps k of g[k+1][j] (p[k+1][j] - p[k][j]): p are the points, g
             the derivatives of the value there.  All gains together are, to first order, the rise of the value from
             the first point to the last (the path integral of the gradient; Sundararajan et al. 2017, "Axiomatic
-            Attribution for Deep Networks").  g[k+1] comes from other items than the step before it, so that the noise of
-            a mini-batch does not count as a gain.
+            Attribution for Deep Networks").  g[k+1] comes from other items than the step before it, so that the noise
+            of a mini-batch does not count as a gain.
 trials      PED-ANOVA (Watanabe et al. 2023): how differently the best tenth of the trials is distributed along one
             coefficient.  It needs no gradient, and sees each coefficient alone.
 """
@@ -38,8 +38,8 @@ def importance_section(material: Material) -> str:
         total = math.fsum(gains.values())
         about = (
             f"What moving each coefficient brought on the way of the learned start, by the gradient at its "
-            f"{len(climb)} steps: together {total:+.3f} of the value. A bar to orange means that the move cost value, "
-            "for instance because another task needed it."
+            f"{len(climb)} steps: together {total:+.3f} of the value. Orange: the move cost value, for instance "
+            "because it helped another coefficient."
         )
         layers = {name: list(each.values()) for name, each in groups.items()}
         heat = folded("By layer", heat_table(layers, 3)) if max(map(len, layers.values())) > 1 else ""
@@ -73,11 +73,17 @@ def path_gains(climb: Sequence[StepRecord]) -> dict[str, float]:
 
 
 def by_group(gains: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Knob, source and component -> layer, or place along the depth -> the gain."""
+    """Knob (if there are several), source and component -> layer, or place along the depth -> the gain."""
     found: dict[str, dict[int, float]] = {}
+    stems = {DEPTH.sub("", axis) for axis in gains}
+    knobs = {axis.split(".")[0] for axis in gains}
     for axis, gain in gains.items():
         place = DEPTH.search(axis)
-        name = " · ".join(DEPTH.sub("", axis).split("."))
+        stem = DEPTH.sub("", axis)
+        knob, *rest = stem.split(".")
+        if any(other.startswith(f"{stem}.") for other in stems):  # of the components that have no axes of their own
+            rest.append("other")
+        name = " · ".join(rest if rest and len(knobs) == 1 else [knob, *rest])
         found.setdefault(name, {})[int(place[1]) if place else 0] = gain
     return found
 

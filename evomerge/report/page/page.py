@@ -1,5 +1,7 @@
 """report.html: the page, its sections in their order.  One file, no network."""
 
+import time
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from evomerge.report.page.verdict import verdict_section
 from evomerge.report.page.winner import winner_section
 from evomerge.search.run import Run
 
-RELOAD = 60  # seconds after which a page of a running search is read again
+RELOAD = 60  # seconds after which a page of a running search is written and read again
 
 SECTIONS = (
     ("verdict", "Verdict", verdict_section),
@@ -38,6 +40,28 @@ SECTIONS = (
 def write_report(run: Run) -> None:
     """Write report.html; of a run without a verdict what there is so far."""
     write_text(run.report_file, page(gather(run)))
+
+
+class PageSoFar:
+    """Writes the report of a running search now and then.
+
+    The page takes longer the more trials there are; it gets at most 2% of the time.
+    """
+
+    def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run = run
+        self.clock = clock
+        self.due = clock() + RELOAD
+
+    def refresh(self) -> None:
+        """Write the page if it is due.  An error is logged: a search does not end because of its report."""
+        if (begun := self.clock()) < self.due:
+            return
+        try:
+            write_report(self.run)
+        except Exception as error:
+            self.run.log(f"note: report.html cannot be written now ({type(error).__name__}: {error})")
+        self.due = self.clock() + max(RELOAD, 50 * (self.clock() - begun))
 
 
 def page(material: Material) -> str:

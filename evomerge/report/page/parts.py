@@ -9,6 +9,11 @@ def section(name: str, title: str, *content: str) -> str:
     return f"<section id={name}><h2>{escape(title)}</h2>{''.join(content)}</section>"
 
 
+def capital(words: str) -> str:
+    """A sentence with a capital letter at its beginning."""
+    return words[:1].upper() + words[1:]
+
+
 def text(words: str, kind: str = "") -> str:
     """A paragraph.  kind: its class."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(words)}</p>"
@@ -18,14 +23,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     """A table that scrolls within its own box.  head, rows: HTML of the cells."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=box><table class='{kind}'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    whole = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class='box {kind}'><table class='{kind}'>{whole}</table></div>"
 
 
 def copied(code: str, title: str = "") -> str:
     """Text with a button that copies it.  title: what it is for."""
     head = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     button = "<button type=button class=copy>Copy</button>"
-    return f"<figure class=code>{head}<pre>{escape(code)}</pre>{button}</figure>"
+    kind = "code" if "\n" in code else "code command"
+    return f"<figure class='{kind}'>{head}<pre>{escape(code)}</pre>{button}</figure>"
 
 
 def folded(title: str, content: str) -> str:

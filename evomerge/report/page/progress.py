@@ -1,7 +1,7 @@
 """How the search got there: values over trials and over time, the metric, gradient steps, how trials ended."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -9,8 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.report.gradient_steps import SMOOTHED, running_mean, steps_text
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import section, text
-from evomerge.report.page.svg import Frame, chart, legend, level, line, points, range_of
+from evomerge.report.page.parts import capital, section, text
+from evomerge.report.page.svg import Frame, Range, chart, legend, level, line, points, range_of
 from evomerge.search.evaluation.agreement import scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.storage.study import in_full
@@ -43,10 +43,12 @@ def progress_section(material: Material) -> str:
     tried = tried_trials(material)
     if not tried:
         return ""
-    content = [values_chart(material, tried)]
+    ordered = sorted(t.value for t in tried)
+    ys = range_of([ordered[len(ordered) // 10], ordered[-1]])  # broken candidates would press all others together
+    content = [values_chart(material, tried, ys)]
     if (timed := [t for t in tried if t.seconds is not None and t.full])[1:]:
-        content.append(time_chart(material, timed))
-    content += [metric_chart(material), steps_chart(material), endings(material)]
+        content.append(time_chart(material, timed, ys))
+    content += [metric_chart(material, {t.number: t.place for t in tried}), steps_chart(material), endings(material)]
     return section("progress", "How the search got there", *content)
 
 
@@ -88,15 +90,13 @@ def thinned(tried: Sequence[Tried]) -> list[Tried]:
     return [t for k, t in enumerate(tried) if k % every == 0 or t.name]
 
 
-def values_chart(material: Material, tried: Sequence[Tried]) -> str:
-    """The value of every trial, and the best so far."""
+def values_chart(material: Material, tried: Sequence[Tried], ys: Range) -> str:
+    """The value of every trial, and the best so far.  ys: the values that are shown."""
     full = [t for t in tried if t.full]
     best = best_so_far([t.value for t in full])
-    ordered = sorted(t.value for t in tried)
-    ys = range_of([ordered[len(ordered) // 10], ordered[-1]])
 
     def draw(width: int) -> str:
-        frame = Frame(width, 300, (0.5, tried[-1].place + 0.5), ys, "trial", material.value_title, whole=True)
+        frame = Frame(width, 300, (0.5, tried[-1].place + 0.5), ys, "finished trials", material.value_title, whole=True)
         kinds = (
             ("g", [t for t in thinned(tried) if t.full and not t.name], 3.0),
             ("f", [t for t in thinned(tried) if not t.full and not t.name], 2.4),
@@ -110,7 +110,7 @@ def values_chart(material: Material, tried: Sequence[Tried]) -> str:
         return frame.draw(steps, *parts, label="The value of every trial, and the best so far")
 
     marks = legend(("a", "best so far"), ("g", "trial"), ("f", "stopped early (estimate)"), ("b", "baseline"))
-    below = "Values below the lowest tenth stand at the lower edge." if len(ordered) >= 10 else ""
+    below = "Lower values stand at the lower edge." if any(t.value < ys[0] for t in tried) else ""
     return f"<h3>Best value over trials</h3>{marks}{chart(draw)}" + (text(below, "dim") if below else "")
 
 
@@ -120,37 +120,43 @@ def title_of(trial: Tried) -> str:
     return f"{trial.name or f'trial {trial.number}'}: {trial.value:.4f}{early}"
 
 
-def time_chart(material: Material, timed: Sequence[Tried]) -> str:
-    """The best value so far over the time of the run."""
+def time_chart(material: Material, timed: Sequence[Tried], ys: Range) -> str:
+    """The best value so far over the time of the run.  ys: the values that are shown."""
     longest = max(t.seconds or 0.0 for t in timed)
     unit, name = next((u, n) for u, n in TIMES if longest >= 2 * u or u == 1.0)
-    xs, ys = [(t.seconds or 0.0) / unit for t in timed], best_so_far([t.value for t in timed])
+    xs, best = [(t.seconds or 0.0) / unit for t in timed], best_so_far([t.value for t in timed])
 
     def draw(width: int) -> str:
-        frame = Frame(width, 220, (0.0, longest / unit), range_of(ys), f"{name} of the run", material.value_title)
-        return frame.draw(line(frame, xs, ys, "a", steps=True), label="The best value over time")
+        frame = Frame(width, 220, (0.0, longest / unit), ys, f"{name} of the run", material.value_title)
+        return frame.draw(line(frame, xs, best, "a", steps=True), label="The best value over time")
 
     return f"<h3>Best value over time</h3>{chart(draw)}"
 
 
-def metric_chart(material: Material) -> str:
-    """The metric of all models that were scored by it on the search split; empty for fewer than three trials."""
+def metric_chart(material: Material, places: Mapping[int, int]) -> str:
+    """The metric of all models that were scored by it on the search split; empty for fewer than three trials.
+
+    places: trial number -> its place in the order in which trials finished.
+    """
     if SCALE not in material.attributes:
         return ""
     scale = Scale.from_json(material.attributes[SCALE])
     models = scored_models(material.status.trials, material.attributes)
-    means = {m.name: (m.trial, found[1]) for m in models if (found := m.means(scale, list(scale.tasks))) is not None}
-    trials = sorted((number, value, name) for name, (number, value) in means.items() if number is not None)
+    found = [(m, means[1]) for m in models if (means := m.means(scale, list(scale.tasks))) is not None]
+    trials = sorted((places[m.trial], value, m.name) for m, value in found if m.trial is not None)
+    means = {model.name: value for model, value in found}
     if len(trials) < 3:
         return ""
-    parents = {name: means[name][1] for name in (s.name for s in material.status.config.sources) if name in means}
+    parents = {name: means[name] for name in (s.name for s in material.status.config.sources) if name in means}
     levels = [("b", f"best parent, {max(parents, key=parents.__getitem__)}", max(parents.values()))] if parents else []
-    levels += [("f", "base", means["base"][1])] if "base" in means else []
+    levels += [("f", "base", means["base"])] if "base" in means else []
     xs, ys = [float(t[0]) for t in trials], [t[1] for t in trials]
 
     def draw(width: int) -> str:
         whole = range_of([*ys, *(value for _, _, value in levels)])
-        frame = Frame(width, 240, (-0.5, xs[-1] + 0.5), whole, "trial", "mean metric on the search items", whole=True)
+        frame = Frame(
+            width, 240, (0.5, xs[-1] + 0.5), whole, "finished trials", "mean metric on the search items", whole=True
+        )
         titles = [f"{name}: {value:.3f}" for _, value, name in trials]
         lines = [level(frame, value, kind) for kind, _, value in levels]
         best = line(frame, xs, best_so_far(ys), "d", steps=True)
@@ -178,7 +184,7 @@ def steps_chart(material: Material) -> str:
         return frame.draw(*parts, label="The value of each gradient step's mini-batch")
 
     marks = legend(("a", f"mean of {SMOOTHED} steps"), ("g", "mini-batch"))
-    words = text(f"{steps_text(climbs, material.status.used)}.".capitalize(), "dim")
+    words = text(f"{capital(steps_text(climbs, material.status.used))}.", "dim")
     return f"<h3>Learned start</h3>{marks}{chart(draw)}{words}"
 
 
@@ -191,7 +197,7 @@ def endings(material: Material) -> str:
     running = status.count(TrialState.RUNNING)
     counts = [
         ("a", "scored in full", status.finished - early - broken - failed),
-        ("f", f"stopped early, after {status.evaluated:.0%} of the items on average over all" if early else "", early),
+        ("f", "stopped early, because a race showed that they are worse than the best", early),
         ("b", "broken", broken),
         ("e", "failed", failed),
         ("g", "running or interrupted", running),
@@ -199,4 +205,5 @@ def endings(material: Material) -> str:
     there = [(kind, words, count) for kind, words, count in counts if count]
     bar = "".join(f"<i class={kind} style='flex:{count}' title='{escape(words)}'></i>" for kind, words, count in there)
     marks = legend(*((kind, f"{count} {words}") for kind, words, count in there))
-    return f"<h3>How trials ended</h3><div class=shares>{bar}</div>{marks}"
+    saved = text(f"So {status.evaluated:.0%} of all items were scored.", "dim") if early else ""
+    return f"<h3>How trials ended</h3><div class=shares>{bar}</div>{marks}{saved}"

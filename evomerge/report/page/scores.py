@@ -5,9 +5,10 @@ from html import escape
 from typing import Any
 
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import chip, section, span_mark, table, text
+from evomerge.report.page.parts import capital, chip, folded, section, span_mark, table, text
 from evomerge.report.verdict_text import candidate_title, difference_text
 
+SPLITS = ("search", "selection", "holdout")
 Span = dict[str, Any]
 """An interval as verdict.json has it: value, low, high."""
 
@@ -26,11 +27,13 @@ def scores_section(material: Material) -> str:
     scales = {task: scale_of([holdout[name][task] for name in names]) for task in tasks}
     head = ["model", "mean", f"{escape(title)} minus this", *(escape(task) for task in tasks)]
 
+    best = {task: max(holdout[name][task]["value"] for name in names) for task in tasks}
+
     def cells(name: str) -> list[str]:
-        return [marked(holdout[name][task], scales[task]) for task in tasks]
+        return [marked(holdout[name][task], scales[task], best=best[task]) for task in tasks]
 
     chosen = f"<b>{escape(title)}</b>" + ("" if title == verdict["chosen"]["name"] else chip(verdict["chosen"]["name"]))
-    rows = [[chosen, marked(verdict["score"], mean_scale, "own"), "", *cells("winner")]]
+    rows = [[chosen, marked(verdict["score"], mean_scale), "", *cells("winner")]]
     for comparison, mean in zip(verdict["comparisons"], means[1:], strict=True):
         kind = chip(comparison["kind"]) if comparison["kind"] != comparison["name"] else ""
         rows.append([
@@ -44,15 +47,35 @@ def scores_section(material: Material) -> str:
         "Scores on the holdout items",
         table(head, rows, "scores"),
         text(explanation(verdict), "dim"),
-        *(text(f"{agreement.sentence}.", "dim") for agreement in material.status.agreements),
+        tasks_table(verdict),
+        agreement_text(material),
     )
 
 
-def marked(span: Span, scale: tuple[float, float], kind: str = "") -> str:
-    """An estimate, its interval in small, and its mark."""
+def tasks_table(verdict: dict[str, Any]) -> str:
+    """Metric, objective and numbers of items by task, folded."""
+    rows = [
+        [escape(name), escape(t["metric"]), escape(t["objective"]), *(str(t["items"].get(s, "")) for s in SPLITS)]
+        for name, t in verdict["tasks"].items()
+    ]
+    return folded("Metrics and items", table(["task", "metric", "objective of the search", *SPLITS], rows, "plain"))
+
+
+def agreement_text(material: Material) -> str:
+    """Whether objective and metric rank models alike: folded if they do."""
+    found = material.status.agreements
+    words = "".join(text(f"{capital(agreement.sentence)}.", "dim") for agreement in found)
+    if not found or any(agreement.disagrees for agreement in found):
+        return words
+    return folded("Objective and metric rank models alike", words)
+
+
+def marked(span: Span, scale: tuple[float, float], best: float | None = None) -> str:
+    """An estimate, its interval in small, and its mark.  best: the highest one of its column."""
     low, high = span["low"], span["high"]
     small = "" if low is None else f"<small>{low:.3f} to {high:.3f}</small>"
-    return f"<b>{span['value']:.3f}</b>{small}{span_mark(span['value'], low, high, scale, kind)}"
+    kind = " class=best" if span["value"] == best else ""
+    return f"<b{kind}>{span['value']:.3f}</b>{small}{span_mark(span['value'], low, high, scale)}"
 
 
 def gap(comparison: dict[str, Any], scale: tuple[float, float]) -> str:
@@ -76,13 +99,8 @@ def scale_of(spans: Iterable[Span], others: Sequence[float] = ()) -> tuple[float
 
 def explanation(verdict: dict[str, Any]) -> str:
     """What the numbers of the table mean."""
-    items = "; ".join(
-        f"{name}: {t['metric']} on {t['items']['holdout']} items "
-        f"(searched on {t['items']['search']} by {t['objective']})"
-        for name, t in verdict["tasks"].items()
-    )
     return (
         "Bars are 90% intervals (5% on each side); differences are paired by items. The mean is that over tasks by "
-        f"their weights. {items}. The candidate is {verdict['chosen']['name']}, chosen among "
+        f"their weights. The candidate is {verdict['chosen']['name']}, chosen among "
         f"{len(verdict['finalists'])} models on the selection split."
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDE, NARROW = 760, 330
+WIDE, NARROW = 960, 330
 DIGIT = 6.7  # pixels of one digit of a tick's text, at most
 
 Range = tuple[float, float]
@@ -32,9 +32,12 @@ def ticks(low: float, high: float, count: int) -> list[float]:
         return [low]
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(s for s in (1, 2, 5, 10) if s * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    steps = [power * s for s in (10, 5, 2, 1, 0.5, 0.2) if s * power >= raw * 0.4]
+    found: list[list[float]] = []
+    for step in steps:
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        found.append([k * step for k in range(first, last + 1)])
+    return min(found, key=lambda values: abs(len(values) - count))
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
@@ -68,11 +71,11 @@ class Frame:
 
     @property
     def y_ticks(self) -> list[float]:
-        return ticks(*self.ys, max(2, self.height // 55))
+        return ticks(*self.ys, max(3, self.height // 50))
 
     @property
     def x_ticks(self) -> list[float]:
-        found = ticks(*self.xs, max(2, self.width // 90))
+        found = ticks(*self.xs, max(3, self.width // 80))
         return [t for t in found if t == int(t)] if self.whole else found
 
     def x(self, value: float) -> float:

@@ -3,7 +3,7 @@
 from html import escape
 
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import copied, text
+from evomerge.report.page.parts import capital, copied, text
 from evomerge.report.verdict_text import interval_text, next_command, remarks
 
 KINDS = {"better": "good", "no difference shown": "even", "worse": "bad", "too little searched": "even"}
@@ -19,7 +19,7 @@ def verdict_section(material: Material) -> str:
     command = next_command(verdict, material.run.folder)
     return (
         f"<section id=verdict class='verdict {KINDS[verdict['outcome']]}'><h2>{escape(headline)}</h2>"
-        f"{text(why[:1].upper() + why[1:], 'why')}"
+        f"{text(capital(why), 'why')}"
         f"<p class=figure><b>{score.split(' ')[0]}</b> <span>{escape(score.partition(' ')[2])}</span> "
         f"mean score on {items(material, 'holdout')} holdout items that the search never saw</p>"
         f"{copied(command, meaning(command, verdict['recommended']))}"

@@ -104,9 +104,8 @@ def heat_table(rows: Rows, digits: int = 2) -> str:
         rows, columns = {name: row[:1] for name, row in rows.items()}, 1
     head = "".join(f"<th>{layer if columns > 1 else 'all layers'}</th>" for layer in range(columns))
     body = "".join(f"<tr><td>{escape(name)}</td>{''.join(map(cell, row))}</tr>" for name, row in rows.items())
-    return (
-        f"<div class=box><table class=heat><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    whole = f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class='box heat'><table class=heat>{whole}</table></div>"
 
 
 def bar_table(rows: Sequence[tuple[str, float, str]]) -> str:
