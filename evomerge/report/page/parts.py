@@ -23,7 +23,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     """A table that scrolls within its own box.  head, rows: HTML of the cells."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    whole = f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    whole = (f"<thead><tr>{top}</tr></thead>" if any(head) else "") + f"<tbody>{body}</tbody>"
     return f"<div class='box {kind}'><table class='{kind}'>{whole}</table></div>"
 
 

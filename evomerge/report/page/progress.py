@@ -142,7 +142,7 @@ def metric_chart(material: Material, places: Mapping[int, int]) -> str:
         return ""
     scale = Scale.from_json(material.attributes[SCALE])
     models = scored_models(material.status.trials, material.attributes)
-    found = [(m, means[1]) for m in models if (means := m.means(scale, list(scale.tasks))) is not None]
+    found = [(m, both[1]) for m in models if (both := m.means(scale, list(scale.tasks))) is not None]
     trials = sorted((places[m.trial], value, m.name) for m, value in found if m.trial is not None)
     means = {model.name: value for model, value in found}
     if len(trials) < 3:
