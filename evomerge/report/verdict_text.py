@@ -87,14 +87,20 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
     recommended = model or verdict["recommended"]
-    kinds = {c["name"]: c["kind"] for c in verdict["comparisons"]}
-    kinds |= {f["name"]: f.get("kind", "") for f in verdict["finalists"] if isinstance(f, dict)}
     which = ""
-    if kinds.get(recommended) in ("parent", "base"):
+    if recommended == copied_model(verdict):
         which = f"**This folder holds a copy of `{recommended}`**: no merge was shown to be better.\n\n"
     elif recommended != "winner":
         which = f"This folder holds the recommended simpler model: {recommended}.\n\n"
     return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
+
+
+def copied_model(verdict: dict[str, Any]) -> str | None:
+    """The name of the parent, or of the base, that a verdict recommends; None if it recommends a merge."""
+    kinds = {c["name"]: c["kind"] for c in verdict["comparisons"]}
+    kinds |= {f["name"]: f.get("kind", "") for f in verdict["finalists"] if isinstance(f, dict)}
+    name = str(verdict["recommended"])
+    return name if kinds.get(name) in ("parent", "base") else None
 
 
 def row(title: str, mean: str, gap: str, verdict: dict[str, Any], key: str, tasks: list[str]) -> str:
