@@ -42,7 +42,9 @@ def test_a_search_ends_with_a_verdict_a_report_and_a_recipe(finished: Path) -> N
     assert verdict["comparisons"][0]["name"] == selected[0]
     assert verdict["recommended"] in ("winner", selected[0])
     report = (finished / "report.html").read_text()
-    assert verdict["sentence"].split("(")[0] in report.replace("&#x27;", "'")
+    headline, _, why = verdict["sentence"].partition(": ")
+    assert f"<h2>{headline}</h2>" in report
+    assert why.split("(")[0][1:] in report.replace("&#x27;", "'")
     assert "https://" not in report.split("<script")[0]
     assert yaml.safe_load((finished / "recommended.yaml").read_text())["method"]
     items = [t["items"] for t in verdict["tasks"].values()]
@@ -277,7 +279,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         pytest.skip("this system does not let a test mount a tmpfs")
     ballast = small / "ballast"
     try:
-        ballast.write_bytes(bytes(23_400_000))
+        ballast.write_bytes(bytes(24_700_000))
         config = write_config(tmp_path, tiny_family, budget={"trials": 60})
         first = run_cli("search", config, "--run", small / "run")
         refuses(first, "disk is full")

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from evomerge.report.page.material import Material
-from evomerge.report.page.parts import capital, chip, folded, section, span_mark, table, text
+from evomerge.report.page.parts import chip, folded, section, span_mark, table, text
 from evomerge.report.verdict_text import candidate_title, difference_text
 
 SPLITS = ("search", "selection", "holdout")
@@ -64,7 +64,7 @@ def tasks_table(verdict: dict[str, Any]) -> str:
 def agreement_text(material: Material) -> str:
     """Whether objective and metric rank models alike: folded if they do."""
     found = material.status.agreements
-    words = "".join(text(f"{capital(agreement.sentence)}.", "dim") for agreement in found)
+    words = "".join(text(f"{agreement.sentence}.", "dim") for agreement in found)
     if not found or any(agreement.disagrees for agreement in found):
         return words
     return folded("Objective and metric rank models alike", words)
