@@ -18,7 +18,7 @@ from optuna.distributions import FloatDistribution
 from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.errors import EvomergeError
-from evomerge.report.gradient_steps import running_mean, steps_figure, steps_text
+from evomerge.report.gradient_steps import curves, running_mean, steps_text
 from evomerge.search.budget.usage import Elapsed, Usage
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.steps import Climber, average, direction
@@ -267,8 +267,7 @@ def test_the_curve_of_steps_is_the_mean_of_the_last_ten() -> None:
     climbs = [[StepRecord({}, {}, float(v), 16) for v in range(n)] for n in (12, 3)]
     attributes = {step_key(k, c): r.to_json() for c, found in enumerate(climbs) for k, r in enumerate(found)}
     assert steps_by_climb(attributes) == climbs
-    _, _, figure = steps_figure(climbs, "value")
-    assert [trace["x"] for trace in figure["data"][1::2]] == [list(range(1, 13)), [13, 14, 15]]
+    assert [numbers for numbers, _ in curves(climbs)] == [list(range(1, 13)), [13, 14, 15]]
     assert "15 gradient steps in 2 climbs" in steps_text(climbs, Usage())
 
 

@@ -19,6 +19,15 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def curves(climbs: Sequence[Sequence[StepRecord]]) -> list[tuple[list[int], list[float]]]:
+    """For each climb the numbers of its steps, from 1 and on from climb to climb, and their values."""
+    found, begun = [], 0
+    for climb in climbs:
+        found.append((list(range(begun + 1, begun + len(climb) + 1)), [step.value for step in climb]))
+        begun += len(climb)
+    return found
+
+
 def steps_text(climbs: Sequence[Sequence[StepRecord]], used: Usage) -> str:
     """The learned start in words.
 

@@ -7,7 +7,7 @@ from html import escape
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evomerge.report.gradient_steps import SMOOTHED, running_mean, steps_text
+from evomerge.report.gradient_steps import SMOOTHED, curves, running_mean, steps_text
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import capital, section, text
 from evomerge.report.page.svg import Frame, Range, chart, legend, level, line, points, range_of
@@ -176,12 +176,9 @@ def steps_chart(material: Material) -> str:
     def draw(width: int) -> str:
         title = f"mini-batch, {material.value_title}" if width > 500 else "value of a mini-batch"
         frame = Frame(width, 220, (0.5, len(values) + 0.5), range_of(values), "gradient step", title, whole=True)
-        parts, begun = [], 0
-        for climb in climbs:
-            xs, ys = [begun + k for k in range(1, len(climb) + 1)], [step.value for step in climb]
-            begun += len(climb)
-            parts += [points(frame, xs, ys, "g", radius=2.4), line(frame, xs, running_mean(ys), "a")]
-        return frame.draw(*parts, label="The value of each gradient step's mini-batch")
+        dots = [points(frame, xs, ys, "g", radius=2.4) for xs, ys in curves(climbs)]
+        lines = [line(frame, xs, running_mean(ys), "a") for xs, ys in curves(climbs)]
+        return frame.draw(*dots, *lines, label="The value of each gradient step's mini-batch")
 
     marks = legend(("a", f"mean of {SMOOTHED} steps"), ("g", "mini-batch"))
     words = text(f"{capital(steps_text(climbs, material.status.used))}.", "dim")
