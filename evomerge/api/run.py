@@ -95,7 +95,7 @@ class Run:
 
     @property
     def report_file(self) -> Path:
-        """report.html, which exists once there is a verdict."""
+        """report.html; during a search it shows what there is so far."""
         return self.files.report_file
 
     @property
