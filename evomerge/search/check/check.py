@@ -76,8 +76,8 @@ def check_search(
     except (NotFinite, NotFiniteScore, MetricFailed) as error:
         raise EvomergeError(f"base and sources cannot be scored: {error}") from error
     plan = forecast(config, task_set, found, total_bytes(alone[0].recipe, evaluator.bank))
-    distances, _ = measure(models, layers={0, space.layers - 1})  # every layer of a stranger is strange
-    concerns = list(stranger_concerns(strangers(distances)))
+    differences = measure(models, layers={0, space.layers - 1}, sample=0)  # every layer of a stranger is strange
+    concerns = list(stranger_concerns(strangers(differences.distances)))
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
     templates = [n for n, m in {"base": models.base, **models.sources}.items() if has_chat_template(m.path)]
