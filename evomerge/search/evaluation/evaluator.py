@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ class Evaluator:
     cache: the folder that keeps prepared items and measurements of the sources; None keeps nothing.
     progress: called with the number of batches of an `EvaluationJob` that are done, and their total.
     share: how many workers share the device and the machine; None if there is only this one.
+    live: a live model of the same configuration that is loaded already, of which only the weights may differ.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Evaluator:
         cache: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         share: Share | None = None,
+        live: Any = None,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -96,8 +99,11 @@ class Evaluator:
         compiled = compiled_for(models.base.tensors, device, log)
         assembly = build_assembly(config, models)
         slices = assembly.deepest if assembly else ()
-        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=held, share=share)
-        self.model = candidate_model(self.bank, dtype, held)
+        if live is not None and (live.dtype != held or live.device.type != device.type):
+            live = None
+        coming = held if live is None else None
+        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=coming, share=share)
+        self.model = candidate_model(self.bank, dtype, held) if live is None else live
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
