@@ -19,6 +19,7 @@ from evomerge.report.page.svg import Frame, line, tick_texts, ticks
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.answers import read_answers, read_items
 from evomerge.search.storage.step_record import StepRecord
+from evomerge.search.verdict.conflicts import read_conflicts
 from evomerge.search.verdict.landscape import SHARES, read_landscape
 
 MOST_BYTES = 1_500_000
@@ -56,7 +57,7 @@ def test_the_page_is_sound_in_a_browser(run: Path, tmp_path: Path) -> None:
 def test_the_page_has_every_section_and_is_small(run: Path) -> None:
     page = (run / "report.html").read_text()
     names = re.findall(r"<section id=(\w+)", page)
-    assert names == "verdict scores answers progress winner importance landscape front cost use".split()
+    assert names == "verdict scores answers progress winner importance landscape conflicts front cost use".split()
     assert len(page.encode()) < MOST_BYTES / 10
     assert not re.search(r"(src|href)=['\"]?https?:", page), "the page must need no network"
 
@@ -120,6 +121,16 @@ def test_the_landscape_begins_at_the_candidate_and_goes_on_where_it_stopped(copi
     assert log.count("points on the line to") == 4, "three lines at first, one point afterwards"
 
 
+def test_conflicts_of_the_sources_are_measured_at_the_end(run: Path) -> None:
+    found = read_conflicts(Run(run))
+    assert found is not None
+    assert found.layers == [0, 2, 3]
+    assert found.cosines["rev"]["rev"] == pytest.approx(1.0)
+    assert [(pair.one, pair.other) for pair in found.signs] == [("rev", "add")]
+    assert all(share is None or 0 <= share <= 1 for share in found.signs[0].shares.values())
+    assert f"{found.cosines['rev']['add']:.3f}" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("outcome", ["better", "no difference shown", "worse", "too little searched"])
 def test_each_outcome_has_its_reason_and_next_command_on_the_page_and_in_the_terminal(
     copied: Run, outcome: str
@@ -164,7 +175,7 @@ def test_a_run_without_a_verdict_has_a_page_so_far_that_reloads_itself(copied: R
     page = copied.report_file.read_text()
     assert "there is no verdict yet" in page
     assert "http-equiv=refresh" in page
-    assert re.findall(r"<section id=(\w+)", page) == ["verdict", "progress", "importance", "front", "cost"]
+    assert re.findall(r"<section id=(\w+)", page) == ["verdict", "progress", "importance", "conflicts", "front", "cost"]
     assert look(copied.report_file.as_uri()) == []
 
 

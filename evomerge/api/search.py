@@ -224,6 +224,7 @@ def search_in(
     from evomerge.report.terminal import SearchView, print_status
     from evomerge.search.loop import search as search_loop
     from evomerge.search.monitor.monitor import Monitor
+    from evomerge.search.verdict.conflicts import write_conflicts
 
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
@@ -232,6 +233,10 @@ def search_in(
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
             search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
+            try:
+                write_conflicts(run)
+            except Exception as error:  # what the report shows beside the verdict is no reason to fail
+                run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
             write_report(run)
 
     is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread

@@ -183,10 +183,12 @@ def report(
 
     opened = open_run(run)
     if landscape:
+        from evomerge.search.verdict.conflicts import write_conflicts
         from evomerge.search.verdict.landscape import measure_landscape
 
         with only_driver(opened):
             measure_landscape(opened)
+            write_conflicts(opened)
     write_report(opened)
     print(opened.report_file)
 

@@ -41,7 +41,7 @@ def cosine_table(found: Conflicts) -> str:
 
 def sign_table(found: Conflicts) -> str:
     """Pair of sources by component."""
-    kinds = list(dict.fromkeys(kind for pair in found.signs for kind in pair.shares))
+    kinds = list(dict.fromkeys(k for pair in found.signs for k, share in pair.shares.items() if share is not None))
     rows = [
         [escape(f"{pair.one} and {pair.other}"), *(percent(pair.shares.get(kind)) for kind in kinds)]
         for pair in found.signs

@@ -176,13 +176,18 @@ def steps_chart(material: Material) -> str:
     def draw(width: int) -> str:
         title = f"mini-batch, {material.value_title}" if width > 500 else "value of a mini-batch"
         frame = Frame(width, 220, (0.5, len(values) + 0.5), range_of(values), "gradient step", title, whole=True)
-        dots = [points(frame, xs, ys, "g", radius=2.4) for xs, ys in curves(climbs)]
+        dots = [points(frame, xs, ys, "g", titles_of(xs, ys), 2.4) for xs, ys in curves(climbs)]
         lines = [line(frame, xs, running_mean(ys), "a") for xs, ys in curves(climbs)]
         return frame.draw(*dots, *lines, label="The value of each gradient step's mini-batch")
 
     marks = legend(("a", f"mean of {SMOOTHED} steps"), ("g", "mini-batch"))
     words = text(f"{capital(steps_text(climbs, material.status.used))}.", "dim")
     return f"<h3>Learned start</h3>{marks}{chart(draw)}{words}"
+
+
+def titles_of(steps: Sequence[int], values: Sequence[float]) -> list[str]:
+    """What the circles of gradient steps say."""
+    return [f"step {step}: {value:.4f}" for step, value in zip(steps, values, strict=True)]
 
 
 def endings(material: Material) -> str:
