@@ -3,22 +3,27 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from chromium import look
+from optuna.trial import create_trial
 from searches import finished_search, run_cli, verdict_of, write_config
 
 from evomerge.report.page import PageSoFar, write_report
 from evomerge.report.page.answers import changes, digest_of
 from evomerge.report.page.importance import by_group, path_gains
 from evomerge.report.page.material import gather
+from evomerge.report.page.page import page
 from evomerge.report.page.svg import Frame, line, tick_texts, ticks
+from evomerge.search.budget.usage import Elapsed
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.answers import read_answers, read_items
 from evomerge.search.storage.step_record import StepRecord
+from evomerge.search.storage.trial_record import TrialRecord
 from evomerge.search.verdict.conflicts import read_conflicts
 from evomerge.search.verdict.landscape import SHARES, read_landscape
 
@@ -60,6 +65,20 @@ def test_the_page_has_every_section_and_is_small(run: Path) -> None:
     assert names == "verdict scores answers progress winner importance landscape conflicts front cost use".split()
     assert len(page.encode()) < MOST_BYTES / 10
     assert not re.search(r"(src|href)=['\"]?https?:", page), "the page must need no network"
+
+
+def test_the_page_of_a_long_search_stays_small(run: Path) -> None:
+    material = gather(open_run(run))
+    rng = np.random.default_rng(0)
+    records = [TrialRecord(elapsed=Elapsed(10.0 * k), partial=0.3 if k % 3 else None) for k in range(20_000)]
+    many = [
+        create_trial(value=float(v), user_attrs={"record": record})
+        for v, record in zip(rng.random(20_000), records, strict=True)
+    ]
+    for number, trial in enumerate(many):
+        trial.number = number
+    whole = page(replace(material, status=replace(material.status, trials=many)))
+    assert 200_000 < len(whole) < MOST_BYTES / 2  # what is left is for answers, of which there are few here
 
 
 def test_the_answers_are_filtered_and_searched_in_the_page(run: Path) -> None:

@@ -18,7 +18,7 @@ from evomerge.search.storage.item_scores import (
     unpack,
 )
 
-MOST = 150  # items of each kind that are shown
+MOST = 120  # items of each kind that are shown
 SHORT = 600  # characters of a prompt's end and of an answer that are shown
 CHANGED = 1e-6  # a smaller change of a score is a rounding error
 

@@ -4,7 +4,7 @@ from html import escape
 
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import capital, copied, section, table, text
-from evomerge.report.page.svg import Frame, chart, legend, line, points, range_of
+from evomerge.report.page.svg import Frame, chart, corners, legend, line, points, range_of, thinned
 from evomerge.search.verdict.front import Front
 
 
@@ -29,14 +29,17 @@ def front_section(material: Material) -> str:
 
 def trials_chart(front: Front) -> str:
     """All trials by their values in two tasks."""
+    trials = thinned(front.trials)
     xs, ys = front.points.T.tolist()
     along = sorted(m.values for m in front.members)
 
     def draw(width: int) -> str:
         frame = Frame(width, 320, range_of(xs), range_of(ys), front.tasks[0], front.tasks[1])
-        names = [t.name for t in front.trials]
+        dots = points(
+            frame, [t.values[0] for t in trials], [t.values[1] for t in trials], "g", [t.name for t in trials]
+        )
         edge = [v[0] for v in along], [v[1] for v in along]
-        parts = [points(frame, xs, ys, "g", names), line(frame, *edge, "a"), points(frame, *edge, "a", radius=4.5)]
+        parts = [dots, line(frame, *edge, "a"), points(frame, *edge, "a", radius=4.5)]
         return frame.draw(*parts, label="All trials by their values in both tasks")
 
     return legend(("g", "trial"), ("a", "front")) + chart(draw)
@@ -44,13 +47,13 @@ def trials_chart(front: Front) -> str:
 
 def volume_chart(volumes: list[float]) -> str:
     """The hypervolume over the trials."""
-    xs = [float(k) for k in range(1, len(volumes) + 1)]
+    way = corners([float(k) for k in range(1, len(volumes) + 1)], volumes)
 
     def draw(width: int) -> str:
         frame = Frame(
             width, 220, (0.5, len(volumes) + 0.5), range_of(volumes), "trials scored in full", "hypervolume", whole=True
         )
-        return frame.draw(line(frame, xs, volumes, "a", steps=True), label="The hypervolume over the trials")
+        return frame.draw(line(frame, *way, "a", steps=True), label="The hypervolume over the trials")
 
     about = "The volume of values above the base that some trial reaches or exceeds in every task."
     return f"<h3>Hypervolume over trials</h3>{text(about, 'dim')}{chart(draw)}"

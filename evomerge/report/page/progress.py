@@ -10,13 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.report.gradient_steps import SMOOTHED, curves, running_mean, steps_text
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import capital, section, text
-from evomerge.report.page.svg import Frame, Range, chart, legend, level, line, points, range_of
+from evomerge.report.page.svg import Frame, Range, chart, corners, legend, level, line, points, range_of, thinned
 from evomerge.search.evaluation.agreement import scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.storage.study import in_full
 from evomerge.search.storage.trial_record import place_in_order, record_of
 
-MOST_POINTS = 1500  # circles of a chart
 TIMES = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
@@ -84,12 +83,6 @@ def best_so_far(values: Sequence[float]) -> list[float]:
     return found
 
 
-def thinned(tried: Sequence[Tried]) -> list[Tried]:
-    """At most about MOST_POINTS trials: every so many, and all baselines."""
-    every = math.ceil(len(tried) / MOST_POINTS)
-    return [t for k, t in enumerate(tried) if k % every == 0 or t.name]
-
-
 def values_chart(material: Material, tried: Sequence[Tried], ys: Range) -> str:
     """The value of every trial, and the best so far.  ys: the values that are shown."""
     full = [t for t in tried if t.full]
@@ -98,15 +91,16 @@ def values_chart(material: Material, tried: Sequence[Tried], ys: Range) -> str:
     def draw(width: int) -> str:
         frame = Frame(width, 300, (0.5, tried[-1].place + 0.5), ys, "finished trials", material.value_title, whole=True)
         kinds = (
-            ("g", [t for t in thinned(tried) if t.full and not t.name], 3.0),
-            ("f", [t for t in thinned(tried) if not t.full and not t.name], 2.4),
+            ("g", thinned([t for t in tried if t.full and not t.name]), 3.0),
+            ("f", thinned([t for t in tried if not t.full and not t.name]), 2.4),
             ("b", [t for t in tried if t.name], 4.5),
         )
         parts = [
             points(frame, [t.place for t in some], [t.value for t in some], kind, list(map(title_of, some)), radius)
             for kind, some, radius in kinds
         ]
-        steps = line(frame, [t.place for t in full] + [tried[-1].place], best + best[-1:], "a", steps=True)
+        way = corners([t.place for t in full] + [tried[-1].place], best + best[-1:])
+        steps = line(frame, *way, "a", steps=True)
         return frame.draw(steps, *parts, label="The value of every trial, and the best so far")
 
     marks = legend(("a", "best so far"), ("g", "trial"), ("f", "stopped early (estimate)"), ("b", "baseline"))
@@ -128,7 +122,7 @@ def time_chart(material: Material, timed: Sequence[Tried], ys: Range) -> str:
 
     def draw(width: int) -> str:
         frame = Frame(width, 220, (0.0, longest / unit), ys, f"{name} of the run", material.value_title)
-        return frame.draw(line(frame, xs, best, "a", steps=True), label="The best value over time")
+        return frame.draw(line(frame, *corners(xs, best), "a", steps=True), label="The best value over time")
 
     return f"<h3>Best value over time</h3>{chart(draw)}"
 
@@ -157,10 +151,12 @@ def metric_chart(material: Material, places: Mapping[int, int]) -> str:
         frame = Frame(
             width, 240, (0.5, xs[-1] + 0.5), whole, "finished trials", "mean metric on the search items", whole=True
         )
-        titles = [f"{name}: {value:.3f}" for _, value, name in trials]
+        shown = thinned(trials)
+        titles = [f"{name}: {value:.3f}" for _, value, name in shown]
+        dots = points(frame, [place for place, _, _ in shown], [value for _, value, _ in shown], "g", titles)
         lines = [level(frame, value, kind) for kind, _, value in levels]
-        best = line(frame, xs, best_so_far(ys), "d", steps=True)
-        return frame.draw(*lines, points(frame, xs, ys, "g", titles), best, label="The metric of the trials")
+        best = line(frame, *corners(xs, best_so_far(ys)), "d", steps=True)
+        return frame.draw(*lines, dots, best, label="The metric of the trials")
 
     marks = legend(("d", "best so far"), ("g", "trial"), *((kind, words) for kind, words, _ in levels))
     return f"<h3>By the metric</h3>{marks}{chart(draw)}"

@@ -7,16 +7,32 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeVar
 
 WIDE, NARROW = 960, 330
 DIGIT = 6.7  # pixels of one digit of a tick's text, at most
 
+MOST = 1500  # points of one kind in a chart: a page stays small however long the search was
+
 Range = tuple[float, float]
+Value = TypeVar("Value")
 
 
 def chart(draw: Callable[[int], str]) -> str:
     """A chart for both screens.  draw: makes the SVG of a given width."""
     return f"<div class=wide>{draw(WIDE)}</div><div class=narrow>{draw(NARROW)}</div>"
+
+
+def thinned(values: Sequence[Value], most: int = MOST) -> list[Value]:
+    """Every so many of the values, the last one too; about `most` of them."""
+    every = math.ceil(len(values) / most)
+    return list(values) if every < 2 else [*values[::every], values[-1]]
+
+
+def corners(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The points of a line in steps at which y changes, with the first and the last."""
+    kept = [k for k, y in enumerate(ys) if k in (0, len(ys) - 1) or y != ys[k - 1]]
+    return [xs[k] for k in kept], [ys[k] for k in kept]
 
 
 def range_of(values: Sequence[float], margin: float = 0.06) -> Range:
