@@ -60,6 +60,7 @@ def answers_section(material: Material) -> str:
     rows = [
         [escape(task), str(t["items"]["holdout"]), str(counts[task, "gained"]), str(counts[task, "lost"])]
         for task, t in verdict["tasks"].items()
+        if t.get("weight", 1.0) > 0
     ]
     known = [c for c in found if c.item in items.get(c.task, {})]
     shown = [c for kind in ("gained", "lost") for c in spread([k for k in known if k.kind == kind])]

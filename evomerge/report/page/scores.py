@@ -47,9 +47,34 @@ def scores_section(material: Material) -> str:
         "Scores on the holdout items",
         table(head, rows, "scores"),
         text(explanation(verdict), "dim"),
+        guards_table(verdict.get("guards", [])),
         tasks_table(verdict),
         agreement_text(material),
     )
+
+
+def guards_table(guards: Sequence[dict[str, Any]]) -> str:
+    """Every guard with the candidate's drop and what is allowed; empty without guards."""
+    if not guards:
+        return ""
+    scale = scale_of([guard["drop"] for guard in guards], [0.0, *(guard["max_drop"] for guard in guards)])
+    states = {"kept": "good", "broken": "bad"}
+    rows = [
+        [
+            escape(guard["name"]),
+            drop_mark(guard["drop"], scale),
+            f"{guard['max_drop']:g} against {escape(guard['of'])}",
+            chip(guard["state"], states.get(guard["state"], "")),
+        ]
+        for guard in guards
+    ]
+    return "<h3>Guards</h3>" + table(["guard", "drop", "allowed", "state"], rows, "scores plain")
+
+
+def drop_mark(drop: Span, scale: tuple[float, float]) -> str:
+    """The drop of a guard's metric, with its interval."""
+    small = "" if drop["low"] is None else f"<small>{drop['low']:+.3f} to {drop['high']:+.3f}</small>"
+    return f"<b>{drop['value']:+.3f}</b>{small}{span_mark(drop['value'], drop['low'], drop['high'], scale)}"
 
 
 def tasks_table(verdict: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The first section: the verdict with its reason and the next command, or how far a running search is."""
 
+import time
 from html import escape
 
 from evomerge.report.page.material import Material
@@ -56,7 +57,7 @@ def so_far(material: Material) -> str:
         "<section id=verdict class='verdict even'><h2>So far</h2>"
         f"{text(f'{status.finished}{planned} trials have finished; there is no verdict yet.', 'why')}{best}"
         f"{copied(f'evomerge resume {material.run.folder}', 'If the search does not run any more: go on')}"
-        f"{text(summary(material), 'dim')}</section>"
+        f"{text(summary(material), 'dim')}{text('Written ' + time.strftime('%Y-%m-%d %H:%M'), 'dim')}</section>"
     )
 
 
