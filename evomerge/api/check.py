@@ -26,8 +26,7 @@ def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16
     from evomerge.report.progress import console
     from evomerge.search.check.check import check_search
 
-    models, task_set = open_inputs(loaded, show)
-    found = check_search(loaded, models, task_set, items, print if show else lambda text: None)
+    found = check_search(open_inputs(loaded, show), items, print if show else lambda text: None)
     if show:
         console.print(check_text(found))
     return found

@@ -18,7 +18,7 @@ from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
-from evomerge.search.budget.limits import Limits, limits_of, with_budget
+from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import only_driver, refuse_existing
@@ -27,8 +27,7 @@ from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_o
 
 if TYPE_CHECKING:
     from evomerge.report.terminal import SearchView
-    from evomerge.search.evaluation.task_set import TaskSet
-    from evomerge.sources.open_models import Models
+    from evomerge.search.opened import Opened
 
 OnTrial = Callable[[Trial], None]
 
@@ -99,19 +98,19 @@ def search(
     from evomerge.search.space.start_points import read_start, refuse_seen_items
 
     loaded = pin(loaded, {})
-    models, task_set = open_inputs(loaded, show)
+    opened = open_inputs(loaded, show)
     if loaded.start_from is not None:
         read_start(loaded)
-        refuse_seen_items(loaded, task_set)
+        refuse_seen_items(loaded, opened.task_set)
     if check:
-        look(loaded, models, task_set)
-    created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
+        look(opened, worker_options, limits)
+    created = create_run(loaded, opened.task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
-    return search_in(created, limits, worker_options, out, on_trial, show)
+    return search_in(created, limits, worker_options, out, on_trial, show, opened)
 
 
-def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
+def open_inputs(config: SearchConfig, show: bool) -> "Opened":
     """The models and tasks of a search, opened and checked.
 
     config: with the versions of its models pinned.  show: whether to print what to know about the models.
@@ -122,6 +121,7 @@ def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
     from evomerge.merge.recipe.layout import build_layout
     from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.models import open_config_models
+    from evomerge.search.opened import Opened
     from evomerge.search.space.layer_assembly import build_assembly
 
     models = open_config_models(config)
@@ -132,17 +132,20 @@ def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
     task_set = open_task_set(config)
     check_chat_templates(models, task_set)
     check_statistics(config, models, task_set)
-    return models, task_set
+    return Opened(config, models, task_set)
 
 
-def look(config: SearchConfig, models: "Models", task_set: "TaskSet") -> None:
+def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     """Print what a check finds; a search begins in any case."""
     from evomerge.report.check_text import check_text
     from evomerge.report.progress import console
     from evomerge.search.check.check import BRIEF, check_search
 
+    count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
+    left = limits.seconds_left(0.0, now())
     try:
-        console.print(check_text(check_search(config, models, task_set, BRIEF, print), examples=False))
+        found = check_search(opened, BRIEF, print, count, left)
+        console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)
 
@@ -207,22 +210,33 @@ def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:
 
 
 def search_in(
-    run: RunFolder, limits: Limits, workers: WorkerOptions, out: str | Path | None, on_trial: OnTrial | None, show: bool
+    run: RunFolder,
+    limits: Limits,
+    workers: WorkerOptions,
+    out: str | Path | None,
+    on_trial: OnTrial | None,
+    show: bool,
+    opened: "Opened | None" = None,
 ) -> Run:
     """Search in a run folder to the verdict, write the report, and the model if `out` is given."""
-    from evomerge.report.html import write_report
+    from evomerge.report.page import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
     from evomerge.search.loop import search as search_loop
     from evomerge.search.monitor.monitor import Monitor
+    from evomerge.search.verdict.conflicts import write_conflicts
 
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
 
     def work() -> None:
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
-            search_loop(run, monitor, stop, workers, where)
+            search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
+            try:
+                write_conflicts(run)
+            except Exception as error:  # what the report shows beside the verdict is no reason to fail
+                run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
             write_report(run)
 
     is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
@@ -265,12 +279,16 @@ def outside_a_loop(work: Callable[[], None]) -> None:
 
 
 class SearchListener:
-    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function."""
+    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function and to
+    the report."""
 
     def __init__(self, run: RunFolder, view: "SearchView | None", on_trial: OnTrial | None) -> None:
+        from evomerge.report.page import PageSoFar
+
         self.run = run
         self.view = view
         self.on_trial = on_trial
+        self.page = PageSoFar(run)
         self.read: Callable[[int], Trial] | None = None
 
     def phase(self, text: str) -> None:
@@ -290,6 +308,7 @@ class SearchListener:
     ) -> None:
         if self.view is not None:
             self.view.trial(number, done, total, value, best, note)
+        self.page.refresh()
         if self.on_trial is not None:
             self.read = self.read or reader_of_trials(self.run)
             self.on_trial(self.read(number))

@@ -21,7 +21,6 @@ from evomerge.cli.options import (
     app,
     refuse_nothing,
 )
-from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -123,7 +122,13 @@ def leave(stopped: "SearchStopped") -> NoReturn:
 
 
 def show_export(run: "Run", out: Path | None) -> None:
-    """Name the command that writes the model, unless the search has written it."""
+    """Name the command that follows from the verdict, and the one that writes the model, unless that is done."""
+    from evomerge.report.verdict_text import next_command
+
+    verdict = run.files.verdict()
+    following = "" if verdict is None else next_command(verdict, run.folder)
+    if following.startswith("evomerge resume"):
+        print(f"next: {following}")
     if out is None:
         print(f"export: evomerge export {run.folder} --out merged/")
         if run.config.goals == "pareto":
@@ -139,13 +144,17 @@ def status(
     """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
+    from evomerge.report.verdict_text import next_command
     from evomerge.search.run import open_run
 
     opened = open_run(run)
     if watch:
         watch_run(opened)
     else:
-        print_status(read_status(opened), timing)
+        shown = read_status(opened)
+        print_status(shown, timing)
+        if shown.verdict is not None:
+            print(f"next: {next_command(shown.verdict, opened.folder)}")
 
 
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
@@ -162,14 +171,27 @@ def studies(
 
 
 @app.command(epilog="Example: evomerge report runs/quickstart")
-def report(run: RunFolder) -> None:
-    """Write report.html of a finished run again."""
-    from evomerge.report.html import write_report
-    from evomerge.search.run import open_run
+def report(
+    run: RunFolder,
+    landscape: Annotated[
+        bool,
+        typer.Option(
+            "--landscape", help="First score models on the lines from the candidate to each parent and to the base."
+        ),
+    ] = False,
+) -> None:
+    """Write report.html again; of a search that has not ended, what there is so far."""
+    from evomerge.report.page import write_report
+    from evomerge.search.run import only_driver, open_run
 
     opened = open_run(run)
-    if not opened.verdict_file.exists():
-        raise EvomergeError(f"{run}: has no verdict yet; go on with `evomerge resume {run}`")
+    if landscape:
+        from evomerge.search.verdict.conflicts import write_conflicts
+        from evomerge.search.verdict.landscape import measure_landscape
+
+        with only_driver(opened):
+            measure_landscape(opened)
+            write_conflicts(opened)
     write_report(opened)
     print(opened.report_file)
 

@@ -56,15 +56,15 @@ class Bar:
 
 
 class Steps:
-    """Shows the batches of one step; the bar appears with the first batch."""
+    """Shows the batches of one step; the bar appears with the first batch.  unit: what is counted, as in `Bar`."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, unit: str = "batches") -> None:
+        self.title, self.unit = title, unit
         self.bar: Bar | None = None
 
     def step(self, done: int, total: int) -> None:
         """Show how many batches are done."""
-        self.bar = self.bar or Bar(self.title, total, "batches")
+        self.bar = self.bar or Bar(self.title, total, self.unit)
         self.bar.update(done)
 
     def close(self) -> None:

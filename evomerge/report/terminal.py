@@ -17,7 +17,7 @@ from evomerge.report.live_view import NO_SNAPSHOT, render, watch
 from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
-from evomerge.report.verdict_text import interval_text, remarks
+from evomerge.report.verdict_text import candidate_title, difference_text, remarks
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
@@ -178,14 +178,13 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     """Print the verdict: its sentence, its table and the remarks."""
     console.print(f"\n[bold]{verdict['sentence']}[/bold]")
     tasks = list(verdict["tasks"])
-    title = "winner" if verdict["winner"] else "candidate"
+    title = candidate_title(verdict)
     table = Table("holdout", "mean", f"{title} minus this, 90%", *tasks)
     score = verdict["score"]
     row = verdict["holdout"]["winner"]
     table.add_row(title, f"{score['value']:.3f}", "", *cells(row, tasks))
     for c in verdict["comparisons"]:
-        span = interval_text(c["difference"], signed=True)
-        table.add_row(c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks))
+        table.add_row(c["name"], f"{c['score']:.3f}", difference_text(c), *cells(verdict["holdout"][c["name"]], tasks))
     Console(width=max(console.width, 60 + 9 * len(tasks)), file=sys.stdout, highlight=False, markup=False).print(table)
     for line in remarks(verdict):
         console.print(line)

@@ -33,6 +33,7 @@ from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.learned.learn import Learner, why_not
 from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.opened import Opened
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
@@ -63,7 +64,12 @@ EVERY = 20  # finished trials after which the incumbent is scored by the metrics
 
 
 def search(
-    run: Run, monitor: Monitor, stop: StopSignal, worker_options: WorkerOptions, out: Path | None = None
+    run: Run,
+    monitor: Monitor,
+    stop: StopSignal,
+    worker_options: WorkerOptions,
+    out: Path | None = None,
+    opened: Opened | None = None,
 ) -> Verdict:
     """Run or resume a search until its limits, then judge the finalists and write the verdict.
 
@@ -72,27 +78,36 @@ def search(
     stop: the user's request to stop.
     worker_options: how many workers of which kind.
     out: where the model will be written afterwards; the time limits keep the time for that too.
+    opened: models and tasks, if a check has opened them.
 
     Raises Interrupted if the user stops it (everything finished is in the study), EvomergeError on wrong input or when
     ten trials in a row fail.
     """
-    return asyncio.run(open_and_search(run, monitor, stop, worker_options, out))
+    return asyncio.run(open_and_search(run, monitor, stop, worker_options, out, opened))
 
 
 async def open_and_search(
-    run: Run, monitor: Monitor, stop: StopSignal, worker_options: WorkerOptions, out: Path | None
+    run: Run,
+    monitor: Monitor,
+    stop: StopSignal,
+    worker_options: WorkerOptions,
+    out: Path | None,
+    opened: Opened | None,
 ) -> Verdict:
     """Open models, tasks, study and workers, run the phases of the search, and close what was opened."""
     config = run.config()
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
     monitor.phase("opening the models")
-    models = open_config_models(config)
+    if opened is not None and opened.config != config:
+        opened = None
+    models = open_config_models(config) if opened is None else opened.models
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
     stored = open_study(run.storage_url(config), config.name, create=not run.has_begun(), retry=retry)
-    config = with_first_objectives(stored, config)
-    task_set = open_task_set(config)
+    first = with_first_objectives(stored, config)
+    task_set = open_task_set(first) if opened is None or first != config else opened.task_set
+    live, opened, config = opened and opened.live, None, first  # the worker alone holds the live model
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -104,7 +119,8 @@ async def open_and_search(
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
-        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
+        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, live)
+        live = None
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
         if len(workers) > 1:
