@@ -251,7 +251,9 @@ def make_what_it_names(content: dict[str, Any], folder: Path) -> None:
             make_what_it_names(source["recipe"], folder)
         elif "path" in source and not looks_like_hub_id(source["path"]):
             (folder / source["path"]).mkdir(parents=True)
-    for task in content.get("tasks", []):
+    if (base := content["base"]) and isinstance(base, str) and not looks_like_hub_id(base):
+        (folder / base).mkdir(parents=True, exist_ok=True)
+    for task in [*content.get("tasks", []), *content.get("guards", [])]:
         if task["task"].endswith(".yaml"):
             (folder / task["task"]).parent.mkdir(parents=True, exist_ok=True)
             (folder / task["task"]).touch()

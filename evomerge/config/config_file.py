@@ -227,10 +227,11 @@ def readable(error: dict[str, Any]) -> str:
     return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
 
 
-def parse_config(content: Any, origin: Path) -> SearchConfig:
+def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig:
     """Check parsed YAML as a search configuration.
 
     origin: the file, named in the error; relative paths are relative to its folder.
+    files: whether the models and files that it names must be there; to read about a finished search they need not.
 
     EvomergeError lists all problems, each with its YAML path.
     """
@@ -241,7 +242,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     try:
         config = SearchConfig.model_validate(content)
         problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
-        problems += path_problems(config) + guard_problems(config)
+        problems += guard_problems(config) + (path_problems(config) if files else [])
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -253,7 +254,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
             partial = SearchConfig.model_validate({**stand_ins, **rest})
             if not bad & {"method", "sources", "space"}:
                 problems += method_problems(partial)
-            problems += path_problems(partial)
+            problems += path_problems(partial) if files else []
         except ValidationError:
             pass
     if problems:
@@ -261,9 +262,12 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     return config
 
 
-def load_config(path: Path) -> SearchConfig:
-    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path."""
-    return parse_config(read_yaml(path), path)
+def load_config(path: Path, files: bool = True) -> SearchConfig:
+    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path.
+
+    files: see `parse_config`.
+    """
+    return parse_config(read_yaml(path), path, files)
 
 
 def dump_config(config: SearchConfig) -> str:

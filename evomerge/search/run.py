@@ -101,8 +101,8 @@ class Run:
         return open_study(self.storage_url(config), config.name, create=False)
 
     def config(self) -> SearchConfig:
-        """The run's configuration."""
-        return load_config(self.config_file)
+        """The run's configuration; the models and files that it names may be gone."""
+        return load_config(self.config_file, files=False)
 
     def manifest(self) -> dict[str, Any]:
         """The content of run.json.  Raises EvomergeError if it cannot be read."""

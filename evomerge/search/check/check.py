@@ -27,7 +27,7 @@ from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.space.baselines import base_alone, baselines
 from evomerge.search.space.space import build_space
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import has_chat_template
+from evomerge.sources.tokenizer import chat_templates
 
 ITEMS, BRIEF = 16, 8  # of each task; before a search fewer, for a quick look
 
@@ -80,7 +80,7 @@ def check_search(
     concerns = list(stranger_concerns(strangers(distances)))
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
-    templates = [n for n, m in {"base": models.base, **models.sources}.items() if has_chat_template(m.path)]
+    templates = [n for n, m in {"base": models.base, **models.sources}.items() if chat_templates(m.path)]
     plainly = [t.name for t in task_set.tasks if not t.chat and t.kind != "loglikelihood_rolling"]
     concerns += chat_concerns(templates, plainly)
     holdout = {t.name: len(task_set.items[t.name]["holdout"]) for t in task_set.goals}
