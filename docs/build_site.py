@@ -21,7 +21,9 @@ UNSEARCHED = "---\nsearch: {exclude: true}\n---\n\n"
 def copy_pages() -> None:
     """Write build/docs: the pages and pictures of docs/, and under project/ the files that they link to."""
     shutil.rmtree(BUILD / "docs", ignore_errors=True)
-    todo = sorted(page for kind in ("md", "png", "svg", "ipynb", "js") for page in (ROOT / "docs").rglob(f"*.{kind}"))
+    todo = sorted(
+        page for kind in ("md", "png", "svg", "ipynb", "js", "css") for page in (ROOT / "docs").rglob(f"*.{kind}")
+    )
     done = set(todo)
     while todo:
         file = todo.pop()

@@ -3,8 +3,8 @@
 A block of the page marked `console` has commands, each after `$`, and what they print.  They run one after the other in
 a fresh folder with the models and data that the page has made before.  A block stays as it is if only times and sizes
 differ, so that the page changes when the program does.  `<!-- shorten: trial judging; until: report -->` before a
-block: of neighbouring lines that begin with one of these words the first and the last are shown, and nothing after the
-line that begins with the last word.
+block: of neighbouring lines that begin with the same of these words the first and the last are shown, and nothing after
+the line that begins with the last word.
 """
 
 import argparse
@@ -50,10 +50,15 @@ def shortened(lines: list[str], block: re.Match[str]) -> list[str]:
         return lines
     end = next((n for n, line in enumerate(lines) if line.startswith(block["end"])), len(lines))
     shown: list[str] = []
-    for often, group in groupby(lines[: end + 1], lambda line: line.startswith(tuple(block["words"].split()))):
+    for word, group in groupby(lines[: end + 1], lambda line: first_of(block["words"].split(), line)):
         found = list(group)
-        shown += [found[0], "...", found[-1]] if often and len(found) > 2 else found
+        shown += [found[0], "...", found[-1]] if word and len(found) > 2 else found
     return shown
+
+
+def first_of(words: list[str], line: str) -> str | None:
+    """The word that a line begins with."""
+    return next((word for word in words if line.startswith(word)), None)
 
 
 def without_times(text: str) -> str:

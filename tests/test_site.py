@@ -85,5 +85,5 @@ def test_the_search_finds_a_page_that_was_opened_from_disk(site: Path, browser: 
     page.keyboard.type("mergekit-evolve")
     page.get_by_text(re.compile(r"^\d+ results?$")).wait_for()
     page.keyboard.press("Enter")
-    page.wait_for_url(re.compile("from_mergekit_evolve.html"))
+    page.wait_for_url(re.compile("from-mergekit-evolve.html"))
     page.close()
