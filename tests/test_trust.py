@@ -158,7 +158,7 @@ def test_a_search_goes_on_without_its_terminal(prelude: str, tiny_family: Path, 
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.parametrize("kilobytes", [40, 200])
+@pytest.mark.parametrize("kilobytes", [40, 120])
 def test_a_limit_on_the_size_of_files_is_named(kilobytes: int, tiny_family: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_family, budget={"trials": 3})
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.coefficients import numbers_and_lists
 from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.report.status import Status, read_status
 from evomerge.search.run import Run
@@ -46,7 +48,12 @@ class Material:
         """How many layers the chosen candidate has."""
         assert self.recipe is not None, "layers are those of a chosen candidate"
         own = sum(part.length for part in self.recipe.slices)
-        return own or layer_count(stored_tensor_names(locate(self.recipe.base.path)))
+        try:
+            return own or layer_count(stored_tensor_names(locate(self.recipe.base.path)))
+        except EvomergeError:  # the base is no longer there; lists of coefficients have a number for each layer
+            given = [self.recipe.parameters, *(source.parameters for source in self.recipe.sources)]
+            values = [v for knobs in given for c in knobs.values() for v in numbers_and_lists(c)]
+            return max((len(v) for v in values if isinstance(v, list)), default=1)
 
 
 def gather(run: Run) -> Material:
