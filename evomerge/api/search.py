@@ -18,6 +18,7 @@ from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
+from evomerge.report.progress import Stages, console
 from evomerge.search.budget.limits import Limits, limits_of, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.run import Run as RunFolder
@@ -28,8 +29,10 @@ from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_o
 if TYPE_CHECKING:
     from evomerge.report.terminal import SearchView
     from evomerge.search.evaluation.task_set import TaskSet
+    from evomerge.search.monitor.snapshot import Snapshot
     from evomerge.sources.open_models import Models
 
+LOADING = "loading PyTorch and transformers"
 OnTrial = Callable[[Trial], None]
 
 
@@ -95,26 +98,34 @@ def search(
     if out is not None:
         refuse_full(Path(out))
     # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.
-    from evomerge.search.inputs import create_run
-    from evomerge.search.space.start_points import read_start, refuse_seen_items
+    with Stages(show) as stages:
+        stages.stage(LOADING)
+        from evomerge.search.inputs import create_run
+        from evomerge.search.space.start_points import read_start, refuse_seen_items
 
-    loaded = pin(loaded, {})
-    models, task_set = open_inputs(loaded, show)
-    if loaded.start_from is not None:
-        read_start(loaded)
-        refuse_seen_items(loaded, task_set)
+        loaded = pin(loaded, {})
+        models, task_set = open_inputs(loaded, show, stages.stage)
+        if loaded.start_from is not None:
+            stages.stage("opening what the search starts from")
+            read_start(loaded)
+            refuse_seen_items(loaded, task_set)
     if check:
         look(loaded, models, task_set)
-    created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
+    with Stages(show) as stages:
+        stages.stage("hashing the files of the models")
+        created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
     return search_in(created, limits, worker_options, out, on_trial, show)
 
 
-def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
+def open_inputs(
+    config: SearchConfig, show: bool, stage: Callable[[str], None] = lambda text: None
+) -> "tuple[Models, TaskSet]":
     """The models and tasks of a search, opened and checked.
 
     config: with the versions of its models pinned.  show: whether to print what to know about the models.
+    stage: told what happens now.
 
     Raises EvomergeError for whatever a search cannot use.
     """
@@ -124,11 +135,13 @@ def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
     from evomerge.search.models import open_config_models
     from evomerge.search.space.layer_assembly import build_assembly
 
+    stage("opening the models")
     models = open_config_models(config)
     build_assembly(config, models)
     for note in check_loads(build_layout(models), models.base):
         if show:
             print(f"note: {note}", file=sys.stderr)
+    stage("opening the tasks")
     task_set = open_task_set(config)
     check_chat_templates(models, task_set)
     check_statistics(config, models, task_set)
@@ -138,11 +151,13 @@ def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
 def look(config: SearchConfig, models: "Models", task_set: "TaskSet") -> None:
     """Print what a check finds; a search begins in any case."""
     from evomerge.report.check_text import check_text
-    from evomerge.report.progress import console
     from evomerge.search.check.check import BRIEF, check_search
 
     try:
-        console.print(check_text(check_search(config, models, task_set, BRIEF, print), examples=False))
+        with Stages() as stages:
+            stages.stage("preparing a look at the search")
+            found = check_search(config, models, task_set, BRIEF, stages.log)
+        console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)
 
@@ -175,9 +190,12 @@ def resume(
     files = (run if isinstance(run, Run) else Run(run)).files
     if out is not None:
         refuse_full(Path(out))
-    from evomerge.search.inputs import check_unchanged
+    with Stages(show) as stages:
+        stages.stage(LOADING)
+        from evomerge.search.inputs import check_unchanged
 
-    config = check_unchanged(files, accept_changes)
+        stages.stage("comparing models and tasks with those that the search began with")
+        config = check_unchanged(files, accept_changes)
     changed = with_margin(with_budget(config, trials, timeout, target, patience), simplify)
     limits = limits_of(changed.budget, until)
     if changed is not config:
@@ -281,19 +299,17 @@ class SearchListener:
         if self.view is not None:
             self.view.say(text)
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, unit: str) -> None:
         if self.view is not None:
-            self.view.step(done, total)
+            self.view.step(done, total, unit)
 
-    def trial(
-        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
-    ) -> None:
+    def trial(self, number: int, value: float | None, note: str, snapshot: "Snapshot") -> None:
         if self.view is not None:
-            self.view.trial(number, done, total, value, best, note)
+            self.view.trial(number, value, note, snapshot)
         if self.on_trial is not None:
             self.read = self.read or reader_of_trials(self.run)
             self.on_trial(self.read(number))
 
-    def show(self, snapshot: Any) -> None:
+    def show(self, snapshot: "Snapshot") -> None:
         if self.view is not None:
             self.view.show(snapshot)

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from evomerge.report.gradient_steps import steps_text
-from evomerge.report.live_view import NO_SNAPSHOT, render, watch
+from evomerge.report.live_view import NO_SNAPSHOT, rate_and_time_left, render, watch
 from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
@@ -38,47 +38,37 @@ class SearchView:
         self.snapshot: Snapshot | None = None
         self.current_phase = ""
         self.last_line = 0.0
-        self.started = time.monotonic()
-        self.finished = 0  # trials of this phase
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
-        if not self.screen.is_terminal:
-            self.current_phase, self.started, self.finished = text, time.monotonic(), 0
-            self.last_line = self.started
+        if not self.screen.is_terminal and text != self.current_phase:
+            self.current_phase, self.last_line = text, time.monotonic()
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
         """Show one line, above the live view if there is one."""
         self.screen.print(text, markup=False, soft_wrap=True)
 
-    def step(self, done: int, total: int) -> None:
-        """Batches of one model that are done, and their total; without a terminal a line every few seconds."""
+    def step(self, done: int, total: int, unit: str) -> None:
+        """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""
         now = time.monotonic()
         if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            print(f"{self.current_phase}: {done} of {total} batches of one model", flush=True)
+            print(f"{self.current_phase}: {done} of {total} {unit}", flush=True)
 
-    def trial(
-        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
-    ) -> None:
+    def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
         """A trial has finished.
 
-        done: how many trials have finished.  total: of the whole search, if limited.  value: None if the trial failed.
+        value: None if the trial failed.  note: what is special about it.  snapshot: the search with it.
         """
         if self.screen.is_terminal:
             return
-        self.finished += 1
         shown = "failed" if value is None else f"{value:.4f}"
-        best_text = "-" if best is None else f"{best:.4f}"
-        rate = self.finished / max(time.monotonic() - self.started, 1e-9)
-        of = f" of {total}" if total else ""
-        left = f", {seconds_text((total - done) / rate)} left" if total and total > done else ""
+        best = "-" if snapshot.best is None else f"{snapshot.best:.4f}"
+        of = f" of {snapshot.limit}" if snapshot.limit else ""
+        pace = "".join(f", {text}" for text in rate_and_time_left(snapshot, 0.0))
         extra = f"  {note}" if note else ""
-        print(
-            f"trial {number}  {shown}  best {best_text}  ({done}{of} finished, {rate * 60:.1f}/min{left}){extra}",
-            flush=True,
-        )
+        print(f"trial {number}  {shown}  best {best}  ({snapshot.trials}{of} finished{pace}){extra}", flush=True)
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the latest state; it is redrawn between two snapshots, so that shown times advance."""

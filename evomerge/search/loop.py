@@ -59,6 +59,7 @@ from evomerge.search.workers.pool import Pool, run_all
 from evomerge.search.workers.worker_options import WorkerOptions
 
 BEAT = 5.0  # seconds between two renewals of the study's lease
+SEARCHING = "searching"
 EVERY = 20  # finished trials after which the incumbent is scored by the metrics that trials are not scored by
 
 
@@ -90,8 +91,10 @@ async def open_and_search(
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
+    monitor.phase("opening the study")
     stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
     config = with_first_objectives(stored, config)
+    monitor.phase("opening the tasks")
     task_set = open_task_set(config)
     holder = acquire_lease(stored, BEAT, stop.check)
 
@@ -101,14 +104,16 @@ async def open_and_search(
 
     try:
         claim(stored, run)
+        if out and monitor.limits.timed:
+            monitor.phase("measuring the disk, for the export at the end")
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
+        monitor.phase("choosing the type of the forwards")
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
-        if len(workers) > 1:
-            monitor.phase(f"starting {len(workers)} workers")
+        monitor.phase(f"starting {len(workers)} workers" if len(workers) > 1 else "starting")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
         monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
         evaluations = Evaluations(stored, task_set, pool, monitor)
@@ -191,9 +196,12 @@ class Driver:
 
     async def search(self) -> Verdict:
         """Run all phases and return the verdict."""
+        self.monitor.steps_to_come = self.kind.learned_start
         await self.settle_scale()
         await self.score_outside_baselines()
-        self.monitor.phase("searching")
+        self.show_incumbent()
+        inside = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
+        self.monitor.phase("trying the baselines" if inside else SEARCHING, inside, "baselines")
         if self.kind.learned_start:
             await self.run_slots(self.run_given_trials)
             await self.prepare_search()
@@ -225,6 +233,7 @@ class Driver:
     async def score_outside_baselines(self) -> None:
         """Phase 1, second half: every baseline that is no point of the space."""
         outside = [b for b in self.state.baselines if b.point is None]
+        self.monitor.phase("scoring the baselines outside the space", len(outside))
         await run_all(*(self.objective_of(b) for b in outside))
 
     async def run_baseline_trials(self) -> None:
@@ -245,28 +254,33 @@ class Driver:
     async def learn(self) -> None:
         """Phase 4: gradient steps from the best baseline, and the choice of the sampler that follows."""
         study, space = self.study, self.study.space
+        self.monitor.steps_to_come = False
         if (reason := why_not(space, self.evaluations.task_set, self.evaluations.scale)) is not None:
             if space.config.sampler.name == "learned":
                 raise EvomergeError(f"sampler: the coefficients cannot be learned: {reason}")
             self.monitor.say(f"no learned start: {reason}")
         else:
             learner = Learner(study, self.evaluations, self.pool, self.monitor, self.trials, self.state.baselines)
+            self.monitor.steps_to_come = True
             await learner.learn(self.ended)
+            self.monitor.steps_to_come = False
         if space.config.sampler.name == "auto" and CHOSEN not in study.stored.user_attrs:
             limit = self.monitor.limits.trials
             left = None if limit is None else limit - study.count
             learned = any(LEARNED in trial.user_attrs for trial in study.finished)
             study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size, learned))
-        self.monitor.phase("searching")
+        self.monitor.phase(SEARCHING)
 
     async def prepare_search(self) -> None:
         """Phase 3, in the first slot that comes to it: how candidates race, then the greedy soup."""
         if self.state.preparing or not self.baselines_are_done() or self.ended() is not None:
             return
         self.state.preparing = True
+        self.monitor.phase("choosing where races look, and making the greedy soup")
         self.state.races = await self.find_races()
         self.state.soup = await self.find_soup()
         self.log_agreement()
+        self.monitor.phase(SEARCHING)
 
     async def run_search_trials(self) -> None:
         """Phase 5: the greedy soup's trial, if it is a point of the space, and trials of the sampler."""
@@ -296,6 +310,7 @@ class Driver:
         except (ArithmeticError, RuntimeError) as error:
             self.run.log(f"trial {best.number} cannot be scored by every metric: {error}")
             return
+        self.show_incumbent()
         self.log_agreement()
 
     def log_agreement(self) -> None:
@@ -305,10 +320,16 @@ class Driver:
 
     async def judge_finalists(self) -> Verdict:
         """Phase 6: the verdict, written to the run folder."""
+        if self.state.soup is None:
+            self.monitor.phase("making the greedy soup")
         soup = self.state.soup or await self.find_soup()  # not found yet if the budget ended in phase 2
         self.log_agreement()
-        self.monitor.phase("judging the finalists")
+        self.monitor.judge()
         return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
+
+    def show_incumbent(self) -> None:
+        """Show the best trial of earlier sessions."""
+        self.trials.show_incumbent(self.monitor.progress.best_number)
 
     def baselines_are_done(self) -> bool:
         """Whether every baseline in the space has a finished trial."""
@@ -317,7 +338,7 @@ class Driver:
     def ended(self) -> str | None:
         """Why no trial may begin any more; None if one may."""
         limits, monitor = self.monitor.limits, self.monitor
-        monitor.reserve(self.reserved.seconds(self.pool.size) if limits.timed else 0.0)
+        monitor.reserve(self.reserved.seconds(self.pool.size))
         running = self.study.count - monitor.progress.trials
         return limits.reached(monitor.progress, monitor.stopwatch.elapsed.seconds, now(), monitor.reserved, running)
 
