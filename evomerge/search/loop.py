@@ -201,7 +201,8 @@ class Driver:
         await self.score_outside_baselines()
         self.show_incumbent()
         inside = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
-        self.monitor.phase("trying the baselines" if inside else SEARCHING, inside, "baselines")
+        if inside:
+            self.monitor.phase("trying the baselines", inside, "baselines")
         if self.kind.learned_start:
             await self.run_slots(self.run_given_trials)
             await self.prepare_search()
@@ -269,7 +270,6 @@ class Driver:
             left = None if limit is None else limit - study.count
             learned = any(LEARNED in trial.user_attrs for trial in study.finished)
             study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size, learned))
-        self.monitor.phase(SEARCHING)
 
     async def prepare_search(self) -> None:
         """Phase 3, in the first slot that comes to it: how candidates race, then the greedy soup."""
@@ -280,13 +280,14 @@ class Driver:
         self.state.races = await self.find_races()
         self.state.soup = await self.find_soup()
         self.log_agreement()
-        self.monitor.phase(SEARCHING)
 
     async def run_search_trials(self) -> None:
         """Phase 5: the greedy soup's trial, if it is a point of the space, and trials of the sampler."""
         if self.study.space.config.sampler.name == "learned":
             return
         while (end := self.ended()) is None:
+            if self.monitor.current_phase != SEARCHING:
+                self.monitor.phase(SEARCHING)
             await self.score_incumbent()
             await self.trials.run(self.state.baselines, self.state.races)
         self.run.log(f"no more trials: {end}")
