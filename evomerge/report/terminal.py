@@ -23,6 +23,7 @@ from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
 
 SHOWN = 8  # trials of the front
+ANY_WIDTH = 10**4  # of a table where there is no terminal
 
 if TYPE_CHECKING:
     from evomerge.evaluate.clock import Clock
@@ -155,13 +156,11 @@ def print_timing(timing: dict[str, float]) -> None:
 def print_front(front: Front) -> None:
     """Print the size of the front, and the values of at most SHOWN trials along it."""
     console.print(front.sentence)
-    table = Table("front", *front.tasks)
     chosen = sorted(spread_along(np.array([m.values for m in front.members]), SHOWN))
-    for member in (front.members[i] for i in chosen):
-        table.add_row(member.name, *(f"{value:.3f}" for value in member.values))
-    Console(width=max(console.width, 60 + 9 * len(front.tasks)), file=sys.stdout, highlight=False, markup=False).print(
-        table
-    )
+    rows = [
+        [member.name, *(f"{value:.3f}" for value in member.values)] for member in (front.members[i] for i in chosen)
+    ]
+    print_tables(["front"], front.tasks, rows)
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
@@ -169,16 +168,42 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     console.print(f"\n[bold]{verdict['sentence']}[/bold]")
     tasks = list(verdict["tasks"])
     title = "winner" if verdict["winner"] else "candidate"
-    table = Table("holdout", "mean", f"{title} minus this, 90%", *tasks)
-    score = verdict["score"]
-    row = verdict["holdout"]["winner"]
-    table.add_row(title, f"{score['value']:.3f}", "", *cells(row, tasks))
+    rows = [[title, f"{verdict['score']['value']:.3f}", "", *cells(verdict["holdout"]["winner"], tasks)]]
     for c in verdict["comparisons"]:
         span = interval_text(c["difference"], signed=True)
-        table.add_row(c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks))
-    Console(width=max(console.width, 60 + 9 * len(tasks)), file=sys.stdout, highlight=False, markup=False).print(table)
+        rows.append([c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks)])
+    print_tables(["holdout", "mean", f"{title} minus this, 90%"], tasks, rows)
     for line in remarks(verdict):
         console.print(line)
+
+
+def print_tables(first: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows whose last columns are tasks: one table if the terminal is wide enough, else several.
+
+    first: the titles of the columns before the tasks; the first of them names the row, and is in every table.
+    """
+    titles = [*first, *tasks]
+    widths = [max(len(row[k]) for row in [titles, *rows]) + 3 for k in range(len(titles))]
+    room = max(console.width if console.is_terminal else ANY_WIDTH, *(widths[0] + w + 1 for w in widths[1:]))
+    for columns in fitting(widths, len(first), room):
+        table = Table(*(titles[k] for k in columns))
+        for row in rows:
+            table.add_row(*(row[k] for k in columns))
+        Console(width=room, file=sys.stdout, highlight=False, markup=False).print(table)
+
+
+def fitting(widths: Sequence[int], first: int, room: int) -> list[list[int]]:
+    """Columns in as few tables as fit; column 0 is in each, and the first ones are in one table if they can be.
+
+    widths: of the columns with their edges.  first: how many come before the tasks.  room: of a table.
+    """
+    found: list[list[int]] = [[0]]
+    for k in range(1, len(widths)):
+        alone = k == first and sum(widths) + 1 > room  # tasks begin a table of their own
+        if len(found[-1]) > 1 and (alone or sum(widths[c] for c in found[-1]) + widths[k] + 1 > room):
+            found.append([0])
+        found[-1].append(k)
+    return found
 
 
 def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:
