@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from searches import run_cli, write_config
+from searches import run_cli, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
 from evomerge.report import progress
 from evomerge.report.progress import Bar, Steps
+from evomerge.search.budget.enough import room, too_short
 from evomerge.search.budget.limits import Limits
 from evomerge.search.budget.reserve import by_every_metric
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
@@ -180,3 +181,34 @@ def test_a_search_says_what_it_does_from_its_first_second(tiny_family: Path, tmp
     trials = [line for line in lines if line.startswith("trial ")]
     assert not any("/min" in line or "per minute" in line for line in trials[:2]), trials
     assert "per minute" in trials[-1]
+
+
+def test_a_time_limit_with_room_for_few_candidates_is_told_with_what_would_be_enough() -> None:
+    assert room(left=100.0, reserve=20.0, trial=2.0, workers=1, baselines=10) == 30
+    assert too_short(100.0, 20.0, 2.0, 1, 10, proposed=0, elapsed=5.0) is None
+    said = too_short(50.0, 20.0, 2.0, 1, 10, proposed=0, elapsed=5.0)
+    assert said is not None
+    assert "room for about 5 candidates" in said
+    assert "--timeout 85s" in said, "5 + 20 + 30 trials of 2 s"
+    assert too_short(50.0, 20.0, 2.0, 4, 10, proposed=0, elapsed=5.0) is None, "four workers try as many as needed"
+    late = too_short(10.0, 20.0, 2.0, 1, 10, proposed=0, elapsed=5.0)
+    assert late is not None
+    assert "room for no candidate" in late
+    assert "the result comes late" in late
+
+
+def test_a_search_without_time_says_so_before_it_starts_and_its_verdict_is_that_too_little_was_searched(
+    tiny_family: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_family)
+    done = run_cli("search", config, "--run", tmp_path / "run", "--timeout", "1s", "--check")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    told = next(k for k, line in enumerate(lines) if "leaves room for about 0 candidates" in line)
+    assert "give it" in lines[told + 1]
+    assert told < lines.index(f"run folder: {tmp_path / 'run'}")
+    assert any(line.startswith("note: the time limit leaves room for no candidate") for line in lines)
+    assert verdict_of(tmp_path / "run")["outcome"] == "too little searched"
+    again = run_cli("resume", tmp_path / "run", "--trials", "14")
+    assert again.returncode == 0, again.stderr
+    assert verdict_of(tmp_path / "run")["outcome"] != "too little searched"

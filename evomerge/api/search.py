@@ -19,7 +19,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
-from evomerge.search.budget.limits import Limits, limits_of, with_budget
+from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import only_driver, refuse_existing
@@ -110,7 +110,7 @@ def search(
             read_start(loaded)
             refuse_seen_items(loaded, task_set)
     if check:
-        look(loaded, models, task_set)
+        look(with_deadline(loaded, limits), models, task_set)
     with Stages(show) as stages:
         stages.stage("hashing the files of the models")
         created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
@@ -218,6 +218,13 @@ def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
     if not 0 < simplify < float("inf"):
         raise EvomergeError(f"--simplify: {simplify:g} is not a margin; give the largest loss, for instance 0.02")
     return config.model_copy(update={"simplify": float(simplify)})
+
+
+def with_deadline(config: SearchConfig, limits: Limits) -> SearchConfig:
+    """The configuration with the time until the deadline as its time limit, if that comes first."""
+    left = limits.seconds_left(0.0, now())
+    budget = config.budget.model_copy(update={"timeout": left if left < float("inf") else None})
+    return config.model_copy(update={"budget": budget})
 
 
 def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:

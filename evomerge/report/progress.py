@@ -1,11 +1,12 @@
 """The progress bar of one long step.  It needs Rich alone; other reports import libraries that take long to load."""
 
+import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)  # lines of a file are not broken
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 
 

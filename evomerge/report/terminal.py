@@ -48,7 +48,7 @@ class SearchView:
 
     def say(self, text: str) -> None:
         """Show one line, above the live view if there is one."""
-        self.screen.print(text, markup=False, soft_wrap=True)
+        self.screen.print(text, markup=False, soft_wrap=not self.screen.is_terminal)
 
     def step(self, done: int, total: int, unit: str) -> None:
         """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""

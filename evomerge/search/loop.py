@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
+from evomerge.search.budget.enough import too_short
 from evomerge.search.budget.limits import now
-from evomerge.search.budget.reserve import ReservedTime, export_seconds
+from evomerge.search.budget.reserve import ReservedTime, export_seconds, step_seconds
+from evomerge.search.check.concerns import FEW
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.method_race import score_default_recipes
@@ -200,6 +202,7 @@ class Driver:
         await self.settle_scale()
         await self.score_outside_baselines()
         self.show_incumbent()
+        self.say_if_too_short()
         inside = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
         if inside:
             self.monitor.phase("trying the baselines", inside, "baselines")
@@ -321,12 +324,28 @@ class Driver:
 
     async def judge_finalists(self) -> Verdict:
         """Phase 6: the verdict, written to the run folder."""
+        self.say_if_too_short()
         if self.state.soup is None:
             self.monitor.phase("making the greedy soup")
         soup = self.state.soup or await self.find_soup()  # not found yet if the budget ended in phase 2
         self.log_agreement()
         self.monitor.judge()
         return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
+
+    def say_if_too_short(self) -> None:
+        """Say so if the time limit leaves room for hardly any candidate."""
+        limits, monitor = self.monitor.limits, self.monitor
+        seconds = step_seconds(self.study.trials, self.study.stored.user_attrs) if limits.timed else None
+        if seconds is None:
+            return
+        elapsed, proposed = monitor.stopwatch.elapsed.seconds, len(monitor.progress.sampled)
+        if limits.trials is not None and limits.trials - monitor.progress.trials < FEW:
+            return  # the user wants no more
+        left, workers = max(0.0, limits.seconds_left(elapsed, now())), self.pool.size
+        baselines = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
+        reserve = self.reserved.seconds(workers)
+        if said := too_short(left, reserve, seconds.trial, workers, baselines, proposed, elapsed):
+            monitor.say(f"note: {said}")
 
     def show_incumbent(self) -> None:
         """Show the best trial of earlier sessions."""
