@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.merge import plain
+from evomerge.api.on_finish import agree, agreement_file, ending_of, tell
 from evomerge.api.run import Run, Trial, reader_of_trials
 from evomerge.config.config_file import load_config, parse_config, write_config
 from evomerge.config.paths import pin
@@ -116,7 +117,9 @@ def search(
         created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
-    return search_in(created, limits, worker_options, out, on_trial, show)
+    if loaded.on_finish is not None:
+        agree(loaded.on_finish, folder)
+    return search_and_tell(created, limits, worker_options, out, on_trial, show)
 
 
 def open_inputs(
@@ -175,6 +178,7 @@ def resume(
     ray: str | None = None,
     out: str | Path | None = None,
     accept_changes: bool = False,
+    on_finish: bool = False,
     on_trial: OnTrial | None = None,
     show: bool = True,
 ) -> Run:
@@ -182,6 +186,7 @@ def resume(
 
     run: a `Run` or its folder.
     accept_changes: go on although the configuration or a model has changed.
+    on_finish: agree to what the run's configuration says under `on_finish`, if the search was started elsewhere.
 
     The other arguments, the result and what is raised are those of `search`; limits and a margin that are not given
     stay as they are in the run, `until` excepted.
@@ -200,7 +205,9 @@ def resume(
     limits = limits_of(changed.budget, until)
     if changed is not config:
         write_config(files.config_file, changed)
-    return search_in(files, limits, worker_options, out, on_trial, show)
+    if changed.on_finish is not None and on_finish:
+        agree(changed.on_finish, files.folder)
+    return search_and_tell(files, limits, worker_options, out, on_trial, show)
 
 
 def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[SearchConfig, Path | None]:
@@ -229,6 +236,30 @@ def with_deadline(config: SearchConfig, limits: Limits) -> SearchConfig:
 
 def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:
     return parse_worker_options(None if workers is None else str(workers), ray)
+
+
+def search_and_tell(
+    run: RunFolder, limits: Limits, workers: WorkerOptions, out: str | Path | None, on_trial: OnTrial | None, show: bool
+) -> Run:
+    """`search_in`, and then what the configuration's `on_finish` says, if the user has agreed to it."""
+    on_finish = run.config().on_finish
+    if on_finish is not None and not agreement_file(on_finish, run.folder).exists():
+        if show:
+            print(
+                f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
+                "and if it may run, resume with --on-finish",
+                file=sys.stderr,
+            )
+        on_finish = None
+    ended: BaseException | None = None
+    try:
+        return search_in(run, limits, workers, out, on_trial, show)
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        if on_finish is not None:
+            tell(on_finish, ending_of(run, ended), run.log)
 
 
 def search_in(

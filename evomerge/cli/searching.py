@@ -89,6 +89,10 @@ def resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
     ] = False,
+    on_finish: Annotated[
+        bool,
+        typer.Option("--on-finish", help="Agree to the on_finish of a run that was started elsewhere."),
+    ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
     from evomerge.api.search import SearchStopped
@@ -107,6 +111,7 @@ def resume(
             ray=ray,
             out=out,
             accept_changes=accept_changes,
+            on_finish=on_finish,
         )
     except SearchStopped as stopped:
         leave(stopped)
