@@ -22,6 +22,7 @@ from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
 from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
+from evomerge.search.monitor.trackers import refuse_missing
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import only_driver, refuse_existing
 from evomerge.search.samplers.registry import sampler_kind
@@ -96,6 +97,7 @@ def search(
     folder = Path(run) if run is not None else Path("runs") / loaded.name
     refuse_existing(folder)
     sampler_kind(loaded.sampler.name)
+    refuse_missing(loaded)
     if out is not None:
         refuse_full(Path(out))
     # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.

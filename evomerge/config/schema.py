@@ -297,7 +297,7 @@ class SearchConfig(Strict):
     batch_tokens: padded tokens per forward, see `evaluate/token_budget.py`.
     storage: a database URL; None is SQLite in the run folder.
     on_finish: what happens when the search has ended.
-    log_to: the programs that every trial is logged to, see `api/log_to.py`.
+    log_to: the programs that every trial is logged to, see `search/monitor/trackers.py`.
     hub: hub id -> `owner/name@commit`, the commit that the search began with; evomerge writes it.
     """
 

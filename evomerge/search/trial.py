@@ -25,7 +25,7 @@ from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
-from evomerge.search.monitor.incumbent import coefficients_of, task_scores
+from evomerge.search.monitor.incumbent import coefficients_of, means, task_scores
 from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone
@@ -177,8 +177,22 @@ class TrialRunner:
         self.log(f"trial {trial.number} {state.name.lower()} value={value} {remark(record)}".rstrip())
         self.storing = time.perf_counter() - scored
         self.monitor.trial(trial.number, value, record, trial.baseline)
+        self.track(trial, value, record)
         if self.monitor.progress.best_number == trial.number:
             self.show_incumbent(trial.number)
+
+    def track(self, trial: Begun, value: float | None, record: TrialRecord) -> None:
+        """Log a finished trial to the programs of `log_to`."""
+        if not self.monitor.trackers:
+            return
+        progress, in_full = self.monitor.progress, value is not None and record.in_full
+        evaluated = 1.0 if in_full else record.partial or 0.0
+        scores = means(record.scores) if in_full else {}
+        coefficients = coefficients_of(trial.params, self.study.space)
+        seconds = record.seconds.total
+        self.monitor.trackers.trial(
+            progress.trials, trial.number, value, progress.best, evaluated, seconds, scores, coefficients
+        )
 
     def show_incumbent(self, number: int) -> None:
         """Show the scores and coefficients of the best trial.  number: -1 if there is none yet."""

@@ -210,6 +210,7 @@ class Learner:
             )
         self.study.stored.set_user_attr(step_key(number, climb.number), record.to_json())
         self.monitor.add_used(used)
+        self.monitor.trackers.gradient_step(climb.number * self.steps + number, record.value)
         return record
 
     def weights(

@@ -24,6 +24,7 @@ from evomerge.search.monitor.snapshot import (
     thinned,
     write_snapshot,
 )
+from evomerge.search.monitor.trackers import Trackers
 from evomerge.search.run import Run
 from evomerge.search.storage.study import FINISHED, in_full
 from evomerge.search.storage.trial_record import TrialRecord, record_of
@@ -71,6 +72,7 @@ class Monitor:
         self.config = config
         self.limits = limits
         self.listener = listener
+        self.trackers = Trackers(run, config)
         self.stopwatch = Stopwatch()
         self.progress = SearchProgress()
         self.worker_states: Callable[[], Sequence[WorkerState]] = tuple
@@ -104,6 +106,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.trackers.close(ended=error is None)
         self.ended = "finished" if error is None else f"stopped: {error or type(error).__name__}".splitlines()[0]
         self.publish()
 
