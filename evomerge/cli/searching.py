@@ -163,6 +163,18 @@ def studies(
     print_studies(storage)
 
 
+@app.command(epilog="Example: evomerge dashboard runs/quickstart")
+def dashboard(
+    run: RunFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port on 127.0.0.1; 0 for any that is free.")] = 8080,
+) -> None:
+    """Show the study in optuna-dashboard, on this machine only; a search may run meanwhile."""
+    from evomerge.report.dashboard import serve
+    from evomerge.search.run import open_run
+
+    serve(open_run(run), port, lambda address: print(f"dashboard: {address}  (Ctrl-C ends it)", flush=True))
+
+
 @app.command(epilog="Example: evomerge report runs/quickstart")
 def report(run: RunFolder) -> None:
     """Write report.html of a finished run again."""
