@@ -163,6 +163,26 @@ def studies(
     print_studies(storage)
 
 
+@app.command(epilog="Example: evomerge compare runs/seed0 runs/seed1 runs/seed2")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Put the verdicts of several runs side by side, and compare their candidates on the holdout items they share."""
+    import json
+
+    from evomerge.search.run import open_run
+    from evomerge.search.verdict.across_runs import compare_runs
+
+    found = compare_runs([open_run(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    from evomerge.report.comparison import print_comparison
+
+    print_comparison(found)
+
+
 @app.command(epilog="Example: evomerge dashboard runs/quickstart")
 def dashboard(
     run: RunFolder,
