@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from evomerge.search.verdict.across_runs import compare_runs
 def runs(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs by name: two that differ in the method only, and one with another seed."""
     found = {}
-    given = {"first": {}, "linear": {"method": "linear"}, "seed": {"seed": 4}}
+    given: dict[str, dict[str, Any]] = {"first": {}, "linear": {"method": "linear"}, "seed": {"seed": 4}}
     for name, changes in given.items():
         folder = tmp_path_factory.mktemp(name)
         found[name] = folder / name
