@@ -69,7 +69,8 @@ def searched_coefficients(point: Mapping[str, Any], space: Space) -> Iterator[Co
     searched = {group.knob for group in space.groups if not group.fixed}
     values: dict[tuple[str, str | None], list[float]] = {}
     for group in space.groups:
-        if group.knob in searched and not group.idle:
+        there = group.fixed or all(axis in point for axis in group.axes)  # a trial of before may lack an axis
+        if group.knob in searched and not group.idle and there:
             each = [group.low] if group.fixed else [float(point[axis]) for axis in group.axes]
             values.setdefault((group.knob, group.source), []).extend(each)
     for (knob, source), each in values.items():
