@@ -91,6 +91,10 @@ def resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
     ] = False,
+    on_finish: Annotated[
+        bool,
+        typer.Option("--on-finish", help="Agree to the on_finish of a run that was started elsewhere."),
+    ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
     from evomerge.api.search import SearchStopped
@@ -109,6 +113,7 @@ def resume(
             ray=ray,
             out=out,
             accept_changes=accept_changes,
+            on_finish=on_finish,
         )
     except SearchStopped as stopped:
         leave(stopped)
@@ -168,6 +173,38 @@ def studies(
     from evomerge.report.studies import print_studies
 
     print_studies(storage)
+
+
+@app.command(epilog="Example: evomerge compare runs/seed0 runs/seed1 runs/seed2")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Put the verdicts of several runs side by side, and compare their candidates on the holdout items they share."""
+    import json
+
+    from evomerge.search.run import open_run
+    from evomerge.search.verdict.across_runs import compare_runs
+
+    found = compare_runs([open_run(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    from evomerge.report.comparison import print_comparison
+
+    print_comparison(found)
+
+
+@app.command(epilog="Example: evomerge dashboard runs/quickstart")
+def dashboard(
+    run: RunFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port on 127.0.0.1; 0 for any that is free.")] = 8080,
+) -> None:
+    """Show the study in optuna-dashboard, on this machine only; a search may run meanwhile."""
+    from evomerge.report.dashboard import serve
+    from evomerge.search.run import open_run
+
+    serve(open_run(run), port, lambda address: print(f"dashboard: {address}  (Ctrl-C ends it)", flush=True))
 
 
 @app.command(epilog="Example: evomerge report runs/quickstart")

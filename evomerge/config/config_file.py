@@ -277,18 +277,18 @@ def dump_config(config: SearchConfig) -> str:
 
 
 def write_config(path: Path, config: SearchConfig) -> None:
-    """Write the configuration to a file, which only its owner can read if it contains a password."""
-    write_text(path, dump_config(config), private=has_password(config.storage))
+    """Write the configuration to a file, which only its owner can read if it may contain a password."""
+    write_text(path, dump_config(config), private=has_password(config.storage) or config.on_finish is not None)
 
 
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ, and so may the
-    method that was chosen from a list.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers, `on_finish`, `log_to` and the table of hub commits may
+    differ, and so may the method that was chosen from a list.  Passwords are not shown.
     """
     chosen = {"method"} if old.methods and new.methods else set()
-    free = {"budget", "simplify", "price", "workers", "hub"} | chosen
+    free = {"budget", "simplify", "price", "workers", "hub", "on_finish", "log_to"} | chosen
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

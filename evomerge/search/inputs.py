@@ -85,7 +85,7 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     inputs: of `input_fingerprints`.
     items: of `item_fingerprints`.
     """
-    free = {"name", "budget", "simplify", "price", "workers", "storage", "hub"}
+    free = {"name", "budget", "simplify", "price", "workers", "storage", "hub", "on_finish", "log_to"}
     content = config.model_dump(mode="json", exclude=free)
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     if content.pop("methods"):  # the search chooses among them, so its choice does not count

@@ -3,6 +3,7 @@
 run.json            what the run was made of: versions, seed, SHA-256 of every input file and of the items
 config.yaml         the configuration with absolute paths; written last, so a folder that has it is a run
 lock                held by the process that works on the run
+log_to.json         the names and ids of the runs in the programs of `log_to`
 log.txt             one line for everything that happens, with its time
 state.json          the progress of the running search, for `evomerge status --watch`
 study.db            the study: trials with their item scores, and all other evaluations (SQLite); it is not there

@@ -25,7 +25,7 @@ from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
-from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
+from evomerge.evaluate.clock import Batches, Clock, Counts, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
@@ -196,7 +196,7 @@ class Evaluator:
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
             work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
-        clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
+        clock = Clock(self.check, Batches(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(None, clock) if canary else None
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)

@@ -124,6 +124,7 @@ class Evaluations(StoredEvaluations):
                     new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
                     known.setdefault(task, {}).setdefault(metric, {}).update(new)
             self.store(split, recipe, name, self.arranged(split, known), count, result)
+        self.monitor.part()
         return self.arranged(split, known)
 
     async def score_in_race(self, recipe: Recipe, name: str, setup: RaceSetup, race: Race) -> None:

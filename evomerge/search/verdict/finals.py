@@ -126,6 +126,7 @@ async def finish(
     found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
     references = {guard.of: reference(study.space, known, guard.of).recipe for guard in task_set.guards}
     unguarded = await reference_scores(evaluations, "selection", references)
+    evaluations.monitor.phase("judging: finalists and baselines on the selection items", len(found))
     selected = await select(run, evaluations, found, unguarded)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
@@ -134,6 +135,7 @@ async def finish(
     searched = len(candidates) + len(step_records(study.stored.user_attrs))
     chosen, simplified = selected[0].finalist, ""
     if (margin := study.space.config.simplify) is not None and chosen.kind == "candidate":
+        evaluations.monitor.phase("judging: looking for a simpler recipe")
         for simple in await simplify(study.space, evaluations, chosen.recipe, margin, run.log):
             finalist = Finalist("simplified", "candidate", None, simple.recipe)
             tried = await select(run, evaluations, [finalist], unguarded)
@@ -145,6 +147,7 @@ async def finish(
         run.log(simplified or f"{chosen.name} is not simplified")
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
     rivals = without_weaker_recipes(others)
+    evaluations.monitor.phase("judging: the chosen model and the baselines on the holdout items", 1 + len(rivals))
     scores, *rival_scores = await run_all(
         *(score_or_none(run, evaluations, "holdout", f.name, f.recipe) for f in (chosen, *rivals))
     )

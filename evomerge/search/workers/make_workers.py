@@ -116,7 +116,7 @@ def devices_of(wanted: str) -> list[str]:
 
 def setup_of(run: Run, config: SearchConfig) -> WorkerSetup:
     """The setup of workers outside this process.  They get no database URL and so no password."""
-    told = config.model_copy(update={"storage": None})
+    told = config.model_copy(update={"storage": None, "on_finish": None})
     manifest, files = run.manifest(), model_stamps(model_folders(config))
     return WorkerSetup(told, run.folder.resolve(), platform.node(), files, manifest["inputs"], manifest["items"])
 
