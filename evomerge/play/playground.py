@@ -32,7 +32,7 @@ from evomerge.merge.materialise import NotFinite
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.play.answer import answer, prompt_of
 from evomerge.play.presets import Presets, presets_of
-from evomerge.play.sliders import Moves, Slider, moved, shown_methods, shown_value, sliders, with_method
+from evomerge.play.sliders import SHOWN, Moves, Slider, moved, shown_methods, shown_value, sliders, with_method
 from evomerge.search.evaluation.evaluator import Evaluator, free_memory
 from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.score_checks import finite_scores
@@ -157,6 +157,14 @@ class Playground:
     def shown(self, recipe: Recipe, slider: Slider) -> float:
         """Where a slider stands for a recipe, with two decimals."""
         return shown_value(recipe, slider, self.places, self.layers)
+
+    def bounds(self, recipe: Recipe, slider: Slider) -> tuple[float, float]:
+        """Both ends of a slider: what the search may propose, and where the slider stands, lie between them."""
+        own = [self.shown(recipe, slider)]
+        own += [
+            x for g in self.space.groups if (g.knob, g.source) == (slider.knob, slider.source) for x in (g.low, g.high)
+        ]
+        return min(0.0, *own), max(SHOWN[slider.knob], *own)
 
     def moved(self, recipe: Recipe, moves: Moves) -> Recipe:
         """The recipe after these moves, see `sliders.moved`."""
