@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,12 +341,16 @@ class Tab:
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
 
-    def until(self, words: str, selector: str) -> None:
-        """Wait for words in a part of the page."""
-        end = time.monotonic() + 30
-        while words not in self.text(selector):
-            assert time.monotonic() < end, f"{selector} does not say {words!r} but {self.text(selector)!r}"
+    def until(self, holds: Callable[[], bool], what: str = "", seconds: float = 30) -> None:
+        """Wait for something to hold.  what: a part of the page, shown if it does not."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, self.text(what or "#state")
             self.page.wait_for_timeout(50)
+
+    def until_says(self, words: str, where: str) -> None:
+        """Wait for words in a part of the page."""
+        self.until(lambda: words in self.text(where), where)
 
     def choose(self, what: str, option: str) -> None:
         self.page.click(f"#{what} input")
@@ -356,8 +360,7 @@ class Tab:
         """Type a number beside a slider, once the page shows where it starts."""
         field = self.page.locator(f"#{slider} input[type=number]")
         field.wait_for()
-        while field.input_value() != start:
-            self.page.wait_for_timeout(50)
+        self.until(lambda: field.input_value() == start)
         self.page.wait_for_timeout(300)  # the page sets its parts one after the other
         field.fill(str(to))
         field.press("Enter")
@@ -370,14 +373,14 @@ class Tab:
 def test_the_page_moves_asks_scores_and_saves(served: str, browser: Any, play: Playground, tmp_path: Path) -> None:
     tab = Tab(browser, served)
     tab.choose("preset", "rev")
-    tab.until("rev 1, add 0", "#state")
+    tab.until_says("rev 1, add 0", "#state")
     tab.move("move-weight-add", "0", 0.6)
-    tab.until("rev 1, add 0.6", "#state")
+    tab.until_says("rev 1, add 0.6", "#state")
     assert "merged in" in tab.text("#state")
     this = play.moved(play.presets.recipes["rev"], {ADD: 0.6})
     name, example = recipe_name(this), play.examples[0]
     tab.page.click("#ask")
-    tab.until(name, "#answer-2")
+    tab.until_says(name, "#answer-2")
     for k, recipe in enumerate(
         (play.presets.recipes[play.presets.parent], play.presets.recipes[play.presets.found], this)
     ):
@@ -385,22 +388,22 @@ def test_the_page_moves_asks_scores_and_saves(served: str, browser: Any, play: P
         assert tab.page.input_value(f"#answer-{k} textarea") == reply.text
         assert recipe_name(recipe) in tab.text(f"#answer-{k}")
     tab.page.click("#score")
-    tab.until(name, "#scores")
+    tab.until_says(name, "#scores")
     cells = [float(x) for x in tab.page.locator("#scores td:last-child").all_inner_texts()]
     assert cells == [round(x, 3) for s in play.score(this, 12) for x in (s.by_metric, s.by_objective)]
     tab.page.fill("#path textarea, #path input", str(tmp_path / "mine.yaml"))
     tab.page.click("#save")
-    tab.until("written", "#saved")
+    tab.until_says("written", "#saved")
     assert load_recipe(tmp_path / "mine.yaml") == this
     tab.page.click("#save")
-    tab.until("exists already", "#saved")
+    tab.until_says("exists already", "#saved")
     tab.close()
 
 
 def test_the_page_changes_method_and_splits_its_sliders(served: str, browser: Any, play: Playground) -> None:
     tab = Tab(browser, served)
     tab.choose("method", "dare_ties")
-    tab.until("dare_ties", "#state")
+    tab.until_says("dare_ties", "#state")
     tab.page.wait_for_selector("#move-density-rev", state="visible")
     tab.page.click("#split input")
     tab.page.wait_for_selector("#move-density-rev-mlp", state="visible")
@@ -409,10 +412,10 @@ def test_the_page_changes_method_and_splits_its_sliders(served: str, browser: An
     tab.move("move-density-rev-mlp", "1", 0.5)
     found = play.with_method(play.presets.recipes[play.presets.found], "dare_ties")
     name = recipe_name(play.moved(found, {Slider("density", "rev", "mlp"): 0.5}))
-    tab.until(name, "#state")
-    tab.until(name, "#answer-2")
+    tab.until_says(name, "#state")
+    tab.until_says(name, "#answer-2")
     tab.page.click("#again")
-    tab.until(recipe_name(play.presets.recipes[play.presets.found]), "#state")
+    tab.until_says(recipe_name(play.presets.recipes[play.presets.found]), "#state")
     assert not tab.page.is_visible("#move-density-rev-mlp")
     tab.close()
 
@@ -422,11 +425,11 @@ def test_two_tabs_do_not_move_each_other(served: str, browser: Any, play: Playgr
     first.choose("preset", "rev")
     second.choose("preset", "add")
     for tab, preset in ((first, "rev"), (second, "add")):
-        tab.until(recipe_name(play.presets.recipes[preset]), "#state")
+        tab.until_says(recipe_name(play.presets.recipes[preset]), "#state")
     first.page.click("#ask")
     second.page.click("#ask")
     for tab, preset in ((first, "rev"), (second, "add")):
-        tab.until(recipe_name(play.presets.recipes[preset]), "#answer-2")
+        tab.until_says(recipe_name(play.presets.recipes[preset]), "#answer-2")
         tab.close()
 
 
@@ -435,7 +438,7 @@ def test_two_tabs_do_not_move_each_other(served: str, browser: Any, play: Playgr
 def test_the_page_fits_its_window(served: str, browser: Any, width: int, scheme: str) -> None:
     tab = Tab(browser, served, width, scheme)
     tab.page.click("#score")
-    tab.until("this recipe", "#scores")
+    tab.until_says("this recipe", "#scores")
     tab.page.click("#options button")
     assert tab.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     dark = tab.page.evaluate(

@@ -55,6 +55,8 @@ class Events:
 
     def change_method(self, method: str, start: Recipe, split: bool, *values: float) -> list[Any]:
         """A method was chosen; coefficients that it has too stay."""
+        if method == start.method:  # Gradio sends this event twice, the second time with sliders of the old method
+            return [gr.skip() for _ in range(len(self.every) + 3)]
         try:
             return self.begin(self.play.with_method(self.present(start, split, values), method), split)
         except EvomergeError as error:
