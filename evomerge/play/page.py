@@ -19,7 +19,8 @@ SCORED = (
     "verdict: a direction, no proof."
 )
 STYLE = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; padding: 1rem !important; }
+.gradio-container { max-width: min(1240px, 100%) !important; margin: 0 auto !important; padding: 1rem !important; }
+.gradio-container main { padding: 0 !important; }
 .html-container { padding: 0 2px !important; }
 .about h1 { font-size: 1.35rem; margin: 0; }
 .about p { margin: .2rem 0 0; overflow-wrap: anywhere; }
@@ -29,7 +30,8 @@ STYLE = """
 .line { align-items: end; }
 .line button { height: 2.6rem; }
 .scores table { border-collapse: collapse; width: 100%; font-size: var(--text-sm); }
-.scores th, .scores td { padding: .35rem .6rem; text-align: right; font-variant-numeric: tabular-nums; }
+.scores .html-container { overflow-x: auto; }
+.scores th, .scores td { padding: .35rem 0 .35rem .6rem; text-align: right; font-variant-numeric: tabular-nums; }
 .scores table, .scores tr, .scores th, .scores td { border: 0 !important; }
 .scores tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .scores th { font-weight: 600; vertical-align: bottom; }
