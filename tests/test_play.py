@@ -1,5 +1,7 @@
 """The playground: the same bits and scores as the commands, and its page in a real browser."""
 
+import contextlib
+import http.client
 import importlib.util
 import os
 import shutil
@@ -232,6 +234,7 @@ def test_two_tabs_at_once_get_the_answers_of_their_own_recipes(play: Playground)
     assert not wrong
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_recipe_that_breaks_the_model_is_said_to_and_the_next_one_works(play: Playground) -> None:
     start = play.presets.recipes["rev"].model_copy(deep=True)
     start.sources[0].parameters["weight"] = 1e38
@@ -368,6 +371,13 @@ class Tab:
     def close(self) -> None:
         assert self.wrong == []
         self.page.context.close()
+
+
+def test_the_page_is_served_under_the_names_of_this_machine_alone(served: str) -> None:
+    for host, status in (("127.0.0.1", 200), ("localhost", 200), ("evil.example", 400)):
+        with contextlib.closing(http.client.HTTPConnection(served.removeprefix("http://"))) as connection:
+            connection.request("GET", "/", headers={"Host": host})
+            assert connection.getresponse().status == status, host
 
 
 def test_the_page_moves_asks_scores_and_saves(served: str, browser: Any, play: Playground, tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import gradio as gr
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.play.playground import Playground, QuickScore, Reply, recipe_name, save_recipe
+from evomerge.play.playground import Playground, QuickScore, recipe_name, save_recipe
 from evomerge.play.sliders import GROUPS, SHOWN, Slider
 
 THIS = "this recipe"  # what the sliders make
 BY_SOURCE = ("weight", "density")
+LIMIT = 64  # new tokens, where none are given
 
 
 class Events:
@@ -88,29 +89,37 @@ class Events:
     # --- Events that leave them there ---
 
     def move(
-        self, follow: bool, text: str, chat: bool, stop: str, limit: int, start: Recipe, split: bool, *values: float
-    ) -> Iterator[tuple[Any, Any]]:
+        self, follow: bool, text: str, chat: bool, stop: str, limit: int | None,
+        start: Recipe, split: bool, *values: float,
+    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
         """A slider was moved: line of state, and if the answer is to follow, the box of this recipe."""
         try:
             recipe = self.present(start, split, values)
             yield self.merged(recipe), gr.skip()
             if follow and text.strip():
-                yield gr.skip(), self.told(THIS, recipe, self.play.ask(recipe, text, chat, unescaped(stop), limit))
+                yield gr.skip(), self.answered(THIS, recipe, text, chat, stop, limit)
         except EvomergeError as error:
             yield wrong(error), gr.skip()
 
     def ask(
-        self, left: str, middle: str, text: str, chat: bool, stop: str, limit: int,
+        self, left: str, middle: str, text: str, chat: bool, stop: str, limit: int | None,
         start: Recipe, split: bool, *values: float,
     ) -> Iterator[list[Any]]:  # fmt: skip
         """A prompt was sent: the three boxes, one after the other, and the line of state."""
         boxes = [gr.skip(), gr.skip(), gr.skip()]
         try:
             for k, (name, recipe) in enumerate(self.beside(left, middle, self.present(start, split, values))):
-                boxes[k] = self.told(name, recipe, self.play.ask(recipe, text, chat, unescaped(stop), limit))
+                boxes[k] = self.answered(name, recipe, text, chat, stop, limit)
                 yield [*boxes, gr.skip()]
         except EvomergeError as error:
             yield [*boxes, wrong(error)]
+
+    def answered(self, name: str, recipe: Recipe, text: str, chat: bool, stop: str, limit: int | None) -> Any:
+        """A box with a recipe's answer, and with the recipe that gave it."""
+        reply = self.play.ask(recipe, text, chat, unescaped(stop), limit or LIMIT)
+        cut = ", cut at the limit" if reply.cut else ""
+        info = f"{reply.recipe} {self.play.summary(recipe)}: {reply.seconds:.2f} s{cut}"
+        return gr.update(label=name, info=info, value=reply.text)
 
     def score(
         self, left: str, middle: str, items: int, start: Recipe, split: bool, *values: float
@@ -155,12 +164,6 @@ class Events:
         done = self.play.merge(recipe)
         how = f"merged in {done.seconds:.2f} s" if done.seconds else "merged"
         return f"<code>{done.recipe}</code> {html.escape(self.play.summary(recipe))}: {how}"
-
-    def told(self, name: str, recipe: Recipe, reply: Reply) -> Any:
-        """An answer with the recipe that gave it."""
-        cut = ", cut at the limit" if reply.cut else ""
-        info = f"{reply.recipe} {self.play.summary(recipe)}: {reply.seconds:.2f} s{cut}"
-        return gr.update(label=name, info=info, value=reply.text)
 
 
 def wrong(error: Exception) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from evomerge.play.events import THIS, Events, escaped, gold_line
+from evomerge.play.events import LIMIT, THIS, Events, escaped, gold_line
 from evomerge.play.playground import Playground
 from evomerge.play.sliders import Slider
 
@@ -81,7 +81,7 @@ def build_page(play: Playground) -> tuple[Any, dict[str, Any]]:
                 prompt, stop, limit, right = (
                     (examples[0].prompt, examples[0].stop, examples[0].limit, gold_line(examples[0].gold))
                     if examples
-                    else ("", "", 64, "")
+                    else ("", "", LIMIT, "")
                 )
                 text = gr.Textbox(prompt, label="Prompt", lines=3, max_lines=14, elem_id="prompt")
                 gold = gr.HTML(right, elem_classes="quiet", elem_id="gold", padding=False)

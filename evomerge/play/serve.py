@@ -30,6 +30,9 @@ def serve(target: Path, port: int, browser: bool) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     for name in ("no_proxy", "NO_PROXY"):  # Gradio looks whether its page is there, and a proxy cannot know
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     from evomerge.play.page import build_page
 
     page, looks = build_page(play)
@@ -41,6 +44,8 @@ def serve(target: Path, port: int, browser: bool) -> None:
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
+            # A page of the internet whose name has been made to mean this machine is refused.
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])]},
             # What an environment variable could turn on:
             share=False,
             run_history=False,
