@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from searches import Done, Started, finished_search, run_cli, start_cli, write_config
+from searches import ROOT, Done, Started, finished_search, run_cli, start_cli, write_config
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import destinations
@@ -29,6 +29,15 @@ from evomerge.play.sliders import GROUPS, Slider
 from evomerge.sources.tensor_names import tensor_role
 
 CHROMIUM = Path("/usr/bin/chromium")
+NO_NETWORK = """
+import socket, sys
+real = socket.getaddrinfo
+def look_up(host, *rest, **options):
+    if host not in (None, "127.0.0.1", "localhost"):
+        print("NETWORK", host, file=sys.stderr)
+    return real(host, *rest, **options)
+socket.getaddrinfo = look_up
+"""
 REV, ADD = Slider("weight", "rev"), Slider("weight", "add")
 
 
@@ -195,13 +204,26 @@ def test_answers_are_those_of_the_tasks_and_need_no_cache_of_keys_and_values(pla
     assert play.engine.text(tokens, prompt.until) == text
 
 
-def test_the_chat_template_goes_around_the_prompt(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_goes_into_the_chat_template_where_its_task_says_so(
+    play: Playground, tiny_family: Path, tmp_path: Path
+) -> None:
     with pytest.raises(EvomergeError, match="no chat template"):
-        prompt_of(play.engine, "rev ab=", True, "", 8)
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
-    monkeypatch.setattr(play.engine.tokenizer, "chat_template", template)
-    chat = prompt_of(play.engine, "rev ab=", True, "", 8)
-    assert chat.context == prompt_of(play.engine, "user: rev ab=", False, "", 8).context
+        play.ask(play.presets.recipes["base"], "rev ab=", chat=True)
+    shutil.copytree(tiny_family / "base", tmp_path / "base")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(template, encoding="utf-8")
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "apply_chat_template": True}
+    file = write_config(tmp_path, tiny_family, base=str(tmp_path / "base"), tasks=[task])
+    chatting = open_playground(file, log=lambda line: None)
+    example = chatting.examples[0]
+    assert example.chat
+    assert "==" not in example.prompt
+    recipe = chatting.presets.recipes["rev"]
+    reply = chatting.ask(recipe, example.prompt, example.chat, example.stop, example.limit)
+    chatting.score(recipe, 8)
+    asked = chatting.workloads(8)[0].items[0].instances[0]
+    assert asked.args[0] == example.prompt + "="
+    assert reply.text == asked.resps[0]
 
 
 @pytest.mark.parametrize(("text", "limit", "words"), [(" ", 8, "write a prompt"), ("a", 10**6, "leave no room")])
@@ -299,16 +321,17 @@ def wait_for(words: str, server: Started, seconds: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def served(run: Path) -> Iterator[str]:
-    """The address of a playground's page; Ctrl-C must end it cleanly."""
+    """The address of a playground's page; its server must use no network, and Ctrl-C must end it cleanly."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("Gradio is not installed")
     port = free_port()
-    server = start_cli("play", run, "--port", str(port), "--no-browser")
+    server = start_cli("play", run, "--port", str(port), "--no-browser", prelude=NO_NETWORK)
     wait_for("Ctrl-C ends it", server)
     yield f"http://127.0.0.1:{port}"
     os.kill(server.pid, signal.SIGINT)
     done: Done = server.wait()
     assert done.returncode == 130, done
+    assert "NETWORK" not in done.stderr
     assert "Traceback" not in done.stderr
 
 

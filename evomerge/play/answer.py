@@ -27,12 +27,16 @@ def prompt_of(engine: Engine, text: str, chat: bool, stop: str, limit: int) -> P
     longest = int(engine.lm.max_length) - limit
     if longest < 1:
         raise EvomergeError(f"{limit} new tokens leave no room for the prompt: the model takes {engine.lm.max_length}")
-    asked = engine.lm.apply_chat_template([{"role": "user", "content": text}]) if chat else text
-    tokens = engine.lm.tok_encode(asked)[-longest:]
+    tokens = engine.lm.tok_encode(in_chat(engine, text) if chat else text)[-longest:]
     if not tokens:
         raise EvomergeError("this prompt has no tokens")
     end = engine.lm.tok_decode(engine.lm.eot_token_id, skip_special_tokens=False)
     return Prompt(tuple(tokens), tuple(filter(None, (stop, end))), limit)
+
+
+def in_chat(engine: Engine, text: str) -> str:
+    """The text as the words of the user in the tokenizer's chat template, up to where the model answers."""
+    return str(engine.lm.apply_chat_template([{"role": "user", "content": text}]))
 
 
 def answer(engine: Engine, prompt: Prompt, check: Callable[[], None]) -> tuple[str, bool]:

@@ -136,7 +136,7 @@ class Events:
     def take(self, number: int) -> list[Any]:
         """A search item was chosen as the prompt: prompt, chat template, end, limit, right answer."""
         found = self.play.examples[number]
-        return [found.prompt, False, escaped(found.stop), found.limit, gold_line(found.gold)]
+        return [found.prompt, found.chat, escaped(found.stop), found.limit, gold_line(found.gold)]
 
     def save(self, path: str, start: Recipe, split: bool, *values: float) -> str:
         """The recipe is to be saved: a line that says where it is."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from evomerge.play.events import LIMIT, THIS, Events, escaped, gold_line
+from evomerge.play.events import LIMIT, THIS, Events, escaped
 from evomerge.play.playground import Playground
 from evomerge.play.sliders import Slider
 
@@ -78,11 +78,7 @@ def build_page(play: Playground) -> tuple[Any, dict[str, Any]]:
                     middle = gr.Dropdown(
                         presets, value=play.presets.found, label="and with", elem_id="middle", min_width=200
                     )
-                prompt, stop, limit, right = (
-                    (examples[0].prompt, examples[0].stop, examples[0].limit, gold_line(examples[0].gold))
-                    if examples
-                    else ("", "", LIMIT, "")
-                )
+                prompt, chatting, stop, limit, right = events.take(0) if examples else ("", False, "", LIMIT, "")
                 text = gr.Textbox(prompt, label="Prompt", lines=3, max_lines=14, elem_id="prompt")
                 gold = gr.HTML(right, elem_classes="quiet", elem_id="gold", padding=False)
                 with gr.Accordion("Search items and options", open=False, elem_id="options"):
@@ -91,11 +87,14 @@ def build_page(play: Playground) -> tuple[Any, dict[str, Any]]:
                         choices, label="A search item as the prompt", value=0 if examples else None, elem_id="given"
                     )
                     chat = gr.Checkbox(
-                        label="Put the prompt into the chat template", elem_id="chat", visible=play.has_chat_template
+                        chatting,
+                        label="Put the prompt into the chat template",
+                        elem_id="chat",
+                        visible=play.has_chat_template,
                     )
                     with gr.Row():
                         end = gr.Textbox(
-                            escaped(stop), label="Answers end before (\\n: new line)", elem_id="stop", min_width=140
+                            stop, label="Answers end before (\\n: new line)", elem_id="stop", min_width=140
                         )
                         most = gr.Number(
                             limit, label="New tokens at most", minimum=1, precision=0, elem_id="limit", min_width=140

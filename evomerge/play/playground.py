@@ -30,7 +30,7 @@ from evomerge.evaluate.workload import Workload
 from evomerge.files import disk_errors
 from evomerge.merge.materialise import NotFinite
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
-from evomerge.play.answer import answer, prompt_of
+from evomerge.play.answer import answer, in_chat, prompt_of
 from evomerge.play.presets import Presets, presets_of
 from evomerge.play.sliders import SHOWN, Moves, Slider, moved, shown_methods, shown_value, sliders, with_method
 from evomerge.search.evaluation.evaluator import Evaluator, free_memory
@@ -93,14 +93,15 @@ class QuickScore:
 class Example:
     """A search item as a prompt.
 
-    prompt: as the model sees it, with examples and chat template.
+    prompt: as the model sees it, with examples and chat template; with `chat` without the template.
     gold: the right answer.
-    stop, limit: where an answer ends, see `prompt_of`.
+    chat, stop, limit: see `prompt_of`.
     """
 
     task: str
     prompt: str
     gold: str
+    chat: bool
     stop: str
     limit: int
 
@@ -267,18 +268,15 @@ class Playground:
                 if asked.prompts:
                     limit = asked.prompts[0].limit
                     stop = next((s for s in asked.prompts[0].until if s != end), "")
-                prompt = str(asked.instances[0].args[0])
-                found.append(Example(work.task.name, prompt, gold_of(work.task, asked.item), stop, limit))
+                prompt, question = str(asked.instances[0].args[0]), str(work.task.lm.doc_to_text(asked.item.doc))
+                chat = work.task.chat and in_chat(self.engine, question) == prompt
+                gold = gold_of(work.task, asked.item)
+                found.append(Example(work.task.name, question if chat else prompt, gold, chat, stop, limit))
         return found
 
     @property
     def has_chat_template(self) -> bool:
         return self.engine.tokenizer.chat_template is not None
-
-    @property
-    def chats(self) -> bool:
-        """Whether a task of the configuration asks with the chat template."""
-        return self.has_chat_template and any(task.chat for task in self.evaluator.task_set.tasks)
 
     def close(self) -> None:
         """Let work that goes on end at its next tensor, batch or token."""
@@ -294,8 +292,11 @@ def open_playground(target: Path, log: Callable[[str], None] = print) -> Playgro
     EvomergeError if it is neither, or a model or task cannot be opened.
     """
     run = None if target.is_file() else open_run(target)
-    config = pin(load_config(target), {}) if run is None else pin(run.config(), run.config().hub)
-    if run is not None:
+    if run is None:
+        config = pin(load_config(target), {})
+    else:
+        config = run.config()
+        config = pin(config, config.hub)
         with suppress(EvomergeError):  # models and tasks can be opened although the study's database is not there
             study = run.study()
             config = with_first_objectives(study, config)

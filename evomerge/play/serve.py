@@ -23,6 +23,7 @@ def serve(target: Path, port: int, browser: bool) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise EvomergeError('the playground needs Gradio: pip install "evomerge[play]"')
     refuse_used_port(port)
+    print(f"opening the models of {target}", flush=True)
     from evomerge.play.playground import open_playground
 
     play = open_playground(target)
