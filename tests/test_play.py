@@ -424,6 +424,9 @@ def test_the_page_moves_asks_scores_and_saves(served: str, browser: Any, play: P
     tab.until_says(name, "#scores")
     cells = [float(x) for x in tab.page.locator("#scores td:last-child").all_inner_texts()]
     assert cells == [round(x, 3) for s in play.score(this, 12) for x in (s.by_metric, s.by_objective)]
+    assert example.gold in tab.text("#gold")
+    tab.page.fill("#prompt textarea", "something else")
+    tab.until(lambda: tab.text("#gold").strip() == "", "#gold")
     tab.page.fill("#path textarea, #path input", str(tmp_path / "mine.yaml"))
     tab.page.click("#save")
     tab.until_says("written", "#saved")

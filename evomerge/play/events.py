@@ -134,9 +134,14 @@ class Events:
             yield gr.skip(), wrong(error)
 
     def take(self, number: int) -> list[Any]:
-        """A search item was chosen as the prompt: prompt, chat template, end, limit, right answer."""
+        """A search item was chosen as the prompt: prompt, chat template, end, limit."""
         found = self.play.examples[number]
-        return [found.prompt, found.chat, escaped(found.stop), found.limit, gold_line(found.gold)]
+        return [found.prompt, found.chat, escaped(found.stop), found.limit]
+
+    def right(self, text: str) -> str:
+        """The prompt has changed: its right answer, if it is a search item's."""
+        gold = next((example.gold for example in self.play.examples if example.prompt == text), None)
+        return "" if gold is None else f"Right answer: {html.escape(escaped(gold))}"
 
     def save(self, path: str, start: Recipe, split: bool, *values: float) -> str:
         """The recipe is to be saved: a line that says where it is."""
@@ -169,10 +174,6 @@ class Events:
 def wrong(error: Exception) -> str:
     """What is wrong, in a line of state."""
     return f'<span class="wrong">{html.escape(str(error))}</span>'
-
-
-def gold_line(gold: str) -> str:
-    return f"Right answer: {html.escape(escaped(gold))}"
 
 
 def escaped(text: str) -> str:

@@ -78,9 +78,9 @@ def build_page(play: Playground) -> tuple[Any, dict[str, Any]]:
                     middle = gr.Dropdown(
                         presets, value=play.presets.found, label="and with", elem_id="middle", min_width=200
                     )
-                prompt, chatting, stop, limit, right = events.take(0) if examples else ("", False, "", LIMIT, "")
+                prompt, chatting, stop, limit = events.take(0) if examples else ("", False, "", LIMIT)
                 text = gr.Textbox(prompt, label="Prompt", lines=3, max_lines=14, elem_id="prompt")
-                gold = gr.HTML(right, elem_classes="quiet", elem_id="gold", padding=False)
+                gold = gr.HTML(events.right(prompt), elem_classes="quiet", elem_id="gold", padding=False)
                 with gr.Accordion("Search items and options", open=False, elem_id="options"):
                     choices = [(f"{e.task}: {escaped(e.prompt)[-60:]}", k) for k, e in enumerate(examples)]
                     given = gr.Dropdown(
@@ -130,8 +130,8 @@ def build_page(play: Playground) -> tuple[Any, dict[str, Any]]:
         gr.on(moves, events.move, [follow, *asking, *here], [state, boxes[2]], trigger_mode="always_last", **usual)
         gr.on([send.click, text.submit], events.ask, [left, middle, *asking, *here], [*boxes, state], **usual)
         count.click(events.score, [left, middle, items, *here], [table, state], **usual)
-        given.input(events.take, [given], [*asking, gold], **usual)
-        text.input(lambda: "", None, [gold], **usual)
+        given.input(events.take, [given], asking, **usual)
+        text.change(events.right, [text], [gold], **usual)
         keep.click(events.save, [path, *here], [saved], **usual)
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
