@@ -3,12 +3,17 @@
 Three layers are looked at, the first, the middle and the last one, so that it takes seconds for large models too.
 """
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.files import read_json, write_text
 from evomerge.search.run import Run
 from evomerge.sources.tensor_names import layer_count
+
+if TYPE_CHECKING:
+    from evomerge.sources.open_models import Models
 
 
 class Pair(BaseModel):
@@ -47,15 +52,18 @@ def read_conflicts(run: Run) -> Conflicts | None:
         raise EvomergeError(f"{run.conflicts_file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def write_conflicts(run: Run) -> None:
-    """Measure the sources of a run and write conflicts.json, unless it is there.  EvomergeError if a model is gone."""
+def write_conflicts(run: Run, models: "Models | None") -> None:
+    """Measure the sources of a run and write conflicts.json, unless it is there.
+
+    models: base and sources; None to open them.  EvomergeError if one is gone.
+    """
     if run.conflicts_file.exists() or len(run.config().sources) < 2:
         return
     # Reading tensors needs torch, which a report does not wait for.
     from evomerge.merge.measure.distances import measure
     from evomerge.search.models import open_config_models
 
-    models = open_config_models(run.config())
+    models = models or open_config_models(run.config())
     depth = layer_count(list(models.base.tensors))
     layers = sorted({0, depth // 2, max(0, depth - 1)})
     found = measure(models, set(layers))
