@@ -288,7 +288,7 @@ def search_in(
             search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
             try:
-                write_conflicts(run, opened and opened.models)
+                write_conflicts(run, None if opened is None else opened.models)
             except Exception as error:  # what the report shows beside the verdict is no reason to fail
                 run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
             write_report(run)

@@ -228,7 +228,7 @@ def report(
 
         with only_driver(opened):
             measure_landscape(opened)
-            write_conflicts(opened)
+            write_conflicts(opened, None)
     write_report(opened)
     print(opened.report_file)
 

@@ -302,10 +302,10 @@ def open_playground(target: Path, log: Callable[[str], None] = print) -> Playgro
             config = with_first_objectives(study, config)
             if config.compute_dtype == "auto" and (computing := recorded_type(study.user_attrs)):
                 config = config.model_copy(update={"compute_dtype": computing})
-    models, task_set = open_inputs(config, show=True)
-    space = build_space(config, models)
+    opened = open_inputs(config, show=True)
+    space = build_space(config, opened.models)
     presets = presets_of(space, run)
-    evaluator = Evaluator(config, models, task_set, log=log, cache=run.folder / "cache" if run else None)
+    evaluator = Evaluator(config, opened.models, opened.task_set, log=log, cache=run.folder / "cache" if run else None)
     return Playground(str(target), space, evaluator, presets)
 
 
