@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.merge import plain
-from evomerge.api.on_finish import agree, agreement_file, ending_of, tell
+from evomerge.api.on_finish import content_of, ending_of, tell
 from evomerge.api.run import Run, Trial, reader_of_trials
 from evomerge.config.config_file import load_config, parse_config, write_config
 from evomerge.config.paths import pin
@@ -20,6 +20,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
+from evomerge.search.agreements import agree, agreed, task_code
 from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.monitor.trackers import refuse_missing
@@ -119,7 +120,9 @@ def search(
     if show:
         print(f"run folder: {folder}", flush=True)
     if loaded.on_finish is not None:
-        agree(loaded.on_finish, folder)
+        agree(content_of(loaded.on_finish), folder)
+    if code := task_code(loaded):
+        agree(code, folder)
     return search_and_tell(created, limits, worker_options, out, on_trial, show, opened)
 
 
@@ -180,6 +183,7 @@ def resume(
     ray: str | None = None,
     out: str | Path | None = None,
     accept_changes: bool = False,
+    allow_task_code: bool = False,
     on_finish: bool = False,
     on_trial: OnTrial | None = None,
     show: bool = True,
@@ -188,6 +192,7 @@ def resume(
 
     run: a `Run` or its folder.
     accept_changes: go on although the configuration or a model has changed.
+    allow_task_code: agree to the Python code of the run's tasks, if the search was started elsewhere.
     on_finish: agree to what the run's configuration says under `on_finish`, if the search was started elsewhere.
 
     The other arguments, the result and what is raised are those of `search`; limits and a margin that are not given
@@ -201,6 +206,8 @@ def resume(
         stages.stage(LOADING)
         from evomerge.search.inputs import check_unchanged
 
+        if allow_task_code and (code := task_code(files.config())):
+            agree(code, files.folder)
         stages.stage("comparing models and tasks with those that the search began with")
         config = check_unchanged(files, accept_changes)
     changed = with_margin(with_budget(config, trials, timeout, target, patience), simplify)
@@ -208,7 +215,7 @@ def resume(
     if changed is not config:
         write_config(files.config_file, changed)
     if changed.on_finish is not None and on_finish:
-        agree(changed.on_finish, files.folder)
+        agree(content_of(changed.on_finish), files.folder)
     return search_and_tell(files, limits, worker_options, out, on_trial, show)
 
 
@@ -244,7 +251,7 @@ def search_and_tell(
 ) -> Run:
     """`search_in`, and then what the configuration's `on_finish` says, if the user has agreed to it."""
     on_finish = run.config().on_finish
-    if on_finish is not None and not agreement_file(on_finish, run.folder).exists():
+    if on_finish is not None and not agreed(content_of(on_finish), run.folder):
         if show:
             print(
                 f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
