@@ -19,6 +19,7 @@ from evomerge.report.page.importance import by_group, path_gains
 from evomerge.report.page.material import gather
 from evomerge.report.page.page import page
 from evomerge.report.page.svg import Frame, line, tick_texts, ticks
+from evomerge.report.page.winner import heat_table
 from evomerge.search.budget.usage import Elapsed
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.answers import read_answers, read_items
@@ -79,6 +80,14 @@ def test_the_page_of_a_long_search_stays_small(run: Path) -> None:
         trial.number = number
     whole = page(replace(material, status=replace(material.status, trials=many)))
     assert 200_000 < len(whole) < MOST_BYTES / 2  # what is left is for answers, of which there are few here
+
+
+def test_a_table_of_many_layers_and_sources_shows_every_so_many_layers() -> None:
+    rows = {f"source {k}": [0.01 * layer for layer in range(80)] for k in range(200)}
+    table = heat_table(rows)
+    assert 3000 < table.count("<td class=") <= 4000
+    assert "<th>4</th><th>8</th>" in table
+    assert "<th>1</th>" in heat_table({"source": [0.1, 0.2]})
 
 
 def test_the_answers_are_filtered_and_searched_in_the_page(run: Path) -> None:
