@@ -149,18 +149,23 @@ class SpaceConfig(BaseModel):
         return found
 
 
+COARSE = 30
+
+
 class SamplerConfig(Strict):
     """What proposes the coefficients.
 
     name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
     sigma0: the first step of cma-es, as a share of the bounds.
     population: samples per generation of cma-es.
+    coarse: trials of cma-es that search one value for each knob and source before those that search all; 0: none.
     steps: gradient steps of `auto` and `learned`, at most.
     """
 
     name: str = Field(default="auto", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    coarse: int = Field(default=COARSE, ge=0, exclude_if=lambda coarse: coarse == COARSE)
     steps: int | None = Field(default=None, ge=1)
 
 

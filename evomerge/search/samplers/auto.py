@@ -34,10 +34,13 @@ def choose(axes: int, trials: int | None, workers: int, learned: bool) -> str:
     return "gp" if few and workers == 1 and axes <= GP_AXES and not learned else "cma-es"
 
 
-def settled(attributes: Mapping[str, Any], config: SamplerConfig) -> SamplerConfig:
-    """The configuration with the sampler that `auto` chose, if it has chosen.  attributes: the study's."""
+def settled(attributes: Mapping[str, Any], config: SamplerConfig, learned: bool) -> SamplerConfig:
+    """The configuration with the sampler that `auto` chose, if it has chosen.
+
+    attributes: the study's.  learned: whether there was a learned start.
+    """
     chosen = attributes.get(CHOSEN)
     if config.name != "auto" or chosen is None:
         return config
-    sigma0 = config.sigma0 if "sigma0" in config.model_fields_set else SIGMA0
+    sigma0 = SIGMA0 if learned and "sigma0" not in config.model_fields_set else config.sigma0
     return config.model_copy(update={"name": chosen, "sigma0": sigma0})

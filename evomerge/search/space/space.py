@@ -97,6 +97,12 @@ class Space:
         return {axis: name for name, group in named.items() for axis in group.axes}
 
     @property
+    def pairs(self) -> dict[str, str]:
+        """Axis name -> its knob and source."""
+        free = [group for group in self.groups if not group.fixed]
+        return {axis: ".".join(filter(None, (g.knob, g.source))) for g in free for axis in g.axes}
+
+    @property
     def distributions(self) -> dict[str, AxisDistribution]:
         """All axes, what may be chosen included, in a fixed order."""
         return dict(self.axes) | (self.assembly.distributions if self.assembly else {})
