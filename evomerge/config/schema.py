@@ -123,6 +123,7 @@ class SpaceConfig(BaseModel):
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
     components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
+    order: whether the order of the sources is searched, where the method's result depends on it.
     layers: the search for layers instead of coefficients.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
@@ -135,6 +136,7 @@ class SpaceConfig(BaseModel):
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
+    order: bool = Field(default=True, exclude_if=lambda order: order)
     layers: Annotated[LayersConfig | None, BeforeValidator(parse_layers)] = Field(
         default=None, exclude_if=lambda layers: layers is None
     )
