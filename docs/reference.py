@@ -1,4 +1,4 @@
-"""Write docs/cli.md, the reference of the command line: python docs/reference.py
+"""Write docs/reference/cli.md, the reference of the command line: python docs/reference.py
 
 It is made of the commands' signatures and help texts alone, so it does not depend on the terminal or on how Typer shows
 a help page.
@@ -15,7 +15,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from evomerge.cli import app
 
-PAGE = Path(__file__).with_name("cli.md")
+PAGE = Path(__file__).parent / "reference" / "cli.md"
 WIDTH = 100
 VALUES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: ""}
 

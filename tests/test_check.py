@@ -99,7 +99,7 @@ def test_items_in_two_splits() -> None:
 
 
 def test_the_gain_that_the_holdout_can_show_is_that_of_the_verdict() -> None:
-    """Half of the answers change: 0.10 needs 300 items (see docs/configuration.md, between 242 and more)."""
+    """Half of the answers change: 0.10 needs 300 items (see docs/reference/configuration.md, between 242 and more)."""
     items = [
         ProbedItem("p", "g", {"base": answered("x", 0.0), "a": answered("g", 1.0), "b": answered("x", float(n % 2))})
         for n in range(16)

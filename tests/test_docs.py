@@ -4,6 +4,7 @@ import ast
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +28,7 @@ from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.locate import looks_like_hub_id
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 FOLDERS = ("benchmarks", "configs", "docs", "evals", "evomerge", "examples", "tests")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -51,7 +52,8 @@ def words(code: str) -> set[str]:
 
 def test_the_reference_of_the_commands_is_what_they_say() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["reference"]()
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, "stale; run: python docs/reference.py"
+    page = ROOT / "docs" / "reference" / "cli.md"
+    assert page.read_text(encoding="utf-8") == made, "stale; run: python docs/reference.py"
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -161,7 +163,7 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def explained(chapter: str) -> tuple[set[str], dict[str, set[str]]]:
-    """What docs/configuration.md explains under a heading of the first level.
+    """What docs/reference/configuration.md explains under a heading of the first level.
 
     Returns the keys that have a row of its tables, and for each key the words of the code in its row and in the section
     that is named after it.
@@ -169,7 +171,7 @@ def explained(chapter: str) -> tuple[set[str], dict[str, set[str]]]:
     rows: set[str] = set()
     found: dict[str, set[str]] = {}
     here, section, row = False, [""], None
-    page = tokens(ROOT / "docs" / "configuration.md")
+    page = tokens(ROOT / "docs" / "reference" / "configuration.md")
     for before, token in zip([None, *page], page, strict=False):
         if before is not None and before.type == "heading_open":
             here = token.content == chapter if before.tag == "h1" else here
@@ -222,7 +224,7 @@ def shown_sources(method: Method) -> str:
 
 
 def test_the_table_of_methods_is_what_the_methods_are() -> None:
-    lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8").splitlines()
     table = {line.split("`")[1]: line.split(" | ")[2:] for line in lines if line.startswith("| [`")}
     assert table == {
         name: [shown_sources(method), (", ".join(shown_knob(*k) for k in method.knobs.items()) or "none") + " |"]
@@ -264,6 +266,13 @@ def test_configurations_and_recipes_on_a_page_load(page: Path, tmp_path: Path) -
 
 
 # --- Links, headings, lines ---
+
+
+def test_every_page_has_a_place_in_the_site() -> None:
+    site = tomllib.loads((ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8"))
+    shown = re.findall(r"[\w./-]+\.md", str(site["project"]["nav"]))
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert sorted(shown) == sorted(pages)
 
 
 def anchors(page: Path) -> set[str]:
@@ -348,7 +357,7 @@ def test_a_wrong_file_or_function_is_noticed() -> None:
 
 
 def test_the_tree_has_every_package_and_only_what_is_there() -> None:
-    blocks = [token for token in tokens(ROOT / "docs" / "architecture.md") if token.type == "fence"]
+    blocks = [token for token in tokens(ROOT / "docs" / "explanation" / "architecture.md") if token.type == "fence"]
     (tree,) = [block.content for block in blocks if block.content.startswith("evomerge/\n")]
     paths = [path.rstrip("/") for path in in_tree(tree)]
     assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -819,7 +819,7 @@ def test_tensors_of_any_shape_are_merged(name: str, shape: tuple[int, ...]):
 
 
 def test_the_list_of_methods_names_every_method_with_its_coefficients():
-    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| [`")}
     assert rows.keys() == METHODS.keys()
     for name, method in METHODS.items():

@@ -46,6 +46,7 @@ DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "readonly database": "the disk has become read-only",
     "Read-only file system": "the disk has become read-only",
     "disk I/O error": "the disk cannot be read or written",
+    "File too large": "a file would be larger than this shell's limit (ulimit -f)",
 }
 
 

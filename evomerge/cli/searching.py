@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from evomerge.cli.lost_terminal import terminal_may_go
 from evomerge.cli.options import (
     ExportTo,
     Mergekit,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 @app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
+@terminal_may_go()
 def search(
     config: Annotated[Path, typer.Argument(help="A search configuration (YAML).")],
     trials: Trials = None,
@@ -75,6 +77,7 @@ def search(
 
 
 @app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
+@terminal_may_go()
 def resume(
     run: RunFolder,
     trials: Trials = None,

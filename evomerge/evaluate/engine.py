@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, without_panics
 from evomerge.evaluate.capabilities import probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.formulas import Answer
@@ -74,7 +74,8 @@ class Engine:
         objective = task.own.get(task.objective)
         only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
-            asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
+            with without_panics():
+                asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
         except EvomergeError:
             raise
         except Exception as error:  # a template, a choice, an index: each fails in its own way

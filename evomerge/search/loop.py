@@ -90,7 +90,7 @@ async def open_and_search(
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
-    stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
+    stored = open_study(run.storage_url(config), config.name, create=not run.has_begun(), retry=retry)
     config = with_first_objectives(stored, config)
     task_set = open_task_set(config)
     holder = acquire_lease(stored, BEAT, stop.check)

@@ -34,7 +34,8 @@ from evomerge.config.config_file import load_config
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import disk_errors, read_json
+from evomerge.files import appending, disk_errors, opened, read_json
+from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.verdict.verdict_file import what_is_wrong
 
@@ -83,6 +84,17 @@ class Run:
         """The URL of the study's database, with its password.  It is not to be shown or logged (`masked` is)."""
         return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
+    def has_begun(self) -> bool:
+        """Whether the run's files say that it had trials, whatever its database holds."""
+        if self.verdict_file.exists():
+            return True
+        if (snapshot := read_snapshot(self.folder)) is not None and snapshot.trials > 0:
+            return True
+        if not self.log_file.exists():
+            return False
+        with opened(self.log_file) as file:
+            return any(b" trial 0 begins" in line for line in file)
+
     def study(self) -> optuna.Study:
         """The study, for reading.  Raises EvomergeError if there is none or it cannot be read."""
         config = self.config()
@@ -115,8 +127,9 @@ class Run:
 
     def log(self, text: str) -> None:
         """Write a line with the time to log.txt."""
-        with disk_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n")
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n"
+        with disk_errors(self.log_file), appending(self.log_file) as file:
+            file.write(line.encode(errors="backslashreplace"))
 
 
 def open_run(folder: Path) -> Run:
@@ -146,10 +159,24 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise EvomergeError if evomerge would write through a symbolic link in a run folder, to any file whatever."""
+    own = [
+        folder / name for name in ("lock", "log.txt", "study.db", "study.db-wal", "study.db-shm", "cache", "workers")
+    ]
+    for path in (*own, *(folder / "cache").rglob("*"), *(folder / "workers").rglob("*")):
+        if path.is_symlink():
+            raise EvomergeError(f"{path}: is a symbolic link; put the file or folder itself there, or delete the link")
+
+
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Hold the run's lock, which ends with the process.  Raises EvomergeError if another process holds it."""
-    with disk_errors(run.folder), (run.folder / "lock").open("a") as file:
+    """Hold the run's lock, which ends with the process.
+
+    Raises EvomergeError if another process holds it, or if evomerge would write through a link.
+    """
+    refuse_links(run.folder)
+    with disk_errors(run.folder), appending(run.folder / "lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

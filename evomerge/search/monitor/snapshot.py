@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from evomerge.errors import EvomergeError
+from evomerge.files import JSON_BYTES, new_file, read_text
+
 STATE = "state.json"
 SILENT = 30.0  # seconds without a new snapshot after which a search on another host counts as ended
 POINTS = 200  # at most, of the curve of the best score
@@ -106,7 +109,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
     """
     aside = folder / f"{STATE}.part"
     try:
-        aside.write_text(json.dumps(asdict(snapshot)), encoding="utf-8")
+        with new_file(aside) as file:
+            file.write(json.dumps(asdict(snapshot)).encode())
         aside.replace(folder / STATE)
     except OSError:
         return False
@@ -116,7 +120,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
 def read_snapshot(folder: Path) -> Snapshot | None:
     """Read what `write_snapshot` wrote last; None if there is no file or it cannot be read."""
     try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / STATE, JSON_BYTES))
         known = {f.name for f in fields(Snapshot)}
         found = {k: v for k, v in content.items() if k in known}
         found["workers"] = tuple(WorkerState(**w) for w in found["workers"])
@@ -124,7 +128,7 @@ def read_snapshot(folder: Path) -> Snapshot | None:
         found["points"] = tuple((int(x), float(y)) for x, y in found["points"])
         snapshot = Snapshot(**found)
         float(snapshot.beat), int(snapshot.pid)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (EvomergeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return snapshot
 

@@ -2,7 +2,7 @@
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
 kept in the study, so that a resume with another budget does not change the sampler.  The numbers of the rule are those
-of the table of samplers in docs/search.md.
+of the table of samplers in docs/explanation/search.md.
 """
 
 from collections.abc import Mapping

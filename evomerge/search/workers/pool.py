@@ -73,7 +73,7 @@ class Pool:
         self.max_job_time = max_job_time
         self.free: asyncio.Queue[PoolMember | None] = asyncio.Queue()  # None: no worker is left
         self.tasks: set[asyncio.Task[None]] = set()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def size(self) -> int:
@@ -161,7 +161,9 @@ class Pool:
             except (WorkerDied, JobTimeout) as end:
                 self.log(f"worker {member.number} did not start: it {end}")
                 state, cause = "restarting", EvomergeError(f"no worker could be started; the last one {end}")
-            except Exception as error:  # every other worker would fail in the same way
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # every other worker would fail in the same way; a panic is no Exception
                 member.set_state("dead")
                 self.error = error
                 self.free.put_nowait(None)
