@@ -7,8 +7,8 @@
 
 `fit` scores the models at random points by every item of the tiny family, and fits the objective and the margin of each
 item (an answer is right if its margin is positive) by kernel ridge regression.  A point has 240 weights: 4 sources by
-60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Spaces of 4, 12, 24, 48 and
-96 coefficients tie parts together: all, by kind, by kind and half of the depth, by kind and layer, by matrix and layer.
+60 parts of the model (the halves of each matrix, and the norms of each half of the depth).  Spaces of 4, 12, 24 and 48
+coefficients tie parts together: all, by kind, by kind and half of the depth, by kind and layer.
 
 `run` proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
@@ -53,8 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Vector = NDArray[np.float64]
 TASKS, SOURCES, PARTS = 4, 4, 60
 SEARCHED, JUDGED = 60, 100  # items of each task
-DIMENSIONS = (4, 12, 24, 48, 96, 240)
-FITTED = (4, 12, 24, 48, 240)  # spaces of the random points
+DIMENSIONS = (4, 12, 24, 48, 240)
 BUDGETS = (30, 60, 100, 200, 400)
 HIGH = 2.0  # bound of a weight
 MARGIN = 8.0  # beyond it a margin says no more
@@ -83,23 +82,19 @@ def parts_of(names: Sequence[str], rows: Mapping[str, int]) -> dict[str, NDArray
 
 def groups_of(names: Sequence[str], dimensions: int) -> NDArray[np.int64]:
     """The group of each part, (PARTS,), in a space of so many coefficients."""
-    places = []  # (kind, layer, number, matrix) of every part
+    places = []  # (kind, layer, number) of every part
     for name in (n for n in names if "norm" not in n):
         kind = 0 if "self_attn" in name else 1 if "mlp" in name else 2
-        if kind == 2:
-            places += [(2, 0, 0, 0), (2, 0, 3, 0)]
-            continue
-        layer, letter = int(name.split(".")[2]), name.split(".")[-2][0]
-        places += [(kind, layer, layer, "qkvo".index(letter) // 2 if kind == 0 else "gud".index(letter))] * 2
-    places += [(3, 0, 0, 0), (3, 3, 3, 0)]
+        layer = int(name.split(".")[2]) if kind < 2 else 0
+        places += [(kind, layer, 0), (kind, layer, 3)] if kind == 2 else [(kind, layer, layer)] * 2
+    places += [(3, 0, 0), (3, 3, 3)]
     if dimensions == SOURCES * PARTS:
         return np.arange(PARTS)
     keys: list[tuple[int, ...]] = {
         4: [(0,) for _ in places],
-        12: [(min(kind, 2),) for kind, *_ in places],
-        24: [(min(kind, 2), depth // 2) for kind, _, depth, _ in places],
-        48: [(kind, depth) for kind, _, depth, _ in places],
-        96: [(kind, depth, matrix) for kind, _, depth, matrix in places],
+        12: [(min(kind, 2),) for kind, _, _ in places],
+        24: [(min(kind, 2), depth // 2) for kind, _, depth in places],
+        48: [(kind, depth) for kind, _, depth in places],
     }[dimensions]
     return np.unique(np.array(keys), axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -163,7 +158,7 @@ def given_points() -> dict[str, Vector]:
 
 def random_point(rng: np.random.Generator, names: Sequence[str], number: int) -> Vector:
     """(240,) weights: coarse or fine, anywhere or near weights that are equal within a source."""
-    groups = axis_groups(groups_of(names, FITTED[number % len(FITTED)]))
+    groups = axis_groups(groups_of(names, DIMENSIONS[number % len(DIMENSIONS)]))
     anywhere = rng.uniform(0, HIGH, groups.max() + 1)[groups]
     if rng.random() < 0.3:
         return anywhere * rng.random() ** 0.5
