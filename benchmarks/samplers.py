@@ -22,7 +22,8 @@ coarse       CMA-ES from coarse to fine, as evomerge begins without a learned st
 cma-es       in 48 and 240 coefficients after a learned start it moves whole groups, those of 24, as evomerge does
 cma-es free  never does so
 
-In 48 and 240 coefficients CMA-ES runs without a study and with one worker; its seconds there are with those of a value.
+In 48 and 240 coefficients CMA-ES after a learned start runs without a study and with one worker; its seconds there are
+with those of a value.
 """
 
 import argparse
@@ -424,7 +425,7 @@ def measured(problem: Problem, name: str, start: Vector | None, workers: int, tr
         found = at_random(problem, start, trials)
     elif name == "coarse":
         found = sampled(problem, name, start, workers, trials)
-    elif name.startswith("cma-es") and len(problem.axes) > WIDE:  # Optuna takes seconds to make a trial so wide
+    elif name.startswith("cma-es") and len(problem.axes) > WIDE and start is not None:
         shifts = None if start is None or name == "cma-es free" else problem.coarse
         found = by_stages(problem, start, [(trials, shifts)])
     else:

@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 CODE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+UNSEARCHED = "---\nsearch: {exclude: true}\n---\n\n"
 
 
 def copy_pages() -> None:
     """Write build/docs: the pages and pictures of docs/, and under project/ the files that they link to."""
     shutil.rmtree(BUILD / "docs", ignore_errors=True)
-    todo = sorted(page for kind in ("md", "png", "svg", "ipynb") for page in (ROOT / "docs").rglob(f"*.{kind}"))
+    todo = sorted(
+        page for kind in ("md", "png", "svg", "ipynb", "js", "css") for page in (ROOT / "docs").rglob(f"*.{kind}")
+    )
     done = set(todo)
     while todo:
         file = todo.pop()
@@ -33,7 +36,8 @@ def copy_pages() -> None:
             done |= linked
         elif target.suffix == ".md":
             code = file.read_text(encoding="utf-8")
-            target.write_text(f"# {file.relative_to(ROOT)}\n\n```{file.suffix[1:]}\n{code}```\n", encoding="utf-8")
+            page = f"{UNSEARCHED}# {file.relative_to(ROOT)}\n\n```{file.suffix[1:]}\n{code}```\n"
+            target.write_text(page, encoding="utf-8")
         else:
             shutil.copyfile(file, target)
 

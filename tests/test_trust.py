@@ -9,13 +9,16 @@ import zlib
 from base64 import b64encode
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
-from searches import finished_search, run_cli, write_config
+from searches import ROOT, finished_search, run_cli, write_config
 
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.chat_template import problem_of
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.report.item_table import COLUMNS, without_formulas
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
 from evomerge.search.run import Run, open_run
@@ -155,7 +158,7 @@ def test_a_search_goes_on_without_its_terminal(prelude: str, tiny_family: Path, 
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.mark.parametrize("kilobytes", [40, 200])
+@pytest.mark.parametrize("kilobytes", [40, 120])
 def test_a_limit_on_the_size_of_files_is_named(kilobytes: int, tiny_family: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_family, budget={"trials": 3})
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"
@@ -264,3 +267,59 @@ def test_names_of_code_beside_a_model_are_not_copied(tmp_path: Path) -> None:
     settings.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "x": 1}))
     drop_code(settings)
     assert json.loads(settings.read_text()) == {"x": 1}
+
+
+def test_a_run_is_read_without_its_models_and_finds_them_where_the_file_says(tiny_family: Path, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(tiny_family, tmp_path / "models"))
+    config = write_config(tmp_path, models, budget={"trials": 3})
+    run = finished_search(config)
+    models.rename(tmp_path / "moved")
+    for command in ("status", "report"):
+        done = run_cli(command, run)
+        assert done.returncode == 0, done.stderr
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 2
+    assert f"no such folder: {models / 'base'}" in done.stderr
+    config.write_text(config.read_text().replace(str(models), str(tmp_path / "moved")))
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 0, done.stderr
+    assert "the same models are elsewhere now" in (run / "log.txt").read_text()
+    assert str(models) not in (run / "config.yaml").read_text()
+    tokenizer = tmp_path / "moved" / "rev" / "config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    done = run_cli("resume", run, "--trials", "5")
+    assert done.returncode == 2
+    assert "rev: config.json is another file now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 10 s"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more than 2 GB of memory"),
+        ("{{ 'x' * 10 ** 7 }}", "makes a text of 10,000,000 characters"),
+        ("{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}", None),
+        ("{{ raise_exception('not like this') }}", None),
+    ],
+)
+def test_a_chat_template_is_tried_within_bounds(
+    template: str, problem: str | None, tiny_family: Path, tmp_path: Path
+) -> None:
+    assert problem_of(template) == problem
+    if problem is None or "longer" in problem:
+        return
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template)
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "gold_logprob", "apply_chat_template": True}
+    config = write_config(tmp_path, tiny_family, base=str(base), tasks=[task])
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"its chat template {problem}" in done.stderr
+
+
+def test_no_cell_of_a_csv_is_a_formula() -> None:
+    names = ["=HYPERLINK(1)", "+1", "-1", "@x", "\ta", "plain-1", None]
+    empty = {"trial": None, "recipe": None, "split": "search", "metric": "m", "item": "i", "score": -0.5}
+    table = without_formulas(pa.Table.from_pylist([{**empty, "task": n} for n in names], COLUMNS))
+    assert table["task"].to_pylist() == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "'\ta", "plain-1", None]
+    assert table["score"].to_pylist() == [-0.5] * 7

@@ -228,10 +228,11 @@ def readable(error: dict[str, Any]) -> str:
     return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
 
 
-def parse_config(content: Any, origin: Path) -> SearchConfig:
+def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig:
     """Check parsed YAML as a search configuration.
 
     origin: the file, named in the error; relative paths are relative to its folder.
+    files: whether the models and files that it names must be there; to read about a finished search they need not.
 
     EvomergeError lists all problems, each with its YAML path.
     """
@@ -242,7 +243,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     try:
         config = SearchConfig.model_validate(content)
         problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
-        problems += path_problems(config) + guard_problems(config)
+        problems += guard_problems(config) + (path_problems(config) if files else [])
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -254,7 +255,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
             partial = SearchConfig.model_validate({**stand_ins, **rest})
             if not bad & {"method", "sources", "space"}:
                 problems += method_problems(partial)
-            problems += path_problems(partial)
+            problems += path_problems(partial) if files else []
         except ValidationError:
             pass
     if problems:
@@ -262,9 +263,12 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     return config
 
 
-def load_config(path: Path) -> SearchConfig:
-    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path."""
-    return parse_config(read_yaml(path), path)
+def load_config(path: Path, files: bool = True) -> SearchConfig:
+    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path.
+
+    files: see `parse_config`.
+    """
+    return parse_config(read_yaml(path), path, files)
 
 
 def dump_config(config: SearchConfig) -> str:
@@ -274,18 +278,18 @@ def dump_config(config: SearchConfig) -> str:
 
 
 def write_config(path: Path, config: SearchConfig) -> None:
-    """Write the configuration to a file, which only its owner can read if it contains a password."""
-    write_text(path, dump_config(config), private=has_password(config.storage))
+    """Write the configuration to a file, which only its owner can read if it may contain a password."""
+    write_text(path, dump_config(config), private=has_password(config.storage) or config.on_finish is not None)
 
 
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ, and so may the
-    method that was chosen from a list.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers, `on_finish`, `log_to` and the table of hub commits may
+    differ, and so may the method that was chosen from a list.  Passwords are not shown.
     """
     chosen = {"method"} if old.methods and new.methods else set()
-    free = {"budget", "simplify", "price", "workers", "hub"} | chosen
+    free = {"budget", "simplify", "price", "workers", "hub", "on_finish", "log_to"} | chosen
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

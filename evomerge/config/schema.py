@@ -209,6 +209,31 @@ class PriceConfig(Strict):
     currency: str = Field(pattern=r"^[^\s]{1,8}$")
 
 
+class OnFinishConfig(Strict):
+    """What happens when a search has ended, see `api/on_finish.py`.
+
+    command: for the shell.
+    webhook: an http or https address; `${NAME}` is a variable of the environment.
+    """
+
+    command: str | None = Field(default=None, min_length=1)
+    webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+
+    @model_validator(mode="after")
+    def check_something(self) -> "OnFinishConfig":
+        if self.command is None and self.webhook is None:
+            raise ValueError("give a `command`, a `webhook` or both")
+        return self
+
+
+Tracker = Literal["trackio", "mlflow", "wandb"]
+
+
+def parse_trackers(value: object) -> object:
+    """One name as a list; a list is returned unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
 class WorkersConfig(Strict):
     """Limits of workers.
 
@@ -278,6 +303,8 @@ class SearchConfig(Strict):
     compute_dtype: the type that forwards are computed in, see `merge/compute_dtype.py`.
     batch_tokens: padded tokens per forward, see `evaluate/token_budget.py`.
     storage: a database URL; None is SQLite in the run folder.
+    on_finish: what happens when the search has ended.
+    log_to: the programs that every trial is logged to, see `search/monitor/trackers.py`.
     hub: hub id -> `owner/name@commit`, the commit that the search began with; evomerge writes it.
     """
 
@@ -308,6 +335,10 @@ class SearchConfig(Strict):
     compute_dtype: Dtype | Literal["auto"] = "auto"
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None
+    on_finish: OnFinishConfig | None = Field(default=None, exclude_if=lambda on_finish: on_finish is None)
+    log_to: Annotated[list[Tracker], BeforeValidator(parse_trackers)] = Field(
+        default=[], exclude_if=lambda log_to: not log_to
+    )
     hub: dict[str, str] = {}
 
     @model_validator(mode="before")

@@ -138,9 +138,12 @@ class Engine:
         NotFiniteScore if a log-likelihood is NaN or infinite.  When the device runs out of memory, the token budget is
         halved for the rest of the run and the workload is scored from its beginning.
         """
+        done, planned = clock.batches.done, work.steps
         while True:
             if work.budget != self.batch_tokens:
                 self.plan(work)
+            clock.batches.total += clock.batches.done - done + work.steps - planned
+            done, planned = clock.batches.done, work.steps
             try:
                 return self.score_planned(work, clock, trunks)
             except torch.OutOfMemoryError:
@@ -194,7 +197,9 @@ class Engine:
         clock.check()
         with clock.time("forward"), forwards_of(self.model, clock.counts):
             asked = [i for a in work.items for i in a.instances if i.request_type == "generate_until"]
-            return list(self.lm.generate_until(asked, disable_tqdm=True))
+            found = list(self.lm.generate_until(asked, disable_tqdm=True))
+        clock.batches.add(len(work.generations))
+        return found
 
     def text(self, tokens: list[int], until: Sequence[str]) -> str:
         """Generated tokens as text, cut at the first stop string."""

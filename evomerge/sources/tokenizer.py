@@ -65,12 +65,17 @@ def drop_code(settings: Path) -> None:
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether a model's folder has a chat template."""
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+def chat_templates(folder: Path) -> list[str]:
+    """The chat templates in a model's folder; several if they have names, as one for tools."""
+    found: list[Any] = []
+    if (file := folder / "chat_template.jinja").is_file():
+        found.append(read_text(file))
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            given = read_json(file).get("chat_template")
+            found += given if isinstance(given, list) else [given]
+    texts = [t.get("template") if isinstance(t, dict) else t for t in found]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:

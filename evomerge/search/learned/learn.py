@@ -27,7 +27,7 @@ from evomerge.search.learned.climbs import Climb, Weights, climbs, distance
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.multipliers import Multiplier, State, multiplier
 from evomerge.search.learned.steps import Climber, average
-from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.monitor.monitor import GRADIENT_STEPS, Monitor
 from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
@@ -144,13 +144,14 @@ class Learner:
         point = known[0].point if known else start
         best: tuple[float, Point] | None = None
         weights = f", weights {climb.text}" if climb.text else ""
+        self.monitor.phase(f"learning the coefficients{weights}", climb.steps, GRADIENT_STEPS, len(known))
         while len(points) < climb.steps and ended() is None:
             number = len(points)
-            if number >= len(known):
-                self.monitor.phase(f"learning the coefficients{weights}: step {number + 1} of {climb.steps}")
             step = known[number] if number < len(known) else await self.step(climb, number, point, states)
             if step is None:
                 break
+            if number >= len(known):
+                self.monitor.part()
             points.append(step.point)
             point = climber.step(step.point, step.gradient)
             for name, drop in step.drops.items():
@@ -209,6 +210,7 @@ class Learner:
             )
         self.study.stored.set_user_attr(step_key(number, climb.number), record.to_json())
         self.monitor.add_used(used)
+        self.monitor.trackers.gradient_step(climb.number * self.steps + number, record.value)
         return record
 
     def weights(

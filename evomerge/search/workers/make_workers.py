@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,11 +31,13 @@ def make_workers(
     task_set: TaskSet,
     stop: Callable[[], None],
     phase: Callable[[str], None],
+    live: Any = None,
 ) -> list[Worker]:
     """Make the workers of a search, without starting them.
 
     stop: called between batches by a worker in this process; raises when the user wants to stop.
     phase: gets what a worker in this process does while it starts.
+    live: a live model that a worker in this process may use.
     """
     if options.ray is not None:
         return ray_workers(options, run, config)
@@ -47,7 +50,7 @@ def make_workers(
 
     def make(check: Callable[[], None], progress: BatchProgress) -> Evaluator:
         phase("preparing the items")
-        evaluator = Evaluator(config, models, task_set, check, run.log, run.folder / "cache", progress)
+        evaluator = Evaluator(config, models, task_set, check, run.log, run.folder / "cache", progress, live=live)
         phase("measuring the sources")
         evaluator.prepare(run.manifest()["inputs"])
         return evaluator
@@ -113,7 +116,7 @@ def devices_of(wanted: str) -> list[str]:
 
 def setup_of(run: Run, config: SearchConfig) -> WorkerSetup:
     """The setup of workers outside this process.  They get no database URL and so no password."""
-    told = config.model_copy(update={"storage": None})
+    told = config.model_copy(update={"storage": None, "on_finish": None})
     manifest, files = run.manifest(), model_stamps(model_folders(config))
     return WorkerSetup(told, run.folder.resolve(), platform.node(), files, manifest["inputs"], manifest["items"])
 
