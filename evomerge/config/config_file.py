@@ -122,7 +122,8 @@ def problems_of_one(config: SearchConfig, method: Method, candidates: Sequence[M
         on, moved = given.get(("space", switch)), given.get(("space", name))
         if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
             problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
-    if not any(a.low < a.high for a in given.values()) and not problems:
+    ordered = config.space.order and method.ordered is not None and len(names) >= method.ordered
+    if not any(a.low < a.high for a in given.values()) and not ordered and not problems:
         fixed = f"every coefficient of {method.name}" if len(candidates) > 1 else "every coefficient"
         hint = "leave it out" if len(candidates) > 1 else "use `evomerge merge` instead"
         problems.append(f"space: {fixed} is fixed, there is nothing to search; {hint}")

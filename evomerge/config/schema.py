@@ -123,6 +123,7 @@ class SpaceConfig(BaseModel):
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
     components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
+    order: whether the order of the sources is searched, where the method's result depends on it.
     layers: the search for layers instead of coefficients.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
@@ -135,6 +136,7 @@ class SpaceConfig(BaseModel):
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
+    order: bool = Field(default=True, exclude_if=lambda order: order)
     layers: Annotated[LayersConfig | None, BeforeValidator(parse_layers)] = Field(
         default=None, exclude_if=lambda layers: layers is None
     )
@@ -149,18 +151,23 @@ class SpaceConfig(BaseModel):
         return found
 
 
+COARSE = 30
+
+
 class SamplerConfig(Strict):
     """What proposes the coefficients.
 
     name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
     sigma0: the first step of cma-es, as a share of the bounds.
     population: samples per generation of cma-es.
+    coarse: trials of cma-es that search one value for each knob and source before those that search all; 0: none.
     steps: gradient steps of `auto` and `learned`, at most.
     """
 
     name: str = Field(default="auto", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    coarse: int = Field(default=COARSE, ge=0, exclude_if=lambda coarse: coarse == COARSE)
     steps: int | None = Field(default=None, ge=1)
 
 

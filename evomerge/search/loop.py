@@ -39,6 +39,7 @@ from evomerge.search.opened import Opened
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
+from evomerge.search.samplers.stages import stages_of
 from evomerge.search.space.baselines import Baseline, base_alone, baselines
 from evomerge.search.space.choose_method import (
     choose_method,
@@ -291,7 +292,9 @@ class Driver:
             limit = self.monitor.limits.trials
             left = None if limit is None else limit - study.count
             learned = any(LEARNED in trial.user_attrs for trial in study.finished)
-            study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size, learned))
+            coarser = bool(stages_of([*space.distributions], [space.pairs, space.ties], space.config.sampler.coarse))
+            chosen = choose(len(space.distributions), left, self.pool.size, learned, coarser)
+            study.stored.set_user_attr(CHOSEN, chosen)
 
     async def prepare_search(self) -> None:
         """Phase 3, in the first slot that comes to it: how candidates race, then the greedy soup."""

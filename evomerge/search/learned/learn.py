@@ -98,7 +98,7 @@ class Learner:
             return
         self.guards = {guard.name: await self.multiplier(guard) for guard in self.task_set.guards}
         self.left = self.left_alone()
-        if self.left == set(self.space.axes):
+        if self.left == self.space.axes.keys() - self.space.given_order.keys():
             self.pool.log("no learned start: no source is better than the base in any task")
             return
         reached: list[tuple[Weights, Point]] = []
@@ -260,7 +260,7 @@ def why_not(space: Space, task_set: TaskSet, scale: Scale) -> str | None:
     """Why the coefficients of a search cannot be learned, None if they can."""
     method = METHODS[space.config.method]
     searched = {group.knob for group in space.groups if not group.fixed}
-    if not searched & learnable(method):
+    if not searched & learnable(method, len(space.config.sources)):
         return f"no searched coefficient of {method.name} has a derivative"
     for task in task_set.tasks:
         if not has_derivative(task):
