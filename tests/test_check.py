@@ -131,9 +131,8 @@ def test_what_nearly_repeats_a_question(question: str, answer: str, alike: bool)
 
 
 def test_near_duplicates_among_twenty_thousand_items_are_found_in_seconds() -> None:
-    rng = np.random.default_rng(0)
-    words = [f"w{k}" for k in range(4000)]
-    texts = [" ".join(rng.choice(words, 30)) for _ in range(20_000)]
+    words = np.array([f"w{k}" for k in range(4000)])
+    texts = [" ".join(row) for row in words[np.random.default_rng(0).integers(0, 4000, (20_000, 30))]]
     copies = [Text(f"please {text}", "x") for text in texts[:50]]
     started = time.process_time()
     found = near_duplicates(
@@ -143,7 +142,7 @@ def test_near_duplicates_among_twenty_thousand_items_are_found_in_seconds() -> N
             "holdout": [*copies, *(Text(t, "x") for t in texts[12_000:])],
         }
     )
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 10
     assert sorted(a.question for a, _ in found["search", "holdout"]) == sorted(texts[:50])
     assert not found.get(("search", "selection"))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models import write_adapter, write_llama
 from searches import ROOT, import_what_commands_need, write_config
 
 import evomerge
@@ -77,6 +78,19 @@ def test_what_is_wrong_with_a_task(
     found = warnings(tmp_path, tiny_family, task_of(tmp_path, rows, **changes))
     assert (words or "") in found
     assert bool(found) == bool(words)
+
+
+def test_a_prompt_that_names_no_column(tiny_family: Path, tmp_path: Path) -> None:
+    found = warnings(tmp_path, tiny_family, task_of(tmp_path, doc_to_text="promt"))
+    assert "every item has the same prompt, 'promt': name the column of the question" in found
+
+
+def test_an_adapter_that_may_be_of_another_base(tiny_family: Path, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "it", base, base_model_name_or_path="owner/other")
+    sources = [{"name": "it", "path": str(adapter)}]
+    found = warnings(tmp_path, tiny_family, task_of(tmp_path), base=str(base), sources=sources)
+    assert "it: says that it was trained from the hub model 'owner/other'" in found
 
 
 def test_limits_and_splits_that_are_too_small(tiny_family: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from evomerge import __version__
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, models_on_disk
-from evomerge.sources.compatibility import front_matter
+from evomerge.sources.declared_base import front_matter
 from evomerge.sources.locate import locate
 
 

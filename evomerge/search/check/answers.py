@@ -17,12 +17,21 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def task_concerns(task: ProbedTask) -> Iterator[Concern]:
     """What the answers to a task's items say about the task."""
+    yield from same_prompts(task)
     yield from same_scores(task)
     if task.kind == "generate_until" and task.right is not None:
         yield from cut_answers(task)
         yield from nearly_right(task)
         yield from unwritten(task)
     yield from unlike_ranking(task)
+
+
+def same_prompts(task: ProbedTask) -> Iterator[Concern]:
+    """Every item asks the same, although the answers differ."""
+    prompts = {item.prompt for item in task.items}
+    if len(prompts) == 1 and len({item.gold for item in task.items}) > 1:
+        what = f"task {task.name}: every item has the same prompt, {min(prompts)[-60:]!r}"
+        yield Concern(what, "name the column of the question in `doc_to_text`, in braces: {{question}}")
 
 
 def same_scores(task: ProbedTask) -> Iterator[Concern]:

@@ -73,6 +73,12 @@ def stranger_concerns(strangers: Sequence[str]) -> Iterator[Concern]:
         )
 
 
+def doubt_concerns(doubts: Sequence[str]) -> Iterator[Concern]:
+    """Adapters that were perhaps trained on another base.  doubts: see `Compatibility`."""
+    for doubt in doubts:
+        yield Concern(doubt, "compare with `evomerge evaluate`: on the right base the adapter is better than the base")
+
+
 def chat_concerns(templates: Sequence[str], asked_plainly: Sequence[str]) -> Iterator[Concern]:
     """Chat models that are asked without their template.
 
