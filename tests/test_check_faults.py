@@ -59,6 +59,7 @@ def test_a_sound_search_has_nothing_to_warn_of(tiny_family: Path, tmp_path: Path
     ("rows", "changes", "words"),
     [
         (answers(lambda a: f" {a}"), {}, "wrong only by spaces: strip both"),
+        (lambda rows: rows, {"target_delimiter": " "}, "set `target_delimiter: ''` in the task file"),
         (answers(str.upper), {}, "wrong only by upper and lower case: give `ignore_case: true`"),
         (answers(lambda a: f'"{a}"'), {}, "wrong only by quotes or punctuation: give `ignore_punctuation: true`"),
         (answers(lambda a: f"{a} is it"), {"doc_to_target": "{{answer[:5]}}"}, None),
@@ -70,7 +71,7 @@ def test_a_sound_search_has_nothing_to_warn_of(tiny_family: Path, tmp_path: Path
             "but for spaces, case or signs, such as",
         ),
     ],
-    ids=["space", "case", "quotes", "sound", "zero", "cut", "twice"],
+    ids=["space", "delimiter", "case", "quotes", "sound", "zero", "cut", "twice"],
 )
 def test_what_is_wrong_with_a_task(
     tiny_family: Path, tmp_path: Path, rows: Callable[[Rows], Rows], changes: dict[str, Any], words: str | None

@@ -113,7 +113,7 @@ def holdout_concern(least: float | None) -> Iterator[Concern]:
     if least is None or least <= GAINS[1]:
         return
     unseen = [f"{100 * gain:.0f}" for gain in GAINS if gain < least]
-    what = f"the holdout items can show a gain of {100 * least:.0f} points or more, not one of {' or '.join(unseen)}"
+    what = f"the holdout items can show a gain of {100 * least:.1f} points or more, not one of {' or '.join(unseen)}"
     yield Concern(what, "give `splits` more holdout items, or be content with large gains")
 
 
