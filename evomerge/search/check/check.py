@@ -20,6 +20,7 @@ from evomerge.search.check.answers import task_concerns
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
+    doubt_concerns,
     forecast_concerns,
     holdout_concern,
     least_gain,
@@ -103,6 +104,7 @@ def check_search(
     size = total_bytes(alone[0].recipe, evaluator.bank)
     plan = forecast(config, task_set, found, size, inside, workers, limit)
     differences = measure(models, layers={0, space.layers - 1}, sample=0)  # every layer of a stranger is strange
+    concerns += doubt_concerns(models.compatibility.doubts)
     concerns += stranger_concerns(strangers(differences.distances))
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
