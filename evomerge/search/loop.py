@@ -99,6 +99,7 @@ async def open_and_search(
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
     monitor.phase("opening the models")
     if opened is not None and opened.config != config:
+        opened.take_live()
         opened = None
     models = open_config_models(config) if opened is None else opened.models
     for note in models.compatibility.notes:
@@ -107,7 +108,7 @@ async def open_and_search(
     stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
     first = with_first_objectives(stored, config)
     task_set = open_task_set(first) if opened is None or first != config else opened.task_set
-    live, opened, config = opened and opened.live, None, first  # the worker alone holds the live model
+    config = first
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -119,8 +120,7 @@ async def open_and_search(
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
-        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, live)
-        live = None
+        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, opened)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
         if len(workers) > 1:
