@@ -160,11 +160,12 @@ def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     from evomerge.search.check.check import BRIEF, check_search
 
     count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
+    keep = workers.ray is None and workers.count == 1
     left = limits.seconds_left(0.0, now())
     try:
         with Stages() as stages:
             stages.stage("preparing a look at the search")
-            found = check_search(opened, BRIEF, stages.log, count, left)
+            found = check_search(opened, BRIEF, stages.log, count, left, keep)
         console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)

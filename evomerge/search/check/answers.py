@@ -18,10 +18,10 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def task_concerns(task: ProbedTask) -> Iterator[Concern]:
     """What the answers to a task's items say about the task."""
     yield from same_prompts(task)
-    yield from same_scores(task)
     if task.kind == "generate_until" and task.right is not None:
         yield from cut_answers(task)
         yield from nearly_right(task)
+    yield from same_scores(task)
     found = list(unwritten(task))
     yield from found
     yield from (Concern(c.what, "the warning above has the cause") if found else c for c in unlike_ranking(task))
