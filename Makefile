@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-mergekit test-ray chaos fuzz gpu gpu-dry-run lint clean
+.PHONY: demo test docs test-slow test-mergekit test-ray chaos fuzz gpu gpu-dry-run lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evomerge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
@@ -29,6 +29,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The site of the documentation, in build/site; opens from disk.
+docs: $(READY)
+	$(BIN)/python docs/build_site.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -72,4 +76,4 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .cache runs/tiny runs/quickstart runs/merged runs/again
+	rm -rf $(VENV) .cache build runs/tiny runs/quickstart runs/merged runs/again

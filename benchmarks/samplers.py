@@ -17,11 +17,12 @@ exact match, each scaled; the objective is half that of `auto` and half its weak
 sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the best baseline and 1 the
 end of CMA-ES by the holdout items themselves, after 1000 trials.  With workers, that many trials run at once.
 
-coarse       30 trials of CMA-ES that move all weights of a source at once, then CMA-ES in the space from the best
+coarse       CMA-ES from coarse to fine, as evomerge begins without a learned start: all weights of a source at once,
+             then by kind, then all; cma-es is without it
 cma-es       in 48 coefficients and more after a learned start it moves whole groups, those of 24, as evomerge does
 cma-es free  never does so
 
-In 48 coefficients and more CMA-ES runs without a study and with one worker.
+In 48 coefficients and more CMA-ES after a learned start runs without a study and with one worker.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from optuna.distributions import FloatDistribution
 from results import ROOT, Results, command_line, interval
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.schema import COARSE, SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.learned.steps import Climber, average
@@ -46,6 +47,7 @@ from evomerge.search.samplers.auto import SIGMA0
 from evomerge.search.samplers.cmaes import WIDE
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup
+from evomerge.search.storage.optuna_private import MemoryStorage
 from evomerge.search.storage.trial_record import LEARNED
 
 Vector = NDArray[np.float64]
@@ -56,7 +58,6 @@ PIECES = {"q_proj": 0, "k_proj": 0, "v_proj": 1, "o_proj": 2, "gate_proj": 3, "u
 BUDGETS = (30, 60, 100, 200, 400)
 HIGH = 2.0  # bound of a weight
 MARGIN = 8.0  # beyond it a margin says no more
-COARSE = 30  # trials of the coarse stage
 LONG = 1000  # trials whose end counts as 1
 SLOW = {"gp": 100}  # samplers of so few trials here
 STARTS = ("baseline", "learned")
@@ -252,7 +253,8 @@ class Problem:
         coarse = surrogate.groups[24 if dimensions > 24 else dimensions]
         first = [int(np.argmax(self.groups == k)) for k in range(dimensions)]  # a weight of each coefficient
         self.coarse = coarse[first]
-        self.sources = np.array([f // PARTS for f in first])
+        self.pairs = {name: f"{f // PARTS}" for name, f in zip(self.names, first, strict=True)}
+        self.ties = {name: f"{surrogate.groups[12][f]}" for name, f in zip(self.names, first, strict=True)}
         rng = np.random.default_rng(seed)
         dealt = [t * (SEARCHED + JUDGED) + rng.permutation(SEARCHED + JUDGED) for t in range(TASKS)]
         self.search = np.array([d[:SEARCHED] for d in dealt])  # (tasks, items)
@@ -312,13 +314,17 @@ class Found(NamedTuple):
 
 def sampled(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> Found:
     """A search by a sampler of evomerge.  start: tried after the baselines, and taken as learned."""
-    config = SamplerConfig(name=name, sigma0=0.2 if start is None else SIGMA0)
-    study = optuna.create_study(direction="maximize")
+    coarse = name == "coarse"
+    config = SamplerConfig(
+        name="cma-es" if coarse else name, sigma0=0.2 if start is None else SIGMA0, coarse=COARSE * coarse
+    )
+    tied = (problem.ties, problem.pairs) if coarse else ({}, {})
+    study = optuna.create_study(storage=MemoryStorage(), direction="maximize")
     values: list[tuple[float, Vector]] = []
 
     def propose() -> tuple[optuna.Trial, Vector]:
         if number[0] == 0 or not sampler_kind(config.name).serves_all_trials:
-            setup = SamplerSetup(config, problem.axes, problem.seed, number[0], workers)
+            setup = SamplerSetup(config, problem.axes, problem.seed, number[0], workers, *tied)
             study.sampler = make_sampler(setup)
         number[0] += 1
         asked = study.ask()
@@ -421,8 +427,8 @@ def measured(problem: Problem, name: str, start: Vector | None, workers: int, tr
     if name == "random":
         found = at_random(problem, start, trials)
     elif name == "coarse":
-        found = by_stages(problem, start, [(COARSE, problem.sources), (trials - COARSE, None)])
-    elif name.startswith("cma-es") and len(problem.axes) > WIDE:  # Optuna takes seconds to make a trial so wide
+        found = sampled(problem, name, start, workers, trials)
+    elif name.startswith("cma-es") and len(problem.axes) > WIDE and start is not None:
         shifts = None if start is None or name == "cma-es free" else problem.coarse
         found = by_stages(problem, start, [(trials, shifts)])
     else:

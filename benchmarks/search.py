@@ -1,4 +1,4 @@
-"""What a search finds and what it costs, against other ways to search: the table of docs/search.md.
+"""What a search finds and what it costs, against other ways to search: the table of docs/explanation/search.md.
 
     python examples/tiny/make.py runs/tiny && python examples/mixed/make.py runs/mixed
     pip install cma                                        # for mergekit-evolve's setting

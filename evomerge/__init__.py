@@ -1,7 +1,7 @@
 """evomerge searches for the best way to merge fine-tuned language models, and proves the result.
 
-The names in `__all__` are the public interface; docs/python.md shows how to use them.  Each is loaded when it is first
-used, so `import evomerge` takes milliseconds.
+The names in `__all__` are the public interface; docs/reference/python.md shows how to use them.  Each is loaded when it
+is first used, so `import evomerge` takes milliseconds.
 """
 
 import sys

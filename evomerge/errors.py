@@ -4,11 +4,23 @@ The command line prints this error without a traceback and exits with code 2.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class EvomergeError(Exception):
     """Wrong input.  The message says what is wrong, where, and what would be right."""
+
+
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Within the context, a panic of a library in Rust becomes a RuntimeError, which `except Exception` catches."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(first_line(error)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,16 +1,18 @@
 """Read files within size limits; write files and folders so that a reader never sees a part of them.
 
-New content is written under a temporary name, synced to the disk and renamed.
+New content is written under a temporary name, synced to the disk and renamed.  Nothing is written through a symbolic
+link that lies where evomerge writes: in a folder from a stranger it could lead to any file.
 """
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,7 @@ from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
+UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
 def sha256(path: Path) -> str:
@@ -53,6 +56,21 @@ def read_text(path: Path, limit: int = YAML_BYTES) -> str:
         if len(content) > limit:
             raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
         return content.decode("utf-8")
+
+
+def copy_model_file(path: Path, to: Path) -> None:
+    """Copy a small file of a model's folder, which may be a stranger's, to a new file.
+
+    A symbolic link is followed to a file of the same name and into a hub's cache, whose snapshots consist of links.
+    EvomergeError for any other link, which could lead to a file that is not the model's, and as for `read_text`.
+    """
+    if path.is_symlink() and (real := path.resolve()).name != path.name and real.parent.name != "blobs":
+        raise EvomergeError(f"{path}: is a symbolic link to {real}, a file of another name; put the file itself there")
+    with opened(path) as file:
+        content = file.read(TOKENIZER_BYTES + 1)
+    if len(content) > TOKENIZER_BYTES:
+        raise EvomergeError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MB, the limit for such a file")
+    to.write_bytes(content)
 
 
 def read_yaml(path: Path) -> Any:
@@ -93,9 +111,28 @@ def locked(path: Path) -> Iterator[None]:
     """Within the context, hold a lock file; other processes wait for it.  A lock ends with its process."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with appending(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """Open an ordinary file to add to its end; it is made if it is missing.
+
+    EvomergeError if it is a symbolic link, or something else than an ordinary file: a pipe may block.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise EvomergeError(f"{path}: cannot write there (not an ordinary file)") from error
+        raise
+    with open(handle, "ab", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise EvomergeError(f"{path}: cannot write there (not an ordinary file)")
+        yield file
 
 
 @contextmanager
@@ -107,6 +144,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EvomergeError(
                 f"{path}: the disk is full; nothing that was finished is lost. Free some space and try again"
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise EvomergeError(
+                f"{path}: would be larger than this shell's limit for a file (ulimit -f); nothing that was finished is "
+                "lost. Raise the limit and try again"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
@@ -121,11 +163,8 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
     aside = path.with_name(path.name + ".part")
     with disk_errors(path):
         try:
-            if private:
-                aside.unlink(missing_ok=True)
-            mode = 0o600 if private else 0o666
-            with open(aside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-                file.write(text)
+            with new_file(aside, 0o600 if private else 0o666) as file:
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -133,6 +172,12 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
         except OSError:
             aside.unlink(missing_ok=True)
             raise
+
+
+def new_file(path: Path, mode: int = 0o666) -> BinaryIO:
+    """Open a new file for writing; what has the name is removed first, a symbolic link and not what it leads to."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb")
 
 
 @contextmanager
@@ -145,6 +190,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
         try:
             yield aside
             aside.replace(path)
@@ -153,10 +199,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def refuse_full(path: Path) -> None:
-    """EvomergeError if `path` is a file or a folder that is not empty."""
+    """EvomergeError if `path` is a file, a folder that is not empty, or the working folder."""
     with disk_errors(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
             raise EvomergeError(f"{path}: exists already and is not an empty folder; choose another name")
+        if path.exists() and path.samefile(Path.cwd()):
+            raise EvomergeError(f"{path}: is the working folder; name a new folder, for instance {path / 'merged'}")
 
 
 @contextmanager
@@ -164,23 +212,47 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Within the context, fill a folder that appears under its name only when it is complete.
 
     Yields a temporary folder beside `path`.  Without an error it is synced and renamed to `path`, else it is removed.
-    What a killed process left there is removed first.  `path` must be absent or an empty folder.
+    What killed processes left there is removed first.  `path` must be absent or an empty folder.
     """
     refuse_full(path)
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        for folder in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            remove_unfinished(folder)
         try:
-            yield aside
-            for file in sorted(aside.rglob("*")):
-                sync(file)
+            aside.mkdir()
+        except FileExistsError as error:
+            raise EvomergeError(f"{path}: this process is writing there already; choose another name") from error
+        try:
+            with appending(aside / UNFINISHED) as mark:
+                fcntl.flock(mark, fcntl.LOCK_EX)
+                yield aside
+                for file in sorted(aside.rglob("*")):
+                    sync(file)
+                (aside / UNFINISHED).unlink()
             sync(aside)
-            if path.exists():
-                path.rmdir()
-            aside.rename(path)
+            rename_folder(aside, path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove a temporary folder of `new_folder` whose process is gone, and no other folder."""
+    if not (folder / UNFINISHED).is_file() or folder.is_symlink():
+        return
+    with appending(folder / UNFINISHED) as mark, suppress(BlockingIOError):
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rename_folder(aside: Path, path: Path) -> None:
+    """Give a folder its name, which may be that of an empty folder.  EvomergeError if another process took it."""
+    try:
+        aside.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise EvomergeError(f"{path}: another process has written there meanwhile; choose another name") from error
+        raise

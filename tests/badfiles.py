@@ -28,7 +28,7 @@ from evomerge.merge.measure.prepare import load
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
-from evomerge.report.html import explanation
+from evomerge.report.page.scores import explanation
 from evomerge.report.verdict_text import results_section
 from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter

@@ -88,6 +88,10 @@ def cases() -> Iterator[Case]:
         yield f"{n} sources", call_of(Blend(weights, of_task_vectors=True), Operands(base, sources)), base.shape
         plan = SparseBlend(weights, "magnitude", floors=(0.4,) * n, elect="weighted", normalize=True)
         yield f"{n} sparse", call_of(plan, Operands(base, sources)), base.shape
+    base, sources = operands((40, 50), (torch.float32, torch.bfloat16))
+    turn = SparseBlend((1.0,), "importance", floors=(0.4,))
+    planes = planes_for(turn, base)
+    yield "a source on a float32 result", call_of(turn, Operands(base, sources, planes, KEYS)), base.shape
     for broken in (torch.nan, -torch.nan, torch.inf, -torch.inf):
         base, sources = operands((40, 50))
         sources[1] = sources[1].clone()

@@ -267,6 +267,74 @@ out_dtype: float32
 """
 """For mergekit-multi: merges of merges, one rounded to bfloat16, one with an adapter on a model that is no base."""
 
+STEPS = {
+    "slerp": """
+name: first
+merge_method: slerp
+base_model: <one>
+models: [{model: <two>}]
+parameters: {t: 0.3}
+dtype: float64
+out_dtype: float32
+---
+merge_method: slerp
+base_model: first
+models: [{model: <three>}]
+parameters: {t: 0.3}
+dtype: float64
+out_dtype: float32
+""",
+    "nuslerp": """
+name: first
+merge_method: nuslerp
+base_model: <base>
+models: [{model: <one>, parameters: {weight: 0.25}}, {model: <two>, parameters: {weight: 0.5}}]
+dtype: float64
+out_dtype: float32
+---
+merge_method: nuslerp
+base_model: <base>
+models: [{model: first, parameters: {weight: 0.75}}, {model: <three>, parameters: {weight: 0.375}}]
+dtype: float64
+out_dtype: float32
+""",
+    "nearswap": """
+name: first
+merge_method: nearswap
+base_model: <base>
+models: [{model: <one>}]
+parameters: {t: 0.01}
+dtype: float32
+---
+merge_method: nearswap
+base_model: first
+models: [{model: <two>}]
+parameters: {t: 0.01}
+dtype: float32
+""",
+    "arcee_fusion": """
+name: first
+merge_method: arcee_fusion
+base_model: <base>
+models: [{model: <one>}]
+dtype: float32
+---
+merge_method: arcee_fusion
+base_model: first
+models: [{model: <two>}]
+dtype: float32
+""",
+}
+"""For mergekit-multi: what a recipe of several sources does at once."""
+
+STEPS_HERE: dict[str, tuple[tuple[str, ...], dict[str, float], dict[str, float]]] = {
+    "slerp": (("one", "two", "three"), {"t": 0.3}, {}),
+    "nuslerp": (("one", "two", "three"), {}, {"one": 0.25, "two": 0.5, "three": 0.375}),
+    "nearswap": (("one", "two"), {"t": 0.01}, {}),
+    "arcee_fusion": (("one", "two"), {}, {}),
+}
+"""The same as recipes: sources, parameters of all, weights."""
+
 ADAPTER = of_base("task_arithmetic", [{"model": "<base>+<lora>", "parameters": {"weight": 0.5}}])
 
 # These run on the other architectures too.

@@ -60,16 +60,22 @@ def checkpoint_average(sources: Sequence[Tensor], decay: float, by_position: boo
     return linear(sources, weights, normalize=True)
 
 
-def slerp(first: Tensor, second: Tensor, t: float) -> Merged:
-    """Shoemake 1985: (sin (1-t)a x + sin ta y) / sin a; the straight line where the cosine is beyond 0.9995."""
-    x, y = first.double(), second.double()
-    a, b = (1 - t), t
-    if x.any() and y.any():
-        cosine = cosine_of(first, second)
-        if abs(cosine) <= 0.9995:
-            angle = torch.tensor(cosine, dtype=torch.float64).acos()
-            a, b = float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
-    return Merged(a * x + b * y, (a * x).abs() + (b * y).abs(), 5)
+def slerp(models: Sequence[Tensor], t: float) -> Merged:
+    """Shoemake 1985: (sin (1-t)a x + sin ta y) / sin a; the straight line where the cosine is beyond 0.9995.
+
+    Each further model is merged into the result so far.
+    """
+    found, size = models[0].double(), models[0].double().abs()
+    for model in models[1:]:
+        y = model.double()
+        a, b = (1 - t), t
+        if found.any() and y.any():
+            cosine = cosine_of(found, y)
+            if abs(cosine) <= 0.9995:
+                angle = torch.tensor(cosine, dtype=torch.float64).acos()
+                a, b = float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
+        found, size = a * found + b * y, abs(a) * size + (b * y).abs()
+    return Merged(found, size, len(models) + 3)
 
 
 def cosine_of(first: Tensor, second: Tensor) -> float:
@@ -80,20 +86,28 @@ def cosine_of(first: Tensor, second: Tensor) -> float:
 def nuslerp(
     base: Tensor | None, sources: Sequence[Tensor], weights: Sequence[float], flatten: bool, row_wise: bool
 ) -> Merged:
-    """slerp at t = w2 / (w1 + w2) from one task vector (without a base: source) to the other, slice by slice."""
-    t = weights[1] / sum(weights) if sum(weights) else 0.5
+    """slerp at t = w2 / (w1 + w2) from one task vector (without a base: source) to the other, slice by slice.
+
+    Each further one is merged into the result so far, which has the weight of all in it.
+    """
     origin = torch.zeros_like(sources[0]).double() if base is None else base.double()
 
-    def arc(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        cosine = (direction(x, 1e-7) * direction(y, 1e-7)).sum().clamp(-1, 1)
-        if 1 - cosine**2 <= 2**-24:
-            return (1 - t) * x, t * y
-        angle = cosine.acos()
-        return ((1 - t) * angle).sin() / angle.sin() * x, (t * angle).sin() / angle.sin() * y
+    def arcs(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+        found, size = vectors[0], vectors[0].abs()
+        for k, y in enumerate(vectors[1:], 1):
+            total = sum(weights[: k + 1])
+            t = weights[k] / total if total else 0.5
+            cosine = (direction(found, 1e-7) * direction(y, 1e-7)).sum().clamp(-1, 1)
+            a, b = 1 - t, t
+            if 1 - cosine**2 > 2**-24:
+                angle = cosine.acos()
+                a, b = float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())
+            found, size = a * found + b * y, abs(a) * size + (b * y).abs()
+        return found, size
 
     axis = None if flatten else -1 if row_wise else 0
-    first, second = by_slice(arc, [x.double() - origin for x in sources], axis)
-    return Merged(origin + first + second, origin.abs() + first.abs() + second.abs(), 8)
+    found, size = by_slice(arcs, [x.double() - origin for x in sources], axis)
+    return Merged(origin + found, origin.abs() + size, len(sources) + 6)
 
 
 def multislerp(
@@ -180,11 +194,15 @@ def passthrough(source: Tensor, scale: float) -> Merged:
     return Merged(scale * source.double(), (scale * source.double()).abs(), 2)
 
 
-def nearswap(base: Tensor, source: Tensor, t: float) -> Merged:
-    """alchemonaut 2024: interpolate with the weight t / |x - b|, at most 1."""
-    b, x = base.double(), source.double()
-    weight = torch.where((x - b).abs() > t, t / (x - b).abs(), 1.0)
-    return Merged(weight * x + (1 - weight) * b, b.abs() + (x - b).abs().clamp(max=t), 4)
+def nearswap(base: Tensor, sources: Sequence[Tensor], t: float) -> Merged:
+    """alchemonaut 2024: interpolate with the weight t / |x - b|, at most 1; b is the result so far."""
+    b, size = base.double(), base.double().abs()
+    for source in sources:
+        x = source.double()
+        weight = torch.where((x - b).abs() > t, t / (x - b).abs(), 1.0)
+        size = torch.maximum(size, b.abs() + (x - b).abs().clamp(max=t))
+        b = weight * x + (1 - weight) * b
+    return Merged(b, size, 4 * len(sources))
 
 
 def direction(x: Tensor, least: float) -> Tensor:

@@ -22,7 +22,7 @@ COMMANDS_NEED = (
     "cmaes",
     "evomerge.api.merge",
     "evomerge.api.search",
-    "evomerge.report.html",
+    "evomerge.report.page",
     "evomerge.report.live_view",
     "evomerge.search.loop",
     "lm_eval.models.huggingface",

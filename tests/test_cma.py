@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler, is_enqueued
 from evomerge.search.samplers.sampler_kind import trial_seed
+from evomerge.search.samplers.stages import stages_of
 from evomerge.search.storage.optuna_private import MemoryStorage, key_of_study, key_of_trial, storage_behind
 from evomerge.search.storage.trial_record import LEARNED, RECORD, TrialRecord
 
@@ -242,6 +243,98 @@ def test_a_proposal_does_not_look_at_all_trials_again() -> None:
     for _ in range(20):
         step(bench, random.Random(0), 1, fail=0)
     assert replayed == list(range(600, 610))
+
+
+# --- From coarse to fine ---
+
+
+def staged(dimensions: int = 24, workers: int = 1, results: int = 30) -> CmaEsSampler:
+    """Axes of two sources; those of a source are in three groups."""
+    pairs = {name: f"s{k % 2}" for k, name in enumerate(axes_of(dimensions))}
+    ties = {name: f"s{k % 2}.{k % 6}" for k, name in enumerate(axes_of(dimensions))}
+    stages = stages_of(list(pairs), [pairs, ties], results)
+    return CmaEsSampler(axes_of(dimensions), 5, 0.2, None, workers, ties, stages)
+
+
+def values_of(trial: FrozenTrial, count: int) -> int:
+    """How many different values the axes have of those whose numbers are equal modulo `count`."""
+    values = list(trial.params.values())
+    return max(len(set(values[k::count])) for k in range(count))
+
+
+def test_two_coarser_searches_come_first_each_from_the_best_so_far() -> None:
+    bench = Bench(staged())
+    start = bench.enqueue(dict.fromkeys(axes_of(24), 0.5))
+    bench.finish(start.number, sphere(start.params))
+    for _ in range(120):
+        number = bench.ask().number
+        bench.finish(number, sphere(bench.trials[number].params))
+    drawn = bench.trials[1:]
+    coarse = next(k for k, t in enumerate(drawn) if values_of(t, 2) > 1)
+    middle = next(k for k, t in enumerate(drawn) if values_of(t, 6) > 1) - coarse
+    assert (coarse, middle) == (30, 63), "whole generations of 6 and of 9 results, 30 and 60 at least"
+    for first in (coarse, coarse + middle):
+        best = max(bench.trials[: 1 + first], key=lambda t: t.value or 0.0)
+        mean = bench.sampler.means[drawn[first].system_attrs[GENERATION]]
+        assert set(np.round(mean, 12)) == set(np.round(bench.sampler.unit(best), 12))
+    check_none_wasted(bench)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), workers=st.sampled_from([1, 3, 8]))
+def test_a_rebuilt_study_goes_on_in_the_same_stage(seed: int, workers: int) -> None:
+    rng = random.Random(seed)
+    bench = Bench(staged(workers=workers))
+    start = bench.enqueue(dict.fromkeys(axes_of(24), 0.5))
+    bench.finish(start.number, sphere(start.params))
+    bench.ask()
+    for _ in range(3):
+        for _ in range(rng.randrange(160)):
+            step(bench, rng, workers)
+        other = bench.rebuilt(staged(workers=rng.choice([1, 64])))
+        state = rng.getstate()
+        here = [step(bench, rng, workers) for _ in range(40)]
+        rng.setstate(state)
+        assert [step(other, rng, workers) for _ in range(40)] == here
+        assert other.sampler.distribution_mean(other.study) == bench.sampler.distribution_mean(bench.study)
+
+
+def test_a_start_that_no_coarser_search_can_hold_begins_with_all_axes() -> None:
+    axes = axes_of(24)
+    for point, different in (({n: 0.01 * k for k, n in enumerate(axes)}, 24), (dict.fromkeys(axes, 0.3), 2)):
+        bench = Bench(staged())
+        start = bench.enqueue(point)
+        bench.finish(start.number, 0.0)
+        assert len(set(bench.ask().params.values())) == different
+
+
+def test_a_study_from_before_the_stages_goes_on_as_it_began() -> None:
+    """What a study stored at its first trial says how it goes on."""
+    bench = Bench(CmaEsSampler(axes_of(24), 5, 0.2, None))
+    for _ in range(20):
+        number = bench.ask().number
+        bench.finish(number, sphere(bench.trials[number].params))
+    assert bench.rebuilt(staged()).ask().params == bench.ask().params
+
+
+def test_a_stage_whose_distribution_collapses_is_over() -> None:
+    bench = Bench(staged(results=10_000))
+    while len(bench.sampler.left) != 1:
+        number = bench.ask().number
+        bench.finish(number, sphere(bench.trials[number].params))
+        assert bench.results < 3000
+    assert values_of(bench.ask(), 2) > 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ties", "dimensions"), [(2, 6, [2, 6]), (2, 24, [2]), (13, 13, []), (12, 12, [12]), (6, 8, [8])]
+)
+def test_a_stage_has_clearly_fewer_coordinates_than_the_next(pairs: int, ties: int, dimensions: list[int]) -> None:
+    axes = [f"x{k}" for k in range(24)]
+    named = [{axis: str(k % count) for k, axis in enumerate(axes)} for count in (pairs, ties)]
+    assert [stage.dimension for stage in stages_of(axes, named, 30)] == dimensions
+    assert stages_of(axes, named, 0) == []
+    assert stages_of(axes, [{}, {}], 30) == []
 
 
 # --- Shifts of whole groups, after a learned start in a wide space ---

@@ -151,11 +151,19 @@ def test_knobs_of_another_method_are_reported_beside_wrong_types(folder: Path) -
     assert [line.split(":")[0] for line in found] == ["seed", "space.t"]
 
 
-def test_slerp_takes_no_more_than_two_sources(folder: Path) -> None:
+def test_passthrough_takes_no_more_than_one_source(folder: Path) -> None:
     sources = [{"name": name, "path": "one"} for name in "abc"]
-    assert problems(folder, method="slerp", space={"t": [0, 1]}, sources=sources) == [
-        "sources: slerp takes 1 to 2, here are 3"
+    assert problems(folder, method="passthrough", space={"scale": [0, 1]}, sources=sources) == [
+        "sources: passthrough takes 1, here are 3"
     ]
+
+
+def test_the_order_alone_can_be_searched(folder: Path) -> None:
+    sources = [{"name": name, "path": "one"} for name in "abc"]
+    assert parsed(folder, method="arcee_fusion", space={}, sources=sources).space.order
+    assert parsed(folder, method="slerp", space={"t": 0.5}, sources=sources).space.order
+    for method, count, space in (("slerp", 2, {"t": 0.5}), ("slerp", 3, {"t": 0.5, "order": False})):
+        assert "nothing to search" in " ".join(problems(folder, method=method, space=space, sources=sources[:count]))
 
 
 def test_a_weight_given_for_every_source_is_enough(folder: Path) -> None:

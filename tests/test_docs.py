@@ -1,9 +1,11 @@
 """What the documentation says is there: keys, methods, commands, make targets, files, links, headings."""
 
 import ast
+import itertools
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +29,7 @@ from evomerge.merge.recipe.recipe import Recipe, load_recipe
 from evomerge.sources.locate import looks_like_hub_id
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 FOLDERS = ("benchmarks", "configs", "docs", "evals", "evomerge", "examples", "tests")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -49,9 +51,11 @@ def words(code: str) -> set[str]:
 # --- The command line ---
 
 
-def test_the_reference_of_the_commands_is_what_they_say() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["reference"]()
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, "stale; run: python docs/reference.py"
+def test_the_generated_pages_are_what_commands_and_schemas_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
+    for name, content in made.items():
+        page = ROOT / "docs" / "reference" / name
+        assert page.read_text(encoding="utf-8") == content, f"{name} is stale; run: python docs/reference.py"
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -74,8 +78,11 @@ def commands(text: str) -> Iterator[list[str]]:
 def shown_commands(page: Path) -> Iterator[tuple[list[str], bool]]:
     """The commands that a page shows, and whether each is only mentioned in a sentence."""
     for token in tokens(page):
-        if token.type == "code_block" or (token.type == "fence" and token.info in ("", "sh", "bash", "console")):
+        if token.type == "code_block" or (token.type == "fence" and token.info in ("", "sh", "bash")):
             yield from ((command, False) for command in commands(token.content))
+        if token.type == "fence" and token.info == "console":  # commands after $, and their output
+            typed = re.findall(r"^\$ ((?:\\\n|.)*)", token.content, re.MULTILINE)
+            yield from ((command, False) for text in typed for command in commands(text))
         for span in spans(token):
             if re.match(r"(evomerge|make|python) ", span):
                 yield from ((command, True) for command in commands(span))
@@ -161,7 +168,7 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def explained(chapter: str) -> tuple[set[str], dict[str, set[str]]]:
-    """What docs/configuration.md explains under a heading of the first level.
+    """What docs/reference/configuration.md explains under a heading of the first level.
 
     Returns the keys that have a row of its tables, and for each key the words of the code in its row and in the section
     that is named after it.
@@ -169,7 +176,7 @@ def explained(chapter: str) -> tuple[set[str], dict[str, set[str]]]:
     rows: set[str] = set()
     found: dict[str, set[str]] = {}
     here, section, row = False, [""], None
-    page = tokens(ROOT / "docs" / "configuration.md")
+    page = tokens(ROOT / "docs" / "reference" / "configuration.md")
     for before, token in zip([None, *page], page, strict=False):
         if before is not None and before.type == "heading_open":
             here = token.content == chapter if before.tag == "h1" else here
@@ -222,7 +229,7 @@ def shown_sources(method: Method) -> str:
 
 
 def test_the_table_of_methods_is_what_the_methods_are() -> None:
-    lines = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8").splitlines()
     table = {line.split("`")[1]: line.split(" | ")[2:] for line in lines if line.startswith("| [`")}
     assert table == {
         name: [shown_sources(method), (", ".join(shown_knob(*k) for k in method.knobs.items()) or "none") + " |"]
@@ -244,7 +251,9 @@ def make_what_it_names(content: dict[str, Any], folder: Path) -> None:
             make_what_it_names(source["recipe"], folder)
         elif "path" in source and not looks_like_hub_id(source["path"]):
             (folder / source["path"]).mkdir(parents=True)
-    for task in content.get("tasks", []):
+    if (base := content["base"]) and isinstance(base, str) and not looks_like_hub_id(base):
+        (folder / base).mkdir(parents=True, exist_ok=True)
+    for task in [*content.get("tasks", []), *content.get("guards", [])]:
         if task["task"].endswith(".yaml"):
             (folder / task["task"]).parent.mkdir(parents=True, exist_ok=True)
             (folder / task["task"]).touch()
@@ -264,6 +273,13 @@ def test_configurations_and_recipes_on_a_page_load(page: Path, tmp_path: Path) -
 
 
 # --- Links, headings, lines ---
+
+
+def test_every_page_has_a_place_in_the_site() -> None:
+    site = tomllib.loads((ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8"))
+    shown = re.findall(r"[\w./-]+\.md", str(site["project"]["nav"]))
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert sorted(shown) == sorted(pages)
 
 
 def anchors(page: Path) -> set[str]:
@@ -348,7 +364,7 @@ def test_a_wrong_file_or_function_is_noticed() -> None:
 
 
 def test_the_tree_has_every_package_and_only_what_is_there() -> None:
-    blocks = [token for token in tokens(ROOT / "docs" / "architecture.md") if token.type == "fence"]
+    blocks = [token for token in tokens(ROOT / "docs" / "explanation" / "architecture.md") if token.type == "fence"]
     (tree,) = [block.content for block in blocks if block.content.startswith("evomerge/\n")]
     paths = [path.rstrip("/") for path in in_tree(tree)]
     assert [path for path in paths if not (ROOT / path).exists()] == []
@@ -358,7 +374,35 @@ def test_the_tree_has_every_package_and_only_what_is_there() -> None:
 
 @every_page
 def test_lines_are_at_most_100_characters(page: Path) -> None:
-    """Tables are exempt, and what a link or an address adds to a line."""
-    lines = page.read_text(encoding="utf-8").splitlines()
+    """Tables are exempt, what a link or an address adds to a line, and what commands print."""
+    text = page.read_text(encoding="utf-8")
+    lines = re.sub(r"^```console$.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
     rest = [re.sub(r"\]\([^)]*\)|https?://\S+", "", line) for line in lines if not line.startswith("|")]
     assert [line for line in rest if len(line) > 100] == []
+
+
+# --- Messages ---
+
+
+def texts_of_the_code() -> str:
+    """Every text of the package's code but docstrings, one a line."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "evomerge").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = (node for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    return "\n".join(text.value.replace("\n", " ") for text in texts if isinstance(text.value, str))
+
+
+def test_troubleshooting_quotes_messages_that_the_program_has() -> None:
+    """Words in capitals stand for what the program fills in."""
+    page = tokens(ROOT / "docs" / "how-to" / "troubleshooting.md")
+    quoted = [
+        message
+        for before, token in itertools.pairwise(page)
+        if before.type == "heading_open" and before.tag == "h3"
+        for message in spans(token)
+    ]
+    known = texts_of_the_code()
+    parts = [part.strip(" :") for message in quoted for part in re.split(r"\b[A-Z][A-Z_]*\b", message)]
+    assert len(quoted) >= 25
+    assert [part for part in parts if part and part not in known] == []

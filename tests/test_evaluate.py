@@ -14,7 +14,7 @@ from models import VOCABULARY, write_llama
 
 from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.clock import Batches, Clock
 from evomerge.evaluate.engine import Engine, scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore, score_batches
 from evomerge.evaluate.metrics import Extra
@@ -451,7 +451,11 @@ def test_out_of_memory_halves_the_budget_for_good(
         return forward(inputs, **options)
 
     monkeypatch.setattr(model, "forward", small)
-    assert engine.score(work, Clock())["gold_logprob"] == pytest.approx(expected, abs=1e-5)
+    told: list[tuple[int, int]] = []
+    batches = Batches(work.steps, lambda done, total: told.append((done, total)))
+    assert engine.score(work, Clock(batches=batches))["gold_logprob"] == pytest.approx(expected, abs=1e-5)
+    assert all(done <= total for done, total in told)
+    assert batches.done == batches.total > 1, "batches that are computed again count again"
     assert engine.batch_tokens < 4096
     assert log[-1] == f"note: out of memory; from now on {engine.batch_tokens} tokens a batch"
     lines = len(log)

@@ -1,4 +1,4 @@
-"""The public interface of `import evomerge`, and its page docs/python.md."""
+"""The public interface of `import evomerge`, and its page docs/reference/python.md."""
 
 import asyncio
 import inspect
@@ -26,7 +26,7 @@ import evomerge
 from evomerge import EvomergeError
 from evomerge.api.merge import plain
 
-PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -366,6 +366,6 @@ def test_the_example_of_the_page_runs(tiny_family: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in BLOCKS:
-        exec(compile(block, "docs/python.md", "exec"), names)
+        exec(compile(block, "docs/reference/python.md", "exec"), names)
     assert len(names["run"].trials) == 10
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "evals", "merged", "average"}

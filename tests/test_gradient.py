@@ -152,7 +152,7 @@ def recipe_of(
 ) -> Recipe:
     """A recipe with different weights for its sources.  first: the first one's."""
     kind = METHODS[method]
-    names = names[: kind.sources[1]]
+    names = names[: 1 if kind.in_turn else kind.sources[1]]
     own = {n: {"weight": w} for n, w in zip(names, (first, 0.5), strict=False)} if "weight" in kind.knobs else {}
     given = {k: v for k, v in (GIVEN | parameters).items() if k in kind.knobs}
     sources = sources_of(folders, names, {} if "weight" in parameters else own)
@@ -184,6 +184,24 @@ def test_every_method_agrees_with_differences_of_the_oracle(method: str, names: 
     recipe = recipe_of(method, folders, names, **{"t": 0.03} if method == "nearswap" else {})
     bank, model = opened(recipe)
     same(gradient_of(recipe, bank, model), expected(recipe, bank, model))
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp"])
+def test_steps_one_after_the_other_have_their_derivatives(method: str, folders: dict[str, Path]):
+    recipe = recipe_of(method, folders, ["two", "adapter", "one"], **{"t": [0.3, 0.6]})
+    if method == "nuslerp":
+        recipe.sources[2].parameters["weight"] = 0.25
+    bank, model = opened(recipe)
+    same(gradient_of(recipe, bank, model), expected(recipe, bank, model))
+
+
+def test_a_source_on_top_of_another_has_no_derivative(folders: dict[str, Path]):
+    assert learnable(METHODS["nearswap"]) == {"t"}
+    assert learnable(METHODS["nearswap"], 2) == set()
+    recipe = recipe_of("nearswap", folders, ["one"])
+    bank, model = opened(several := recipe.model_copy(update={"sources": sources_of(folders, ["one", "two"], {})}))
+    with pytest.raises(EvomergeError, match="nearswap has no coefficient"):
+        gradient_of(several, bank, model)
 
 
 def test_only_what_changes_the_weights_smoothly_is_learnable():

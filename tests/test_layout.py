@@ -323,8 +323,8 @@ BAD: dict[str, tuple[list[dict[str, list[int]]], dict[str, Any], str]] = {
     ),
     "too many in one slice": (
         [{"one": [0, 1], "two": [0, 1], "three": [0, 1]}],
-        {"method": "slerp", "parameters": {"t": 0.5}},
-        "slices.0.layers: slerp takes 1 to 2, here are 3",
+        {"method": "passthrough"},
+        "slices.0.layers: passthrough takes 1, here are 3",
     ),
 }
 

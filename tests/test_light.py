@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from searches import ROOT, Done, finished_search, run_cli, write_config
 
-HEAVY = ("torch", "transformers", "lm_eval", "datasets", "plotly", "peft")
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "plotly", "peft", "gradio")
 SHOWS = f"""
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr))
@@ -38,7 +38,7 @@ def fresh(*arguments: str | Path) -> tuple[Done, set[str]]:
     return Done(done.returncode, done.stdout, said), set(json.loads(last))
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["search", "--help"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done, imported = fresh(*arguments)
     assert done.returncode == 0, done.stderr

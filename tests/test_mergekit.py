@@ -13,7 +13,18 @@ import pytest
 import torch
 import yaml
 from architectures import write_architectures
-from mergekit_cases import ADAPTER, CASES, DOCUMENTS, ELSEWHERE, RANDOM, ROUNDED, VOCABULARIES, Case
+from mergekit_cases import (
+    ADAPTER,
+    CASES,
+    DOCUMENTS,
+    ELSEWHERE,
+    RANDOM,
+    ROUNDED,
+    STEPS,
+    STEPS_HERE,
+    VOCABULARIES,
+    Case,
+)
 from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
@@ -23,6 +34,7 @@ from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import vocabulary_tensors
@@ -92,6 +104,12 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(root / "documents" / "lora", root / "documents" / "base")
     (file := root / "documents" / "mergekit.yml").write_text(with_paths(DOCUMENTS, file.parent))
     jobs.append([str(file), str(file.parent / "theirs"), 1])
+    for seed, name in enumerate(("base", "one", "two", "three")):
+        write_llama(root / "steps" / name, seed)
+    for name, text in STEPS.items():
+        (file := root / "steps" / name / "mergekit.yml").parent.mkdir()
+        file.write_text(with_paths(text, root / "steps"))
+        jobs.append([str(file), str(file.parent / "theirs"), 1])
     (root / "jobs.json").write_text(json.dumps(jobs))
     program = Path(__file__).with_name("mergekit_run.py")
     run = [str(MERGEKIT), program, root / "jobs.json"]
@@ -184,6 +202,23 @@ def test_documents_that_build_on_each_other_make_what_mergekit_makes(merged: Pat
     for tensor in ours:
         inputs = [bank.source(s, tensor) for s in bank.models.sources]
         assert units_apart(ours[tensor], theirs[tensor], *inputs) <= 8, tensor
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_several_sources_merge_as_mergekit_merges_them_step_by_step(method: str, merged: Path):
+    folder = merged / "steps" / method
+    assert not (folder / "theirs" / "error.txt").exists(), (folder / "theirs" / "error.txt").read_text()[-2000:]
+    names, parameters, weights = STEPS_HERE[method]
+    paths = {name: str(merged / "steps" / name) for name in ("base", *names)}
+    sources = [RecipeSource(name=n, path=paths[n], parameters={"weight": weights[n]} if weights else {}) for n in names]
+    base = Model(path=paths["base"])
+    recipe = Recipe(method=method, dtype="float32", base=base, sources=sources, parameters=parameters)
+    bank = open_bank(recipe, torch.device("cpu"))
+    export(recipe, bank, folder / "ours", model_card)
+    ours, theirs = tensors_in(folder / "ours"), tensors_in(folder / "theirs")
+    for tensor in ours:
+        inputs = [bank.base(tensor), *(bank.source(s, tensor) for s in names)]
+        assert units_apart(ours[tensor], theirs[tensor], *inputs) <= 4, tensor
 
 
 @pytest.mark.parametrize("name", [*CASES, *VOCABULARIES, "an adapter"])

@@ -591,7 +591,7 @@ def test_there_and_back_every_tensor_keeps_its_coefficients(
 
 @pytest.mark.parametrize("method", MERGEKIT)
 def test_every_method_comes_back_with_its_knobs(method: str, folder: Path):
-    count = METHODS[method].sources[0] if METHODS[method].sources[1] else max(2, METHODS[method].sources[0])
+    count = MERGEKIT[method].models[1] or max(2, METHODS[method].sources[0])
     sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two", "three")[:count]]
     parameters: dict[str, Any] = {
         k: "l1" if v.choices else True if v.switch else 3 if k == "max_iter" else 0.25
@@ -624,6 +624,35 @@ def test_slerp_of_two_sources_has_the_first_as_base(folder: Path):
     back, notes = round_trip(recipe, folder)
     assert (back.base.path, [s.path for s in back.sources]) == (str(folder / "one"), [str(folder / "two")])
     assert notes == ["mergekit takes the configuration and the tokenizer from one."]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("slerp", {"t": [0.3, 0.6]}), ("nearswap", {"t": 0.1}), ("arcee_fusion", {})]
+)
+def test_several_sources_are_written_as_one_merge_after_the_other(
+    method: str, parameters: dict[str, Any], folder: Path
+):
+    sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two", "three")]
+    recipe = Recipe(method=method, base=Model(path=str(folder / "base")), sources=sources, parameters=parameters)
+    documents = list(yaml.safe_load_all(dump_mergekit(recipe)[0]))
+    models = ["one", "two", "three"] if method == "slerp" else ["base", "one", "two", "three"]
+    paths = [str(folder / n) for n in models]
+    names = [f"step{k}" for k in range(1, len(documents))]
+    assert [d.get("name") for d in documents] == [*names, None]
+    assert [d["base_model"] for d in documents] == [paths[0], *names]
+    assert [d["models"] for d in documents] == [[{"model": path}] for path in paths[1:]]
+    assert {d["dtype"] for d in documents} == {"float32"}
+    assert [d.get("out_dtype") for d in documents] == [*[None] * len(names), "bfloat16"]
+
+
+@pytest.mark.parametrize("more", [{}, {"vocabulary": "union"}])
+def test_several_sources_that_mergekit_cannot_merge_in_steps_are_refused(more: dict[str, Any], folder: Path):
+    sources = [RecipeSource(name=n, path=str(folder / n)) for n in ("one", "two", "three")]
+    method, parameters = ("slerp", {"t": 0.5}) if more else ("nuslerp", {"weight": 1.0})
+    base = Model(path=str(folder / "base"))
+    recipe = Recipe(method=method, base=base, sources=sources, parameters=parameters, **more)
+    with pytest.raises(EvomergeError, match=f"mergekit's {method} merges two models, and this recipe merges 3 sources"):
+        dump_mergekit(recipe)
 
 
 def test_other_masks_are_said_in_the_file(folder: Path):

@@ -320,8 +320,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not a number": ({"parameters": {"weight": float("nan")}}, "parameters.weight"),
     "infinite": ({"parameters": {"weight": float("inf")}}, "parameters.weight"),
     "too many sources": (
-        {"method": "slerp", "parameters": {"t": 0.5}, "sources": [source(n) for n in "abc"]},
-        "sources: slerp takes 1 to 2, here are 3",
+        {"method": "passthrough", "parameters": {}, "sources": [source(n) for n in "abc"]},
+        "sources: passthrough takes 1, here are 3",
     ),
     "decay below its range": (
         {"method": "checkpoint_average", "parameters": {"decay": 0.0}},

@@ -107,17 +107,18 @@ def test_a_search_with_an_unknown_sampler_opens_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "trials", "workers", "learned", "chosen"),
+    ("axes", "trials", "workers", "learned", "coarser", "chosen"),
     [
-        (24, 60, 1, False, "gp"),
-        (24, 60, 1, True, "cma-es"),
-        (24, 61, 1, False, "cma-es"),
-        (31, 60, 1, False, "cma-es"),
-        (24, 60, 2, False, "cma-es"),
-        (24, None, 1, False, "cma-es"),
+        (24, 60, 1, False, False, "gp"),
+        (24, 60, 1, False, True, "cma-es"),
+        (24, 60, 1, True, False, "cma-es"),
+        (24, 61, 1, False, False, "cma-es"),
+        (31, 60, 1, False, False, "cma-es"),
+        (24, 60, 2, False, False, "cma-es"),
+        (24, None, 1, False, False, "cma-es"),
     ],
 )
 def test_auto_goes_on_with_gp_where_few_trials_start_from_a_baseline(
-    axes: int, trials: int | None, workers: int, learned: bool, chosen: str
+    axes: int, trials: int | None, workers: int, learned: bool, coarser: bool, chosen: str
 ) -> None:
-    assert choose(axes, trials, workers, learned) == chosen
+    assert choose(axes, trials, workers, learned, coarser) == chosen

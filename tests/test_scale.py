@@ -283,7 +283,7 @@ def test_the_candidate_is_never_below_a_baseline_on_the_selection_split(finished
     assert ranked[0]["selection_metric"] == max(f["selection_metric"] for f in ranked)
     assert {"base", "rev", "add", "uniform"} <= {f["name"] for f in ranked}
     if ranked[0]["kind"] != "candidate":
-        assert verdict["outcome"] == "nothing better found"
+        assert verdict["outcome"] in ("worse", "too little searched")
         assert verdict["recommended"] == ranked[0]["name"]
 
 

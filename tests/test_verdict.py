@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
+from evomerge.config.schema import SearchConfig
 from evomerge.search.verdict import intervals as module
 from evomerge.search.verdict.intervals import (
     ENOUGH,
@@ -19,7 +20,8 @@ from evomerge.search.verdict.intervals import (
     mean_score,
     score_range,
 )
-from evomerge.search.verdict.verdict import Rival, Verdict, judge
+from evomerge.search.verdict.next_step import next_step
+from evomerge.search.verdict.verdict import ENOUGH_SEARCHED, Outcome, Rival, Verdict, judge
 
 WEIGHTS = {"a": 1.0}
 ACCURACY: Range = (0.0, 1.0)
@@ -71,7 +73,7 @@ def test_a_candidate_that_is_surely_worse_is_called_so() -> None:
 
 def test_a_search_without_a_candidate_recommends_the_best_baseline() -> None:
     rival = Rival("soup", "uniform", {"a": hits(0.3, 50, 2)})
-    verdict = judge({"a": hits(0.5, 50, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="one", searched=False)
+    verdict = judge({"a": hits(0.5, 50, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="one", searched=3)
     assert (verdict.outcome, verdict.winner, verdict.recommended) == ("too little searched", False, "one")
     assert "one, the best baseline" in verdict.sentence
 
@@ -79,14 +81,69 @@ def test_a_search_without_a_candidate_recommends_the_best_baseline() -> None:
 def test_a_baseline_that_is_better_than_all_that_was_searched_takes_the_place_of_the_candidate() -> None:
     rival = Rival("soup", "uniform", {"a": hits(0.3, 200, 2)})
     verdict = judge({"a": hits(0.9, 200, 1)}, [rival], {"a": "acc"}, WEIGHTS, seed=0, stand_in="upper")
-    assert (verdict.outcome, verdict.winner, verdict.recommended) == ("nothing better found", False, "upper")
-    assert "upper is better than every candidate of the search" in verdict.sentence
+    assert (verdict.outcome, verdict.winner, verdict.recommended) == ("worse", False, "upper")
+    assert "Worse than upper: on the selection items it is better than the best of the" in verdict.sentence
 
 
 def test_without_a_baseline_nothing_is_shown_and_nothing_raised() -> None:
     verdict = judged(hits(0.9, 50))
-    assert (verdict.outcome, verdict.winner, verdict.recommended) == ("nothing to compare", False, "winner")
+    assert (verdict.outcome, verdict.winner, verdict.recommended) == ("no difference shown", False, "winner")
     assert verdict.detectable is None
+
+
+def test_what_is_not_better_after_a_few_candidates_is_too_little_searched() -> None:
+    scores = {"a": hits(0.5, 200, 1)}
+    rival = Rival("soup", "uniform", {"a": hits(0.5, 200, 2)})
+    outcomes = [
+        judge(scores, [rival], {"a": "acc"}, WEIGHTS, seed=0, searched=count).outcome
+        for count in (0, ENOUGH_SEARCHED - 1, ENOUGH_SEARCHED)
+    ]
+    assert outcomes == ["too little searched", "too little searched", "no difference shown"]
+    worse = Rival("soup", "uniform", {"a": hits(0.1, 200, 2)})
+    assert judge(scores, [worse], {"a": "acc"}, WEIGHTS, seed=0, searched=1).outcome == "better"
+
+
+def test_no_difference_says_what_gain_could_have_been_shown() -> None:
+    verdict = judged(hits(0.5, 200, 1), hits(0.5, 200, 2))
+    assert verdict.detectable is not None
+    assert f"enough to show a gain of {verdict.detectable:.3f}, but not less" in verdict.sentence
+
+
+def test_models_that_answer_alike_are_called_so_and_can_still_show_only_five_items_of_gain() -> None:
+    same = hits(0.5, 200, 1)
+    verdict = judged(same, same)
+    assert verdict.comparisons[0].same
+    assert "the same score on every item" in verdict.sentence
+    assert verdict.detectable == pytest.approx(5 / 200)
+    assert judged([1.0] * 5 + same, [0.0] * 5 + same).winner
+    assert not judged([1.0] * 4 + same, [0.0] * 4 + same).winner
+
+
+def test_a_handful_of_items_is_said_to_show_no_gain() -> None:
+    verdict = judged([1.0, 0.0, 1.0], [1.0, 1.0, 0.0])
+    assert verdict.detectable is None
+    assert "too few to show any gain" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("outcome", "command"),
+    [
+        ("better", "evomerge export RUN --out merged/"),
+        ("worse", "evomerge export RUN --out merged/"),
+        ("no difference shown", "evomerge resume RUN --trials 240"),
+        ("too little searched", "evomerge resume RUN --trials 240"),
+    ],
+)
+def test_each_outcome_has_its_next_command(outcome: Outcome, command: str) -> None:
+    content = {
+        "name": "n",
+        "base": "b",
+        "sources": [{"name": "s", "path": "s"}],
+        "method": "linear",
+        "tasks": [{"task": "t"}],
+    }
+    config = SearchConfig.model_validate(content)
+    assert next_step(outcome, config, 120) == command
 
 
 def test_a_gain_that_may_be_luck_makes_no_winner() -> None:

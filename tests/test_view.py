@@ -1,10 +1,13 @@
 """The live view: what is shown while a search runs, when it has ended, and when its process was killed."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import signal
+import struct
+import termios
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +22,10 @@ from evomerge.report.live_view import HEIGHT, WORKERS, columns, render, watch
 from evomerge.search.monitor.snapshot import (
     POINTS,
     STATE,
+    Coefficients,
     LastFailure,
     Snapshot,
+    TaskScore,
     WorkerState,
     read_snapshot,
     thinned,
@@ -86,13 +91,42 @@ def test_the_view_shows_all_there_is_to_know() -> None:
     text = shown(FULL)
     for words in (
         "small  ties of 3 sources", "searching (3 of 9 batches)", "40 of 100 trials, 7 stopped early, 1 failed",
-        "12.0 trials per minute, 5m left (60s of it for judging the finalists)",
+        "12.0 trials per minute, about 5m left (60s of it for judging the finalists)",
         "best 0.7500 by trial 31, target 0.9, 9 trials since (ends at 20)",
         "worker 0  cuda:0  trial 41    since 3s", "worker 1  cuda:1  restarting  since 2s  1 restarts",
         "trial 17 failed: OutOfMemoryError: [cuda] out of memory", "trial 20 broken: a logit is not finite",
         "3m wall time, 7m device time (75% of it computing), 5.0k tokens", "0.50 EUR",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_the_incumbent_is_shown_beside_the_best_parent_and_where_there_is_room_beside_the_plot() -> None:
+    s = replace(
+        FULL,
+        tasks=(TaskScore("math", "acc", 0.612, 0.55, "wizard", 0.4), TaskScore("chat", "acc", 0.5)),
+        coefficients=(
+            Coefficients("weight", "wizard", 0.75, 0.5, 1.0),
+            Coefficients("weight", "coder", 0.25, 0.25, 0.25),
+            Coefficients("t", None, 0.5, 0.5, 0.5),
+        ),
+    )
+    for width in (60, 80, 160):
+        lines = shown(s, width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        (row,) = [line.split() for line in lines if "math" in line]
+        assert row[-5 - (width >= 70) :][-4:] == ["0.612", "0.550", "wizard", "0.400"]
+        assert any("weight  wizard 0.75 (0.5 to 1), coder 0.25" in line for line in lines)
+        assert any(line.strip().endswith("t  0.5") for line in lines)
+        (head,) = [line for line in lines if "best parent" in line]
+        assert ("█" in head) == (width == 160), "the first line of the plot"
+    assert max(line.rindex("█") for line in shown(FULL, width=160).splitlines() if "█" in line) > 140
+
+
+def test_a_phase_says_how_much_of_it_is_done() -> None:
+    s = replace(FULL, phase="scoring base and parents", parts=(2, 5), unit="models", step=(3, 3))
+    assert "scoring base and parents, 2 of 5 models done\n" in shown(s).replace(" \n", "\n")
+    assert "searching (" not in shown(replace(FULL, step=(9, 9)))
+    assert "left" not in shown(replace(FULL, left=None))
 
 
 def test_times_go_on_between_two_snapshots() -> None:
@@ -177,7 +211,7 @@ def test_a_run_is_watched_from_another_process_until_it_is_killed(tiny_family: P
         """Between two pictures: wait for trials to be there, then kill the search."""
         if (snapshot := read_snapshot(run)) is not None:
             seen.append(snapshot)
-            if snapshot.trials >= 3:
+            if snapshot.trials >= 3 and snapshot.phase == "searching":
                 os.kill(search.pid, signal.SIGKILL)
                 os.waitpid(search.pid, 0)
         time.sleep(0.05)
@@ -190,6 +224,12 @@ def test_a_run_is_watched_from_another_process_until_it_is_killed(tiny_family: P
     assert seen[-1].phase == "searching"
     assert seen[-1].workers[0].device == "cpu"
     assert len(seen[-1].points) >= 1
+    assert {t.task for t in seen[-1].tasks} == {"tiny_rev", "tiny_add"}
+    assert all(t.parent_name in ("rev", "add") and t.base is not None for t in seen[-1].tasks)
+    assert [(c.knob, c.source) for c in seen[-1].coefficients] == [("weight", "rev"), ("weight", "add")]
+    phases = list(dict.fromkeys(s.phase for s in seen))
+    assert "scoring base and parents" in phases, phases
+    assert all(s.parts[0] <= s.parts[1] for s in seen if s.parts)
     done = run_cli("status", run, "--watch")
     assert done.returncode == 0
     assert f"its process {search.pid} is gone" in done.stdout
@@ -213,8 +253,12 @@ def test_watching_ends_with_ctrl_c_and_no_word(tmp_path: Path, finished: Path) -
 
 def test_a_search_in_a_terminal_draws_the_same_view(tiny_family: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 110, 0, 0))
     config = write_config(tmp_path, tiny_family, budget={"trials": 6})
-    prelude = "import os\nos.environ.update(TERM='xterm-256color', COLUMNS='110', LINES='40')\n"
+    prelude = (
+        "import os\nos.environ['TERM'] = 'xterm-256color'\n"
+        "from evomerge.report.progress import console\nconsole.is_interactive = True\n"  # made without a terminal
+    )
     search = start_cli("search", config, "--run", tmp_path / "run", prelude=prelude, terminal=theirs)
     os.close(theirs)
     said = b""
@@ -230,5 +274,9 @@ def test_a_search_in_a_terminal_draws_the_same_view(tiny_family: Path, tmp_path:
     done = search.wait()
     assert done.returncode == 0, done.stderr
     text = said.decode()
-    for words in ("task_arithmetic of 2 sources", "of 6 trials", "worker 0", "wall time", "report:"):
+    for words in (
+        "opening the models", "hashing the files", "task_arithmetic of 2 sources", "of 6 trials", "worker 0",
+        "best parent", "wall time", "report:",
+    ):  # fmt: skip
         assert words in text, words
+    assert text.index("loading") < text.index("opening the models") < text.index("of 6 trials")

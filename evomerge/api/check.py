@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.api.search import open_inputs, read_config
+from evomerge.api.search import LOADING, open_inputs, read_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
+from evomerge.report.progress import Stages, console
 
 if TYPE_CHECKING:
     from evomerge.search.check.check import Check
@@ -22,12 +23,14 @@ def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16
     Raises EvomergeError for wrong input, or if a model cannot be scored.
     """
     loaded = pin(read_config(config)[0], {})
-    from evomerge.report.check_text import check_text
-    from evomerge.report.progress import console
-    from evomerge.search.check.check import check_search
+    with Stages(show) as stages:
+        stages.stage(LOADING)
+        from evomerge.report.check_text import check_text
+        from evomerge.search.check.check import check_search
 
-    models, task_set = open_inputs(loaded, show)
-    found = check_search(loaded, models, task_set, items, print if show else lambda text: None)
+        opened = open_inputs(loaded, show, stages.stage)
+        stages.stage("preparing the items")
+        found = check_search(opened, items, stages.log)
     if show:
         console.print(check_text(found))
     return found

@@ -80,11 +80,17 @@ def plain(value: Any) -> Any:
 
 
 def write_merge(
-    recipe: Recipe, out: str | Path | None, mergekit: str | Path | None, device: str, show: bool, results: str = ""
+    recipe: Recipe,
+    out: str | Path | None,
+    mergekit: str | Path | None,
+    device: str,
+    show: bool,
+    results: str = "",
+    copy_of: str | None = None,
 ) -> Recipe:
     """Write what was asked for: a model folder, a file for mergekit, or both.
 
-    results: a section of Markdown for the model's card.
+    results: a section of Markdown for the model's card.  copy_of: as in `model_card`.
     """
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
@@ -97,10 +103,12 @@ def write_merge(
         if show:
             print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
             print(f"wrote {mergekit}")
-    return recipe if out is None else write_model(recipe, Path(out), device, show, results)
+    return recipe if out is None else write_model(recipe, Path(out), device, show, results, copy_of)
 
 
-def write_model(recipe: Recipe, out: Path, device: str, show: bool = True, results: str = "") -> Recipe:
+def write_model(
+    recipe: Recipe, out: Path, device: str, show: bool = True, results: str = "", copy_of: str | None = None
+) -> Recipe:
     """Merge a recipe into a new folder; returns the recipe with all SHA-256 sums."""
     from evomerge.device import resolve_device, use
     from evomerge.merge.output.export import export, total_bytes
@@ -126,7 +134,7 @@ def write_model(recipe: Recipe, out: Path, device: str, show: bool = True, resul
     bar = Bar("merging", total_bytes(recipe, bank), "MB") if show else None
     progress: Callable[[int], None] = bar.update if bar else lambda done: None
     try:
-        signed = export(recipe, bank, out, lambda r: model_card(r, results), progress, note=note)
+        signed = export(recipe, bank, out, lambda r: model_card(r, results, copy_of), progress, note=note)
     finally:
         if bar:
             bar.close()

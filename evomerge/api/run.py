@@ -95,7 +95,7 @@ class Run:
 
     @property
     def report_file(self) -> Path:
-        """report.html, which exists once there is a verdict."""
+        """report.html; during a search it shows what there is so far."""
         return self.files.report_file
 
     @property
@@ -171,9 +171,10 @@ class Run:
         from evomerge.api.merge import write_merge
         from evomerge.report.status import read_status
         from evomerge.report.usage_text import usage_section
-        from evomerge.report.verdict_text import results_section
+        from evomerge.report.verdict_text import copied_model, results_section
         from evomerge.search.verdict.recommended import recipe_of_trial, recommended_recipe
 
+        copy_of = None
         if (trial is not None) + (prefer is not None) + knee > 1:
             raise EvomergeError("give one of trial, prefer and knee")
         if prefer is not None or knee:
@@ -193,10 +194,10 @@ class Run:
             recipe, verdict = recommended_recipe(self.files)
             if show:
                 print(verdict["sentence"])
-            results = results_section(verdict)
+            results, copy_of = results_section(verdict), copied_model(verdict)
             with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
                 results += usage_section(read_status(self.files))
-        return write_merge(recipe, out, mergekit, self.config.device, show, results)
+        return write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of)
 
 
 def open_run(folder: str | Path) -> Run:

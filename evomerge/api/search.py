@@ -12,14 +12,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.merge import plain
+from evomerge.api.on_finish import content_of, ending_of, tell
 from evomerge.api.run import Run, Trial, reader_of_trials
 from evomerge.config.config_file import load_config, parse_config, write_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, did_you_mean
+from evomerge.evaluate.metrics import CHOSEN, METRICS
 from evomerge.files import refuse_full
-from evomerge.search.budget.limits import Limits, limits_of, with_budget
+from evomerge.report.progress import Stages, console
+from evomerge.search.agreements import agree, agreed, task_code
+from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
+from evomerge.search.monitor.trackers import refuse_missing
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import only_driver, refuse_existing
 from evomerge.search.samplers.registry import sampler_kind
@@ -27,9 +32,10 @@ from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_o
 
 if TYPE_CHECKING:
     from evomerge.report.terminal import SearchView
-    from evomerge.search.evaluation.task_set import TaskSet
-    from evomerge.sources.open_models import Models
+    from evomerge.search.monitor.snapshot import Snapshot
+    from evomerge.search.opened import Opened
 
+LOADING = "loading PyTorch and transformers"
 OnTrial = Callable[[Trial], None]
 
 
@@ -91,30 +97,40 @@ def search(
     limits, worker_options = limits_of(loaded.budget, until), options_of(workers, ray)
     folder = Path(run) if run is not None else Path("runs") / loaded.name
     refuse_existing(folder)
-    sampler_kind(loaded.sampler.name)
+    refuse_missing(loaded)
     if out is not None:
         refuse_full(Path(out))
     # What the configuration alone shows is said before seconds go into imports, the rest before there is a run folder.
-    from evomerge.search.inputs import create_run
-    from evomerge.search.space.start_points import read_start, refuse_seen_items
+    with Stages(show) as stages:
+        stages.stage(LOADING)
+        from evomerge.search.inputs import create_run
+        from evomerge.search.space.start_points import read_start, refuse_seen_items
 
-    loaded = pin(loaded, {})
-    models, task_set = open_inputs(loaded, show)
-    if loaded.start_from is not None:
-        read_start(loaded)
-        refuse_seen_items(loaded, task_set)
+        loaded = pin(loaded, {})
+        opened = open_inputs(loaded, show, stages.stage)
+        if loaded.start_from is not None:
+            stages.stage("opening what the search starts from")
+            read_start(loaded)
+            refuse_seen_items(loaded, opened.task_set)
     if check:
-        look(loaded, models, task_set)
-    created = create_run(loaded, task_set, origin or RunFolder(folder).config_file, folder)
+        look(opened, worker_options, limits)
+    with Stages(show) as stages:
+        stages.stage("hashing the files of the models")
+        created = create_run(loaded, opened.task_set, origin or RunFolder(folder).config_file, folder)
     if show:
         print(f"run folder: {folder}", flush=True)
-    return search_in(created, limits, worker_options, out, on_trial, show)
+    if loaded.on_finish is not None:
+        agree(content_of(loaded.on_finish), folder)
+    if code := task_code(loaded):
+        agree(code, folder)
+    return search_and_tell(created, limits, worker_options, out, on_trial, show, opened)
 
 
-def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
+def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] = lambda text: None) -> "Opened":
     """The models and tasks of a search, opened and checked.
 
     config: with the versions of its models pinned.  show: whether to print what to know about the models.
+    stage: told what happens now.
 
     Raises EvomergeError for whatever a search cannot use.
     """
@@ -122,27 +138,35 @@ def open_inputs(config: SearchConfig, show: bool) -> "tuple[Models, TaskSet]":
     from evomerge.merge.recipe.layout import build_layout
     from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
     from evomerge.search.models import open_config_models
+    from evomerge.search.opened import Opened
     from evomerge.search.space.layer_assembly import build_assembly
 
+    stage("opening the models")
     models = open_config_models(config)
     build_assembly(config, models)
     for note in check_loads(build_layout(models), models.base):
         if show:
             print(f"note: {note}", file=sys.stderr)
+    stage("opening the tasks")
     task_set = open_task_set(config)
     check_chat_templates(models, task_set)
     check_statistics(config, models, task_set)
-    return models, task_set
+    return Opened(config, models, task_set)
 
 
-def look(config: SearchConfig, models: "Models", task_set: "TaskSet") -> None:
+def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     """Print what a check finds; a search begins in any case."""
     from evomerge.report.check_text import check_text
-    from evomerge.report.progress import console
     from evomerge.search.check.check import BRIEF, check_search
 
+    count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
+    keep = workers.ray is None and workers.count == 1
+    left = limits.seconds_left(0.0, now())
     try:
-        console.print(check_text(check_search(config, models, task_set, BRIEF, print), examples=False))
+        with Stages() as stages:
+            stages.stage("preparing a look at the search")
+            found = check_search(opened, BRIEF, stages.log, count, left, keep)
+        console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)
 
@@ -160,6 +184,8 @@ def resume(
     ray: str | None = None,
     out: str | Path | None = None,
     accept_changes: bool = False,
+    allow_task_code: bool = False,
+    on_finish: bool = False,
     on_trial: OnTrial | None = None,
     show: bool = True,
 ) -> Run:
@@ -167,6 +193,8 @@ def resume(
 
     run: a `Run` or its folder.
     accept_changes: go on although the configuration or a model has changed.
+    allow_task_code: agree to the Python code of the run's tasks, if the search was started elsewhere.
+    on_finish: agree to what the run's configuration says under `on_finish`, if the search was started elsewhere.
 
     The other arguments, the result and what is raised are those of `search`; limits and a margin that are not given
     stay as they are in the run, `until` excepted.
@@ -175,22 +203,49 @@ def resume(
     files = (run if isinstance(run, Run) else Run(run)).files
     if out is not None:
         refuse_full(Path(out))
-    from evomerge.search.inputs import check_unchanged
+    with Stages(show) as stages:
+        stages.stage(LOADING)
+        from evomerge.search.inputs import check_unchanged
 
-    config = check_unchanged(files, accept_changes)
+        if allow_task_code and (code := task_code(files.config())):
+            agree(code, files.folder)
+        stages.stage("comparing models and tasks with those that the search began with")
+        config = check_unchanged(files, accept_changes)
     changed = with_margin(with_budget(config, trials, timeout, target, patience), simplify)
     limits = limits_of(changed.budget, until)
     if changed is not config:
         write_config(files.config_file, changed)
-    return search_in(files, limits, worker_options, out, on_trial, show)
+    if changed.on_finish is not None and on_finish:
+        agree(content_of(changed.on_finish), files.folder)
+    return search_and_tell(files, limits, worker_options, out, on_trial, show)
 
 
 def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[SearchConfig, Path | None]:
     """A checked configuration from any of its forms, and the file that it comes from, if it comes from one."""
     if isinstance(config, (str, Path)):
-        return load_config(Path(config)), Path(config)
+        return load_config(Path(config), name_problems), Path(config)
     content = config.model_dump(by_alias=True, exclude_none=True) if isinstance(config, SearchConfig) else config
-    return parse_config(plain(content), Path("configuration")), None
+    return parse_config(plain(content), Path("configuration"), name_problems), None
+
+
+def name_problems(config: SearchConfig, others: bool) -> list[str]:
+    """The problems with the names of sampler, objectives and metrics.
+
+    others: whether there are other problems.  Then a metric that looks misspelt is one; a task that is opened may have
+    it after all.
+    """
+    problems = []
+    try:
+        sampler_kind(config.sampler.name)
+    except EvomergeError as error:
+        problems.append(str(error))
+    known = ["metric", *METRICS, *CHOSEN]
+    for number, task in enumerate(config.tasks if others or problems else []):
+        for key, name in (("objective", task.objective), ("metric", task.metric or "metric")):
+            plain_name = name.partition(",")[0]
+            if plain_name not in known and (hint := did_you_mean(plain_name, known)):
+                problems.append(f"tasks.{number}.{key}: {name!r} is not a metric that evomerge knows{hint}")
+    return problems
 
 
 def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
@@ -206,23 +261,64 @@ def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:
     return parse_worker_options(None if workers is None else str(workers), ray)
 
 
+def search_and_tell(
+    run: RunFolder,
+    limits: Limits,
+    workers: WorkerOptions,
+    out: str | Path | None,
+    on_trial: OnTrial | None,
+    show: bool,
+    opened: "Opened | None" = None,
+) -> Run:
+    """`search_in`, and then what the configuration's `on_finish` says, if the user has agreed to it."""
+    on_finish = run.config().on_finish
+    if on_finish is not None and not agreed(content_of(on_finish), run.folder):
+        if show:
+            print(
+                f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
+                "and if it may run, resume with --on-finish",
+                file=sys.stderr,
+            )
+        on_finish = None
+    ended: BaseException | None = None
+    try:
+        return search_in(run, limits, workers, out, on_trial, show, opened)
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        if on_finish is not None:
+            tell(on_finish, ending_of(run, ended), run.log)
+
+
 def search_in(
-    run: RunFolder, limits: Limits, workers: WorkerOptions, out: str | Path | None, on_trial: OnTrial | None, show: bool
+    run: RunFolder,
+    limits: Limits,
+    workers: WorkerOptions,
+    out: str | Path | None,
+    on_trial: OnTrial | None,
+    show: bool,
+    opened: "Opened | None" = None,
 ) -> Run:
     """Search in a run folder to the verdict, write the report, and the model if `out` is given."""
-    from evomerge.report.html import write_report
+    from evomerge.report.page import write_report
     from evomerge.report.status import read_status
     from evomerge.report.terminal import SearchView, print_status
     from evomerge.search.loop import search as search_loop
     from evomerge.search.monitor.monitor import Monitor
+    from evomerge.search.verdict.conflicts import write_conflicts
 
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
 
     def work() -> None:
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
-            search_loop(run, monitor, stop, workers, where)
+            search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
+            try:
+                write_conflicts(run, None if opened is None else opened.models)
+            except Exception as error:  # what the report shows beside the verdict is no reason to fail
+                run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
             write_report(run)
 
     is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
@@ -265,12 +361,16 @@ def outside_a_loop(work: Callable[[], None]) -> None:
 
 
 class SearchListener:
-    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function."""
+    """Passes what a search reports on to the view, if there is one, and finished trials to the user's function and to
+    the report."""
 
     def __init__(self, run: RunFolder, view: "SearchView | None", on_trial: OnTrial | None) -> None:
+        from evomerge.report.page import PageSoFar
+
         self.run = run
         self.view = view
         self.on_trial = on_trial
+        self.page = PageSoFar(run)
         self.read: Callable[[int], Trial] | None = None
 
     def phase(self, text: str) -> None:
@@ -281,19 +381,18 @@ class SearchListener:
         if self.view is not None:
             self.view.say(text)
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, unit: str) -> None:
         if self.view is not None:
-            self.view.step(done, total)
+            self.view.step(done, total, unit)
 
-    def trial(
-        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
-    ) -> None:
+    def trial(self, number: int, value: float | None, note: str, snapshot: "Snapshot") -> None:
         if self.view is not None:
-            self.view.trial(number, done, total, value, best, note)
+            self.view.trial(number, value, note, snapshot)
+        self.page.refresh()
         if self.on_trial is not None:
             self.read = self.read or reader_of_trials(self.run)
             self.on_trial(self.read(number))
 
-    def show(self, snapshot: Any) -> None:
+    def show(self, snapshot: "Snapshot") -> None:
         if self.view is not None:
             self.view.show(snapshot)

@@ -3,6 +3,7 @@
     options.py    the options that several commands share
     starting.py   commands before the first search
     searching.py  commands on a search
+    playing.py    the playground
     models.py     commands on models
 
 A wrong input ends with one message and exit code 2, a bug with a traceback.
@@ -10,11 +11,11 @@ A wrong input ends with one message and exit code 2, a bug with a traceback.
 
 import sys
 
-from evomerge.cli import starting, searching, models  # commands are listed in this order  # isort: skip
+from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
 from evomerge.errors import EvomergeError
 
-__all__ = ["app", "main", "models", "searching", "starting"]
+__all__ = ["app", "main", "models", "playing", "searching", "starting"]
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "readonly database": "the disk has become read-only",
     "Read-only file system": "the disk has become read-only",
     "disk I/O error": "the disk cannot be read or written",
+    "File too large": "a file would be larger than this shell's limit (ulimit -f)",
 }
 
 

@@ -40,21 +40,38 @@ def reproduce(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: evomerge inspect models/base models/math models/code")
+@app.command(epilog="Example: evomerge inspect models/base models/math models/code --text lines.txt --html models.html")
 def inspect(
-    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
-    sources: Annotated[list[str], typer.Argument(help="Fine-tunes or LoRA adapters of it.")],
+    base: Annotated[
+        str, typer.Argument(help="The base model, a folder or a hub id; or without sources a search configuration.")
+    ],
+    sources: Annotated[list[str] | None, typer.Argument(help="Fine-tunes or LoRA adapters of it.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A few lines that the models should be good at, to measure the loss between them."),
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write tables and pictures as a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    device: Device = "auto",
 ) -> None:
-    """Tell whether these models can be merged, and what to expect: how far they are from the base, and how alike."""
+    """Tell whether these models can be merged, and what to expect: distances, conflicts, losses between them, advice.
+
+    A configuration also gives the text: gold answers of its search items.
+    """
     from evomerge.report.inspection import inspect as inspect_models
     from evomerge.report.progress import console
 
-    found = inspect_models(base, sources)
+    found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(found.to_json())
     else:
-        console.print(found)
+        console.print(found, soft_wrap=False)
+    if page is not None:
+        from evomerge.report.inspection_page import write_page
+
+        write_page(page, found)
+        if not as_json:
+            print(f"wrote {page}")
     if not found.mergeable:
         raise typer.Exit(2)
     if found.strangers:

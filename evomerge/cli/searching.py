@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from evomerge.cli.lost_terminal import terminal_may_go
 from evomerge.cli.options import (
     ExportTo,
     Mergekit,
@@ -20,7 +21,6 @@ from evomerge.cli.options import (
     app,
     refuse_nothing,
 )
-from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
+@terminal_may_go()
 def search(
     config: Annotated[Path, typer.Argument(help="A search configuration (YAML).")],
     trials: Trials = None,
@@ -75,6 +76,7 @@ def search(
 
 
 @app.command(epilog="Example: evomerge resume runs/quickstart --trials 120")
+@terminal_may_go()
 def resume(
     run: RunFolder,
     trials: Trials = None,
@@ -88,6 +90,16 @@ def resume(
     out: ExportTo = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
+    ] = False,
+    allow_task_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-task-code", help="Agree to the Python code of tasks of a run that was started elsewhere."
+        ),
+    ] = False,
+    on_finish: Annotated[
+        bool,
+        typer.Option("--on-finish", help="Agree to the on_finish of a run that was started elsewhere."),
     ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
@@ -107,6 +119,8 @@ def resume(
             ray=ray,
             out=out,
             accept_changes=accept_changes,
+            allow_task_code=allow_task_code,
+            on_finish=on_finish,
         )
     except SearchStopped as stopped:
         leave(stopped)
@@ -120,7 +134,13 @@ def leave(stopped: "SearchStopped") -> NoReturn:
 
 
 def show_export(run: "Run", out: Path | None) -> None:
-    """Name the command that writes the model, unless the search has written it."""
+    """Name the command that follows from the verdict, and the one that writes the model, unless that is done."""
+    from evomerge.report.verdict_text import next_command
+
+    verdict = run.files.verdict()
+    following = "" if verdict is None else next_command(verdict, run.folder)
+    if following.startswith("evomerge resume"):
+        print(f"next: {following}")
     if out is None:
         print(f"export: evomerge export {run.folder} --out merged/")
         if run.config.goals == "pareto":
@@ -136,13 +156,17 @@ def status(
     """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
+    from evomerge.report.verdict_text import next_command
     from evomerge.search.run import open_run
 
     opened = open_run(run)
     if watch:
         watch_run(opened)
     else:
-        print_status(read_status(opened), timing)
+        shown = read_status(opened)
+        print_status(shown, timing)
+        if shown.verdict is not None:
+            print(f"next: {next_command(shown.verdict, opened.folder)}")
 
 
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
@@ -158,15 +182,60 @@ def studies(
     print_studies(storage)
 
 
-@app.command(epilog="Example: evomerge report runs/quickstart")
-def report(run: RunFolder) -> None:
-    """Write report.html of a finished run again."""
-    from evomerge.report.html import write_report
+@app.command(epilog="Example: evomerge compare runs/seed0 runs/seed1 runs/seed2")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two run folders or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Put the verdicts of several runs side by side, and compare their candidates on the holdout items they share."""
+    import json
+
+    from evomerge.search.run import open_run
+    from evomerge.search.verdict.across_runs import compare_runs
+
+    found = compare_runs([open_run(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    from evomerge.report.comparison import print_comparison
+
+    print_comparison(found)
+
+
+@app.command(epilog="Example: evomerge dashboard runs/quickstart")
+def dashboard(
+    run: RunFolder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port on 127.0.0.1; 0 for any that is free.")] = 8080,
+) -> None:
+    """Show the study in optuna-dashboard, on this machine only; a search may run meanwhile."""
+    from evomerge.report.dashboard import serve
     from evomerge.search.run import open_run
 
+    serve(open_run(run), port, lambda address: print(f"dashboard: {address}  (Ctrl-C ends it)", flush=True))
+
+
+@app.command(epilog="Example: evomerge report runs/quickstart")
+def report(
+    run: RunFolder,
+    landscape: Annotated[
+        bool,
+        typer.Option(
+            "--landscape", help="First score models on the lines from the candidate to each parent and to the base."
+        ),
+    ] = False,
+) -> None:
+    """Write report.html again; of a search that has not ended, what there is so far."""
+    from evomerge.report.page import write_report
+    from evomerge.search.run import only_driver, open_run
+
     opened = open_run(run)
-    if not opened.verdict_file.exists():
-        raise EvomergeError(f"{run}: has no verdict yet; go on with `evomerge resume {run}`")
+    if landscape:
+        from evomerge.search.verdict.conflicts import write_conflicts
+        from evomerge.search.verdict.landscape import measure_landscape
+
+        with only_driver(opened):
+            measure_landscape(opened)
+            write_conflicts(opened, None)
     write_report(opened)
     print(opened.report_file)
 

@@ -4,21 +4,49 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from evomerge.config.database_url import has_password, masked
 from evomerge.config.paths import absolute_paths, path_problems
-from evomerge.config.schema import SearchConfig, SpaceConfig
-from evomerge.config.tasks import TaskOptions
-from evomerge.errors import EvomergeError
+from evomerge.config.schema import (
+    BudgetConfig,
+    LayersConfig,
+    PriceConfig,
+    RacingConfig,
+    SamplerConfig,
+    SearchConfig,
+    SourceConfig,
+    SpaceConfig,
+    WorkersConfig,
+)
+from evomerge.config.tasks import GuardConfig, SplitsConfig, TaskConfig, TaskOptions
+from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import choices_of, is_named, values_of
 from evomerge.merge.methods.method import Method
 from evomerge.sources.tokenizer import VOCABULARY_CHOICES
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": SearchConfig, "sources": SourceConfig, "tasks": TaskConfig, "guards": GuardConfig, "splits": SplitsConfig,
+    "sampler": SamplerConfig, "budget": BudgetConfig, "price": PriceConfig, "workers": WorkersConfig,
+    "racing": RacingConfig, "layers": LayersConfig,
+}  # fmt: skip
+"""Where a key of the file stands -> the keys that may stand there."""
+
+
+class Problems(Protocol):
+    """Finds problems of a configuration.  others: whether there are others, so that guesses are welcome."""
+
+    def __call__(self, config: SearchConfig, others: bool) -> list[str]: ...
+
+
+def no_more(config: SearchConfig, others: bool) -> list[str]:
+    """No problems."""
+    return []
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -122,7 +150,8 @@ def problems_of_one(config: SearchConfig, method: Method, candidates: Sequence[M
         on, moved = given.get(("space", switch)), given.get(("space", name))
         if on and on.high and moved and (moved.low, moved.high) != (method.knobs[name].default,) * 2:
             problems.append(f"space.{name}: has no meaning beside {switch}; leave out one of them")
-    if not any(a.low < a.high for a in given.values()) and not problems:
+    ordered = config.space.order and method.ordered is not None and len(names) >= method.ordered
+    if not any(a.low < a.high for a in given.values()) and not ordered and not problems:
         fixed = f"every coefficient of {method.name}" if len(candidates) > 1 else "every coefficient"
         hint = "leave it out" if len(candidates) > 1 else "use `evomerge merge` instead"
         problems.append(f"space: {fixed} is fixed, there is nothing to search; {hint}")
@@ -218,19 +247,25 @@ def readable(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
+        names = [part for part in error["loc"] if isinstance(part, str)]
+        section = SECTIONS.get(names[-2] if len(names) > 1 else "")
+        return f"{where}: unknown key" + did_you_mean(names[-1], section.model_fields if section else ())
     if error["type"] == "missing":
         return f"{where}: missing"
     if error["loc"][0] == "storage":  # the value may contain a password
         return f"{where}: {message}"
     shown = repr(error.get("input"))
-    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
+    allowed = re.findall("'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+    hint = did_you_mean(str(error.get("input")), allowed) if error["type"] == "literal_error" else ""
+    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "") + hint
 
 
-def parse_config(content: Any, origin: Path) -> SearchConfig:
+def parse_config(content: Any, origin: Path, more: Problems = no_more, files: bool = True) -> SearchConfig:
     """Check parsed YAML as a search configuration.
 
     origin: the file, named in the error; relative paths are relative to its folder.
+    more: finds problems that this package knows nothing of; `others` says whether there are others.
+    files: whether the models and files that it names must be there; to read about a finished search they need not.
 
     EvomergeError lists all problems, each with its YAML path.
     """
@@ -241,7 +276,8 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     try:
         config = SearchConfig.model_validate(content)
         problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
-        problems += path_problems(config) + guard_problems(config)
+        problems += guard_problems(config) + (path_problems(config) if files else [])
+        problems += more(config, bool(problems))
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -253,7 +289,7 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
             partial = SearchConfig.model_validate({**stand_ins, **rest})
             if not bad & {"method", "sources", "space"}:
                 problems += method_problems(partial)
-            problems += path_problems(partial)
+            problems += (path_problems(partial) if files else []) + more(partial, True)
         except ValidationError:
             pass
     if problems:
@@ -261,9 +297,14 @@ def parse_config(content: Any, origin: Path) -> SearchConfig:
     return config
 
 
-def load_config(path: Path) -> SearchConfig:
-    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path."""
-    return parse_config(read_yaml(path), path)
+def load_config(path: Path, more: Problems = no_more, files: bool = True) -> SearchConfig:
+    """Read a search configuration from a file.
+
+    more, files: as in `parse_config`.
+
+    EvomergeError lists all problems, each with its YAML path.
+    """
+    return parse_config(read_yaml(path), path, more, files)
 
 
 def dump_config(config: SearchConfig) -> str:
@@ -273,18 +314,18 @@ def dump_config(config: SearchConfig) -> str:
 
 
 def write_config(path: Path, config: SearchConfig) -> None:
-    """Write the configuration to a file, which only its owner can read if it contains a password."""
-    write_text(path, dump_config(config), private=has_password(config.storage))
+    """Write the configuration to a file, which only its owner can read if it may contain a password."""
+    write_text(path, dump_config(config), private=has_password(config.storage) or config.on_finish is not None)
 
 
 def config_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """The differences of two configurations in the keys that decide a study's results, as `key: old -> new` lines.
 
-    The budget, `simplify`, the price, the limits of workers and the table of hub commits may differ, and so may the
-    method that was chosen from a list.  Passwords are not shown.
+    The budget, `simplify`, the price, the limits of workers, `on_finish`, `log_to` and the table of hub commits may
+    differ, and so may the method that was chosen from a list.  Passwords are not shown.
     """
     chosen = {"method"} if old.methods and new.methods else set()
-    free = {"budget", "simplify", "price", "workers", "hub"} | chosen
+    free = {"budget", "simplify", "price", "workers", "hub", "on_finish", "log_to"} | chosen
     before, after = (flatten(c.model_dump(by_alias=True, exclude_none=True, exclude=free)) for c in (old, new))
 
     def shown(key: str, values: dict[str, Any]) -> str:

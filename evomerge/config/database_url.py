@@ -7,19 +7,25 @@ opened; then no file that evomerge writes contains it.
 import os
 import re
 from collections.abc import Mapping
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from evomerge.errors import EvomergeError
 
 VARIABLE = re.compile(r"\$\{([^}]*)\}")
 # A password may contain any character, so it ends at the last @ of the URL.
-LOGIN = re.compile(r"(?P<before>://[^:/?#@]*:)(?P<password>.+)@", re.DOTALL)
-SECRET = re.compile(r"(?P<before>[?&][^=&]*(?:pass|pwd|secret|token|key)[^=&]*=)(?P<password>[^&]*)", re.IGNORECASE)
+LOGIN = re.compile(r"(?P<before>://[^:/]*:)(?P<password>.+)@", re.DOTALL)
+# An ODBC connection string is a query of its own, with ";" between its parts, often percent-encoded as a whole.
+SECRET = re.compile(
+    r"(?P<before>[?&;][^=&;]*(?:pass|pwd|secret|token|key|odbc_connect)[^=&;]*=)(?P<password>[^&]*)", re.IGNORECASE
+)
+INNER = re.compile(r"(?:pass|pwd|secret|token|key)[^=;]*=([^;]*)", re.IGNORECASE)
 
 
 def passwords(url: str) -> list[str]:
     """The parts of a URL that are passwords: in its login or in its query."""
-    return [m["password"] for pattern in (LOGIN, SECRET) for m in pattern.finditer(url)]
+    found = [m["password"] for pattern in (LOGIN, SECRET) for m in pattern.finditer(url)]
+    first = [part.split(";")[0] for part in found]
+    return [p for p in (*found, *first, *(inner for part in found for inner in INNER.findall(unquote(part)))) if p]
 
 
 def has_password(url: str | None) -> bool:

@@ -123,6 +123,7 @@ class SpaceConfig(BaseModel):
         values, `group` one value for each of `groups` runs of layers, `layer` one value for each layer.
     components: those, or parts of them, with coefficients of their own; the others share one.
     sources: for one source, by name: coefficients that differ from the others'.
+    order: whether the order of the sources is searched, where the method's result depends on it.
     layers: the search for layers instead of coefficients.
 
     Every other key is a coefficient of the method; those that are not named keep their defaults.
@@ -135,6 +136,7 @@ class SpaceConfig(BaseModel):
     groups: int = Field(default=4, ge=1, le=256)
     components: list[Literal[Component, Part]] = []
     sources: dict[str, dict[str, AxisValue]] = {}
+    order: bool = Field(default=True, exclude_if=lambda order: order)
     layers: Annotated[LayersConfig | None, BeforeValidator(parse_layers)] = Field(
         default=None, exclude_if=lambda layers: layers is None
     )
@@ -149,18 +151,23 @@ class SpaceConfig(BaseModel):
         return found
 
 
+COARSE = 30
+
+
 class SamplerConfig(Strict):
     """What proposes the coefficients.
 
     name: a sampler of search/samplers/registry.py, or one that an installed package brings; `sampler_kind` checks it.
     sigma0: the first step of cma-es, as a share of the bounds.
     population: samples per generation of cma-es.
+    coarse: trials of cma-es that search one value for each knob and source before those that search all; 0: none.
     steps: gradient steps of `auto` and `learned`, at most.
     """
 
     name: str = Field(default="auto", pattern=r"^[A-Za-z0-9._-]+$")
     sigma0: float = Field(default=0.2, gt=0, le=1)
     population: int | None = Field(default=None, ge=4)
+    coarse: int = Field(default=COARSE, ge=0, exclude_if=lambda coarse: coarse == COARSE)
     steps: int | None = Field(default=None, ge=1)
 
 
@@ -200,6 +207,31 @@ class PriceConfig(Strict):
 
     per_device_hour: float = Field(ge=0)
     currency: str = Field(pattern=r"^[^\s]{1,8}$")
+
+
+class OnFinishConfig(Strict):
+    """What happens when a search has ended, see `api/on_finish.py`.
+
+    command: for the shell.
+    webhook: an http or https address; `${NAME}` is a variable of the environment.
+    """
+
+    command: str | None = Field(default=None, min_length=1)
+    webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+
+    @model_validator(mode="after")
+    def check_something(self) -> "OnFinishConfig":
+        if self.command is None and self.webhook is None:
+            raise ValueError("give a `command`, a `webhook` or both")
+        return self
+
+
+Tracker = Literal["trackio", "mlflow", "wandb"]
+
+
+def parse_trackers(value: object) -> object:
+    """One name as a list; a list is returned unchanged."""
+    return [value] if isinstance(value, str) else value
 
 
 class WorkersConfig(Strict):
@@ -271,6 +303,8 @@ class SearchConfig(Strict):
     compute_dtype: the type that forwards are computed in, see `merge/compute_dtype.py`.
     batch_tokens: padded tokens per forward, see `evaluate/token_budget.py`.
     storage: a database URL; None is SQLite in the run folder.
+    on_finish: what happens when the search has ended.
+    log_to: the programs that every trial is logged to, see `search/monitor/trackers.py`.
     hub: hub id -> `owner/name@commit`, the commit that the search began with; evomerge writes it.
     """
 
@@ -301,6 +335,10 @@ class SearchConfig(Strict):
     compute_dtype: Dtype | Literal["auto"] = "auto"
     batch_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = "auto"
     storage: str | None = None
+    on_finish: OnFinishConfig | None = Field(default=None, exclude_if=lambda on_finish: on_finish is None)
+    log_to: Annotated[list[Tracker], BeforeValidator(parse_trackers)] = Field(
+        default=[], exclude_if=lambda log_to: not log_to
+    )
     hub: dict[str, str] = {}
 
     @model_validator(mode="before")

@@ -33,11 +33,29 @@ class Counts:
         self.padded += padded
 
 
+@dataclass
+class Batches:
+    """How many batches of an evaluation are done.
+
+    total: of the whole evaluation; it grows when batches must be computed again.
+    progress: called with both after each batch.
+    """
+
+    total: int = 0
+    progress: Callable[[int, int], None] = lambda done, total: None
+    done: int = 0
+
+    def add(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        self.progress(self.done, self.total)
+
+
 class Clock:
     """The seconds of each part of an evaluation.
 
     check: called between batches; it may raise to interrupt the work.
-    step: called after each batch.
+    batches: counts the batches; those that are done again too.
     counts: every forward is added to it.
     device: the device that does the work; a part ends when the device has finished it.
     """
@@ -45,14 +63,14 @@ class Clock:
     def __init__(
         self,
         check: Callable[[], None] = lambda: None,
-        step: Callable[[], None] = lambda: None,
+        batches: "Batches | None" = None,
         counts: Counts | None = None,
         device: torch.device = CPU,
     ) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.check = check
-        self.step = step
+        self.batches = Batches() if batches is None else batches
         self.counts = Counts() if counts is None else counts
 
     @contextmanager
@@ -65,18 +83,6 @@ class Clock:
         finally:
             synchronise(self.device)
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-
-def counter(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """A `step` for a `Clock` that reports (steps done, total) to `progress`."""
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    return step
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, without_panics
 from evomerge.evaluate.capabilities import probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.formulas import Answer
@@ -74,7 +74,8 @@ class Engine:
         objective = task.own.get(task.objective)
         only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
-            asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
+            with without_panics():
+                asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
         except EvomergeError:
             raise
         except Exception as error:  # a template, a choice, an index: each fails in its own way
@@ -137,9 +138,12 @@ class Engine:
         NotFiniteScore if a log-likelihood is NaN or infinite.  When the device runs out of memory, the token budget is
         halved for the rest of the run and the workload is scored from its beginning.
         """
+        done, planned = clock.batches.done, work.steps
         while True:
             if work.budget != self.batch_tokens:
                 self.plan(work)
+            clock.batches.total += clock.batches.done - done + work.steps - planned
+            done, planned = clock.batches.done, work.steps
             try:
                 return self.score_planned(work, clock, trunks)
             except torch.OutOfMemoryError:
@@ -193,7 +197,9 @@ class Engine:
         clock.check()
         with clock.time("forward"), forwards_of(self.model, clock.counts):
             asked = [i for a in work.items for i in a.instances if i.request_type == "generate_until"]
-            return list(self.lm.generate_until(asked, disable_tqdm=True))
+            found = list(self.lm.generate_until(asked, disable_tqdm=True))
+        clock.batches.add(len(work.generations))
+        return found
 
     def text(self, tokens: list[int], until: Sequence[str]) -> str:
         """Generated tokens as text, cut at the first stop string."""

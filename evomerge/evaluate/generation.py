@@ -181,7 +181,7 @@ def generate(
         run = Decoding(model, batch, packs, trunks.get(batch.trunk))
         for number, tokens in zip(batch.owner, generate_batch(run, batch, stops, clock), strict=True):
             answers[number] = tokens
-        clock.step()
+        clock.batches.add()
     return answers
 
 

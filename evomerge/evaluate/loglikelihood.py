@@ -220,7 +220,7 @@ def score_batches(
                 tokens.margin.append(margins(logits, batch))
             if "entropies" in extras:
                 tokens.entropy.append(entropies(logits)[batch.node])
-        clock.step()
+        clock.batches.add()
     with clock.time("score"):
         scores, misses = total.tolist(), wrong.tolist()
         for score in scores:

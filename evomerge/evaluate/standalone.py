@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import Answer, answers_of
-from evomerge.evaluate.clock import Clock, counter
+from evomerge.evaluate.clock import Batches, Clock
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.item_values import ItemMetrics, MetricFailed, aggregate
 from evomerge.evaluate.tasks import Task, items_of
@@ -51,7 +51,7 @@ def evaluate_model(
     for task in tasks:
         items = items_of(task, task.docs)[:limit]
         prepared.append((task, items, engine.prepare(task, items, everything=True)))
-    clock.step = counter(sum(work.steps for _, _, work in prepared), progress)
+    clock.batches = Batches(sum(work.steps for _, _, work in prepared), progress)
     results = []
     for task, items, work in prepared:
         try:

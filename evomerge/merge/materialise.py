@@ -82,8 +82,8 @@ class Batch:
         inputs = self.inputs.get(name)
         planned = plan_tensor(self.recipe, self.bank, inputs, self.knobs)
         plan, operands = planned or (None, None)
-        # The matrices of a `Derived` plan would all wait in memory, so they are blended at once.
-        if operands is not None and isinstance(plan, Blend | SparseBlend):
+        # What was computed for this tensor alone (a `Derived` plan's matrices, turns) would all wait in memory.
+        if operands is not None and operands.base is inputs.base and isinstance(plan, Blend | SparseBlend):
             self.waiting.append((name, out, contiguous_target(out), call_of(plan, operands)))
         else:
             self.largest.append(([name], write_tensor(planned, self.bank, inputs.base, out)[None]))

@@ -1,16 +1,22 @@
 """Plan one output tensor: gather its inputs, ask the method's planner, and choose the operands that the plan reads."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.tensor_inputs import TensorInputs
 from evomerge.merge.kernels.call import contributes
+from evomerge.merge.kernels.compiled import Compiled
+from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.kernels.random_masks import mask_keys
+from evomerge.merge.measure.measurements import Measurements
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
+from evomerge.merge.methods.method import Method
 from evomerge.merge.methods.plan import Blend, Derived, Plan, SparseBlend
 from evomerge.merge.recipe.coefficients import filtered_values
 from evomerge.merge.recipe.recipe import Recipe
@@ -64,8 +70,11 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
     base, measured = inputs.base, inputs.measured
     if not base.is_floating_point():
         return None
+    method = METHODS[recipe.method]
+    if method.in_turn and len(inputs.names) > 1:
+        return last_turn(method, knobs(inputs.where, bank.layers, inputs.names), measured, bank.compiled)
     if inputs.names:
-        plan = METHODS[recipe.method].plan(knobs(inputs.where, bank.layers, inputs.names), measured)
+        plan = method.plan(knobs(inputs.where, bank.layers, inputs.names), measured)
     else:
         plan = Blend((), base=1.0)  # a slice of the base alone
     sources: Sequence[Tensor]
@@ -84,6 +93,52 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
     planes = inputs.planes(plan, bank.device_cache.held)
     all_stay = inputs.sources is not None and (not planes or planes is inputs.levels)
     return plan, Operands(base, sources, planes, inputs.keys, inputs.memo if all_stay else None)
+
+
+def last_turn(
+    method: Method, knobs: Knobs, measured: Measurements, compiled: Compiled | None = None
+) -> tuple[Plan, Operands]:
+    """The plan of the last source of a method that merges in turn, on the result of the sources before it.
+
+    measured: of all sources.  compiled: the compiled kernels, if there are.
+
+    That result is float32.
+    """
+    last = measured.count - 1
+
+    def turn(number: int, merged: Tensor) -> tuple[Plan, Operands]:
+        """What merges a source into the result so far."""
+        each = {name: (several[number],) for name, several in knobs.each.items()}
+        tensors, source = OnTopOf(merged, measured, number), measured.sources[number]
+        own = Measurements(tensors, measured.name, [source], {}, scan=measured.scan)
+        plan = method.plan(Knobs(each, knobs.shared), own)
+        return plan, Operands(merged, [own.source(0)], own.planes(plan))
+
+    merged = measured.base
+    for number in range(last):
+        plan, operands = turn(number, merged)
+        merged = torch.empty(merged.shape, dtype=torch.float32, device=merged.device)
+        execute(plan, merged, operands, compiled)
+    return turn(last, merged)
+
+
+@dataclass(frozen=True)
+class OnTopOf:
+    """The tensors of one turn, for its measurements.
+
+    merged: the result so far, in the base's place.
+    measured: of all sources.  number: of the source whose turn it is.
+    """
+
+    merged: Tensor
+    measured: Measurements
+    number: int
+
+    def base(self, name: str) -> Tensor:
+        return self.merged
+
+    def source(self, source: str, name: str) -> Tensor:
+        return self.measured.source(self.number)
 
 
 def remembered_knobs(recipe: Recipe) -> KnobsAt:

@@ -1,11 +1,10 @@
-"""The gradient steps of a search's learned start: how many there were, what they gained and cost, and a plot of them.
+"""The gradient steps of a search's learned start: how many there were, what they gained and cost.
 
 A step's value is that of its own mini-batch, so it varies from step to step; the mean over SMOOTHED steps shows where
 the steps lead.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from evomerge.report.progress import seconds_text
 from evomerge.search.budget.usage import Usage
@@ -18,6 +17,15 @@ def running_mean(values: Sequence[float]) -> list[float]:
     """The mean of each value and those before it, of SMOOTHED at most."""
     windows = [values[max(0, end - SMOOTHED) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
+
+
+def curves(climbs: Sequence[Sequence[StepRecord]]) -> list[tuple[list[int], list[float]]]:
+    """For each climb the numbers of its steps, from 1 and on from climb to climb, and their values."""
+    found, begun = [], 0
+    for climb in climbs:
+        found.append((list(range(begun + 1, begun + len(climb) + 1)), [step.value for step in climb]))
+        begun += len(climb)
+    return found
 
 
 def steps_text(climbs: Sequence[Sequence[StepRecord]], used: Usage) -> str:
@@ -40,27 +48,3 @@ def steps_text(climbs: Sequence[Sequence[StepRecord]], used: Usage) -> str:
         return text
     share = f" ({own.worker_seconds / used.worker_seconds:.0%} of the run's)" if used.worker_seconds else ""
     return f"{text}; they took {seconds_text(own.worker_seconds)} of computing{share}"
-
-
-def steps_figure(climbs: Sequence[Sequence[StepRecord]], title: str) -> tuple[str, str, dict[str, Any]]:
-    """Title, text and plot of the values of the mini-batches, step by step.
-
-    climbs: the steps of each.
-    title: of the axis of values.
-    """
-    data: list[dict[str, Any]] = []
-    begun = 0
-    for number, climb in enumerate(climbs):
-        x, y = list(range(begun + 1, begun + len(climb) + 1)), [step.value for step in climb]
-        begun += len(climb)
-        data += [
-            {"type": "scatter", "mode": "markers", "name": "mini-batch", "x": x, "y": y, "showlegend": number == 0,
-             "marker": {"color": "#9db7d1", "size": 5}},
-            {"type": "scatter", "mode": "lines", "name": f"mean of {SMOOTHED} steps", "x": x, "y": running_mean(y),
-             "showlegend": number == 0, "line": {"color": "#1f5f99"}},
-        ]  # fmt: skip
-    layout = {
-        "xaxis": {"title": {"text": "gradient step"}}, "yaxis": {"title": {"text": title}},
-        "height": 300, "margin": {"t": 20, "r": 20},
-    }  # fmt: skip
-    return "Learned start", "The value of each mini-batch by the objective.", {"data": data, "layout": layout}

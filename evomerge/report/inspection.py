@@ -1,25 +1,38 @@
-"""Inspect models: layers and components, compatibility, and how far the sources are from the base."""
+"""Inspect models: layers and components, compatibility, how the sources differ, and what lies between them."""
 
+import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import EvomergeError
-from evomerge.merge.measure.distances import Measures, measure, strangers
+from evomerge.merge.measure.distances import ALL, EXACT, LARGEST, SAMPLE, Differences, measure, strangers
+from evomerge.report.advice import advice_on
+from evomerge.report.progress import Steps
+from evomerge.search.check.paths import Line, Paths, lines_of_file, lines_of_tasks, measure_paths, points
 from evomerge.sources.locate import locate
-from evomerge.sources.open_models import open_models
+from evomerge.sources.open_models import Models, open_models
 from evomerge.sources.tensor_names import layer_count
 
 WIDTH = 80  # characters of the text form
-ALIKE, NEAR, AGAINST = 0.9, 0.2, -0.2  # cosines
+PAIRS = 12  # rows of a table of pairs; the others are in the JSON
+NAME = 26  # characters of a name in a table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers as text, a row of cells by name.  hidden: how many more rows there are."""
+
+    title: str
+    heads: list[str]
+    rows: dict[str, list[str]]
+    hidden: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,9 +42,8 @@ class Inspection:
     architecture, parameters, layers, tensors: the base's: its `model_type`, and how many it has of each.
     notes: what to know, one sentence each.
     problems: why the models cannot be merged, one sentence each.
-    distances: source -> component -> the length of its task vector as a share of the base's; None where the base is 0.
-    cosines: source -> source -> the cosine of the angle between their task vectors (near 0: the skills hardly touch;
-        near 1: they are the same change); None if a source is the base.  Both are empty if there are problems.
+    differences: how the sources differ from the base and from each other (`merge/measure/distances.py`).
+    paths: the losses on the segments between the models; None without a text.
     """
 
     architecture: str
@@ -40,8 +52,8 @@ class Inspection:
     tensors: int
     notes: list[str]
     problems: list[str]
-    distances: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    cosines: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    differences: Differences = field(default_factory=lambda: Differences({}, {}, {}, {}, {}, False))
+    paths: Paths | None = None
 
     @property
     def mergeable(self) -> bool:
@@ -49,17 +61,54 @@ class Inspection:
         return not self.problems
 
     @property
+    def distances(self) -> dict[str, dict[str, float | None]]:
+        """Source -> component -> the length of its task vector as a share of the base's; None where the base is 0."""
+        return self.differences.distances
+
+    @property
+    def cosines(self) -> dict[str, dict[str, float | None]]:
+        """Source -> source -> the cosine of the angle between their task vectors; None if a source is the base."""
+        return self.differences.cosines
+
+    @property
     def strangers(self) -> list[str]:
         """The sources that are no fine-tunes of the base (`merge/measure/distances.py`)."""
         return strangers(self.distances)
 
+    @property
+    def advice(self) -> list[str]:
+        """What the numbers mean and what to do, one sentence each."""
+        return advice_on(self.differences, self.paths) if self.mergeable else []
+
+    @property
+    def outcome(self) -> str:
+        """Whether to merge them, in a few words."""
+        if not self.mergeable:
+            return "these models cannot be merged"
+        without = f", but not with {', '.join(self.strangers)}"
+        return "these models can be merged" + without * bool(self.strangers)
+
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON has it."""
-        return asdict(self) | {"strangers": self.strangers, "advice": list(self.advice())}
+        found: dict[str, Any] = asdict(self)
+        differences = found.pop("differences")
+        differences["conflicts"] = {" / ".join(pair): c for pair, c in self.differences.conflicts.items()}
+        paths = self.paths and {
+            "lines": self.paths.lines,
+            "tokens": self.paths.tokens,
+            "guess": self.paths.guess,
+            "segments": [{**asdict(s), "barrier": s.barrier} for s in self.paths.segments],
+        }
+        return {**found, **differences, "paths": paths, "strangers": self.strangers, "advice": self.advice}
+
+    def to_json(self) -> str:
+        """All of it as text; a loss that is infinite is null."""
+        return json.dumps(finite(self.as_dict()), indent=2)
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=WIDTH, soft_wrap=True, highlight=False).print(self)
+        # In a notebook rich would show it at once instead of writing it into the file.
+        Console(file=text, width=WIDTH, highlight=False, force_jupyter=False).print(self)
         return text.getvalue().rstrip()
 
     __repr__ = __str__
@@ -67,76 +116,149 @@ class Inspection:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         millions = self.parameters / 1e6
         yield Text(
-            f"base: {self.architecture}, {millions:.1f}M parameters, {self.layers} layers, {self.tensors} tensors"
+            f"base: {self.architecture}, {millions:,.1f}M parameters, {self.layers} layers, {self.tensors} tensors"
         )
         yield from (Text(f"note: {note}") for note in self.notes)
         yield from (Text(f"problem: {problem}") for problem in self.problems)
         if self.mergeable:
-            yield number_table("length of the change, % of the base's weights", self.distances, "{:.3g}", 100.0)
-            if len(self.cosines) > 1:
-                yield number_table("cosine between the changes (1: the same, 0: unrelated)", self.cosines, "{:z.2f}")
-            yield from (Text(sentence) for sentence in self.advice())
-        yield Text("these models can be merged" if self.mergeable else "these models cannot be merged")
+            yield from (Text(line, no_wrap=True) for table in self.tables() for line in text_lines(table))
+            yield Text("\nadvice")
+            yield from (Text(f"- {sentence}") for sentence in self.advice)
+            yield from (Text(f"({remark})") for remark in self.remarks)
+        yield Text(f"\n{self.outcome}")
 
-    def advice(self) -> Iterator[str]:
-        """What the numbers mean, one sentence each."""
-        for source, shares in self.distances.items():
-            farthest = max((x for x in shares.values() if x is not None), default=0.0)
-            if source in self.strangers:
-                yield (
-                    f"{source} changes some weights by {farthest:.0%} of their size: that is another model rather than "
-                    "a fine-tune of this base, and merging it will most likely destroy both"
-                )
-            elif farthest == 0.0:
-                yield f"{source} is the base itself"
-        names = list(self.cosines)
-        for one, other in combinations(names, 2):
-            cosine = self.cosines[one][other]
-            if cosine is not None and cosine > ALIKE:
-                yield f"{one} and {other} are nearly the same change (cosine {cosine:.2f}): one of them is enough"
-            elif cosine is not None and cosine < AGAINST:
-                yield f"{one} and {other} pull against each other (cosine {cosine:.2f}): each will lose a part"
-        good = [n for n in names if n not in self.strangers]
-        pairs = [self.cosines[a][b] for a, b in combinations(good, 2)]
-        if pairs and all(c is not None and AGAINST <= c <= NEAR for c in pairs):
-            yield "the sources hardly touch each other: task_arithmetic with a weight for every layer is a good start"
-        elif pairs:
-            yield "the sources overlap: try `method: [task_arithmetic, ties, dare_ties]`, and let the search choose"
+    def tables(self) -> Iterator[Table]:
+        """All numbers."""
+        found, names = self.differences, list(self.distances)
+        kinds = list(next(iter(self.distances.values())))
+        rows = {n: [number(x, "{:.3g}", 100) for x in shares.values()] for n, shares in self.distances.items()}
+        yield Table("Length of each change, % of the base's weights", kinds, rows)
+        if len(names) > 1:
+            short = [str(k) for k in range(1, 1 + len(names))]
+            rows = {
+                f"{k} {n}": [number(x, "{:z.2f}") for x in cosines.values()]
+                for k, (n, cosines) in zip(short, found.cosines.items(), strict=True)
+            }
+            yield Table("Cosine between the changes (1: the same, 0: unrelated)", short, rows)
+            ranked = sorted(found.conflicts.items(), key=lambda pair: -(pair[1][ALL] or 0))
+            rows = {" / ".join(p): [number(x, "{:.0f}", 100) for x in c.values()] for p, c in ranked[:PAIRS]}
+            title = "Opposite signs where both change most, % of elements (unrelated: 50)"
+            yield Table(title, [*kinds, ALL], rows, len(ranked) - PAIRS)
+        rows = {n: [number(x, "{:.0f}", 100) for x in parts.values()] for n, parts in found.redundancy.items()}
+        title = "Part of each change that its largest elements carry, % of the squared norm"
+        yield Table(title, [f"top {share:.0%}" for share in LARGEST], rows)
+        if self.paths is not None:
+            segments = sorted(self.paths.segments, key=lambda s: -s.barrier)
+            rows = {" - ".join(s.ends): [number(x, "{:.3f}") for x in (*s.losses, s.barrier)] for s in segments[:PAIRS]}
+            title = f"Loss from one model to the other, nats a token ({self.paths.tokens} tokens)"
+            yield Table(title, ["0", "1/4", "1/2", "3/4", "1", "barrier"], rows, len(segments) - PAIRS)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know about the numbers."""
+        sampled = (
+            f"of large tensors {EXACT:,} elements were measured, {SAMPLE:,} for opposite signs and largest elements"
+        )
+        missing = (
+            "not measured: the loss between the models. Give --text FILE with a few lines that they should be good at, "
+            "or a search configuration instead of the models"
+        )
+        return [sampled] * self.differences.sampled + [missing] * (self.paths is None)
 
 
-def number_table(title: str, rows: Measures, form: str, factor: float = 1.0) -> Table:
-    """A table with a row for each source.  form: of a number times `factor`."""
-    table = Table(title=title, title_justify="left")
-    for name in ("source", *next(iter(rows.values()))):
-        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-    for source, numbers in rows.items():
-        table.add_row(source, *("-" if x is None else form.format(factor * x) for x in numbers.values()))
-    return table
+def number(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "-" if value is None else form.format(factor * value)
 
 
-def inspect(base: str | Path, sources: str | Path | Sequence[str | Path]) -> Inspection:
+def finite(value: Any) -> Any:
+    """JSON without numbers that JSON does not have: null instead."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def text_lines(table: Table) -> Iterator[str]:
+    """A table as lines of at most WIDTH characters; columns that do not fit stand below the others."""
+    yield f"\n{table.title}"
+    heads, rows = table.heads, table.rows
+    first = max((min(len(name), NAME) for name in rows), default=0)
+    widths = [max(len(head), *(len(cells[k]) for cells in rows.values())) + 2 for k, head in enumerate(heads)]
+    start = 0
+    while start < len(heads):
+        end = start + 1
+        while end < len(heads) and 2 + first + sum(widths[start : end + 1]) <= WIDTH:
+            end += 1
+        for name, cells in {"": heads, **rows}.items():
+            shown = name if len(name) <= NAME else f"{name[: NAME - 12]}..{name[-10:]}"
+            columns = (cell.rjust(width) for cell, width in zip(cells[start:end], widths[start:end], strict=True))
+            yield f"  {shown:<{first}}{''.join(columns)}"
+        start = end
+    if table.hidden > 0:
+        yield f"  ({table.hidden} more pairs are in the JSON)"
+
+
+def inspect(
+    base: str | Path,
+    sources: str | Path | Sequence[str | Path] = (),
+    *,
+    text: str | Path | None = None,
+    device: str = "auto",
+    show: bool = False,
+) -> Inspection:
     """Tell whether models can be merged, and what to expect, as `evomerge inspect` does.
 
-    base: the base model: a folder or a hub id.
+    base: the base model, a folder or a hub id; or without sources the configuration of a search (YAML), whose models
+        are inspected and whose tasks give the text.
     sources: fine-tunes or LoRA adapters of it, or one of these; each is called by the last part of its path.
+    text: a file with a few lines of text, on which losses are measured between the models.
+    device: where losses are computed: auto, cpu, cuda, cuda:1, ...
+    show: whether to show progress.
 
     Raises EvomergeError if a model cannot be opened, or two sources have the same name.
     """
-    given = [sources] if isinstance(sources, (str, Path)) else sources
-    folders = {Path(s).name: locate(str(s)) for s in given}
-    if len(folders) < len(given):
-        raise EvomergeError("two of the sources have the same folder name; give each its own")
-    models = open_models(locate(str(base)), folders, strict=False)
-    names = list(models.base.tensors)
+    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    lines = None if text is None else lines_of_file(Path(text))
+    if given:
+        folders = {Path(s).name: locate(str(s)) for s in given}
+        if len(folders) < len(given):
+            raise EvomergeError("two of the sources have the same folder name; give each its own")
+        models = open_models(locate(str(base)), folders, strict=False)
+    elif Path(base).suffix in (".yaml", ".yml"):
+        from evomerge.config.config_file import load_config
+        from evomerge.search.evaluation.task_set import open_task_set
+        from evomerge.search.models import open_config_models
+
+        config = load_config(Path(base))
+        models = open_config_models(config, strict=False)
+        if lines is None and not models.compatibility.problems:
+            lines = lines_of_tasks(open_task_set(config))
+    else:
+        raise EvomergeError("give a base and at least one source, or the configuration of a search")
     compatibility = models.compatibility
-    distances, cosines = ({}, {}) if compatibility.problems else measure(models)
-    return Inspection(
+    counts = [math.prod(t.shape) for t in models.base.tensors.values()]
+    found = Inspection(
         architecture=str(models.base.config.get("model_type")),
-        parameters=sum(int(np.prod(t.shape)) for t in models.base.tensors.values()),
-        layers=layer_count(names),
-        tensors=len(names),
+        parameters=sum(counts),
+        layers=layer_count(list(models.base.tensors)),
+        tensors=len(counts),
         notes=list(compatibility.notes),
         problems=list(compatibility.problems),
-        distances=distances,
-        cosines=cosines,
     )
+    return found if found.problems else compared(found, models, lines, device, show)
+
+
+def compared(found: Inspection, models: Models, lines: Sequence[Line] | None, device: str, show: bool) -> Inspection:
+    """The inspection with all that is measured.  lines: of text, None for none."""
+    reading, losses = Steps("comparing weights", "MB"), Steps("losses between the models", "models")
+    size, count = sum(t.bytes for t in models.base.tensors.values()), points(len(models.sources))
+    try:
+        differences = measure(models, progress=lambda done: reading.step(done, size) if show else None)
+        paths = None
+        if lines is not None:
+            paths = measure_paths(models, lines, device, lambda done: losses.step(done, count) if show else None)
+    finally:
+        reading.close()
+        losses.close()
+    return replace(found, differences=differences, paths=paths)

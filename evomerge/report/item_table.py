@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import csv, parquet
+from pyarrow import compute, csv, parquet
 
 from evomerge.errors import EvomergeError
 from evomerge.files import written_aside
@@ -37,6 +37,17 @@ def write_items(run: Run, out: Path) -> int:
     if out.exists():
         raise EvomergeError(f"{out}: exists already; choose another name")
     table = pa.Table.from_pylist(list(rows(run.study())), COLUMNS)
+    if out.suffix == ".csv":
+        table = without_formulas(table)
     with written_aside(out) as aside:
         write(table, aside)
     return int(table.num_rows)
+
+
+def without_formulas(table: pa.Table) -> pa.Table:
+    """The table with a `'` before every text that a spreadsheet would take for a formula; names come from anywhere."""
+    for index, field in enumerate(table.schema):
+        if field.type == pa.string():
+            texts = compute.replace_substring_regex(table.column(index), r"^([=+\-@\t\r])", r"'\1")
+            table = table.set_column(index, field, texts)
+    return table

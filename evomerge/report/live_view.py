@@ -15,11 +15,22 @@ from rich.text import Text
 from evomerge.report.progress import seconds_text
 from evomerge.report.usage_text import usage_text
 from evomerge.search.budget.usage import Usage
-from evomerge.search.monitor.snapshot import SILENT, STATE, Snapshot, WorkerState, read_snapshot, why_ended
+from evomerge.search.monitor.snapshot import (
+    SILENT,
+    STATE,
+    Coefficients,
+    Snapshot,
+    TaskScore,
+    WorkerState,
+    read_snapshot,
+    why_ended,
+)
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 4  # lines of the plot
 WORKERS = 12  # at most that are listed one by one
+TASKS, SOURCES = 16, 12  # at most of the incumbent
+NARROW, WIDE = 70, 120  # columns: with the names of the metrics; with two halves side by side
 NO_SNAPSHOT = f"not running: the run folder has no {STATE} that can be read"
 
 
@@ -37,7 +48,7 @@ class Plot:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         labels = [f"{y:.4f} " for y in (self.points[-1][1], self.points[0][1])]
         margin = max(map(len, labels))
-        rows = columns(self.points, self.last, max(8, min(72, options.max_width - margin)))
+        rows = columns(self.points, self.last, max(8, options.max_width - margin))
         blocks = " ..::==##" if options.ascii_only else EIGHTHS
         for line in reversed(range(HEIGHT)):
             label = labels[0] if line == HEIGHT - 1 else labels[1] if line == 0 else ""
@@ -70,18 +81,12 @@ def render(snapshot: Snapshot, age: float = 0.0, ended: str | None = None) -> Re
     if ended is not None:
         parts.append(Text(ended, style="bold" if ended == "finished" else "bold red"))
     else:
-        doing = s.phase + (f" ({s.step[0]} of {s.step[1]} batches)" if s.step else "")
-        parts.append(Text(doing, style="green"))
+        parts.append(Text(doing_text(s), style="green"))
         if age > SILENT:
             parts.append(
                 Text(f"no news for {seconds_text(age)}: the process is stopped, or one step takes long", style="yellow")
             )
-    if s.limit:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(ProgressBar(total=s.limit, completed=min(s.trials, s.limit), width=40), trials_text(s))
-        parts.append(bar)
-    else:
-        parts.append(trials_text(s))
+    parts.append(Progress(s))
     if ended is None and (speed := ", ".join(rate_and_time_left(s, age))):
         parts.append(Text(speed, style="dim"))
     if s.best is not None:
@@ -89,10 +94,7 @@ def render(snapshot: Snapshot, age: float = 0.0, ended: str | None = None) -> Re
         aim = f", target {s.target:g}" if s.target is not None else ""
         wait = f", {s.since_best} trials since" + (f" (ends at {s.patience})" if s.patience else "")
         parts.append(Text.assemble("best ", (f"{s.best:.4f}", "bold"), f" by trial {s.best_trial}{named}{aim}{wait}"))
-    if s.points:
-        parts.append(Padding(Plot(s.points, s.trials), (0, 0, 0, 2)))
-    if s.workers and ended is None:
-        parts.append(workers_table(s.workers, age))
+    parts.append(Body(s, age, ended is None))
     for failure in s.failures:
         what = "broken" if failure.broken else "failed"
         parts.append(
@@ -101,6 +103,101 @@ def render(snapshot: Snapshot, age: float = 0.0, ended: str | None = None) -> Re
     price = (s.price[0], s.price[1]) if s.price else None
     parts.append(Text(usage_text(used_now(Usage.from_dict(s.used), s, 0.0 if ended else age), price), style="dim"))
     return Group(*parts)
+
+
+class Progress:
+    """How many trials have finished, with a bar if there is a limit."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        s = self.snapshot
+        if not s.limit:
+            yield trials_text(s)
+            return
+        bar = Table.grid(padding=(0, 1))
+        width = min(80, options.max_width // 2)
+        bar.add_row(ProgressBar(total=s.limit, completed=min(s.trials, s.limit), width=width), trials_text(s))
+        yield bar
+
+
+class Body:
+    """The plot and the workers, with the incumbent's scores and coefficients; side by side where there is room.
+
+    age: seconds since the snapshot.  running: whether the search runs.
+    """
+
+    def __init__(self, snapshot: Snapshot, age: float, running: bool) -> None:
+        self.snapshot, self.age, self.running = snapshot, age, running
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        s = self.snapshot
+        wide = options.max_width >= WIDE
+        left: list[RenderableType] = []
+        right: list[RenderableType] = []
+        if s.points:
+            left.append(Padding(Plot(s.points, s.trials), (0, 0, 0, 2)))
+        if s.tasks:
+            right.append(task_table(s.tasks, options.max_width >= NARROW))
+        if s.coefficients:
+            right += coefficient_lines(s.coefficients)
+        if s.workers and self.running:
+            left.append(workers_table(s.workers, self.age))
+        if not (wide and left and right):
+            yield Group(*left[:1], *right, *left[1:])
+            return
+        sides = Table.grid(padding=(0, 3))
+        sides.add_column(width=(options.max_width - 3) // 2)
+        sides.add_column(width=(options.max_width - 3) // 2)
+        sides.add_row(Group(*left), Group(*right))
+        yield sides
+
+
+def doing_text(s: Snapshot) -> str:
+    """What the search does now, and how much of it is done."""
+    text = s.phase
+    if s.parts and s.parts[0] < s.parts[1]:
+        text += f", {s.parts[0]} of {s.parts[1]} {s.unit} done"
+    if s.step and s.step[0] < s.step[1]:
+        text += f" ({s.step[0]} of {s.step[1]} batches)"
+    return text
+
+
+def task_table(tasks: Sequence[TaskScore], named: bool) -> Table:
+    """The incumbent's scores beside those of each task's best parent and of the base.  named: with the metrics."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", show_edge=False)
+    table.add_column("task", overflow="ellipsis", no_wrap=True)
+    if named:
+        table.add_column("by", style="dim", overflow="ellipsis", no_wrap=True)
+    for title in ("best trial", "best parent", "", "base"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    for t in tasks[:TASKS]:
+        style = "" if t.parent is None or t.value == t.parent else "green" if t.value > t.parent else "yellow"
+        values = (Text(f"{t.value:.3f}", style), number_text(t.parent), t.parent_name or "", number_text(t.base))
+        table.add_row(t.task, *[t.by] * named, *values)
+    if len(tasks) > TASKS:
+        table.add_row(f"and {len(tasks) - TASKS} more")
+    return table
+
+
+def number_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def coefficient_lines(coefficients: Sequence[Coefficients]) -> Iterator[Text]:
+    """The mean of each knob by source, with its least and greatest value where the layers or components differ."""
+    for knob in dict.fromkeys(c.knob for c in coefficients):
+        line = Text(f"{knob}  ", "dim")
+        own = [c for c in coefficients if c.knob == knob]
+        for number, c in enumerate(own[:SOURCES]):
+            line.append(f"{', ' if number else ''}{c.source + ' ' if c.source else ''}", "default")
+            line.append(f"{c.mean:.3g}", "bold")
+            if c.low < c.high:
+                line.append(f" ({c.low:.2g} to {c.high:.2g})")
+        if len(own) > SOURCES:
+            line.append(f", and {len(own) - SOURCES} more")
+        yield line
 
 
 def used_now(used: Usage, snapshot: Snapshot, age: float) -> Usage:
@@ -122,16 +219,15 @@ def rate_and_time_left(s: Snapshot, age: float) -> Iterator[str]:
     if s.per_minute is not None:
         yield f"{s.per_minute:.1f} trials per minute"
     if s.left is not None:
-        yield f"{seconds_text(max(0.0, s.left - age))} left" + (
-            f" ({seconds_text(s.reserved)} of it for judging the finalists)" if s.reserved else ""
-        )
+        judging = f" ({seconds_text(s.reserved)} of it for judging the finalists)" if 0 < s.reserved <= s.left else ""
+        yield f"about {seconds_text(max(0.0, s.left - age))} left{judging}"
 
 
 def workers_table(workers: Sequence[WorkerState], age: float) -> Table:
     """The state of every worker; of many workers the first ones, and how many others are in each state."""
     table = Table.grid(padding=(0, 2))
     for w in workers[:WORKERS]:
-        doing = f"trial {w.trial}" if w.trial is not None else w.state
+        doing = f"trial {w.trial}" if w.trial is not None else w.doing or w.state
         since = f"since {seconds_text(w.since_seconds + age)}" if w.since_seconds else ""
         again = f"{w.restarts} restarts" if w.restarts else ""
         style = {"dead": "red", "restarting": "yellow", "starting": "yellow", "idle": "dim"}.get(w.state, "")

@@ -1,11 +1,12 @@
 """The progress bar of one long step.  It needs Rich alone; other reports import libraries that take long to load."""
 
+import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)  # lines of a file are not broken
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
 
 
@@ -18,15 +19,62 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
 
 
+class Stages:
+    """Says what happens before a search has its live view: a line for each stage, in a terminal with its seconds.
+
+    show: False says nothing.
+    """
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self.status: Progress | None = None
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+        if not self.show:
+            return
+        self.close()
+        if not console.is_terminal:
+            print(f"{text} ...", flush=True)
+            return
+        columns = (TextColumn("{task.description} ..."), TimeElapsedColumn())
+        self.status = Progress(*columns, console=console, transient=True, refresh_per_second=2)
+        self.status.add_task(text, total=None)
+        self.status.start()
+
+    def log(self, text: str) -> None:
+        """A note stays; any other line is a stage."""
+        if text.startswith("note:"):
+            self.close()
+            if self.show:
+                print(text, flush=True)
+        else:
+            self.stage(text)
+
+    def close(self) -> None:
+        """The stage has ended."""
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+
 class Bar:
     """Shows one long step: a Rich bar with rate and time left, or without a terminal a line every few seconds.
 
-    total: of the step, in units; in bytes if the unit is `MB`.
+    total: of the step, in units; in bytes if the unit is `MB`.  It grows if more is done.
     unit: what is counted.
+    done: how much was done when the bar appeared; it does not count in the rate.
     """
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
+        self.first = done
         self.scale = 1e6 if unit == "MB" else 1.0
         self.started = self.last_line = time.monotonic()
         self.progress: Progress | None = None
@@ -39,15 +87,17 @@ class Bar:
     def update(self, done: int) -> None:
         """Show how much is done, in units; in bytes if the unit is `MB`."""
         now = time.monotonic()
-        rate = done / max(now - self.started, 1e-9)
+        self.total = max(self.total, done)
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        pace = f", {rate / self.scale:.1f}/s" if rate > 0 else ""
         if self.progress is not None:
-            text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}, {rate / self.scale:.1f}/s"
-            self.progress.update(self.task, completed=done, description=text)
+            text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}{pace}"
+            self.progress.update(self.task, completed=done, total=self.total, description=text)
         elif now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            left = seconds_text((self.total - done) / max(rate, 1e-9))
+            left = f", {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
             counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
-            print(f"{self.title}: {counted}, {rate / self.scale:.1f}/s, {left} left", flush=True)
+            print(f"{self.title}: {counted}{pace}{left}", flush=True)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -56,15 +106,17 @@ class Bar:
 
 
 class Steps:
-    """Shows the batches of one step; the bar appears with the first batch."""
+    """Shows the batches of one step; the bar appears with the first batch.  unit: what is counted, as in `Bar`."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, unit: str = "batches") -> None:
+        self.title, self.unit = title, unit
         self.bar: Bar | None = None
 
     def step(self, done: int, total: int) -> None:
         """Show how many batches are done."""
-        self.bar = self.bar or Bar(self.title, total, "batches")
+        if self.bar is None:
+            self.bar = Bar(self.title, total, self.unit, done)
+        self.bar.total = total
         self.bar.update(done)
 
     def close(self) -> None:

@@ -108,7 +108,8 @@ def read_status(run: Run) -> Status:
     study = run.study()
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    finished = [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
+    ran = [t for t in trials if t.state in FINISHED and record_of(t).seconds.forward is not None]
+    finished = ran or [t for t in trials if t.state in FINISHED and trial_seconds(t) > 0]
     best = max(filter(in_full, trials), key=rank, default=None)
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}

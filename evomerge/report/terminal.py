@@ -13,16 +13,17 @@ from rich.live import Live
 from rich.table import Table
 
 from evomerge.report.gradient_steps import steps_text
-from evomerge.report.live_view import NO_SNAPSHOT, render, watch
+from evomerge.report.live_view import NO_SNAPSHOT, rate_and_time_left, render, watch
 from evomerge.report.progress import LINE_SECONDS, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
-from evomerge.report.verdict_text import interval_text, remarks
+from evomerge.report.verdict_text import candidate_title, difference_text, remarks
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
 
 SHOWN = 8  # trials of the front
+ANY_WIDTH = 10**4  # of a table where there is no terminal
 
 if TYPE_CHECKING:
     from evomerge.evaluate.clock import Clock
@@ -38,47 +39,37 @@ class SearchView:
         self.snapshot: Snapshot | None = None
         self.current_phase = ""
         self.last_line = 0.0
-        self.started = time.monotonic()
-        self.finished = 0  # trials of this phase
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
-        if not self.screen.is_terminal:
-            self.current_phase, self.started, self.finished = text, time.monotonic(), 0
-            self.last_line = self.started
+        if not self.screen.is_terminal and text != self.current_phase:
+            self.current_phase, self.last_line = text, time.monotonic()
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
         """Show one line, above the live view if there is one."""
-        self.screen.print(text, markup=False, soft_wrap=True)
+        self.screen.print(text, markup=False, soft_wrap=not self.screen.is_terminal)
 
-    def step(self, done: int, total: int) -> None:
-        """Batches of one model that are done, and their total; without a terminal a line every few seconds."""
+    def step(self, done: int, total: int, unit: str) -> None:
+        """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""
         now = time.monotonic()
         if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
             self.last_line = now
-            print(f"{self.current_phase}: {done} of {total} batches of one model", flush=True)
+            print(f"{self.current_phase}: {done} of {total} {unit}", flush=True)
 
-    def trial(
-        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
-    ) -> None:
+    def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
         """A trial has finished.
 
-        done: how many trials have finished.  total: of the whole search, if limited.  value: None if the trial failed.
+        value: None if the trial failed.  note: what is special about it.  snapshot: the search with it.
         """
         if self.screen.is_terminal:
             return
-        self.finished += 1
         shown = "failed" if value is None else f"{value:.4f}"
-        best_text = "-" if best is None else f"{best:.4f}"
-        rate = self.finished / max(time.monotonic() - self.started, 1e-9)
-        of = f" of {total}" if total else ""
-        left = f", {seconds_text((total - done) / rate)} left" if total and total > done else ""
+        best = "-" if snapshot.best is None else f"{snapshot.best:.4f}"
+        of = f" of {snapshot.limit}" if snapshot.limit else ""
+        pace = "".join(f", {text}" for text in rate_and_time_left(snapshot, 0.0))
         extra = f"  {note}" if note else ""
-        print(
-            f"trial {number}  {shown}  best {best_text}  ({done}{of} finished, {rate * 60:.1f}/min{left}){extra}",
-            flush=True,
-        )
+        print(f"trial {number}  {shown}  best {best}  ({snapshot.trials}{of} finished{pace}){extra}", flush=True)
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the latest state; it is redrawn between two snapshots, so that shown times advance."""
@@ -165,30 +156,53 @@ def print_timing(timing: dict[str, float]) -> None:
 def print_front(front: Front) -> None:
     """Print the size of the front, and the values of at most SHOWN trials along it."""
     console.print(front.sentence)
-    table = Table("front", *front.tasks)
     chosen = sorted(spread_along(np.array([m.values for m in front.members]), SHOWN))
-    for member in (front.members[i] for i in chosen):
-        table.add_row(member.name, *(f"{value:.3f}" for value in member.values))
-    Console(width=max(console.width, 60 + 9 * len(front.tasks)), file=sys.stdout, highlight=False, markup=False).print(
-        table
-    )
+    rows = [
+        [member.name, *(f"{value:.3f}" for value in member.values)] for member in (front.members[i] for i in chosen)
+    ]
+    print_tables(["front"], front.tasks, rows)
 
 
 def print_verdict(verdict: dict[str, Any]) -> None:
     """Print the verdict: its sentence, its table and the remarks."""
     console.print(f"\n[bold]{verdict['sentence']}[/bold]")
     tasks = list(verdict["tasks"])
-    title = "winner" if verdict["winner"] else "candidate"
-    table = Table("holdout", "mean", f"{title} minus this, 90%", *tasks)
-    score = verdict["score"]
-    row = verdict["holdout"]["winner"]
-    table.add_row(title, f"{score['value']:.3f}", "", *cells(row, tasks))
+    title = candidate_title(verdict)
+    rows = [[title, f"{verdict['score']['value']:.3f}", "", *cells(verdict["holdout"]["winner"], tasks)]]
     for c in verdict["comparisons"]:
-        span = interval_text(c["difference"], signed=True)
-        table.add_row(c["name"], f"{c['score']:.3f}", span, *cells(verdict["holdout"][c["name"]], tasks))
-    Console(width=max(console.width, 60 + 9 * len(tasks)), file=sys.stdout, highlight=False, markup=False).print(table)
+        rows.append([c["name"], f"{c['score']:.3f}", difference_text(c), *cells(verdict["holdout"][c["name"]], tasks)])
+    print_tables(["holdout", "mean", f"{title} minus this, 90%"], tasks, rows)
     for line in remarks(verdict):
         console.print(line)
+
+
+def print_tables(first: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows whose last columns are tasks: one table if the terminal is wide enough, else several.
+
+    first: the titles of the columns before the tasks; the first of them names the row, and is in every table.
+    """
+    titles = [*first, *tasks]
+    widths = [max(len(row[k]) for row in [titles, *rows]) + 3 for k in range(len(titles))]
+    room = max(console.width if console.is_terminal else ANY_WIDTH, *(widths[0] + w + 1 for w in widths[1:]))
+    for columns in fitting(widths, len(first), room):
+        table = Table(*(titles[k] for k in columns))
+        for row in rows:
+            table.add_row(*(row[k] for k in columns))
+        Console(width=room, file=sys.stdout, highlight=False, markup=False).print(table)
+
+
+def fitting(widths: Sequence[int], first: int, room: int) -> list[list[int]]:
+    """Columns in as few tables as fit; column 0 is in each, and the first ones are in one table if they can be.
+
+    widths: of the columns with their edges.  first: how many come before the tasks.  room: of a table.
+    """
+    found: list[list[int]] = [[0]]
+    for k in range(1, len(widths)):
+        alone = k == first and sum(widths) + 1 > room  # tasks begin a table of their own
+        if len(found[-1]) > 1 and (alone or sum(widths[c] for c in found[-1]) + widths[k] + 1 > room):
+            found.append([0])
+        found[-1].append(k)
+    return found
 
 
 def cells(row: dict[str, dict[str, float]], tasks: list[str]) -> list[str]:

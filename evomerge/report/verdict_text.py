@@ -1,5 +1,7 @@
 """A verdict in words: remarks for the terminal and report.html, and the section of a model card."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 
@@ -8,6 +10,30 @@ def interval_text(span: dict[str, Any], signed: bool = False) -> str:
     sign = "+" if signed else ""
     value = f"{span['value']:{sign}.3f}"
     return value if span["low"] is None else f"{value} [{span['low']:{sign}.3f}, {span['high']:{sign}.3f}]"
+
+
+def difference_text(comparison: dict[str, Any]) -> str:
+    """The candidate's difference to a baseline with its interval, or that both answer alike.
+
+    comparison: an entry of `comparisons` in verdict.json.
+    """
+    same = comparison.get("same", False)
+    return "the same score on every item" if same else interval_text(comparison["difference"], signed=True)
+
+
+def candidate_title(verdict: dict[str, Any]) -> str:
+    """What the first row of a verdict's table is called: winner, candidate, or the name of what took its place."""
+    if verdict["winner"]:
+        return "winner"
+    names = {f["name"]: f.get("kind", "candidate") for f in verdict["finalists"] if isinstance(f, dict)}
+    chosen = str(verdict["chosen"]["name"])
+    return "candidate" if names.get(chosen, "candidate") == "candidate" else chosen
+
+
+def next_command(verdict: dict[str, Any], folder: Path) -> str:
+    """The command that follows from a verdict.  folder: of the run."""
+    command = verdict.get("next") or "evomerge export RUN --out merged/"
+    return str(command).replace("RUN", shlex.quote(str(folder)), 1)
 
 
 def remarks(verdict: dict[str, Any]) -> list[str]:
@@ -21,7 +47,7 @@ def remarks(verdict: dict[str, Any]) -> list[str]:
     found += [verdict[key] for key in ("simplified", "greedy_soup") if verdict.get(key)]
     if verdict["detectable"] is not None:
         found.append(
-            f"With these items, a true gain of {verdict['detectable']:.3f} would be shown with a probability of 80%."
+            f"The smallest gain that these items can show is {verdict['detectable']:.3f} (four times in five)."
         )
     if verdict["holdout_uses"] > 1:
         found.append(
@@ -45,26 +71,43 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
     model: the one in the folder, `winner` or the name of a baseline (default: what the verdict recommends).
     """
     tasks = list(verdict["tasks"])
-    head = f"| holdout | mean | {' | '.join(tasks)} |"
-    rows = [head, "|---" * (2 + len(tasks)) + "|"]
-    score = verdict["score"]
-    title = "**chosen candidate**" if not verdict["winner"] else "**winner**"
-    rows.append(row(title, interval_text(score), verdict, "winner", tasks))
-    for c in verdict["comparisons"]:
-        gap = f"{c['score']:.3f} (candidate {interval_text(c['difference'], signed=True)})"
-        rows.append(row(c["name"], gap, verdict, c["name"], tasks))
+    title = candidate_title(verdict)
+    rows = [
+        f"| holdout | mean | {title} minus this | {' | '.join(tasks)} |",
+        "|---" * (3 + len(tasks)) + "|",
+        row(f"**{title}**", interval_text(verdict["score"]), "", verdict, "winner", tasks),
+    ]
+    rows += [
+        row(c["name"], f"{c['score']:.3f}", difference_text(c), verdict, c["name"], tasks)
+        for c in verdict["comparisons"]
+    ]
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
     note = f"90% intervals (5% on each side), paired differences; items that the search never saw ({counts}). "
     note += " ".join(remarks(verdict))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
     recommended = model or verdict["recommended"]
-    which = "" if recommended == "winner" else f"This folder holds the recommended simpler model: {recommended}.\n\n"
+    which = ""
+    if recommended == copied_model(verdict):
+        which = f"**This folder holds a copy of `{recommended}`**: no merge was shown to be better.\n\n"
+    elif recommended != "winner":
+        which = f"This folder holds the recommended simpler model: {recommended}.\n\n"
     return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
 
 
-def row(title: str, mean: str, verdict: dict[str, Any], key: str, tasks: list[str]) -> str:
-    """A row of the Markdown table.  key: of the model in `verdict["holdout"]`."""
+def copied_model(verdict: dict[str, Any]) -> str | None:
+    """The name of the parent, or of the base, that a verdict recommends; None if it recommends a merge."""
+    kinds = {c["name"]: c["kind"] for c in verdict["comparisons"]}
+    kinds |= {f["name"]: f.get("kind", "") for f in verdict["finalists"] if isinstance(f, dict)}
+    name = str(verdict["recommended"])
+    return name if kinds.get(name) in ("parent", "base") else None
+
+
+def row(title: str, mean: str, gap: str, verdict: dict[str, Any], key: str, tasks: list[str]) -> str:
+    """A row of the Markdown table.
+
+    gap: the candidate's difference to this model.  key: of the model in `verdict["holdout"]`.
+    """
     scores = verdict["holdout"][key]
     cells = " | ".join(interval_text(scores[t]) for t in tasks)
-    return f"| {title} | {mean} | {cells} |"
+    return f"| {title} | {mean} | {gap} | {cells} |"

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, sha256, write_text
 from evomerge.merge.recipe.recipe import Recipe, models_on_disk
+from evomerge.search.agreements import refuse_task_code
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.models import model_folders
 from evomerge.search.run import Run, refuse_existing
@@ -32,6 +34,9 @@ PACKAGES = (
     "tokenizers",
     "datasets",
 )
+
+
+PATHS = re.compile(r"(?:base|sources\.\d+\.(?:path|statistics)): ")
 
 
 def input_fingerprints(config: SearchConfig) -> dict[str, dict[str, str]]:
@@ -81,7 +86,7 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
     inputs: of `input_fingerprints`.
     items: of `item_fingerprints`.
     """
-    free = {"name", "budget", "simplify", "price", "workers", "storage", "hub"}
+    free = {"name", "budget", "simplify", "price", "workers", "storage", "hub", "on_finish", "log_to"}
     content = config.model_dump(mode="json", exclude=free)
     content |= {"base": "", "baselines": len(config.baselines), "start_from": config.start_from is not None}
     if content.pop("methods"):  # the search chooses among them, so its choice does not count
@@ -134,15 +139,16 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
 
     accept: take over the file's present content where something has changed.
 
-    Raises EvomergeError with the differences if the file, a model or an item has changed, unless `accept`.
+    Raises EvomergeError with the differences if the file, a model or an item has changed, unless `accept`.  That the
+    same models lie elsewhere now is no difference; the file must say where.
     """
     config, manifest = run.config(), run.manifest()
+    refuse_task_code(run, config)
     origin = Path(str(manifest.get("origin", "")))
     lines: list[str] = []
-    current = config
-    if origin.is_file():
-        current = pin(load_config(origin), config.hub)
-        lines += config_differences(pin(config, config.hub), current.model_copy(update={"name": config.name}))
+    current = pin(load_config(origin if origin.is_file() else run.config_file), config.hub)
+    lines += config_differences(pin(config, config.hub), current.model_copy(update={"name": config.name}))
+    refuse_task_code(run, current)
     prints = input_fingerprints(current)
     recorded: dict[str, dict[str, str]] = manifest.get("inputs", {})
     for name in sorted(prints.keys() & recorded.keys()):
@@ -156,15 +162,18 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
         lines += [
             f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task].get(s)
         ]
+    changed = lines
+    if prints == recorded:  # the same files lie elsewhere now
+        changed = [line for line in lines if not PATHS.match(line)]
     if not lines:
         return config
-    if not accept:
+    if changed and not accept:
         raise EvomergeError(
             f"{run.folder}: this run was started with other inputs; its trials would not be comparable:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(changed)
             + "\nUndo the change, start a new run, or go on all the same with --accept-changes"
         )
-    run.log("changes accepted: " + "; ".join(lines))
+    run.log(("changes accepted: " if changed else "the same models are elsewhere now: ") + "; ".join(lines))
     current = current.model_copy(update={"budget": config.budget, "simplify": config.simplify, "name": config.name})
     keys = [*manifest.get("keys", []), study_key(current, prints, items)]
     content = {**manifest, "inputs": prints, "items": items, "keys": keys}

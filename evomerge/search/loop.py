@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
+from evomerge.search.budget.enough import too_short
 from evomerge.search.budget.limits import now
-from evomerge.search.budget.reserve import ReservedTime, export_seconds
+from evomerge.search.budget.reserve import ReservedTime, export_seconds, step_seconds
+from evomerge.search.check.concerns import FEW
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.method_race import score_default_recipes
@@ -33,9 +35,11 @@ from evomerge.search.interrupt import StopSignal, stoppable
 from evomerge.search.learned.learn import Learner, why_not
 from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.opened import Opened
 from evomerge.search.run import Run, claim
 from evomerge.search.samplers.auto import CHOSEN, choose
 from evomerge.search.samplers.registry import sampler_kind
+from evomerge.search.samplers.stages import stages_of
 from evomerge.search.space.baselines import Baseline, base_alone, baselines
 from evomerge.search.space.choose_method import (
     choose_method,
@@ -59,11 +63,17 @@ from evomerge.search.workers.pool import Pool, run_all
 from evomerge.search.workers.worker_options import WorkerOptions
 
 BEAT = 5.0  # seconds between two renewals of the study's lease
+SEARCHING = "searching"
 EVERY = 20  # finished trials after which the incumbent is scored by the metrics that trials are not scored by
 
 
 def search(
-    run: Run, monitor: Monitor, stop: StopSignal, worker_options: WorkerOptions, out: Path | None = None
+    run: Run,
+    monitor: Monitor,
+    stop: StopSignal,
+    worker_options: WorkerOptions,
+    out: Path | None = None,
+    opened: Opened | None = None,
 ) -> Verdict:
     """Run or resume a search until its limits, then judge the finalists and write the verdict.
 
@@ -72,27 +82,42 @@ def search(
     stop: the user's request to stop.
     worker_options: how many workers of which kind.
     out: where the model will be written afterwards; the time limits keep the time for that too.
+    opened: models and tasks, if a check has opened them.
 
     Raises Interrupted if the user stops it (everything finished is in the study), EvomergeError on wrong input or when
     ten trials in a row fail.
     """
-    return asyncio.run(open_and_search(run, monitor, stop, worker_options, out))
+    return asyncio.run(open_and_search(run, monitor, stop, worker_options, out, opened))
 
 
 async def open_and_search(
-    run: Run, monitor: Monitor, stop: StopSignal, worker_options: WorkerOptions, out: Path | None
+    run: Run,
+    monitor: Monitor,
+    stop: StopSignal,
+    worker_options: WorkerOptions,
+    out: Path | None,
+    opened: Opened | None,
 ) -> Verdict:
     """Open models, tasks, study and workers, run the phases of the search, and close what was opened."""
     config = run.config()
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
     monitor.phase("opening the models")
-    models = open_config_models(config)
+    if opened is not None and opened.config != config:
+        opened.take_live()
+        opened = None
+    models = open_config_models(config) if opened is None else opened.models
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
-    stored = open_study(run.storage_url(config), config.name, create=True, retry=retry)
-    config = with_first_objectives(stored, config)
-    task_set = open_task_set(config)
+    monitor.phase("opening the study")
+    stored = open_study(run.storage_url(config), config.name, create=not run.has_begun(), retry=retry)
+    first = with_first_objectives(stored, config)
+    if opened is None or first != config:
+        monitor.phase("opening the tasks")
+        task_set = open_task_set(first)
+    else:
+        task_set = opened.task_set
+    config = first
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -101,14 +126,16 @@ async def open_and_search(
 
     try:
         claim(stored, run)
+        if out and monitor.limits.timed:
+            monitor.phase("measuring the disk, for the export at the end")
         export = export_seconds(config, models, out) if out and monitor.limits.timed else 0.0
+        monitor.phase("choosing the type of the forwards")
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
-        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase)
+        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, opened)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
-        if len(workers) > 1:
-            monitor.phase(f"starting {len(workers)} workers")
+        monitor.phase(f"starting {len(workers)} workers" if len(workers) > 1 else "starting")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
         monitor.attach_workers(pool.states, len(workers), config.compute_dtype)
         evaluations = Evaluations(stored, task_set, pool, monitor)
@@ -191,9 +218,14 @@ class Driver:
 
     async def search(self) -> Verdict:
         """Run all phases and return the verdict."""
+        self.monitor.steps_to_come = self.kind.learned_start
         await self.settle_scale()
         await self.score_outside_baselines()
-        self.monitor.phase("searching")
+        self.show_incumbent()
+        self.say_if_too_short()
+        inside = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
+        if inside:
+            self.monitor.phase("trying the baselines", inside, "baselines")
         if self.kind.learned_start:
             await self.run_slots(self.run_given_trials)
             await self.prepare_search()
@@ -225,6 +257,7 @@ class Driver:
     async def score_outside_baselines(self) -> None:
         """Phase 1, second half: every baseline that is no point of the space."""
         outside = [b for b in self.state.baselines if b.point is None]
+        self.monitor.phase("scoring the baselines outside the space", len(outside))
         await run_all(*(self.objective_of(b) for b in outside))
 
     async def run_baseline_trials(self) -> None:
@@ -245,25 +278,30 @@ class Driver:
     async def learn(self) -> None:
         """Phase 4: gradient steps from the best baseline, and the choice of the sampler that follows."""
         study, space = self.study, self.study.space
+        self.monitor.steps_to_come = False
         if (reason := why_not(space, self.evaluations.task_set, self.evaluations.scale)) is not None:
             if space.config.sampler.name == "learned":
                 raise EvomergeError(f"sampler: the coefficients cannot be learned: {reason}")
             self.monitor.say(f"no learned start: {reason}")
         else:
             learner = Learner(study, self.evaluations, self.pool, self.monitor, self.trials, self.state.baselines)
+            self.monitor.steps_to_come = True
             await learner.learn(self.ended)
+            self.monitor.steps_to_come = False
         if space.config.sampler.name == "auto" and CHOSEN not in study.stored.user_attrs:
             limit = self.monitor.limits.trials
             left = None if limit is None else limit - study.count
             learned = any(LEARNED in trial.user_attrs for trial in study.finished)
-            study.stored.set_user_attr(CHOSEN, choose(len(space.distributions), left, self.pool.size, learned))
-        self.monitor.phase("searching")
+            coarser = bool(stages_of([*space.distributions], [space.pairs, space.ties], space.config.sampler.coarse))
+            chosen = choose(len(space.distributions), left, self.pool.size, learned, coarser)
+            study.stored.set_user_attr(CHOSEN, chosen)
 
     async def prepare_search(self) -> None:
         """Phase 3, in the first slot that comes to it: how candidates race, then the greedy soup."""
         if self.state.preparing or not self.baselines_are_done() or self.ended() is not None:
             return
         self.state.preparing = True
+        self.monitor.phase("choosing where races look, and making the greedy soup")
         self.state.races = await self.find_races()
         self.state.soup = await self.find_soup()
         self.log_agreement()
@@ -273,6 +311,8 @@ class Driver:
         if self.study.space.config.sampler.name == "learned":
             return
         while (end := self.ended()) is None:
+            if self.monitor.current_phase != SEARCHING:
+                self.monitor.phase(SEARCHING)
             await self.score_incumbent()
             await self.trials.run(self.state.baselines, self.state.races)
         self.run.log(f"no more trials: {end}")
@@ -296,6 +336,7 @@ class Driver:
         except (ArithmeticError, RuntimeError) as error:
             self.run.log(f"trial {best.number} cannot be scored by every metric: {error}")
             return
+        self.show_incumbent()
         self.log_agreement()
 
     def log_agreement(self) -> None:
@@ -305,10 +346,32 @@ class Driver:
 
     async def judge_finalists(self) -> Verdict:
         """Phase 6: the verdict, written to the run folder."""
+        self.say_if_too_short()
+        if self.state.soup is None:
+            self.monitor.phase("making the greedy soup")
         soup = self.state.soup or await self.find_soup()  # not found yet if the budget ended in phase 2
         self.log_agreement()
-        self.monitor.phase("judging the finalists")
+        self.monitor.judge()
         return await finish(self.run, self.study, self.evaluations, self.state.baselines, soup)
+
+    def say_if_too_short(self) -> None:
+        """Say so if the time limit leaves room for hardly any candidate."""
+        limits, monitor = self.monitor.limits, self.monitor
+        seconds = step_seconds(self.study.trials, self.study.stored.user_attrs) if limits.timed else None
+        if seconds is None:
+            return
+        elapsed, proposed = monitor.stopwatch.elapsed.seconds, len(monitor.progress.sampled)
+        if limits.trials is not None and limits.trials - monitor.progress.trials < FEW:
+            return  # the user wants no more
+        left, workers = max(0.0, limits.seconds_left(elapsed, now())), self.pool.size
+        baselines = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)
+        reserve = self.reserved.seconds(workers)
+        if said := too_short(left, reserve, seconds.trial, workers, baselines, proposed, elapsed):
+            monitor.say(f"note: {said}")
+
+    def show_incumbent(self) -> None:
+        """Show the best trial of earlier sessions."""
+        self.trials.show_incumbent(self.monitor.progress.best_number)
 
     def baselines_are_done(self) -> bool:
         """Whether every baseline in the space has a finished trial."""
@@ -317,7 +380,7 @@ class Driver:
     def ended(self) -> str | None:
         """Why no trial may begin any more; None if one may."""
         limits, monitor = self.monitor.limits, self.monitor
-        monitor.reserve(self.reserved.seconds(self.pool.size) if limits.timed else 0.0)
+        monitor.reserve(self.reserved.seconds(self.pool.size))
         running = self.study.count - monitor.progress.trials
         return limits.reached(monitor.progress, monitor.stopwatch.elapsed.seconds, now(), monitor.reserved, running)
 

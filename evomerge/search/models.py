@@ -25,14 +25,19 @@ def model_folders(config: SearchConfig) -> dict[str, Path]:
     return found
 
 
-def open_config_models(config: SearchConfig) -> Models:
-    """Open and check the models of a configuration.  EvomergeError lists all that does not fit together."""
+def open_config_models(config: SearchConfig, strict: bool = True) -> Models:
+    """Open and check the models of a configuration.
+
+    EvomergeError lists all that does not fit together; it is kept in the result's `compatibility` if not `strict`.
+    """
     from evomerge.merge.recipe.open_bank import open_nested
 
     sources = {
         s.name: open_nested(s.name, s.recipe, "cpu", None) if s.recipe else locate(s.path) for s in config.sources
     }
-    return open_models(locate(config.base), sources, vocabulary=config.vocabulary, allowed=config.allow_differences)
+    return open_models(
+        locate(config.base), sources, strict, vocabulary=config.vocabulary, allowed=config.allow_differences
+    )
 
 
 def shapes_of(models: Models) -> list[tuple[int, ...]]:

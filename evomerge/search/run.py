@@ -3,6 +3,7 @@
 run.json            what the run was made of: versions, seed, SHA-256 of every input file and of the items
 config.yaml         the configuration with absolute paths; written last, so a folder that has it is a run
 lock                held by the process that works on the run
+log_to.json         the names and ids of the runs in the programs of `log_to`
 log.txt             one line for everything that happens, with its time
 state.json          the progress of the running search, for `evomerge status --watch`
 study.db            the study: trials with their item scores, and all other evaluations (SQLite); it is not there
@@ -13,11 +14,14 @@ cache/              what a resume need not make again:
   *.safetensors     measurements of the sources (histograms, Gram matrices), by a hash of the inputs
   derived/          matrices that tsv, iso_c and regmean make of the sources
 workers/N.txt       what worker N prints, if workers are processes of their own
+answers/            what models answered to the holdout items (storage/answers.py)
 winner.yaml         the recipe of the chosen candidate, whether or not it wins
 recommended.yaml    the recipe that the verdict recommends
 finalists.json      every model of the selection split: its recipe, its scores by task (verdict/choices.py)
 verdict.json        the verdict (verdict/verdict_file.py); written last of the results
-report.html         the report
+conflicts.json      where the sources pull against each other (verdict/conflicts.py)
+landscape.json      scores between the candidate and its parents, if asked for (verdict/landscape.py)
+report.html         the report; also written now and then during the search
 """
 
 import fcntl
@@ -34,9 +38,10 @@ from evomerge.config.config_file import load_config
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import disk_errors, read_json
+from evomerge.files import appending, disk_errors, opened, read_json
+from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url
-from evomerge.search.verdict.verdict_file import what_is_wrong
+from evomerge.search.verdict.verdict_file import present_outcome, what_is_wrong
 
 KEY = "evomerge:key"  # study attribute: a hash of what its results depend on, see inputs.py
 
@@ -76,6 +81,18 @@ class Run:
         return self.folder / "report.html"
 
     @property
+    def answers_folder(self) -> Path:
+        return self.folder / "answers"
+
+    @property
+    def conflicts_file(self) -> Path:
+        return self.folder / "conflicts.json"
+
+    @property
+    def landscape_file(self) -> Path:
+        return self.folder / "landscape.json"
+
+    @property
     def log_file(self) -> Path:
         return self.folder / "log.txt"
 
@@ -83,14 +100,25 @@ class Run:
         """The URL of the study's database, with its password.  It is not to be shown or logged (`masked` is)."""
         return expanded(config.storage) if config.storage else sqlite_url(self.folder / "study.db")
 
+    def has_begun(self) -> bool:
+        """Whether the run's files say that it had trials, whatever its database holds."""
+        if self.verdict_file.exists():
+            return True
+        if (snapshot := read_snapshot(self.folder)) is not None and snapshot.trials > 0:
+            return True
+        if not self.log_file.exists():
+            return False
+        with opened(self.log_file) as file:
+            return any(b" trial 0 begins" in line for line in file)
+
     def study(self) -> optuna.Study:
         """The study, for reading.  Raises EvomergeError if there is none or it cannot be read."""
         config = self.config()
         return open_study(self.storage_url(config), config.name, create=False)
 
     def config(self) -> SearchConfig:
-        """The run's configuration."""
-        return load_config(self.config_file)
+        """The run's configuration; the models and files that it names may be gone."""
+        return load_config(self.config_file, files=False)
 
     def manifest(self) -> dict[str, Any]:
         """The content of run.json.  Raises EvomergeError if it cannot be read."""
@@ -111,12 +139,13 @@ class Run:
         verdict = read_json(self.verdict_file)
         if problem := what_is_wrong(verdict):
             raise EvomergeError(f"{self.verdict_file}: {problem}; write it again with `evomerge resume {self.folder}`")
-        return verdict
+        return verdict | {"outcome": present_outcome(verdict["outcome"])}
 
     def log(self, text: str) -> None:
         """Write a line with the time to log.txt."""
-        with disk_errors(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n")
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n"
+        with disk_errors(self.log_file), appending(self.log_file) as file:
+            file.write(line.encode(errors="backslashreplace"))
 
 
 def open_run(folder: Path) -> Run:
@@ -146,10 +175,24 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise EvomergeError if evomerge would write through a symbolic link in a run folder, to any file whatever."""
+    own = [
+        folder / name for name in ("lock", "log.txt", "study.db", "study.db-wal", "study.db-shm", "cache", "workers")
+    ]
+    for path in (*own, *(folder / "cache").rglob("*"), *(folder / "workers").rglob("*")):
+        if path.is_symlink():
+            raise EvomergeError(f"{path}: is a symbolic link; put the file or folder itself there, or delete the link")
+
+
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
-    """Hold the run's lock, which ends with the process.  Raises EvomergeError if another process holds it."""
-    with disk_errors(run.folder), (run.folder / "lock").open("a") as file:
+    """Hold the run's lock, which ends with the process.
+
+    Raises EvomergeError if another process holds it, or if evomerge would write through a link.
+    """
+    refuse_links(run.folder)
+    with disk_errors(run.folder), appending(run.folder / "lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -25,9 +25,10 @@ from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
+from evomerge.search.monitor.incumbent import coefficients_of, means, task_scores
 from evomerge.search.monitor.monitor import Monitor, remark
 from evomerge.search.run import Run
-from evomerge.search.space.baselines import Baseline
+from evomerge.search.space.baselines import Baseline, base_alone
 from evomerge.search.space.space import Point
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
@@ -176,6 +177,32 @@ class TrialRunner:
         self.log(f"trial {trial.number} {state.name.lower()} value={value} {remark(record)}".rstrip())
         self.storing = time.perf_counter() - scored
         self.monitor.trial(trial.number, value, record, trial.baseline)
+        self.track(trial, value, record)
+        if self.monitor.progress.best_number == trial.number:
+            self.show_incumbent(trial.number)
+
+    def track(self, trial: Begun, value: float | None, record: TrialRecord) -> None:
+        """Log a finished trial to the programs of `log_to`."""
+        if not self.monitor.trackers:
+            return
+        progress, in_full = self.monitor.progress, value is not None and record.in_full
+        evaluated = 1.0 if in_full else record.partial or 0.0
+        scores = means(record.scores) if in_full else {}
+        coefficients = coefficients_of(trial.params, self.study.space)
+        seconds = record.seconds.total
+        self.monitor.trackers.trial(
+            progress.trials, trial.number, value, progress.best, evaluated, seconds, scores, coefficients
+        )
+
+    def show_incumbent(self, number: int) -> None:
+        """Show the scores and coefficients of the best trial.  number: -1 if there is none yet."""
+        found = next((t for t in self.study.complete if t.number == number), None)
+        if found is None:
+            return
+        space, attributes = self.study.space, self.study.stored.user_attrs
+        parents = [source.name for source in space.config.sources]
+        scores = task_scores(found, attributes, self.evaluations.scale, base_alone(space).name, parents)
+        self.monitor.incumbent(scores, coefficients_of(found.params, space))
 
 
 def next_baseline(study: SearchStudy, baselines: Sequence[Baseline]) -> tuple[str, Point] | None:

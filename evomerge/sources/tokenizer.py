@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evomerge.errors import EvomergeError, first_line
-from evomerge.files import TOKENIZER_BYTES, read_json, read_text
+from evomerge.errors import EvomergeError, first_line, without_panics
+from evomerge.files import TOKENIZER_BYTES, copy_model_file, read_json, read_text
 
 VOCABULARY_CHOICES = BASE, UNION = "base", "union"
 """The words that a recipe's `vocabulary` may hold besides the name of a source."""
@@ -45,7 +45,8 @@ class Vocabulary:
         """Put the tokenizer's files into a folder."""
         for name in TOKENIZER_FILES:
             if os.path.isfile(self.folder / name) and not (self.content and name in REPLACED):
-                (folder / name).write_bytes((self.folder / name).read_bytes())
+                copy_model_file(self.folder / name, folder / name)
+        drop_code(folder / "tokenizer_config.json")
         if not self.content:
             return
         (folder / "tokenizer.json").write_text(json.dumps(self.content, ensure_ascii=False), encoding="utf-8")
@@ -57,12 +58,24 @@ class Vocabulary:
                 settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether a model's folder has a chat template."""
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(read_json(settings).get("chat_template"))
+def drop_code(settings: Path) -> None:
+    """Remove from a tokenizer's settings, if there are any, the names of classes in code beside the model."""
+    if settings.exists() and "auto_map" in (config := read_json(settings)):
+        del config["auto_map"]
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def chat_templates(folder: Path) -> list[str]:
+    """The chat templates in a model's folder; several if they have names, as one for tools."""
+    found: list[Any] = []
+    if (file := folder / "chat_template.jinja").is_file():
+        found.append(read_text(file))
+    for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            given = read_json(file).get("chat_template")
+            found += given if isinstance(given, list) else [given]
+    texts = [t.get("template") if isinstance(t, dict) else t for t in found]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
@@ -82,10 +95,11 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         tokens = read_json(file, TOKENIZER_BYTES)
     else:
         try:
-            if file.name == "tokenizer.json":
-                tokens = Tokenizer.from_str(read_text(file, TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
-            else:
-                tokens = open_tokenizer(folder).get_vocab()
+            with without_panics():
+                if file.name == "tokenizer.json":
+                    tokens = Tokenizer.from_str(read_text(file, TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
+                else:
+                    tokens = open_tokenizer(folder).get_vocab()
         except Exception:  # the libraries raise any type of error
             return None
     for token, number in tokens.items():
@@ -104,7 +118,8 @@ def open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with without_panics():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its converters raise any type of error
         reason = first_line(error)
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error

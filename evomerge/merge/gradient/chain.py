@@ -19,13 +19,16 @@ FAINT, FAINT_DIVISOR = 1e-30, 1e-4
 NOTHING = 1e-8  # differences below this share of the largest are rounding errors
 
 
-def learnable(method: Method) -> frozenset[str]:
-    """The names of a method's knobs that a loss has a derivative by.
+def learnable(method: Method, sources: int = 1) -> frozenset[str]:
+    """The names of a method's knobs that a loss has a derivative by.  sources: how many are merged.
 
+    Methods that merge several sources in turn have none, as a source's plan depends on the result of those before it.
     Without one are: switches and choices; `density`, `gamma`, `epsilon` and `select_topk`, which only select elements,
     so that an element's own derivative is 0 or infinite; what bounds an iteration; and `regmean`'s, which act through
     the solution of a regression.
     """
+    if method.in_turn and sources > 1:
+        return frozenset()
     return frozenset(name for name, knob in method.knobs.items() if knob.smooth and not is_named(knob))
 
 
@@ -78,7 +81,7 @@ def derivative_of_plan(method: Method, knobs: Knobs, measured: Measured) -> Plan
     """
     known: Any = Remembered(measured)
     point = method.plan(knobs, known)
-    names = [name for name in method.knobs if name in learnable(method)]
+    names = [name for name in method.knobs if name in learnable(method, knobs.count)]
     if isinstance(point, SparseBlend):
         least = FAINT_DIVISOR if point.normalize else FAINT
         each = {k: tuple(at_least(v, least) for v in x) if k in names else x for k, x in knobs.each.items()}

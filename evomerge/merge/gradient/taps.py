@@ -101,7 +101,7 @@ class KnobTaps:
 
         Raises EvomergeError if the method has no coefficient with a derivative, or the recipe does not fit the bank.
         """
-        if not learnable(METHODS[recipe.method]):
+        if not learnable(METHODS[recipe.method], len(recipe.sources)):
             raise EvomergeError(
                 f"method: {recipe.method} has no coefficient that a gradient can be computed by; use another sampler"
             )

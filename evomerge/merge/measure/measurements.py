@@ -118,9 +118,30 @@ class Measurements:
     def elements(self) -> int:
         return self.base.numel()
 
+    def in_any_order(self, kind: str, measure: Callable[[], NDArray[np.float64]], first: int) -> NDArray[np.float64]:
+        """A Gram matrix, or one of each slice, which is measured for one order of the sources only.
+
+        kind: of the matrix.  first: the row of the first source.  The products have the same bits in every order.
+        """
+
+        def make() -> NDArray[np.float64]:
+            if len(self.sources) < 3:
+                return measure()
+            order = np.argsort(self.sources, kind="stable")
+            kept = ("in order", kind, self.name, *sorted(self.sources))
+            rows = np.r_[:first, first + order]
+            if kept not in self.cache:
+                found = measure()
+                self.cache[kept] = found[..., rows[:, None], rows]
+                return found
+            back = np.argsort(rows)
+            return np.ascontiguousarray(self.cache[kept][..., back[:, None], back])
+
+        return self.once((kind, self.name, *self.sources), make)
+
     @property
     def gram(self) -> Gram:
-        return self.once(("gram", self.name, *self.sources), lambda: self.scan.gram_matrix(self.operands()))
+        return self.in_any_order("gram", lambda: self.scan.gram_matrix(self.operands()), 1)
 
     @property
     def task_gram(self) -> Gram:
@@ -128,7 +149,7 @@ class Measurements:
             base, *sources = self.operands()
             return self.scan.gram_matrix(sources, origin=base)
 
-        return self.once(("task gram", self.name, *self.sources), measure)
+        return self.in_any_order("task gram", measure, 0)
 
     def row_grams(self, axis: int, of_task_vectors: bool = False) -> NDArray[np.float64]:
         def measure() -> NDArray[np.float64]:
@@ -136,7 +157,8 @@ class Measurements:
             origin = tensors.pop(0) if of_task_vectors else None
             return row_gram_matrices(tensors, axis, origin)
 
-        return self.once(("row grams", self.name, axis, of_task_vectors, *self.sources), measure)
+        kind = f"row grams {axis}{' of task vectors' * of_task_vectors}"
+        return self.in_any_order(kind, measure, 0 if of_task_vectors else 1)
 
     @property
     def is_layer_matrix(self) -> bool:

@@ -47,6 +47,8 @@ class OutputRun:
 def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     """The recipe as a mergekit file (YAML), and notes on where mergekit does something else.
 
+    Where mergekit's method takes fewer models, the file has several documents, for `mergekit-multi`.
+
     The notes are comments in the file too.  Lists become gradients with a value for each layer, components become
     filters.  EvomergeError lists what mergekit cannot express.
     """
@@ -60,8 +62,15 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     layers = sum(run.length for run in runs)
     base: str | None = recipe.base.path
     sources = list(recipe.sources)
-    if recipe.method == "slerp" and len(sources) == 2:
+    if recipe.method == "slerp" and len(sources) > 1:
         base, sources = sources[0].path, sources[1:]
+    in_steps = method.models[1] is not None and len(sources) > method.models[1]
+    if in_steps and (recipe.method == "nuslerp" or recipe.slices or recipe.vocabulary):
+        more = " with `slices`" if recipe.slices else " with a `vocabulary`" if recipe.vocabulary else ""
+        raise EvomergeError(
+            f"mergekit's {recipe.method} merges two models, and this recipe merges {len(recipe.sources)} sources{more} "
+            "one after the other"
+        )
     if method.base == "optional" and not uses_task_vectors(recipe):
         base = None
     content: dict[str, Any] = {"merge_method": recipe.method}
@@ -81,10 +90,29 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
         raise EvomergeError("mergekit cannot make this merge:\n  " + "\n  ".join(problems))
     notes = difference_notes(recipe, base)
     head = "".join(f"# {note}\n" for note in ["A recipe of evomerge.", *notes])
-    text: str = yaml.safe_dump(
-        {k: v for k, v in content.items() if v not in ({}, None)}, sort_keys=False, default_flow_style=None, width=110
-    )
-    return head + text, notes
+    documents = steps(content) if in_steps else [content]
+    texts = [
+        yaml.safe_dump(
+            {k: v for k, v in document.items() if v not in ({}, None)},
+            sort_keys=False,
+            default_flow_style=None,
+            width=110,
+        )
+        for document in documents
+    ]
+    return head + "---\n".join(texts), notes
+
+
+def steps(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents for `mergekit-multi` that merge the models of a file one after the other into its base model."""
+    found: list[dict[str, Any]] = []
+    *earlier, last = content["models"]
+    base = content["base_model"]
+    for number, model in enumerate(earlier, 1):
+        own = {"name": f"step{number}", "merge_method": content["merge_method"], "base_model": base, "models": [model]}
+        found.append(own | {"parameters": content["parameters"], "dtype": "float32"})
+        base = own["name"]
+    return [*found, content | {"base_model": base, "models": [last]}]
 
 
 def output_runs(recipe: Recipe, names: list[str]) -> list[OutputRun]:

@@ -5,6 +5,8 @@ The importance of an element is its change times the divergence of its row's sof
     importance = |d| * KL(softmax x || softmax b)          per row of the last dimension, both softmaxes plus 1e-8
     out        = b + d where importance >= median + 1.5 (upper quartile - lower quartile), else b
 
+Of several sources each is merged into the result of those before it, in their order, with that result as its b.
+
 A change that is the same everywhere in a row does not change its softmax.  If all importances of a tensor are equal,
 they are all at the threshold, and all changes are taken over.
 
@@ -23,4 +25,4 @@ def plan(knobs: Knobs, measured: Measured) -> SparseBlend:
     return SparseBlend((1.0,), keep="importance", floors=(measured.importance(),))
 
 
-METHOD = Method("arcee_fusion", {}, plan, sources=(1, 1))
+METHOD = Method("arcee_fusion", {}, plan, in_turn=True, ordered=2)

@@ -26,6 +26,9 @@ class Method:
     measures: what its plans ask about every tensor, so that one pass can measure it before the first merge.
     excludes: switch -> the knob that must keep its default while the switch is on.
     statistics: the kind of statistics file that every source must have (`measure/statistics_file.py`).
+    in_turn: whether a plan is for one source; of several, each is merged into the result of those before it, which
+        takes the base's place (tensor_plan.py).
+    ordered: from how many sources on the result depends on their order (None: it never does).
     keeps_parent: whether weight 1 for one source and 0 for the others gives that source.
     """
 
@@ -37,4 +40,6 @@ class Method:
     measures: frozenset[Literal["gram", "task_gram", "magnitudes", "ranks"]] = frozenset()
     excludes: Mapping[str, str] = field(default_factory=dict)
     statistics: Statistics | None = None
+    in_turn: bool = False
+    ordered: int | None = None
     keeps_parent: bool = True

@@ -3,6 +3,8 @@ QuartetAnemoi-70B; mergekit `nearswap`).
 
     out = b + clamp(d, -t, t),     d = x - b
 
+Of several sources each is merged into the result of those before it, in their order, with that result as its b.
+
 mergekit writes this as an interpolation, w x + (1 - w) b = b + w d with w = clamp(t / |d|, 0, 1).  Where |d| <= t, w is
 1 and b + d remains; where |d| > t, w d is t with the sign of d: the clamp.
 
@@ -21,4 +23,4 @@ def plan(knobs: Knobs, measured: Measured) -> Clip:
     return Clip(knobs.shared["t"])
 
 
-METHOD = Method("nearswap", {"t": Knob(None, 0.0)}, plan, sources=(1, 1))
+METHOD = Method("nearswap", {"t": Knob(None, 0.0)}, plan, in_turn=True, ordered=2)

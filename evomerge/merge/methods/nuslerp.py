@@ -1,4 +1,4 @@
-"""nuslerp: slerp between two sources by their weights, on their task vectors (Shoemake 1985; mergekit `nuslerp`).
+"""nuslerp: slerp between sources by their weights, on their task vectors (Shoemake 1985; mergekit `nuslerp`).
 
     out = b + sin((1-t) a) / sin a * d_1 + sin(t a) / sin a * d_2,     t = w_2 / (w_1 + w_2), 1/2 if the sum is 0
 
@@ -6,9 +6,14 @@ a is the angle between the task vectors d_i = x_i - b: of the flattened tensors,
 row (a run along the last axis), or with `nuslerp_row_wise` too of each column.  A vector is one row.  Without
 `task_vectors` the arc runs between the sources themselves, as mergekit's does when no `base_model` is given.
 
+Each further source is merged into the result so far, in the order of the sources.  The result weighs as much as the
+sources in it: its t is w_k / (w_1 + ... + w_k).
+
 Different from mergekit on purpose: the rows of a tensor of three or more axes are its slices along the first axis, and
 its columns those along the last; mergekit takes runs along the last axis and the first.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +29,30 @@ NO_WEIGHT = 1e-6  # mergekit: weights with a smaller sum count as equal
 
 
 def plan(knobs: Knobs, measured: Measured) -> Blend | SliceBlend:
-    """Coefficients of the two ends of the arc, one pair for the tensor or one for each slice."""
-    first, second = knobs.each["weight"]
-    t = 0.5 if abs(first + second) < NO_WEIGHT else second / (first + second)
+    """Coefficients of the sources, one set for the tensor or one for each slice."""
     changes = bool(knobs.shared["task_vectors"])
     if knobs.shared["nuslerp_flatten"]:
-        start, end = arc(measured.task_gram if changes else measured.gram[1:, 1:], t)
-        return Blend((float(start), float(end)), of_task_vectors=changes)
+        gram = measured.task_gram if changes else measured.gram[1:, 1:]
+        return Blend(tuple(map(float, one_by_one(gram, knobs.each["weight"]))), of_task_vectors=changes)
     axis = -1 if knobs.shared["nuslerp_row_wise"] else 0
     grams = measured.row_grams(axis, of_task_vectors=changes)
-    ends = arc(grams if changes else grams[:, 1:, 1:], t)
-    return SliceBlend(ends, None, axis, of_task_vectors=changes)
+    found = one_by_one(grams if changes else grams[:, 1:, 1:], knobs.each["weight"])
+    return SliceBlend(found, None, axis, of_task_vectors=changes)
+
+
+def one_by_one(gram: NDArray[np.float64], weights: Sequence[float]) -> NDArray[np.float64]:
+    """Coefficients (N, ...) of N sources with the Gram matrices (..., N, N), each merged into those before it."""
+    found, total = np.ones((1, *gram.shape[:-2])), weights[0]
+    for k, weight in enumerate(weights[1:], 1):
+        total += weight
+        t = 0.5 if abs(total) < NO_WEIGHT else weight / total
+        ends = np.zeros((*gram.shape[:-2], 2, 2))  # the Gram matrix of the result so far and the next source
+        ends[..., 0, 0] = np.einsum("i...,j...,...ij->...", found, found, gram[..., :k, :k])
+        ends[..., 0, 1] = ends[..., 1, 0] = np.einsum("i...,...i->...", found, gram[..., :k, k])
+        ends[..., 1, 1] = gram[..., k, k]
+        start, end = arc(ends, t)
+        found = np.concatenate([start * found, end[None]])
+    return found
 
 
 def arc(gram: NDArray[np.float64], t: float) -> NDArray[np.float64]:
@@ -60,6 +78,7 @@ METHOD = Method(
         "task_vectors": Knob(1.0, 0.0, 1.0, switch=True),
     },
     plan,
-    sources=(2, 2),
+    sources=(2, None),
     measures=frozenset({"task_gram"}),
+    ordered=3,
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import new_folder, read_json, write_text
+from evomerge.files import copy_model_file, new_folder, read_json, write_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.output.load_check import check_loads
@@ -78,8 +77,8 @@ def export(
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        config = {k: v for k, v in bank.layout.config.items() if k != "torch_dtype"} | {"dtype": recipe.dtype}
-        write_text(aside / "config.json", json.dumps(config, indent=2) + "\n")
+        config = {k: v for k, v in bank.layout.config.items() if k not in ("torch_dtype", "auto_map")}
+        write_text(aside / "config.json", json.dumps(config | {"dtype": recipe.dtype}, indent=2) + "\n")
         copy_tokenizer(bank, aside)
         if recipe.chat_template is not None:
             set_template(aside, recipe.chat_template)
@@ -95,7 +94,7 @@ def copy_tokenizer(bank: Bank, folder: Path) -> None:
     vocabulary = bank.models.vocabulary or Vocabulary({}, bank.models.base.path)
     vocabulary.write(folder)
     if os.path.isfile(settings := vocabulary.folder / "generation_config.json"):
-        shutil.copyfile(settings, folder / settings.name)
+        copy_model_file(settings, folder / settings.name)
 
 
 def set_template(folder: Path, template: str) -> None:

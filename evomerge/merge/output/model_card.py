@@ -1,34 +1,86 @@
-"""The model card of an exported model (README.md): what was merged, how, and how to reproduce it."""
+"""The model card of an exported model (README.md): how to use it, what was merged, how, and how to reproduce it.
+
+A card is made to be published, so it names models by their hub ids or by their folders' names, never by paths of this
+machine.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
 
 from evomerge import __version__
+from evomerge.merge.output.licences import licence, licence_of_merge, licence_warnings
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
-from evomerge.merge.recipe.recipe import Recipe, dump_recipe, models_on_disk
-from evomerge.sources.compatibility import front_matter
-from evomerge.sources.locate import locate
+from evomerge.merge.recipe.recipe import Recipe, RecipeSource, dump_recipe, models_on_disk
+from evomerge.sources.declared_base import front_matter
+from evomerge.sources.locate import HUB_ID, locate, looks_like_hub_id
+
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # a folder in the cache of huggingface_hub
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+inputs = tokenizer("Your prompt", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
 
 
-def model_card(recipe: Recipe, results: str = "") -> str:
-    """The text of a model card: front matter and Markdown.  results: a section with scores, if there are any."""
+def model_card(recipe: Recipe, results: str = "", copy_of: str | None = None) -> str:
+    """The text of a model card: front matter and Markdown.
+
+    results: a section with scores, if there are any.
+    copy_of: the name of the only model that the recipe takes anything from; None if it merges several.
+    """
     models = list(models_on_disk(recipe))
-    licences = [licence(front_matter(locate(model.path))) for _, model in models]
-    known = set(licences)
-    head = ["---", "library_name: transformers", "tags: [merge, evomerge]"]
-    head += [f"license: {min(known)}"] if len(known) == 1 and "not stated" not in known else ["license: other"]
-    rows = [f"| {name} | {m.path} | {text} |" for (name, m), text in zip(models, licences, strict=True)]
+    licences = {name: licence(front_matter(locate(model.path))) for name, model in models}
+    ids = [found for _, model in models if (found := hub_id(model.path)) is not None]
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mergekit", "merge", "evomerge"],
+        "license": licence_of_merge(licences),
+    } | ({"base_model": list(dict.fromkeys(ids))} if ids else {})
+    rows = [f"| {name} | {shown(model.path)} | {licences[name]} |" for name, model in models]
+    title = f"A copy of `{copy_of}`" if copy_of else f"A merge of {len(models) - 1} models by `{recipe.method}`"
     return "\n".join([
-        *head, "---", "",
-        f"# A merge of {len(models) - 1} models by `{recipe.method}`", "",
+        "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "",
+        f"# {title}", "",
         f"Made with evomerge {__version__}.", "",
-        "| model | where | licence |", "|---|---|---|", *rows, "",
+        "## Use", "", USE, "",
         *([results.rstrip(), ""] if results else []),
+        "## Models", "",
+        "| model | where | licence |", "|---|---|---|", *rows, "",
+        *(f"> **Licences:** {line}\n" for line in licence_warnings(licences)),
         "## Make it again", "",
         "`recipe.yaml` in this folder is complete and holds the SHA-256 of every input and output:", "",
         "    evomerge reproduce recipe.yaml --out again --check .", "",
-        "```yaml", dump_recipe(without_fingerprints(recipe)).rstrip(), "```", "",
+        "```yaml", dump_recipe(without_paths(without_fingerprints(recipe))).rstrip(), "```", "",
     ])  # fmt: skip
 
 
-def licence(card: dict[str, object]) -> str:
-    """The licence in the front matter of a model card, or `not stated`."""
-    value = card.get("license") or card.get("license_name")
-    return str(value) if value else "not stated"
+def hub_id(path: str) -> str | None:
+    """The hub id of a model, without its commit; None for a model of this machine alone."""
+    if (cached := CACHED.search(Path(path).as_posix())) is not None:
+        return f"{cached[1]}/{cached[2]}"
+    if looks_like_hub_id(path) and not Path(path).is_dir() and (found := HUB_ID.match(path)) is not None:
+        return found["repo"]
+    return None
+
+
+def shown(path: str) -> str:
+    """A model's hub id, with the commit if it is known, or the name of its folder."""
+    return path if looks_like_hub_id(path) and not Path(path).is_dir() else hub_id(path) or Path(path).name
+
+
+def without_paths(recipe: Recipe) -> Recipe:
+    """The recipe with models as a card shows them."""
+    copy = recipe.model_copy(deep=True)
+    for _, model in models_on_disk(copy):
+        model.path = shown(model.path)
+        if isinstance(model, RecipeSource) and model.statistics is not None:
+            model.statistics = Path(model.statistics).name
+    return copy

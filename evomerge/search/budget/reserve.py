@@ -20,6 +20,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.tasks import SPLITS, Split
 from evomerge.files import disk_errors
+from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.evaluation.stored_evaluations import digest
 from evomerge.search.models import model_folders
 from evomerge.search.space.baselines import Baseline
@@ -116,9 +117,19 @@ def step_seconds(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -
     merge = statistics.median(r.seconds.merge or 0.0 for r in latest)
     objective = statistics.median(scoring(r.seconds) / sum(map(len, item_ids(attributes, r).values())) for r in latest)
     judged = evaluation_records(attributes, [split for split in SPLITS if split != "search"]).values()
-    each = [scoring(e.seconds) / e.scored for e in judged if e.scored] or [UNMEASURED * objective]
+    each = [scoring(e.seconds) / e.scored for e in judged if e.scored]
+    each = each or [scoring(e.seconds) / e.scored for e in by_every_metric(attributes)] or [UNMEASURED * objective]
     trial = max(r.seconds.total or (r.seconds.merge or 0.0) + scoring(r.seconds) for r in latest)
     return StepSeconds(merge, statistics.median_low(each), trial, objective, draw_time())
+
+
+def by_every_metric(attributes: Mapping[str, Any]) -> list[EvaluationRecord]:
+    """The models that were scored on the search split by every metric: base and parents.  attributes: the study's."""
+    if SCALE not in attributes:
+        return []
+    wanted = [(name, task.metric.name) for name, task in Scale.from_json(attributes[SCALE]).tasks.items()]
+    records = [e for e in evaluation_records(attributes, ["search"]).values() if e.partial is None and e.scored]
+    return [e for e in records if all(metric in e.scores.get(task, {}) for task, metric in wanted)]
 
 
 def scoring(seconds: Seconds) -> float:

@@ -20,7 +20,7 @@ BACKWARD = 3.0  # how many times as long an item takes in a gradient step as in 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a search will take, by what was measured on a few items; larger batches are faster, so it is at most that.
+    """What a search will take, by what was measured on some items; candidates that lose early take less.
 
     trial: seconds of a trial on all items.  scoring: task -> its part of them.  merge: the merge's part.
     start: seconds before the first candidate: base and sources by every metric, and the other baselines.
@@ -28,6 +28,7 @@ class Forecast:
     end: seconds after the last trial.
     limit: seconds that the search has, None for as long as it takes.
     trials: the number that ends the search, None for no limit.
+    baselines: how many of the trials are baselines.
     disk, disk_left: bytes of an exported model, and free in the working folder.
     """
 
@@ -39,6 +40,7 @@ class Forecast:
     end: float
     limit: float | None
     trials: int | None
+    baselines: int
     disk: int
     disk_left: int
 
@@ -60,12 +62,22 @@ class Forecast:
         return min(most, math.inf if self.limit is None else self.limit)
 
 
-def forecast(config: SearchConfig, task_set: TaskSet, probe: Probe, size: int, workers: int = 1) -> Forecast:
+def forecast(
+    config: SearchConfig,
+    task_set: TaskSet,
+    probe: Probe,
+    size: int,
+    baselines: int,
+    workers: int = 1,
+    limit: float | None = None,
+) -> Forecast:
     """What a search will take.
 
     probe: of its first items.
     size: bytes of the models' weights in `dtype`.
+    baselines: how many trials are baselines.
     workers: how many trials run at once.
+    limit: seconds that it has; None is what the configuration says.
     """
     counts: Mapping[Split, int] = task_set.item_counts
     scoring = {task.name: task.seconds * len(task_set.items[task.name]["search"]) for task in probe.tasks}
@@ -84,8 +96,9 @@ def forecast(config: SearchConfig, task_set: TaskSet, probe: Probe, size: int, w
         start=(models * (probe.merge + every * counts["search"]) + others * trial) / workers,
         steps=(config.sampler.steps or STEPS) * (probe.merge + BACKWARD * ITEMS * item) if learned else 0.0,
         end=reserve_seconds(seconds, work, workers),
-        limit=config.budget.timeout,
+        limit=config.budget.timeout if limit is None or limit == math.inf else limit,
         trials=config.budget.most,
+        baselines=baselines,
         disk=size,
         disk_left=shutil.disk_usage(Path.cwd()).free,
     )

@@ -7,15 +7,17 @@ from itertools import chain
 
 import numpy as np
 
-from evomerge.evaluate.answers import answers_of
+from evomerge.evaluate.answers import answers_of, gold_of
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.tasks import Split, questions_of
+from evomerge.evaluate.tasks import Split, Task, questions_of
+from evomerge.search.check.near_duplicates import Text
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.score_checks import finite_scores
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.space.baselines import Baseline
 
 BASE = "base"
+TIMED = 2.0  # seconds for which the items of all tasks are scored to find out how long one takes
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ProbedTask:
     right: the highest score of the metric, where it says right or wrong; None for other metrics.
     items: as they were answered.
     seconds: for one item, scored by what a trial is scored by.
+    delimiter: what the task puts between prompt and gold answer.
     """
 
     name: str
@@ -58,6 +61,7 @@ class ProbedTask:
     right: float | None
     items: list[ProbedItem]
     seconds: float
+    delimiter: str = ""
 
     @property
     def models(self) -> list[str]:
@@ -109,11 +113,10 @@ def probe(
             started = time.perf_counter()
             found = engine.score(work, clock)
             if model is models[-1]:  # everything is warm by now
-                if not evaluator.complete(task, everything=False):
-                    cheaper = engine.prepare(task, chosen[task.name], everything=False)
-                    started = time.perf_counter()
-                    engine.score(cheaper, clock)
-                seconds[task.name] = (time.perf_counter() - started) / max(1, len(chosen[task.name]))
+                taken = time.perf_counter() - started
+                seconds[task.name] = item_seconds(
+                    evaluator, task, len(chosen[task.name]), taken, TIMED / len(tasks), clock
+                )
             answers = answers_of(engine, work)
             items = asked.setdefault(task.name, [ProbedItem(a.prompt, a.gold, {}) for a in answers])
             scores = [finite_scores(task, metric, found) for metric in (task.metric, task.objective)]
@@ -126,9 +129,10 @@ def probe(
                 task.kind,
                 task.metric,
                 task.objective,
-                1.0 if evaluator.task_set.values_metric(task) else None,
+                right_or_wrong(asked[task.name]),
                 asked[task.name],
                 seconds[task.name],
+                str(task.lm.config.target_delimiter),
             )
             for task in tasks
         ],
@@ -136,11 +140,36 @@ def probe(
     )
 
 
-def questions(task_set: TaskSet) -> dict[str, dict[Split, list[str]]]:
-    """Task -> split -> the text of every item's question; without tasks whose items mostly have the same text."""
-    found: dict[str, dict[Split, list[str]]] = {}
+def item_seconds(evaluator: Evaluator, task: Task, count: int, taken: float, limit: float, clock: Clock) -> float:
+    """Seconds for one item of the search split, scored as in a trial.
+
+    count, taken: how many items were scored by all metrics, and the seconds of that.  Few items make small batches,
+    which are slow, so more and more are scored until it takes `limit` seconds.
+    """
+    whole, items = evaluator.complete(task, everything=False), evaluator.task_set.items[task.name]["search"]
+    done = 0
+    while True:
+        wanted = min(len(items), int((count if done == 0 else done) * max(1.0, limit / max(taken, 1e-6))))
+        if wanted < 2 * done or (done == 0 and whole and wanted < 2 * count):
+            return taken / max(1, done or count)
+        work = evaluator.engine.prepare(task, items[:wanted], whole)
+        started = time.perf_counter()
+        evaluator.engine.score(work, clock)
+        done, taken = wanted, time.perf_counter() - started
+
+
+def right_or_wrong(items: Sequence[ProbedItem]) -> float | None:
+    """1 if a metric says right or wrong, which its scores show; else None."""
+    return 1.0 if {answer.metric for item in items for answer in item.answers.values()} <= {0.0, 1.0} else None
+
+
+def questions(task_set: TaskSet) -> dict[str, dict[Split, list[Text]]]:
+    """Task -> split -> question and answer of every item; without tasks whose items mostly have the same question."""
+    found: dict[str, dict[Split, list[Text]]] = {}
     for task in task_set.tasks:
         splits = task_set.items[task.name]
         if texts := questions_of(task, chain.from_iterable(splits.values())):
-            found[task.name] = {split: [texts[item.id] for item in items] for split, items in splits.items()}
+            found[task.name] = {
+                split: [Text(texts[item.id], gold_of(task, item)) for item in items] for split, items in splits.items()
+            }
     return found

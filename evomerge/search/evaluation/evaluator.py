@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ import torch
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES, resolve_device, use
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
-from evomerge.evaluate.clock import Clock, Counts, counter, forwards_of
+from evomerge.evaluate.clock import Batches, Clock, Counts, forwards_of
 from evomerge.evaluate.engine import Engine, Trunks
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
@@ -65,6 +67,7 @@ class Evaluator:
     cache: the folder that keeps prepared items and measurements of the sources; None keeps nothing.
     progress: called with the number of batches of an `EvaluationJob` that are done, and their total.
     share: how many workers share the device and the machine; None if there is only this one.
+    live: a live model of the same configuration that is loaded already, of which only the weights may differ.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Evaluator:
         cache: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         share: Share | None = None,
+        live: Any = None,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -95,8 +99,11 @@ class Evaluator:
         compiled = compiled_for(models.base.tensors, device, log)
         assembly = build_assembly(config, models)
         slices = assembly.deepest if assembly else ()
-        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=held, share=share)
-        self.model = candidate_model(self.bank, dtype, held)
+        if live is not None and (live.dtype != held or live.device.type != device.type):
+            live = None
+        coming = held if live is None else None
+        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=coming, share=share)
+        self.model = candidate_model(self.bank, dtype, held) if live is None else live
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
@@ -189,13 +196,14 @@ class Evaluator:
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
             work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
-        clock = Clock(self.check, counter(work.steps, self.progress), self.counts, self.bank.device)
+        clock = Clock(self.check, Batches(work.steps, self.progress), self.counts, self.bank.device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(None, clock) if canary else None
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
         with clock.time("score"):
             scores = {part.task.name: needed_scores(part.task, metrics) for part, metrics in found}
-        return Outcome(scores, clock.seconds, seen)
+        answers = self.answers(work) if split == "holdout" else {}
+        return Outcome(scores, clock.seconds, seen, answers=answers)
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
@@ -228,6 +236,16 @@ class Evaluator:
         return Outcome(scores, clock.seconds, gradient=gradient)
 
     # --- Merging and scoring ---
+
+    def answers(self, work: Workload) -> dict[str, list[Answer]]:
+        """What the model answered to a scored workload, by task, for the report; a report costs no result."""
+        found = {}
+        for part in work.by_task:
+            try:
+                found[part.task.name] = answers_of(self.engine, part)
+            except Exception as error:  # a task's templates may raise whatever they like
+                self.log(f"task {part.task.name}: its answers are not kept ({reason(error)})")
+        return found
 
     def materialise(self, recipe: Recipe, clock: Clock) -> None:
         """Merge a recipe into the live model.  NotFinite if a merged weight is NaN or infinite."""

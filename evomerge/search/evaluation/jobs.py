@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from evomerge.evaluate.answers import Answer
 from evomerge.evaluate.canary import Broken
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Estimate, Race
@@ -81,6 +82,7 @@ class Outcome:
     estimate: the estimated value, of a candidate that a race stopped.
     looks: of a `RaceLooksJob`.
     gradient: of a `GradientJob`; what is derived rises with the objectives.
+    answers: task -> what the model answered to its items, of an `EvaluationJob` on the holdout split.
     used: time, tokens and memory that the job took.
     """
 
@@ -90,6 +92,7 @@ class Outcome:
     estimate: Estimate | None = None
     looks: Looks | None = None
     gradient: KnobGradient = field(default_factory=dict)
+    answers: Mapping[str, Sequence[Answer]] = field(default_factory=dict)
     used: Usage = NOTHING
 
 

@@ -33,10 +33,10 @@ async def settle_scale(
     earlier = None if kept is None else Scale.from_json(kept)
     if (study.trials and earlier is None) or (earlier is not None and covers(earlier, plain, guards)):
         return
-    monitor.phase("scoring base and parents")
     base = base_alone(space)
     parents = [b for b in baselines if b.kind == "parent"]
     known = [base, *(b for b in parents if digest(b.recipe) != digest(base.recipe))]
+    monitor.phase("scoring base and parents", len(known))
     tables = await run_all(*(every_metric_of(b, evaluations) for b in known))
     guarded = guard_scales(guards, space, parents, {digest(b.recipe): t for b, t in zip(known, tables, strict=True)})
     found = {b.name: scores for b, scores in zip(known, tables, strict=True) if scores is not None}

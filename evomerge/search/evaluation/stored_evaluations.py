@@ -16,6 +16,7 @@ from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.scale import SCALE, Scale, scale_of
 from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.storage.answers import keep_answers
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_record, pack, rows_of_record, store_items
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds
 from evomerge.search.workers.pool import Pool
@@ -117,11 +118,13 @@ class Evaluations(StoredEvaluations):
             result = await self.pool.run(job, f"{split}: {name}", self.monitor.step)
             if isinstance(result, Failure):
                 raise result.error()
+            keep_answers(self.monitor.run.answers_folder, digest(recipe), name, ids, result.answers)
             for task, metrics in result.scores.items():
                 for metric, scores in metrics.items():
                     new = {i.id: score for i, score in zip(missing[task], scores, strict=True)}
                     known.setdefault(task, {}).setdefault(metric, {}).update(new)
             self.store(split, recipe, name, self.arranged(split, known), count, result)
+        self.monitor.part()
         return self.arranged(split, known)
 
     async def score_in_race(self, recipe: Recipe, name: str, setup: RaceSetup, race: Race) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.chat_template import problem_of
 from evomerge.evaluate.metrics import find_metric
 from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
 from evomerge.merge.measure.statistics_file import open_statistics_file
@@ -16,7 +17,7 @@ from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.guards import Guard
 from evomerge.search.verdict.intervals import mean_score
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import has_chat_template
+from evomerge.sources.tokenizer import chat_templates
 
 Scores = dict[str, dict[str, list[float]]]
 """Task -> metric -> one score per item, the higher the better."""
@@ -110,9 +111,14 @@ def guards_of(config: SearchConfig, tasks: Sequence[Task]) -> tuple[Guard, ...]:
 
 
 def check_chat_templates(models: Models, task_set: TaskSet) -> None:
-    """EvomergeError if a task asks for a chat template that the base's tokenizer does not have."""
+    """EvomergeError if a task asks for a chat template that the base's tokenizer lacks, or that asks for too much."""
     for task in task_set.tasks:
-        if task.chat and not has_chat_template(models.base.path):
+        if not task.chat:
+            continue
+        templates = chat_templates(models.base.path)
+        if problem := next(filter(None, map(problem_of, templates)), None):
+            raise EvomergeError(f"{models.base.path}: its chat template {problem} for a chat of three short messages")
+        if not templates:
             raise EvomergeError(
                 f"task {task.name}: apply_chat_template is asked for, but {models.base.path} has no chat template; "
                 "leave it out, or put the chat_template.jinja of a source beside the base's tokenizer"

@@ -27,7 +27,7 @@ from evomerge.search.learned.climbs import Climb, Weights, climbs, distance
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.multipliers import Multiplier, State, multiplier
 from evomerge.search.learned.steps import Climber, average
-from evomerge.search.monitor.monitor import Monitor
+from evomerge.search.monitor.monitor import GRADIENT_STEPS, Monitor
 from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.step_record import StepRecord, step_key, step_records
@@ -98,7 +98,7 @@ class Learner:
             return
         self.guards = {guard.name: await self.multiplier(guard) for guard in self.task_set.guards}
         self.left = self.left_alone()
-        if self.left == set(self.space.axes):
+        if self.left == self.space.axes.keys() - self.space.given_order.keys():
             self.pool.log("no learned start: no source is better than the base in any task")
             return
         reached: list[tuple[Weights, Point]] = []
@@ -144,13 +144,14 @@ class Learner:
         point = known[0].point if known else start
         best: tuple[float, Point] | None = None
         weights = f", weights {climb.text}" if climb.text else ""
+        self.monitor.phase(f"learning the coefficients{weights}", climb.steps, GRADIENT_STEPS, len(known))
         while len(points) < climb.steps and ended() is None:
             number = len(points)
-            if number >= len(known):
-                self.monitor.phase(f"learning the coefficients{weights}: step {number + 1} of {climb.steps}")
             step = known[number] if number < len(known) else await self.step(climb, number, point, states)
             if step is None:
                 break
+            if number >= len(known):
+                self.monitor.part()
             points.append(step.point)
             point = climber.step(step.point, step.gradient)
             for name, drop in step.drops.items():
@@ -209,6 +210,7 @@ class Learner:
             )
         self.study.stored.set_user_attr(step_key(number, climb.number), record.to_json())
         self.monitor.add_used(used)
+        self.monitor.trackers.gradient_step(climb.number * self.steps + number, record.value)
         return record
 
     def weights(
@@ -258,7 +260,7 @@ def why_not(space: Space, task_set: TaskSet, scale: Scale) -> str | None:
     """Why the coefficients of a search cannot be learned, None if they can."""
     method = METHODS[space.config.method]
     searched = {group.knob for group in space.groups if not group.fixed}
-    if not searched & learnable(method):
+    if not searched & learnable(method, len(space.config.sources)):
         return f"no searched coefficient of {method.name} has a derivative"
     for task in task_set.tasks:
         if not has_derivative(task):

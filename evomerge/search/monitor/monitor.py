@@ -15,14 +15,25 @@ from optuna.trial import FrozenTrial
 from evomerge.config.schema import PriceConfig, SearchConfig
 from evomerge.search.budget.limits import Limits, SearchProgress, now
 from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
-from evomerge.search.monitor.snapshot import LastFailure, Snapshot, WorkerState, thinned, write_snapshot
+from evomerge.search.monitor.snapshot import (
+    Coefficients,
+    LastFailure,
+    Snapshot,
+    TaskScore,
+    WorkerState,
+    thinned,
+    write_snapshot,
+)
+from evomerge.search.monitor.trackers import Trackers
 from evomerge.search.run import Run
 from evomerge.search.storage.study import FINISHED, in_full
 from evomerge.search.storage.trial_record import TrialRecord, record_of
 
 SNAPSHOT_SECONDS = 1.0  # between two snapshots
-RECENT = 30  # trials from which the rate is computed
+RECENT = 30  # trials from which the rate is computed, at most
+FEWEST = 3  # at least; the time of one or two says little
 FAILURES = 5  # that are shown
+GRADIENT_STEPS = "gradient steps"  # the parts of the learned start
 
 
 class Listener(Protocol):
@@ -34,15 +45,13 @@ class Listener(Protocol):
     def say(self, text: str) -> None:
         """Show one line."""
 
-    def step(self, done: int, total: int) -> None:
-        """Batches of one model that are done, and their total."""
+    def step(self, done: int, total: int, unit: str) -> None:
+        """How much of this phase, or of its present model, is done."""
 
-    def trial(
-        self, number: int, done: int, total: int | None, value: float | None, best: float | None, note: str
-    ) -> None:
+    def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
         """A trial has finished.
 
-        done: how many trials have finished.  total: of the whole search, if limited.  value: None if the trial failed.
+        value: None if the trial failed.  note: what is special about it.  snapshot: the search with it.
         """
 
     def show(self, snapshot: Snapshot) -> None:
@@ -63,19 +72,29 @@ class Monitor:
         self.config = config
         self.limits = limits
         self.listener = listener
+        self.trackers = Trackers(run, config)
         self.stopwatch = Stopwatch()
         self.progress = SearchProgress()
         self.worker_states: Callable[[], Sequence[WorkerState]] = tuple
         self.reserved = 0.0
+        self.steps_to_come = False
+        self.judging_since: float | None = None
+        self.tasks: tuple[TaskScore, ...] = ()
+        self.coefficients: tuple[Coefficients, ...] = ()
         self.compute_dtype: str | None = None
         self.used = Usage()
         self.names: dict[int, str] = {}
         self.points: list[tuple[int, float]] = []
         self.partial = self.broken = self.failed = 0
         self.failures: deque[LastFailure] = deque(maxlen=FAILURES)
-        self.finished_at: deque[float] = deque(maxlen=RECENT)
+        self.proposed: deque[float] = deque(maxlen=RECENT)  # seconds of the latest trials that the sampler proposed
+        self.baseline_trials: deque[float] = deque(maxlen=RECENT)
         self.name_method(" or ".join(config.candidate_methods))
         self.current_phase = "starting"
+        self.phase_began = time.monotonic()
+        self.parts: tuple[int, int] | None = None
+        self.first_part = 0
+        self.unit = ""
         self.batches: tuple[int, int] | None = None
         self.ended: str | None = None
         self.published_at = -math.inf
@@ -87,6 +106,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.trackers.close(ended=error is None)
         self.ended = "finished" if error is None else f"stopped: {error or type(error).__name__}".splitlines()[0]
         self.publish()
 
@@ -118,11 +138,28 @@ class Monitor:
         """Show how much of the time is kept for judging the finalists."""
         self.reserved = seconds
 
-    def phase(self, text: str) -> None:
-        """A new phase of the search begins."""
-        self.current_phase, self.batches = text, None
+    def phase(self, text: str, parts: int = 0, unit: str = "models", done: int = 0) -> None:
+        """A new phase of the search begins.
+
+        parts: how many parts it has, 0 for one that is not counted.  unit: what they are.  done: how many are done.
+        """
+        self.current_phase, self.phase_began, self.batches = text, time.monotonic(), None
+        self.parts, self.first_part, self.unit = (done, parts) if parts else None, done, unit
         self.listener.phase(text)
         self.publish()
+
+    def part(self) -> None:
+        """Another part of the phase is done."""
+        self.batches = None
+        if self.parts is not None:
+            done, total = self.parts[0] + 1, max(self.parts[0] + 1, self.parts[1])
+            self.parts = done, total
+            self.listener.step(done, total, self.unit)
+        self.refresh()
+
+    def judge(self) -> None:
+        """No trial begins any more; from now on the reserve is used up."""
+        self.judging_since = time.monotonic()
 
     def say(self, text: str) -> None:
         """Show one line and write it into the log."""
@@ -132,17 +169,24 @@ class Monitor:
     def step(self, done: int, total: int) -> None:
         """Batches of one model that are done, and their total."""
         self.batches = done, total
-        self.listener.step(done, total)
+        self.listener.step(done, total, "batches of one model")
         self.refresh()
 
     def trial(self, number: int, value: float | None, record: TrialRecord, baseline: str | None) -> None:
         """A trial has finished.  value: what the sampler was told; None if the trial failed.  record: as stored."""
         self.count_trial(number, value if record.in_full else None, record, baseline)
         self.add_used(record.used or Usage())
-        self.finished_at.append(time.monotonic())
+        if record.seconds.forward is not None:  # else its scores were known
+            (self.proposed if baseline is None else self.baseline_trials).append(record.seconds.total or 0.0)
         shown = remark(record) or baseline or ""
-        self.listener.trial(number, self.progress.trials, self.limits.trials, value, self.progress.best, shown)
+        self.listener.trial(number, value, shown, self.snapshot())
+        if baseline is not None:
+            self.part()
         self.refresh()
+
+    def incumbent(self, tasks: tuple[TaskScore, ...], coefficients: tuple[Coefficients, ...]) -> None:
+        """Show these scores and coefficients of the best trial, see `incumbent.py`."""
+        self.tasks, self.coefficients = tasks, coefficients
 
     def add_used(self, used: Usage) -> None:
         """Add what some work has used."""
@@ -177,7 +221,7 @@ class Monitor:
     def snapshot(self) -> Snapshot:
         """The state of the search at this moment."""
         progress, limits = self.progress, self.limits
-        elapsed = self.stopwatch.elapsed
+        elapsed, workers = self.stopwatch.elapsed, tuple(self.worker_states())
         used = self.used.as_dict() | {
             "seconds": round(elapsed.seconds, 1),
             "device_seconds": round(elapsed.device_seconds, 1),
@@ -187,7 +231,9 @@ class Monitor:
             title=self.title,
             compute_dtype=self.compute_dtype,
             phase=self.current_phase,
-            step=self.batches,
+            parts=self.parts,
+            unit=self.unit,
+            step=self.batches if len(workers) == 1 else None,  # of several workers the models take turns
             ended=self.ended,
             trials=progress.trials,
             limit=limits.trials,
@@ -198,30 +244,53 @@ class Monitor:
             best_trial=progress.best_number if progress.best is not None else None,
             best_name=self.names.get(progress.best_number),
             points=thinned(self.points),
+            tasks=self.tasks,
+            coefficients=self.coefficients,
             since_best=progress.since_best,
             target=limits.target,
             patience=limits.patience,
             per_minute=self.per_minute(),
             left=self.seconds_left(),
             reserved=self.reserved,
-            workers=tuple(self.worker_states()),
+            workers=workers,
             failures=tuple(self.failures),
             used=used,
             price=price_of(elapsed.device_seconds, self.config.price),
         )
 
     def per_minute(self) -> float | None:
-        """Trials per minute, over the latest trials of this session; None before there are two."""
-        if len(self.finished_at) < 2:
+        """Trials per minute, by what the latest ones of this session took; None before there are `FEWEST`.
+
+        Candidates that the sampler proposes race, so they count alone as soon as there are enough of them.
+        """
+        seconds = list(self.proposed)
+        if len(seconds) < FEWEST:
+            seconds += self.baseline_trials
+        if len(seconds) < FEWEST or not sum(seconds):
             return None
-        return 60 * (len(self.finished_at) - 1) / max(time.monotonic() - self.finished_at[0], 1e-9)
+        return 60 * max(1, len(self.worker_states())) * len(seconds) / sum(seconds)
 
     def seconds_left(self) -> float | None:
-        """Seconds until the result, by the limits of trials and of time; None without such a limit."""
-        left = self.limits.seconds_left(self.stopwatch.elapsed.seconds, now())
-        if self.limits.trials is not None and (rate := self.per_minute()):
-            left = min(left, (self.limits.trials - self.progress.trials) * 60 / rate + self.reserved)
-        return max(0.0, left) if left < math.inf else None
+        """Seconds until the result: by the limit that comes first, as far as what remains can be estimated."""
+        until_limit = self.limits.seconds_left(self.stopwatch.elapsed.seconds, now())
+        if self.judging_since is not None:
+            left = min(until_limit, self.reserved - (time.monotonic() - self.judging_since))
+            return left if left > 0 else None  # it takes longer than was estimated
+        if self.limits.trials is None:
+            return max(0.0, until_limit) if until_limit < math.inf else None
+        rate, steps = self.per_minute(), self.step_seconds_left()
+        if rate is None or steps is None:  # how long the trials will take is not known; a limit of time is
+            return max(0.0, until_limit) if until_limit < math.inf else None
+        trials = max(0, self.limits.trials - self.progress.trials)
+        return max(0.0, min(until_limit, trials * 60 / rate + steps + self.reserved))
+
+    def step_seconds_left(self) -> float | None:
+        """Seconds of the gradient steps that are still to come; None if there will be some of unknown length."""
+        if not self.steps_to_come:
+            return 0.0
+        if self.parts is None or self.unit != GRADIENT_STEPS or (done := self.parts[0] - self.first_part) < FEWEST:
+            return None
+        return (time.monotonic() - self.phase_began) / done * (self.parts[1] - self.parts[0])
 
 
 def remark(record: TrialRecord) -> str:

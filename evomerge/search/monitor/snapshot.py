@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from evomerge.errors import EvomergeError
+from evomerge.files import JSON_BYTES, new_file, read_text
+
 STATE = "state.json"
 SILENT = 30.0  # seconds without a new snapshot after which a search on another host counts as ended
 POINTS = 200  # at most, of the curve of the best score
@@ -23,6 +26,7 @@ class WorkerState:
     trial: number of the trial that it runs; None if it runs none.
     since_seconds: how long it has been in this state.
     restarts: how often it was started again.
+    doing: the name of its job; empty if it has none.
     """
 
     name: str
@@ -31,6 +35,39 @@ class WorkerState:
     trial: int | None = None
     since_seconds: float = 0.0
     restarts: int = 0
+    doing: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The incumbent's mean score in one task, on the search split.
+
+    by: the name of the objective or the metric.
+    parent, parent_name: of the best parent in this task; None if it is not known.
+    base: the base's; None if it is not known.
+    """
+
+    task: str
+    by: str
+    value: float
+    parent: float | None = None
+    parent_name: str | None = None
+    base: float | None = None
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The incumbent's values of one knob of one source, over layers and components.
+
+    knob: as the method names it; `layers` where whole layers are chosen, whose number is then the value.
+    source: None for a knob that all sources share.
+    """
+
+    knob: str
+    source: str | None
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +88,9 @@ class Snapshot:
     pid, host: of the driver.
     beat: when this snapshot was made, in seconds since the epoch.
     phase: what the search does now.
-    step: batches of one model that are done in this phase, and their total.
+    parts: how many parts of this phase are done, and their total; None if it has none.
+    unit: what these parts are.
+    step: batches of one model that are done, and their total; None if no model is being scored batch by batch.
     ended: why the search ended; None while it runs.
 
     trials: how many have finished.
@@ -59,11 +98,12 @@ class Snapshot:
     partial, broken, failed: how many of the finished ones were stopped early, had a broken model, or failed.
     best, best_trial, best_name: of the trials that were scored on all items; the name is that of a baseline.
     points: (finished trials, best value), one for each time that the best value rose.
+    tasks, coefficients: of the best trial, see `incumbent.py`.
     since_best: see `SearchProgress`.
     target, patience: see `Limits`.
 
-    per_minute: latest trials per minute.
-    left: seconds until the result, by the limits; None if that is not known.
+    per_minute: latest trials per minute; None before there are enough.
+    left: seconds until the result, as estimated; None if that is not known.
     reserved: how many of these seconds are kept for judging the finalists.
     used: see `Usage`.
     price: (amount so far, currency).
@@ -76,6 +116,8 @@ class Snapshot:
     host: str = field(default_factory=socket.gethostname)
     beat: float = field(default_factory=time.time)
     phase: str = ""
+    parts: tuple[int, int] | None = None
+    unit: str = ""
     step: tuple[int, int] | None = None
     ended: str | None = None
     trials: int = 0
@@ -87,6 +129,8 @@ class Snapshot:
     best_trial: int | None = None
     best_name: str | None = None
     points: tuple[tuple[int, float], ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+    coefficients: tuple[Coefficients, ...] = ()
     since_best: int = 0
     target: float | None = None
     patience: int | None = None
@@ -106,7 +150,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
     """
     aside = folder / f"{STATE}.part"
     try:
-        aside.write_text(json.dumps(asdict(snapshot)), encoding="utf-8")
+        with new_file(aside) as file:
+            file.write(json.dumps(asdict(snapshot)).encode())
         aside.replace(folder / STATE)
     except OSError:
         return False
@@ -116,15 +161,17 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
 def read_snapshot(folder: Path) -> Snapshot | None:
     """Read what `write_snapshot` wrote last; None if there is no file or it cannot be read."""
     try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / STATE, JSON_BYTES))
         known = {f.name for f in fields(Snapshot)}
         found = {k: v for k, v in content.items() if k in known}
         found["workers"] = tuple(WorkerState(**w) for w in found["workers"])
         found["failures"] = tuple(LastFailure(**f) for f in found["failures"])
+        found["tasks"] = tuple(TaskScore(**t) for t in found.get("tasks", ()))
+        found["coefficients"] = tuple(Coefficients(**c) for c in found.get("coefficients", ()))
         found["points"] = tuple((int(x), float(y)) for x, y in found["points"])
         snapshot = Snapshot(**found)
         float(snapshot.beat), int(snapshot.pid)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (EvomergeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return snapshot
 

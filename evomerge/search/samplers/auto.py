@@ -2,7 +2,7 @@
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
 kept in the study, so that a resume with another budget does not change the sampler.  The numbers of the rule are those
-of the table of samplers in docs/search.md.
+of the table of samplers in docs/explanation/search.md.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from evomerge.search.samplers.sampler_kind import SamplerKind
 
 CHOSEN = "evomerge:sampler"  # study attribute: what `auto` chose
 SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
-GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES reaches with 100
+GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES in all axes reaches with 100
 GP_AXES = 30  # a proposal takes a quarter of a second in 24 coefficients, and longer in more
 
 AUTO = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
 LEARNED = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
 
 
-def choose(axes: int, trials: int | None, workers: int, learned: bool) -> str:
+def choose(axes: int, trials: int | None, workers: int, learned: bool, coarser: bool) -> str:
     """The sampler that follows.
 
     axes: how many coefficients are searched.
@@ -29,15 +29,19 @@ def choose(axes: int, trials: int | None, workers: int, learned: bool) -> str:
     workers: how many trials run at once.
     learned: whether there was a learned start.  After it a Gaussian process finds no more than CMA-ES, which needs no
         time of its own.
+    coarser: whether CMA-ES would search fewer coordinates first, by which it finds more than a Gaussian process.
     """
     few = trials is not None and trials <= GP_TRIALS
-    return "gp" if few and workers == 1 and axes <= GP_AXES and not learned else "cma-es"
+    return "gp" if few and workers == 1 and axes <= GP_AXES and not learned and not coarser else "cma-es"
 
 
-def settled(attributes: Mapping[str, Any], config: SamplerConfig) -> SamplerConfig:
-    """The configuration with the sampler that `auto` chose, if it has chosen.  attributes: the study's."""
+def settled(attributes: Mapping[str, Any], config: SamplerConfig, learned: bool) -> SamplerConfig:
+    """The configuration with the sampler that `auto` chose, if it has chosen.
+
+    attributes: the study's.  learned: whether there was a learned start.
+    """
     chosen = attributes.get(CHOSEN)
     if config.name != "auto" or chosen is None:
         return config
-    sigma0 = config.sigma0 if "sigma0" in config.model_fields_set else SIGMA0
+    sigma0 = SIGMA0 if learned and "sigma0" not in config.model_fields_set else config.sigma0
     return config.model_copy(update={"name": chosen, "sigma0": sigma0})

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.search.samplers.mixed_cma import MixedCMA
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup, WholePointSampler, trial_seed
+from evomerge.search.samplers.stages import Stage, stages_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_attribute
 from evomerge.search.storage.trial_record import LEARNED, place_in_order
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from cmaes import CMA
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
-START = "cma:start"  # on the first sampled trial: the enqueued trial the search starts from, the population size
+START = "cma:start"  # on the first sampled trial: where the search starts, and how (`choose_start`)
 SHIFT = "cma:shift"  # on trials drawn by `ties`: the coordinates that were drawn, from which the parameters follow
 WIDE = 40  # axes; above it a learned start is followed by shifts of whole groups of axes
 
@@ -54,14 +55,19 @@ class CmaEsSampler(WholePointSampler):
     workers: how many trials may run at once; it matters to a study's first proposal only.
 
     ties: axis -> the name of its group; None searches every axis by itself.
+    stages: searches of fewer coordinates that come first (stages.py).
 
     After a learned start in more than WIDE axes, the search shifts whole groups: the d coordinates, each from 0 to 1,
     say by how much of the bounds every axis of a group moves away from the start (0.5: not at all).  A trial could not
     tell as many axes apart, and the gradient has done so already.
 
-    The first mean is the best enqueued trial known at the first proposal, or the middle of the cube.  When the
-    distribution has collapsed, the search starts again at a random point with twice the population (IPOP, Auger and
-    Hansen 2005).  Results of trials drawn before that, at most one per worker, are not told.
+    The first mean is the best enqueued trial known at the first proposal, or the middle of the cube.  A stage ends with
+    the generation that completes its results, and the next begins at the best point so far, with half of sigma0.  One
+    that cannot hold that point, as a learned start is finer, is left out.
+
+    When the distribution has collapsed, the search starts again at a random point with twice the population (IPOP,
+    Auger and Hansen 2005); in a stage the next one begins.  Results of trials drawn before that, at most one per
+    worker, are not told.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class CmaEsSampler(WholePointSampler):
         population: int | None,
         workers: int = 1,
         ties: Mapping[str, str] | None = None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         bounds = {name: axis for name, axis in axes.items() if isinstance(axis, FloatDistribution)}
         self.choices = {n: list(a.choices) for n, a in axes.items() if isinstance(a, CategoricalDistribution)}
@@ -85,6 +92,10 @@ class CmaEsSampler(WholePointSampler):
         # (D,) the group of each axis; choices are in none
         self.groups = [names.index(ties[axis]) for axis in axes] if ties and not self.choices else []
         self.start: NDArray[np.float64] | None = None  # (D,) where shifts begin; None without shifts
+        self.stages = [] if self.choices else list(stages)
+        self.populations: list[int] = []  # of the stages, then of the search of all axes
+        self.left: list[Stage] = []  # the stages that are not over; the first is searched now
+        self.best: tuple[float, NDArray[np.float64]] | None = None  # value and point (D,) of the best trial so far
         self.low = np.array([d.low for d in bounds.values()])
         self.width = np.array([d.high - d.low for d in bounds.values()])
         self.optimizer: CMA | MixedCMA | None = None
@@ -93,8 +104,9 @@ class CmaEsSampler(WholePointSampler):
         self.group: list[FrozenTrial] = []  # results that came since the last generation
         self.seen = 0  # trials that `replay` has met
         self.open: list[int] = []  # numbers of those that were not finished then
-        self.told = 0  # results that the optimizer was told
-        self.settled: NDArray[np.float64] | None = None  # the mean of the latest distribution that was told something
+        self.told = 0  # results that the optimizers were told
+        self.told_before = 0  # those before the present stage
+        self.settled: dict[str, Any] | None = None  # the mean of the latest distribution that was told something
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -117,7 +129,7 @@ class CmaEsSampler(WholePointSampler):
         After a restart, until the new distribution is told something, this is the mean of the one before.
         """
         self.replay(study, first=None)
-        return None if self.settled is None else self.point(self.settled)
+        return self.settled
 
     def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | MixedCMA | None":
         """The optimizer after all results so far; only those that came since the last call are told.
@@ -136,7 +148,10 @@ class CmaEsSampler(WholePointSampler):
             at = self.unit(trials[start["trial"]]) if known else np.full(len(self.axes), 0.5)
             if start.get("shifts"):
                 self.start, at = at, np.full(start["shifts"], 0.5)
-            self.begin(at, start["population"], anywhere=not known)
+            self.populations = [*start.get("stages", []), start["population"]]
+            self.left = self.stages[: len(self.populations) - 1]
+            coordinates = self.left[0].coordinates(at) if self.left else at
+            self.begin(coordinates, self.populations[-1 - len(self.left)], anywhere=not known)
         self.open += range(self.seen, len(trials))
         self.seen = len(trials)
         came = [trials[n] for n in self.open if trials[n].state.is_finished()]
@@ -146,23 +161,39 @@ class CmaEsSampler(WholePointSampler):
         return self.optimizer
 
     def choose_start(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """What START stores: `trial`, the best enqueued trial that has a result now (None: the middle of the cube),
-        `population`, the samples per generation, and `shifts`, the number of groups if whole groups are shifted."""
+        """What START stores.
+
+        trial: the best enqueued trial that has a result now; None: the middle of the cube.
+        population: samples per generation.  stages: the same of each stage, if there are any.
+        shifts: the number of groups, if whole groups are shifted.
+        """
         given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.has_all_parameters(t)]
         best = max(given, key=lambda t: (t.value, -t.number), default=None)
         shifts = max(self.groups) + 1 if self.groups and len(self.axes) > WIDE else 0
         if best is None or LEARNED not in best.user_attrs:
             shifts = 0
-        automatic = max(4 + math.floor(3 * math.log(shifts or len(self.axes))), self.workers // 3)
-        start = {"trial": best.number if best else None, "population": self.given_population or automatic}
-        return start | ({"shifts": shifts} if shifts else {})
+        start: dict[str, Any] = {"trial": best.number if best else None}
+        start["population"] = self.population(shifts or len(self.axes))
+        if shifts:
+            return start | {"shifts": shifts}
+        if self.stages and (best is None or self.stages[0].holds(self.unit(best))):
+            start["stages"] = [self.population(stage.dimension) for stage in self.stages]
+        return start
+
+    def population(self, dimension: int) -> int:
+        """The samples per generation in so many coordinates."""
+        return self.given_population or max(4 + math.floor(3 * math.log(dimension)), self.workers // 3)
 
     def has_all_parameters(self, trial: FrozenTrial) -> bool:
         return self.axes.keys() <= trial.params.keys()
 
     def take(self, trial: FrozenTrial) -> None:
         """Add one finished trial to the group, and tell the group when it is complete; a failed trial is left out."""
-        if trial.state != TrialState.COMPLETE or is_enqueued(trial) or not self.has_all_parameters(trial):
+        if trial.state != TrialState.COMPLETE or not self.has_all_parameters(trial):
+            return
+        if self.left and (self.best is None or (trial.value or 0.0) > self.best[0]):
+            self.best = trial.value or 0.0, self.unit(trial)
+        if is_enqueued(trial):
             return
         if self.generation(trial) < self.began:
             return
@@ -170,7 +201,6 @@ class CmaEsSampler(WholePointSampler):
         self.group.append(trial)
         if len(self.group) == self.optimizer.population_size:
             self.tell(self.optimizer, self.group)
-            self.told += len(self.group)
             self.group = []
 
     def generation(self, trial: FrozenTrial) -> int:
@@ -178,14 +208,30 @@ class CmaEsSampler(WholePointSampler):
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
     def tell(self, optimizer: "CMA | MixedCMA", group: Sequence[FrozenTrial]) -> None:
-        """Tell the optimizer one generation, and start again if the distribution has collapsed."""
+        """Tell the optimizer one generation.
+
+        Then go on: with the next stage if this one is over, at a random point if the distribution has collapsed.
+        """
         optimizer.tell([(self.caught_up(t), -float(t.value or 0.0)) for t in group])
-        self.settled = optimizer.mean.copy()
-        if optimizer.should_stop():
+        self.settled = self.point(optimizer.mean)
+        self.told += len(group)
+        collapsed = optimizer.should_stop()
+        if self.left and (collapsed or self.told - self.told_before >= self.left[0].results):
+            self.next_stage()
+        elif collapsed:
             rng = np.random.RandomState(trial_seed(self.seed, group[-1].number))
             self.begin(rng.uniform(size=optimizer.dim), 2 * optimizer.population_size, anywhere=True)
         else:
             self.means.append(optimizer.mean.copy())
+
+    def next_stage(self) -> None:
+        """Begin the next stage that can hold the best point so far, or the search of all axes there."""
+        assert self.best is not None, "a generation has been told"
+        at = self.best[1]
+        self.left = next((self.left[k:] for k in range(1, len(self.left)) if self.left[k].holds(at)), [])
+        self.told_before = self.told
+        coordinates = self.left[0].coordinates(at) if self.left else at
+        self.begin(coordinates, self.populations[-1 - len(self.left)], anywhere=False, sigma=self.sigma0 / 2)
 
     def caught_up(self, trial: FrozenTrial) -> NDArray[np.float64]:
         """A trial's coordinates; those of a late one are moved by half of what the mean has moved."""
@@ -196,10 +242,11 @@ class CmaEsSampler(WholePointSampler):
         moved = np.clip(at[:count] + (self.means[-1] - self.means[drawn])[:count] / 2, 0.0, 1.0)
         return np.concatenate([moved, at[count:]])
 
-    def begin(self, mean: NDArray[np.float64], population: int, anywhere: bool) -> None:
+    def begin(self, mean: NDArray[np.float64], population: int, anywhere: bool, sigma: float | None = None) -> None:
         """Start a new distribution, which counts as the next generation.
 
         mean: its coordinates.  anywhere: whether every choice is open, else the mean's is the likely one.
+        sigma: its first step; None is sigma0.
         """
         if self.choices:
             counts = [len(values) for values in self.choices.values()]
@@ -210,13 +257,17 @@ class CmaEsSampler(WholePointSampler):
         from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
-        self.optimizer = CMA(mean=mean, sigma=self.sigma0, bounds=bounds, population_size=population, seed=0)
+        first = self.sigma0 if sigma is None else sigma
+        self.optimizer = CMA(mean=mean, sigma=first, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)
         self.means.append(mean)
 
     def coordinates(self, trial: FrozenTrial) -> NDArray[np.float64]:
-        """What the optimizer knows a trial by: its point in the unit cube, (D,), or its shifts, (d,)."""
-        return self.unit(trial) if self.start is None else np.array(trial.system_attrs[SHIFT])
+        """What the optimizer knows a trial by: its point in the unit cube, (D,), or in a stage, (d,); or its shifts."""
+        if self.start is not None:
+            return np.array(trial.system_attrs[SHIFT])
+        unit = self.unit(trial)
+        return self.left[0].coordinates(unit) if self.left else unit
 
     def unit(self, trial: FrozenTrial) -> NDArray[np.float64]:
         """(D,) a trial's parameters: in the unit cube, and the number of what was chosen."""
@@ -228,6 +279,7 @@ class CmaEsSampler(WholePointSampler):
     def point(self, coordinates: NDArray[np.float64]) -> dict[str, Any]:
         """The parameters at the coordinates of a trial."""
         unit = coordinates if self.start is None else self.start + coordinates[self.groups] - 0.5
+        unit = unit[self.left[0].of_axis] if self.left else unit
         numbers = self.low + self.width * np.clip(unit[: len(self.low)], 0.0, 1.0)
         chosen = zip(self.choices.values(), unit[len(self.low) :], strict=True)
         return dict(zip(self.axes, [*numbers.tolist(), *(values[int(k)] for values, k in chosen)], strict=True))
@@ -236,7 +288,10 @@ class CmaEsSampler(WholePointSampler):
 def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:
     """The sampler of a study; it reads the trials' numbers itself."""
     config = setup.config
-    return CmaEsSampler(setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers, setup.ties)
+    stages = stages_of([*setup.axes], [setup.pairs, setup.ties], config.coarse)
+    return CmaEsSampler(
+        setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers, setup.ties, stages
+    )
 
 
 CMA_ES = SamplerKind(make_cma_es, serves_all_trials=True)

@@ -31,7 +31,8 @@ class SamplerSetup:
     study_seed: the key `seed` of the search configuration.
     number: of the trial, from 0.
     workers: how many trials may run at once.
-    ties: axis -> the group that it belongs to, of those that belong to one.
+    ties: axis -> the group that it belongs to, of those that belong to one: its knob, source and component.
+    pairs: axis -> its knob and source, of those that belong to a group.
     """
 
     config: SamplerConfig
@@ -40,6 +41,7 @@ class SamplerSetup:
     number: int
     workers: int = 1
     ties: Mapping[str, str] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:

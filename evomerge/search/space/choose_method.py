@@ -93,7 +93,7 @@ def default_recipes(space: Space) -> list[Baseline]:
 
 def default_point(space: Space, wanted: dict[str, float]) -> Point:
     """The point with these values of knobs; other knobs are in the middle of their bounds, `lambda` at 1 if it can."""
-    point: Point = {}
+    point: Point = dict(space.given_order)
     for group in space.groups:
         middle = (group.low + group.high) / 2
         if group.knob == "lambda" and group.low <= 1.0 <= group.high:

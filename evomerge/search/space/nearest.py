@@ -18,6 +18,7 @@ from evomerge.config.schema import Granularity
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import is_named
 from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.space import order
 from evomerge.search.space.space import Group, Point, Space, spread
 from evomerge.sources.tensor_names import TensorRole, coefficient_layer
 
@@ -50,21 +51,28 @@ class Nearest:
 def nearest_point(space: Space, recipe: Recipe) -> Nearest | None:
     """The nearest point to a recipe in a space.  Seeds are not compared.
 
-    A source that the recipe does not have gets weight 0.  None if there is no such point: the recipe has another
-    method, a source that the space does not have, or another value of a switch; or it lacks a source and the method
-    has no weights; or its layers are not the space's, or are chosen in this space otherwise.
+    A source that the recipe does not have gets weight 0, and is the last in the order.  None if there is no such point:
+    the recipe has another method, a source that the space does not have, or another value of a switch; or it lacks a
+    source and the method has no weights; or it merges in an order that is not searched; or its layers are not the
+    space's, or are chosen in this space otherwise.
     """
     if space.assembly is not None:
         found = space.assembly.point_of(recipe)
         return None if found is None else Nearest(found, 0.0, "")
     sources = {s.name: i for i, s in enumerate(recipe.sources)}
-    names = {s.name for s in space.config.sources}
+    own = [s.name for s in space.config.sources]
+    names = set(own)
     knobs = METHODS[space.config.method].knobs
     if recipe.method != space.config.method or sources.keys() - names:
         return None
     if names - sources.keys() and "weight" not in knobs:
         return None
-    point: Point = {}
+    merged = [*sources, *(name for name in own if name not in sources)]
+    point: Point = order.point_of(merged) if space.given_order else {}
+    least = METHODS[recipe.method].ordered
+    moved = list(sources) != [name for name in own if name in sources]
+    if moved and not space.given_order and least is not None and len(sources) >= least:
+        return None
     difference, where = 0.0, ""
     for group in space.groups:
         if group.idle:

@@ -23,6 +23,7 @@ from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Recipe
+from evomerge.search.space import order
 from evomerge.search.space.config_recipe import config_recipe, config_source
 from evomerge.search.space.layer_assembly import Assembly, AxisDistribution, build_assembly
 from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
@@ -88,13 +89,30 @@ class Space:
     @property
     def axes(self) -> dict[str, FloatDistribution]:
         """Coefficient by axis name -> its bounds, in a fixed order.  Fixed groups have no axes."""
-        return {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
+        found = {a: FloatDistribution(g.low, g.high) for g in self.groups if not g.fixed for a in g.axes}
+        return found | dict.fromkeys(self.given_order, FloatDistribution(0.0, 1.0))
+
+    @property
+    def given_order(self) -> dict[str, float]:
+        """Where the order of the sources is searched: axis name -> its value for the configuration's order."""
+        return order.point_of([s.name for s in self.config.sources]) if order.is_searched(self.config) else {}
 
     @property
     def ties(self) -> dict[str, str]:
-        """Axis name -> the name of its group: of its knob, source and component."""
+        """Axis name -> the name of its group: of its knob, source and component.  A source's place is a group."""
         named = {".".join(filter(None, (g.knob, g.source, g.component))): g for g in self.groups if not g.fixed}
-        return {axis: name for name, group in named.items() for axis in group.axes}
+        return {axis: name for name, group in named.items() for axis in group.axes} | self.alone
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Axis name -> its knob and source."""
+        free = [group for group in self.groups if not group.fixed]
+        return {axis: ".".join(filter(None, (g.knob, g.source))) for g in free for axis in g.axes} | self.alone
+
+    @property
+    def alone(self) -> dict[str, str]:
+        """The axes that belong to no group -> their names."""
+        return {axis: axis for axis in self.given_order}
 
     @property
     def distributions(self) -> dict[str, AxisDistribution]:
@@ -120,11 +138,16 @@ class Space:
             elif knobs[knob].choices:
                 value = next(name for name, number in knobs[knob].choices.items() if number == value)
             (per_source[source] if source else shared)[knob] = value
-        return config_recipe(self.config, [config_source(s, per_source[s.name]) for s in self.config.sources], shared)
+        by_name = {s.name: s for s in self.config.sources}
+        names = order.order_at(point, list(by_name)) if self.given_order else by_name
+        return config_recipe(self.config, [config_source(by_name[n], per_source[n]) for n in names], shared)
 
     def gradient(self, by_knob: KnobGradient) -> Point:
-        """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule)."""
-        found: Point = {}
+        """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule).
+
+        It is 0 for the order of the sources.
+        """
+        found: Point = dict.fromkeys(self.given_order, 0.0)
         for group in self.groups:
             if group.fixed:
                 continue
@@ -144,11 +167,12 @@ class Space:
         each: source -> knob -> value.
         shared: knob -> value, of the knobs that all sources share.
 
-        Knobs that are not named take the method's default.  A layer assembly has no such points.
+        Knobs that are not named take the method's default, and the sources have the configuration's order.  A layer
+        assembly has no such points.
         """
         if self.assembly is not None:
             return None
-        point: Point = {}
+        point: Point = dict(self.given_order)
         for group in self.groups:
             given = each.get(group.source, {}) if group.source else shared
             default = METHODS[self.config.method].knobs[group.knob].default

@@ -6,6 +6,7 @@ functions of `sql_statements.py` write the rows.
 
 import json
 import logging
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
         if (file := file_of(url)) is not None:
             if not file.exists():
                 if not create:
-                    raise EvomergeError(f"storage {masked(url)}: there is no such file")
+                    raise EvomergeError(f"storage {masked(url)}: there is no such file; put back a copy of it")
                 create_file(file)
             elif file.stat().st_size == 0:
                 raise damaged(url, EvomergeError("it is empty"))
@@ -201,7 +202,14 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
 
 
 def damaged(url: str, error: BaseException) -> EvomergeError:
+    """The error for a study that cannot be read: a damaged file, or one that a limit of the shell does not let grow."""
     said = scrubbed(database_said(error), url)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if "disk I/O error" in said and limit != resource.RLIM_INFINITY:
+        return EvomergeError(
+            f"{file_of(url)}: cannot be written; this shell limits a file to {limit / 1e6:.1f} MB (ulimit -f). Nothing "
+            "that was finished is lost; raise the limit and try again"
+        )
     return EvomergeError(
         f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({said}); "
         "put back a copy of the file, or start anew with another run folder"
@@ -219,7 +227,7 @@ def open_study(url: str, name: str, create: bool, retry: Retry | None = None) ->
     try:
         return optuna.load_study(storage=storage, study_name=name)
     except KeyError:
-        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}") from None
+        raise EvomergeError(f"storage {masked(url)}: holds no study {name!r}; put back a copy of it") from None
 
 
 def storage_of(study: optuna.Study) -> Storage:
@@ -230,7 +238,9 @@ def storage_of(study: optuna.Study) -> Storage:
 
 
 def sqlite_url(path: Path) -> str:
-    return f"sqlite:///{path.resolve()}"
+    """The URL of a database file, whatever characters its path has."""
+    address = sqlalchemy.engine.URL.create("sqlite", database=str(path.resolve()))
+    return address.render_as_string(hide_password=False)
 
 
 def connecting(url: str) -> tuple[dict[str, Any], Callable[[Any, object], None] | None]:

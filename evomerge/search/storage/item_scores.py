@@ -21,6 +21,7 @@ from evomerge.evaluate.tasks import Item, Split
 from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, record_of
 
 EVALUATIONS = "scores:"  # study attributes: records of evaluations outside the trials, by split and recipe
+SCORE_BYTES = 64 << 20  # of one task's item scores, unpacked, at most
 ITEMS = "items:"  # study attributes: lists of item ids, by their own hash
 
 
@@ -35,7 +36,11 @@ def pack(scores: Sequence[float] | NDArray[np.float64]) -> str:
 def unpack(text: str) -> NDArray[np.float64]:
     """The scores that `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
     try:
-        return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<f4").astype(np.float64)
+        opened = zlib.decompressobj()
+        content = opened.decompress(base64.b64decode(text), SCORE_BYTES)
+        if not opened.eof:  # a few kilobytes can unpack to gigabytes
+            raise ValueError(f"they have no end within {SCORE_BYTES >> 20} MB")
+        return np.frombuffer(content, dtype="<f4").astype(np.float64)
     except (ValueError, zlib.error) as error:
         raise EvomergeError(f"the study holds item scores that cannot be read ({error})") from error
 

@@ -36,7 +36,7 @@ def create_file(file: Path) -> None:
         return connection
 
     try:
-        RDBStorage(f"sqlite:///{aside}", {"creator": connect}).engine.dispose()
+        RDBStorage("sqlite://", {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}).engine.dispose()
         sync(aside)
         with suppress(FileExistsError):  # another process was quicker
             os.link(aside, file)

@@ -210,12 +210,14 @@ class SearchStudy:
         """The sampler for one trial."""
         if self.kept_sampler is not None:
             return self.kept_sampler
-        chosen = settled(self.stored.user_attrs, self.space.config.sampler)
+        learned = any(LEARNED in trial.user_attrs for trial in self.finished)
+        chosen = settled(self.stored.user_attrs, self.space.config.sampler, learned)
         kind = sampler_kind(chosen.name)
 
         def make(number: int) -> BaseSampler:
             seed = self.space.config.seed
-            return make_sampler(SamplerSetup(chosen, self.axes, seed, number, self.workers, self.space.ties))
+            space = self.space
+            return make_sampler(SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs))
 
         if (
             self.space.config.goals == "pareto"

@@ -35,11 +35,13 @@ from evomerge.search.evaluation.task_set import Scores
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone, distinct, model_key, reference
 from evomerge.search.space.greedy_soup import GreedySoup
+from evomerge.search.storage.step_record import step_records
 from evomerge.search.storage.study import SearchStudy, rank
 from evomerge.search.storage.trial_record import LEARNED, WEIGHTS
 from evomerge.search.verdict.choices import Entry, Means, write_finalists
 from evomerge.search.verdict.front import front_of, spread_along
 from evomerge.search.verdict.guards import judge_guard
+from evomerge.search.verdict.next_step import next_step
 from evomerge.search.verdict.simplify import simplify
 from evomerge.search.verdict.verdict import Rival, Verdict, judge
 from evomerge.search.verdict.verdict_file import verdict_content
@@ -124,13 +126,16 @@ async def finish(
     found += [Finalist(b.name, kinds.get(b.kind, b.kind), study.baselines.get(b.name), b.recipe) for b in baselines]
     references = {guard.of: reference(study.space, known, guard.of).recipe for guard in task_set.guards}
     unguarded = await reference_scores(evaluations, "selection", references)
+    evaluations.monitor.phase("judging: finalists and baselines on the selection items", len(found))
     selected = await select(run, evaluations, found, unguarded)
     if not selected:
         raise EvomergeError("no model could be scored on the selection split; the run's log.txt says why")
 
-    searched = any(s.finalist.kind == "candidate" for s in selected)
+    candidates = [t for t in study.finished if t.value is not None and "baseline" not in t.user_attrs]
+    searched = len(candidates) + len(step_records(study.stored.user_attrs))
     chosen, simplified = selected[0].finalist, ""
     if (margin := study.space.config.simplify) is not None and chosen.kind == "candidate":
+        evaluations.monitor.phase("judging: looking for a simpler recipe")
         for simple in await simplify(study.space, evaluations, chosen.recipe, margin, run.log):
             finalist = Finalist("simplified", "candidate", None, simple.recipe)
             tried = await select(run, evaluations, [finalist], unguarded)
@@ -142,6 +147,7 @@ async def finish(
         run.log(simplified or f"{chosen.name} is not simplified")
     others = [s.finalist for s in selected if s.finalist.kind != "candidate" and s.finalist is not chosen]
     rivals = without_weaker_recipes(others)
+    evaluations.monitor.phase("judging: the chosen model and the baselines on the holdout items", 1 + len(rivals))
     scores, *rival_scores = await run_all(
         *(score_or_none(run, evaluations, "holdout", f.name, f.recipe) for f in (chosen, *rivals))
     )
@@ -176,6 +182,7 @@ async def finish(
         soup.sentence,
         task_set,
         seed,
+        next_step(verdict.outcome, study.space.config, len(study.finished)),
         simplified,
     )
     recipes = {f.name: f.recipe for f in (chosen, *(f for f, _ in judged.values()))} | {"winner": chosen.recipe}

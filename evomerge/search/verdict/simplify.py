@@ -102,7 +102,10 @@ def form_of(space: Space, recipe: Recipe) -> Form | None:
         return None
     places = {s.name: number for number, s in enumerate(recipe.sources)}
     own = [s for s in space.config.sources if s.name in places]
-    config = space.config.model_copy(update={"sources": own, "method": recipe.method})
+    if METHODS[recipe.method].ordered is not None:
+        own.sort(key=lambda source: places[source.name])
+    fixed_order = space.config.space.model_copy(update={"order": False})
+    config = space.config.model_copy(update={"sources": own, "method": recipe.method, "space": fixed_order})
     reach = {s.name: space.reach[s.name] for s in own if s.name in space.reach}
     found = replace(space, config=config, reach=reach, groups=())
     groups: list[Group] = []

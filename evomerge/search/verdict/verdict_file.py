@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from evomerge.search.verdict.guards import GuardResult
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
@@ -13,6 +13,19 @@ from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict
 
 if TYPE_CHECKING:  # importing these takes seconds, which a reader of a run need not wait for
     from evomerge.search.evaluation.task_set import Scores, TaskSet
+
+
+EARLIER = {
+    "guard not kept": "worse",
+    "nothing better found": "worse",
+    "nothing to compare": "no difference shown",
+}
+"""Outcomes that earlier versions wrote, as they are called now."""
+
+
+def present_outcome(value: Any) -> Any:
+    """The present name of an outcome."""
+    return EARLIER.get(value, value) if isinstance(value, str) else value
 
 
 class JudgedBy(BaseModel):
@@ -32,13 +45,14 @@ class VerdictFile(BaseModel):
     """The keys of verdict.json that reports and commands read.
 
     outcome to guards: see `Verdict`.
+    next: the command that follows, see `next_step.py`; empty in older files.
     chosen: the candidate of the verdict: name, trial (None for the mean of the distribution), digest of its recipe.
     finalists: the models on the selection split, the best first.
     holdout: model -> task -> mean metric with its interval.
     holdout_uses: how many different candidates these holdout items have judged.
     """
 
-    outcome: Outcome
+    outcome: Annotated[Outcome, BeforeValidator(present_outcome)]
     winner: bool
     recommended: str
     sentence: str
@@ -46,6 +60,7 @@ class VerdictFile(BaseModel):
     comparisons: list[Comparison]
     detectable: float | None
     guards: list[GuardResult] = []
+    next: str = ""
     chosen: dict[str, Any]
     finalists: list[Any]
     holdout: dict[str, dict[str, Interval]]
@@ -64,6 +79,7 @@ def verdict_content(
     greedy_soup: str,
     task_set: "TaskSet",
     seed: int,
+    next_step: str,
     simplified: str = "",
 ) -> dict[str, Any]:
     """The content of verdict.json.
@@ -71,10 +87,12 @@ def verdict_content(
     holdout: model -> its scores on the holdout split.
     greedy_soup: the sentence about the greedy soup.
     seed: of the bootstrap.
+    next_step: the command that follows.
     simplified: what the chosen candidate leaves out, in words; empty if it was not simplified.
     The other arguments are keys of `VerdictFile`.
     """
     return verdict.as_dict() | {
+        "next": next_step,
         "chosen": chosen,
         "finalists": list(finalists),
         "holdout": task_tables(task_set, holdout, seed),

@@ -14,6 +14,7 @@ from evomerge.merge.bank.memory import Share
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.models import model_folders, model_stamps
+from evomerge.search.opened import Opened
 from evomerge.search.run import Run
 from evomerge.search.workers.local_worker import LocalWorker
 from evomerge.search.workers.process_worker import ProcessWorker
@@ -30,11 +31,13 @@ def make_workers(
     task_set: TaskSet,
     stop: Callable[[], None],
     phase: Callable[[str], None],
+    opened: Opened | None = None,
 ) -> list[Worker]:
     """Make the workers of a search, without starting them.
 
     stop: called between batches by a worker in this process; raises when the user wants to stop.
     phase: gets what a worker in this process does while it starts.
+    opened: may have a live model, which a worker in this process uses.
     """
     if options.ray is not None:
         return ray_workers(options, run, config)
@@ -47,7 +50,8 @@ def make_workers(
 
     def make(check: Callable[[], None], progress: BatchProgress) -> Evaluator:
         phase("preparing the items")
-        evaluator = Evaluator(config, models, task_set, check, run.log, run.folder / "cache", progress)
+        live = None if opened is None else opened.take_live()
+        evaluator = Evaluator(config, models, task_set, check, run.log, run.folder / "cache", progress, live=live)
         phase("measuring the sources")
         evaluator.prepare(run.manifest()["inputs"])
         return evaluator
@@ -113,7 +117,7 @@ def devices_of(wanted: str) -> list[str]:
 
 def setup_of(run: Run, config: SearchConfig) -> WorkerSetup:
     """The setup of workers outside this process.  They get no database URL and so no password."""
-    told = config.model_copy(update={"storage": None})
+    told = config.model_copy(update={"storage": None, "on_finish": None})
     manifest, files = run.manifest(), model_stamps(model_folders(config))
     return WorkerSetup(told, run.folder.resolve(), platform.node(), files, manifest["inputs"], manifest["items"])
 

@@ -34,6 +34,7 @@ class PoolMember:
 
     number: of the worker, from 0.
     trial: number of the trial that it runs; None if it runs none.
+    doing: the name of its job; empty if it has none.
     since: when its state began, in seconds of the monotonic clock.
     restarts: how often it was started again.
     """
@@ -42,13 +43,14 @@ class PoolMember:
     worker: Worker
     state: State = "starting"
     trial: int | None = None
+    doing: str = ""
     since: float = 0.0
     restarts: int = 0
 
-    def set_state(self, state: State, trial: int | None = None) -> None:
+    def set_state(self, state: State, trial: int | None = None, doing: str = "") -> None:
         """A new state begins now."""
         self.restarts += state == "restarting"
-        self.state, self.trial, self.since = state, trial, time.monotonic()
+        self.state, self.trial, self.doing, self.since = state, trial, doing, time.monotonic()
 
 
 class Pool:
@@ -73,7 +75,7 @@ class Pool:
         self.max_job_time = max_job_time
         self.free: asyncio.Queue[PoolMember | None] = asyncio.Queue()  # None: no worker is left
         self.tasks: set[asyncio.Task[None]] = set()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @property
     def size(self) -> int:
@@ -84,7 +86,7 @@ class Pool:
         """What every worker does now."""
         now = time.monotonic()
         return [
-            WorkerState(str(m.number), m.worker.device, m.state, m.trial, now - m.since, m.restarts)
+            WorkerState(str(m.number), m.worker.device, m.state, m.trial, now - m.since, m.restarts, m.doing)
             for m in self.members
         ]
 
@@ -111,13 +113,13 @@ class Pool:
     ) -> Result:
         """Give a job to the first free worker and wait for its result.
 
-        title: names the job in the log.
+        title: names the job in the log and among the workers' states.
         trial: number of the trial, if the job is one.
         EvomergeError if no worker is left.
         """
         for _ in range(MAX_DEATHS):
             member = await self.free_member()
-            member.set_state("busy", trial)
+            member.set_state("busy", trial, title)
             work = member.worker.run(job, progress)
             try:
                 result = await self.wait_for(member.worker, work, self.max_silence, self.max_job_time)
@@ -161,7 +163,9 @@ class Pool:
             except (WorkerDied, JobTimeout) as end:
                 self.log(f"worker {member.number} did not start: it {end}")
                 state, cause = "restarting", EvomergeError(f"no worker could be started; the last one {end}")
-            except Exception as error:  # every other worker would fail in the same way
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # every other worker would fail in the same way; a panic is no Exception
                 member.set_state("dead")
                 self.error = error
                 self.free.put_nowait(None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
+from evomerge.files import appending
 from evomerge.search.evaluation.jobs import Job, Result
 from evomerge.search.workers.worker import BatchProgress, WorkerDied, WorkerSetup
 
@@ -49,7 +50,7 @@ class ProcessWorker:
         environment = dict(os.environ) | self.variables
         if self.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
-        with self.log_file.open("ab") as errors:
+        with appending(self.log_file) as errors:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "evomerge.search.workers.process_main"),

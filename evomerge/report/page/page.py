@@ -1,0 +1,85 @@
+"""report.html: the page, its sections in their order.  One file, no network."""
+
+import time
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+from evomerge.files import write_text
+from evomerge.report.page.answers import answers_section
+from evomerge.report.page.closing import cost_section, use_section
+from evomerge.report.page.conflicts import conflicts_section
+from evomerge.report.page.front import front_section
+from evomerge.report.page.importance import importance_section
+from evomerge.report.page.landscape import landscape_section
+from evomerge.report.page.material import Material, gather
+from evomerge.report.page.progress import progress_section
+from evomerge.report.page.scores import scores_section
+from evomerge.report.page.verdict import verdict_section
+from evomerge.report.page.winner import winner_section
+from evomerge.search.run import Run
+
+RELOAD = 60  # seconds after which a page of a running search is written and read again
+
+SECTIONS = (
+    ("verdict", "Verdict", verdict_section),
+    ("scores", "Scores", scores_section),
+    ("answers", "Answers", answers_section),
+    ("progress", "Search", progress_section),
+    ("winner", "Recipe", winner_section),
+    ("importance", "Coefficients", importance_section),
+    ("landscape", "Landscape", landscape_section),
+    ("conflicts", "Conflicts", conflicts_section),
+    ("front", "Front", front_section),
+    ("cost", "Cost", cost_section),
+    ("use", "Use", use_section),
+)
+"""Name, title in the list of contents, and function of each section; a function returns "" where it has nothing."""
+
+
+def write_report(run: Run) -> None:
+    """Write report.html; of a run without a verdict what there is so far."""
+    write_text(run.report_file, page(gather(run)))
+
+
+class PageSoFar:
+    """Writes the report of a running search now and then.
+
+    The page takes longer the more trials there are; it gets at most 2% of the time.
+    """
+
+    def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self.run = run
+        self.clock = clock
+        self.due = clock() + RELOAD
+
+    def refresh(self) -> None:
+        """Write the page if it is due.  An error is logged: a search does not end because of its report."""
+        if (begun := self.clock()) < self.due:
+            return
+        try:
+            write_report(self.run)
+        except Exception as error:
+            self.run.log(f"note: report.html cannot be written now ({type(error).__name__}: {error})")
+        self.due = self.clock() + max(RELOAD, 50 * (self.clock() - begun))
+
+
+def page(material: Material) -> str:
+    """The HTML of the report."""
+    name = escape(material.status.config.name)
+    made = [(key, title, content) for key, title, make in SECTIONS if (content := make(material))]
+    links = "".join(f"<a href='#{key}'>{escape(title)}</a>" for key, title, _ in made)
+    reload = "" if material.verdict else f"<meta http-equiv=refresh content={RELOAD}>"
+    return "\n".join([
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>evomerge: {name}</title>",
+        f"<meta name=viewport content='width=device-width, initial-scale=1'>{reload}",
+        f"<style>{beside('style.css')}</style></head><body>",
+        f"<header><h1>{name}</h1><nav>{links}</nav></header><main>",
+        *(content for _, _, content in made),
+        f"</main><script>{beside('script.js')}</script></body></html>\n",
+    ])  # fmt: skip
+
+
+def beside(name: str) -> str:
+    """The text of a file beside this one."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

@@ -1,0 +1,353 @@
+"""What lies in folders of strangers, or in the way, is data: nothing else is read, written, deleted or waited for."""
+
+import asyncio
+import json
+import os
+import shutil
+import stat
+import zlib
+from base64 import b64encode
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from searches import ROOT, finished_search, run_cli, write_config
+
+from evomerge.config.database_url import has_password, masked, passwords
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.chat_template import problem_of
+from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.report.item_table import COLUMNS, without_formulas
+from evomerge.search.evaluation.evaluator import Evaluator
+from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
+from evomerge.search.run import Run, open_run
+from evomerge.search.storage.item_scores import pack, unpack
+from evomerge.search.workers.local_worker import LocalWorker
+from evomerge.search.workers.pool import Pool
+from evomerge.sources.tokenizer import drop_code
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small finished run."""
+    return finished_search(write_config(tmp_path_factory.mktemp("finished"), tiny_family, budget={"trials": 3}))
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["state.json.part", "report.html.part", "verdict.json.part", "config.yaml.part"])
+def test_a_planted_link_is_replaced_not_followed(name: str, run: Path, tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").write_text("mine")
+    (run / name).symlink_to(victim)
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 0, done.stderr
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["log.txt", "lock", "study.db", "cache", "cache/items/x", "workers"])
+def test_a_link_that_would_be_written_through_is_refused(name: str, run: Path, tmp_path: Path) -> None:
+    path = run / name
+    (victim := tmp_path / "victim").write_text("mine")
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(victim)
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 2, done.stderr
+    assert f"{path}: is a symbolic link" in done.stderr
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["log.txt", "lock", "state.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, run: Path) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == (0 if name == "state.json" else 2), done.stderr
+    if done.returncode == 2:
+        assert "cannot write there (not an ordinary file)" in done.stderr
+    assert run_cli("status", run).returncode == 0
+
+
+def test_a_study_that_was_deleted_is_not_begun_anew(run: Path) -> None:
+    (run / "study.db").unlink()
+    done = run_cli("resume", run)
+    assert done.returncode == 2
+    assert "there is no such file; put back a copy of it" in done.stderr
+    assert not (run / "study.db").exists()
+    for name in ("verdict.json", "state.json"):
+        assert Run(run).has_begun()
+        (run / name).unlink()
+    assert Run(run).has_begun()  # by its log
+    (run / "log.txt").unlink()
+    assert not Run(run).has_begun()
+
+
+@pytest.mark.parametrize("name", ["what?mode=memory", "a%20b", "a b#c", "x@y:z"])
+def test_any_characters_may_stand_in_a_run_s_path(name: str, finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / name))
+    assert len(open_run(copy).study().trials) == 3
+    other = Path(shutil.copytree(finished, tmp_path / name.split("?")[0].replace("%20", " ") / "x"))
+    (other / "study.db").unlink()
+    with pytest.raises(EvomergeError, match="no such file"):
+        open_run(other).study()
+
+
+def test_the_user_s_folders_beside_an_export_stay(tmp_path: Path) -> None:
+    for name in ("merged.part", "merged.1.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    with new_folder(tmp_path / "merged") as aside:
+        (aside / "x").write_text("x")
+    assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == ["x"]
+    assert (tmp_path / "merged.part" / "mine").exists()
+    assert (tmp_path / "merged.1.part" / "mine").exists()
+
+
+def test_what_a_killed_export_left_is_removed_but_not_what_another_writes(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "merged") as aside:
+        left = Path(shutil.copytree(aside, tmp_path / "merged.99999999.part"))
+        with appending(left / ".unfinished"):
+            pass
+        remove_unfinished(left)
+        remove_unfinished(aside)  # another process fills it
+        assert not left.exists()
+        assert aside.exists()
+        (aside / "new").touch()
+        (tmp_path / "merged").mkdir()
+        (tmp_path / "merged" / "of another process").touch()
+        with pytest.raises(EvomergeError, match="another process has written there"):
+            rename_folder(aside, tmp_path / "merged")
+        shutil.rmtree(tmp_path / "merged")
+
+
+def test_an_export_into_the_working_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvomergeError, match="is the working folder"), new_folder(Path(".")):
+        pass
+
+
+def test_a_file_is_written_beside_a_link_with_its_temporary_name(tmp_path: Path) -> None:
+    (victim := tmp_path / "victim").write_text("mine")
+    (tmp_path / "a.txt.part").symlink_to(victim)
+    write_text(tmp_path / "a.txt", "new")
+    (tmp_path / "state.json.part").symlink_to(victim)
+    assert write_snapshot(tmp_path, Snapshot("n"))
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert read_snapshot(tmp_path) is not None
+    assert victim.read_text() == "mine"
+    assert stat.S_ISREG((tmp_path / "state.json").lstat().st_mode)
+
+
+GONE = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 1); os.dup2(ends[1], 2)"
+HANG_UP = "import os, signal, threading; threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGHUP)).start()"
+
+
+@pytest.mark.parametrize("prelude", [GONE, HANG_UP])
+def test_a_search_goes_on_without_its_terminal(prelude: str, tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=prelude)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "verdict.json").exists()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [40, 120])
+def test_a_limit_on_the_size_of_files_is_named(kilobytes: int, tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family, budget={"trials": 3})
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))"
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=limit)
+    assert done.returncode == 2, done.stderr
+    assert "ulimit -f" in done.stderr or "the disk cannot be read or written" in done.stderr
+    assert "damaged" not in done.stderr
+    assert run_cli("resume", tmp_path / "run").returncode == 0
+
+
+def test_scores_that_unpack_to_gigabytes_are_refused() -> None:
+    bomb = b64encode(zlib.compress(bytes(1 << 30), 9)).decode()
+    assert len(bomb) < 2 << 20
+    with pytest.raises(EvomergeError, match="no end within"):
+        unpack(bomb)
+    with pytest.raises(EvomergeError, match="cannot be read"):
+        unpack(pack([1.0, 2.0])[:-6])
+    assert unpack(pack([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://us@er:hunter2@host/db",
+        "postgresql://u?s:hunter2@host/db",
+        "postgresql://u#s:hunter2@host/db",
+        "mssql+pyodbc:///?odbc_connect=Driver%3DX%3BUID%3Dme%3BPWD%3Dhunter2%3BServer%3Dh",
+        "mssql+pyodbc://me@host/db;password=hunter2",
+        "mssql+pyodbc://host/db?x=1;pwd=hunter2;y=2",
+    ],
+)
+def test_no_form_of_a_url_shows_its_password(url: str) -> None:
+    assert "hunter2" not in masked(url)
+    assert has_password(url)
+    assert "hunter2" in passwords(url)
+
+
+@pytest.mark.parametrize("content", [{"workers": 3}, {"left": "soon"}, [], {"name": 1, "points": [[1]]}, {"beat": {}}])
+def test_a_state_of_another_shape_is_none(content: object, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    assert read_snapshot(tmp_path) is None
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it: no Exception."""
+
+
+def test_whatever_ends_a_worker_s_start_ends_the_wait_for_it(tmp_path: Path) -> None:
+    def fall(*arguments: object) -> Evaluator:
+        raise Panic("in a library")
+
+    async def open_pool() -> None:
+        pool = Pool([LocalWorker(fall, "cpu", lambda: None)], print)
+        try:
+            await asyncio.wait_for(pool.open(), 20)
+        finally:
+            await pool.close()
+
+    with pytest.raises(Panic, match="in a library"):
+        asyncio.run(open_pool())
+
+
+def test_a_tokenizer_whose_pattern_never_ends_is_an_error(tiny_family: Path, tmp_path: Path) -> None:
+    family = Path(shutil.copytree(tiny_family, tmp_path / "family"))
+    for file in family.glob("*/tokenizer.json"):
+        content = json.loads(file.read_text())
+        endless = {
+            "type": "Split",
+            "pattern": {"Regex": "(?:.|.|.|.|.|.)+(?!.|$)"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [endless, content["pre_tokenizer"]]}
+        file.write_text(json.dumps(content))
+    config = write_config(tmp_path, family, budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 2, done.stderr[-500:]
+    assert "no requests can be built of its items" in done.stderr
+    assert "retry-limit" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_model_s_links_to_other_files_are_not_copied(name: str, tiny_family: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "secret")
+    recipe = tmp_path / "recipe.yaml"
+    source = {"name": "add", "path": str(tiny_family / "add"), "parameters": {"weight": 0.5}}
+    recipe.write_text(yaml.safe_dump({"base": {"path": str(base)}, "sources": [source], "method": "task_arithmetic"}))
+    done = run_cli("merge", recipe, "--out", tmp_path / "merged")
+    assert done.returncode == 2, done.stderr
+    assert f"{name}: is a symbolic link to {tmp_path / 'secret'}" in done.stderr
+    assert not (tmp_path / "merged").exists()
+    (base / name).unlink()
+    (blobs := tmp_path / "blobs").mkdir()
+    (blobs / "1f2e").write_text("{}")
+    (base / name).symlink_to(blobs / "1f2e")  # as a hub's cache has it
+    assert run_cli("merge", recipe, "--out", tmp_path / "merged").returncode == 0
+    assert (tmp_path / "merged" / name).read_text() == "{}"
+    assert not (tmp_path / "merged" / name).is_symlink()
+
+
+def test_names_of_code_beside_a_model_are_not_copied(tmp_path: Path) -> None:
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "x": 1}))
+    drop_code(settings)
+    assert json.loads(settings.read_text()) == {"x": 1}
+
+
+def test_a_run_is_read_without_its_models_and_finds_them_where_the_file_says(tiny_family: Path, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(tiny_family, tmp_path / "models"))
+    config = write_config(tmp_path, models, budget={"trials": 3})
+    run = finished_search(config)
+    models.rename(tmp_path / "moved")
+    for command in ("status", "report"):
+        done = run_cli(command, run)
+        assert done.returncode == 0, done.stderr
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 2
+    assert f"no such folder: {models / 'base'}" in done.stderr
+    config.write_text(config.read_text().replace(str(models), str(tmp_path / "moved")))
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 0, done.stderr
+    assert "the same models are elsewhere now" in (run / "log.txt").read_text()
+    assert str(models) not in (run / "config.yaml").read_text()
+    tokenizer = tmp_path / "moved" / "rev" / "config.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    done = run_cli("resume", run, "--trials", "5")
+    assert done.returncode == 2
+    assert "rev: config.json is another file now" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 10 s"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more than 2 GB of memory"),
+        ("{{ 'x' * 10 ** 7 }}", "makes a text of 10,000,000 characters"),
+        ("{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}", None),
+        ("{{ raise_exception('not like this') }}", None),
+    ],
+)
+def test_a_chat_template_is_tried_within_bounds(
+    template: str, problem: str | None, tiny_family: Path, tmp_path: Path
+) -> None:
+    assert problem_of(template) == problem
+    if problem is None or "longer" in problem:
+        return
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template)
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "gold_logprob", "apply_chat_template": True}
+    config = write_config(tmp_path, tiny_family, base=str(base), tasks=[task])
+    done = run_cli("search", config, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"its chat template {problem}" in done.stderr
+
+
+def test_no_cell_of_a_csv_is_a_formula() -> None:
+    names = ["=HYPERLINK(1)", "+1", "-1", "@x", "\ta", "plain-1", None]
+    empty = {"trial": None, "recipe": None, "split": "search", "metric": "m", "item": "i", "score": -0.5}
+    table = without_formulas(pa.Table.from_pylist([{**empty, "task": n} for n in names], COLUMNS))
+    assert table["task"].to_pylist() == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "'\ta", "plain-1", None]
+    assert table["score"].to_pylist() == [-0.5] * 7
+
+
+def test_a_stranger_s_run_runs_no_code_of_tasks(tiny_family: Path, tmp_path: Path) -> None:
+    place = f"lambda: pathlib.Path({str(tmp_path / 'agreed')!r})"
+    home = f"import pathlib, evomerge.search.agreements as o; o.agreements = {place}"
+    content = yaml.safe_load((ROOT / "evals" / "tiny" / "rev.yaml").read_text())
+    content["dataset_kwargs"]["data_files"] = {
+        k: str((ROOT / "evals" / "tiny" / v).resolve()) for k, v in content["dataset_kwargs"]["data_files"].items()
+    }
+    own = yaml.safe_dump(content) + "process_docs: !function code.same\n"
+    (tmp_path / "own.yaml").write_text(own)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\ndef same(docs): return docs\n")
+    task = {"task": str(tmp_path / "own.yaml"), "objective": "gold_logprob", "allow_task_code": True}
+    config = write_config(tmp_path, tiny_family, tasks=[task], budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=home)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("resume", tmp_path / "run", "--trials", "4", prelude=home).returncode == 0
+    (tmp_path / "run").rename(tmp_path / "given")
+    (tmp_path / "ran").unlink()
+    for command in (["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]):
+        done = run_cli(*command, prelude=home)
+        assert done.returncode == 2
+        assert "lets Python code of tasks run" in done.stderr
+    assert run_cli("status", tmp_path / "given", prelude=home).returncode == 0
+    assert not (tmp_path / "ran").exists()
+    done = run_cli("resume", tmp_path / "given", "--allow-task-code", prelude=home)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("resume", tmp_path / "given", prelude=home).returncode == 0
