@@ -19,6 +19,7 @@ import pytest
 from searches import ROOT, Started, finished_search, run_cli, start_cli, trials_of, write_config
 
 from evomerge.report.dashboard import MISSING, Dashboard, StudyCopy
+from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.run import open_run
 
 there = importlib.util.find_spec("optuna_dashboard") is not None
@@ -107,16 +108,15 @@ def test_a_running_search_is_followed_and_not_disturbed(tiny_family: Path, tmp_p
     search = start_cli("search", write_config(tmp_path, tiny_family, budget={"trials": 5000}), "--run", run)
     try:
         give_up = time.monotonic() + 300
-        while time.monotonic() < give_up and not (run / "study.db").exists():
-            time.sleep(0.1)
-        while len(trials_of(run)) < 3:
+        while time.monotonic() < give_up and ((seen := read_snapshot(run)) is None or seen.trials < 3):
             time.sleep(0.1)
         dashboard = Dashboard(open_run(run), tmp_path / "files")
-        seen = len(dashboard.copy.keys)
-        while len(trials_of(run)) < seen + 5:
+        before = len(dashboard.copy.keys)
+        assert before >= 3
+        while len(trials_of(run)) < before + 5:
             time.sleep(0.1)
         dashboard.update()
-        assert len(dashboard.copy.keys) >= seen + 5
+        assert len(dashboard.copy.keys) >= before + 5
     finally:
         os.kill(search.pid, signal.SIGTERM)
         assert search.wait().returncode == 128 + signal.SIGTERM

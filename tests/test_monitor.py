@@ -209,6 +209,6 @@ def test_a_search_without_time_says_so_before_it_starts_and_its_verdict_is_that_
     assert told < lines.index(f"run folder: {tmp_path / 'run'}")
     assert any(line.startswith("note: the time limit leaves room for no candidate") for line in lines)
     assert verdict_of(tmp_path / "run")["outcome"] == "too little searched"
-    again = run_cli("resume", tmp_path / "run", "--trials", "14")
+    again = run_cli("resume", tmp_path / "run", "--trials", "40")
     assert again.returncode == 0, again.stderr
     assert verdict_of(tmp_path / "run")["outcome"] != "too little searched"

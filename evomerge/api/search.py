@@ -301,12 +301,14 @@ def search_in(
     opened: "Opened | None" = None,
 ) -> Run:
     """Search in a run folder to the verdict, write the report, and the model if `out` is given."""
-    from evomerge.report.page import write_report
-    from evomerge.report.status import read_status
-    from evomerge.report.terminal import SearchView, print_status
-    from evomerge.search.loop import search as search_loop
-    from evomerge.search.monitor.monitor import Monitor
-    from evomerge.search.verdict.conflicts import write_conflicts
+    with Stages(show) as stages:
+        stages.stage("loading the search")
+        from evomerge.report.page import write_report
+        from evomerge.report.status import read_status
+        from evomerge.report.terminal import SearchView, print_status
+        from evomerge.search.loop import search as search_loop
+        from evomerge.search.monitor.monitor import Monitor
+        from evomerge.search.verdict.conflicts import write_conflicts
 
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
