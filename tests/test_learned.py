@@ -6,6 +6,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,8 @@ def test_the_gradient_by_the_axes_is_that_of_the_spread_values(
     count = {"model": 1, "depth": 3, "group": min(2, layers), "layer": layers}[granularity]
     names = {c: tuple(f"weight.s.{c}.{k}" for k in range(count)) for c in ("mlp", "default")}
     groups = tuple(Group("weight", "s", c, granularity, 0.0, 2.0, axes) for c, axes in names.items())  # type: ignore[arg-type]
-    space = Space(None, layers, groups)  # type: ignore[arg-type]
+    config = SimpleNamespace(method="task_arithmetic", space=SimpleNamespace(order=False))  # no order is searched
+    space = Space(config, layers, groups)  # type: ignore[arg-type]
     numbers = st.lists(st.floats(-3, 3), min_size=layers, max_size=layers)
     slopes = {c: data.draw(numbers) for c in ("mlp", "attention", "norm")}
 

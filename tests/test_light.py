@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from searches import ROOT, Done, finished_search, run_cli, write_config
 
-HEAVY = ("torch", "transformers", "lm_eval", "datasets", "plotly", "peft", "gradio")
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "peft", "gradio")
 SHOWS = f"""
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr))
