@@ -113,7 +113,7 @@ def test_a_search_with_an_unknown_sampler_opens_nothing(tmp_path: Path) -> None:
         (24, 60, 1, False, True, "cma-es"),
         (24, 60, 1, True, False, "cma-es"),
         (24, 61, 1, False, False, "cma-es"),
-        (31, 60, 1, False, False, "cma-es"),
+        (101, 60, 1, False, False, "cma-es"),
         (24, 60, 2, False, False, "cma-es"),
         (24, None, 1, False, False, "cma-es"),
     ],

@@ -30,7 +30,8 @@ def check_text(check: Check, examples: bool = True) -> RenderableType:
         parts.append(Text(gain_line(check.gain)))
     for concern in check.concerns:
         parts += [Text(f"warning: {concern.what}", "yellow"), Text(f"         {concern.mend}")]
-    parts.append(Text("nothing to warn of" if not check.concerns else f"{len(check.concerns)} warnings"))
+    count = len(check.concerns)
+    parts.append(Text("nothing to warn of" if not count else f"{count} warning{'s' if count > 1 else ''}"))
     return Group(*parts)
 
 
