@@ -18,6 +18,7 @@ from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 from searches import import_what_commands_need, run_cli, write_config
 
+import evomerge
 from evomerge.config.config_file import config_differences, load_config, parse_config
 from evomerge.config.config_file import write_config as store
 from evomerge.config.database_url import expanded, has_password, masked
@@ -456,6 +457,91 @@ def test_a_task_says_whether_its_code_ran(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text((tmp_path / "plain.yaml").read_text() + "process_docs: !function code.same\n")
     (own,) = open_tasks([TaskConfig(task=str(tmp_path / "own.yaml"), allow_task_code=True)])
     assert own.code
+
+
+# One reader, one sentence, the mend
+
+
+def search_refusal(folder: Path, **changes: Any) -> str:
+    """The message of a search with a configuration that is sound but for `changes`."""
+    family = folder / "family"
+    if not family.exists():
+        write_family(family, ["rev", "add"])
+    content = yaml.safe_load(write_config(folder, family).read_text()) | changes
+    return refusal(lambda: evomerge.search(content, run=folder / "run", show=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {"method": "task_arithmetics", "seed": -1, "sampler": {"name": "cma"}},
+            ["seed: Input", "did you mean task_arithmetic?", "did you mean cma-es?"],
+        ),
+        (
+            {"seed": -1, "tasks": [{"task": "rev.yaml", "objective": "gold_logprop", "metric": "exact_mach"}]},
+            ["'gold_logprop' is not a metric that evomerge knows; did you mean gold_logprob?", "mean exact_match?"],
+        ),
+        ({"sampler": {"nam": "gp"}, "smapler": {}}, ["sampler.nam: unknown key; did you mean name?", "mean sampler?"]),
+        ({"space": {"granularity": "layers", "weight": [0, 1]}}, ["(found 'layers'); did you mean layer?"]),
+        ({"method": ["ties", "linaer"]}, ["'linaer' is not one of", "did you mean linear?"]),
+        ({"method": ["ties", None]}, ["method: give the name of a method, or a list of names (found ['ties', None])"]),
+        ({"method": []}, ["method: give the name of a method, or a list of names (found [])"]),
+        ({"method": {"ties": {"weight": 1}}}, ["method: give the name of a method, or a list of names"]),
+        ({"splits": {"serach": 0.5}}, ["splits.serach: unknown key; did you mean search?"]),
+    ],
+    ids=["method", "metric", "key", "value", "list", "nothing", "empty", "mapping", "split"],
+)
+def test_a_misspelt_name_is_said_with_all_else_and_with_the_nearest(
+    tmp_path: Path, changes: dict[str, Any], lines: list[str]
+) -> None:
+    said = search_refusal(tmp_path, **changes)
+    assert [line for line in lines if line not in said] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_only_looks_misspelt_is_left_to_its_task(tmp_path: Path) -> None:
+    said = search_refusal(tmp_path, tasks=[{"task": str(task_file(tmp_path)), "metric": "exact_mach"}])
+    assert "is not one of its metrics" in said
+    assert "did you mean exact_match?" in said
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "[]"])
+def test_a_task_without_items_names_its_file(tmp_path: Path, content: str) -> None:
+    file = task_file(tmp_path)
+    data = Path(yaml.safe_load(file.read_text())["dataset_kwargs"]["data_files"]["test"])
+    (file.parent / data).write_text(content)
+    assert f"its data file is empty: {file.parent / data}; give it one item a line" in task_refusal(file)
+
+
+def test_a_folder_without_a_model_names_the_one_in_it(tmp_path: Path) -> None:
+    write_llama(tmp_path / "run" / "checkpoint-500")
+    (tmp_path / "none").mkdir()
+    base = write_llama(tmp_path / "base")
+    said = refusal(lambda: open_models(base, {"run": tmp_path / "run"}))
+    assert said.endswith(f"neither config.json nor adapter_config.json; {tmp_path / 'run' / 'checkpoint-500'} is one")
+    assert refusal(lambda: open_models(base, {"none": tmp_path / "none"})).endswith("nor adapter_config.json")
+
+
+def test_an_adapter_of_another_base_is_refused_and_of_a_fine_tune_doubted(tmp_path: Path) -> None:
+    base, tuned = write_llama(tmp_path / "base"), write_llama(tmp_path / "tuned", 1, change=0.01)
+    other = write_llama(tmp_path / "other", 1, change=1.0)
+    copy = write_llama(tmp_path / "copy")
+
+    def opened(declared: object) -> Any:
+        name = f"adapter{len(list(tmp_path.iterdir()))}"
+        adapter = write_adapter(tmp_path / name, base, base_model_name_or_path=str(declared))
+        return open_models(base, {"it": adapter}, strict=False).compatibility
+
+    (problem,) = opened(other).problems
+    assert f"it: was trained on {other}, which is another model than the base here" in problem
+    assert f"give `base: {other}`, or an adapter of this base" in problem
+    (doubt,) = opened(tuned).doubts
+    assert f"it: was trained on {tuned}, whose weights differ from the base's by" in doubt
+    (doubt,) = opened("owner/other").doubts
+    assert "If that is another model, its change does not fit: give `base: owner/other`" in doubt
+    for same in (base, copy, "somebody/base"):
+        assert (opened(same).problems, opened(same).doubts) == ([], [])
 
 
 # Passwords

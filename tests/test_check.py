@@ -99,7 +99,11 @@ def test_a_gold_answer_that_models_do_not_write() -> None:
     items = [
         ProbedItem("p", "7", {"base": answered("x", 0.0, -3.0), "a": answered("3+4=7", 1.0, -2.9)}) for _ in range(4)
     ]
-    assert "where models answer right they do not write its gold answer" in whats(task_of(items))
+    task = task_of(items)
+    assert "where models answer right they do not write its gold answer: give `gold` beside the task" in whats(task)
+    assert "they write no space before the answer" in whats(replace(task, delimiter=" "))
+    spaced = [ProbedItem("p", "7", {"base": answered(" 7", 1.0, -2.9)}) for _ in range(4)]
+    assert "they write a space before the answer" in whats(task_of(spaced))
 
 
 def test_items_in_two_splits() -> None:
@@ -131,9 +135,8 @@ def test_what_nearly_repeats_a_question(question: str, answer: str, alike: bool)
 
 
 def test_near_duplicates_among_twenty_thousand_items_are_found_in_seconds() -> None:
-    rng = np.random.default_rng(0)
-    words = [f"w{k}" for k in range(4000)]
-    texts = [" ".join(rng.choice(words, 30)) for _ in range(20_000)]
+    words = np.array([f"w{k}" for k in range(4000)])
+    texts = [" ".join(row) for row in words[np.random.default_rng(0).integers(0, 4000, (20_000, 30))]]
     copies = [Text(f"please {text}", "x") for text in texts[:50]]
     started = time.process_time()
     found = near_duplicates(
@@ -143,7 +146,7 @@ def test_near_duplicates_among_twenty_thousand_items_are_found_in_seconds() -> N
             "holdout": [*copies, *(Text(t, "x") for t in texts[12_000:])],
         }
     )
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 10
     assert sorted(a.question for a, _ in found["search", "holdout"]) == sorted(texts[:50])
     assert not found.get(("search", "selection"))
 
@@ -174,7 +177,7 @@ def test_the_gain_that_the_holdout_can_show_is_that_of_the_verdict() -> None:
     assert not list(holdout_concern(least_gain(probed, {"t": 100_000}, {"t": 1.0})))
     (found,) = holdout_concern(least_gain(probed, {"t": 100}, {"t": 1.0}))
     least = 2.487 * (np.var([0.0, 1.0]) / 100) ** 0.5
-    assert f"a gain of {100 * least:.0f} points or more, not one of 2 or 5 or 10" in found.what
+    assert f"a gain of {100 * least:.1f} points or more, not one of 2 or 5 or 10" in found.what
     assert least_gain([task_of(items[:4])], {"t": 100}, {"t": 1.0}) is None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models import write_adapter, write_llama
 from searches import ROOT, import_what_commands_need, write_config
 
 import evomerge
@@ -58,6 +59,7 @@ def test_a_sound_search_has_nothing_to_warn_of(tiny_family: Path, tmp_path: Path
     ("rows", "changes", "words"),
     [
         (answers(lambda a: f" {a}"), {}, "wrong only by spaces: strip both"),
+        (lambda rows: rows, {"target_delimiter": " "}, "set `target_delimiter: ''` in the task file"),
         (answers(str.upper), {}, "wrong only by upper and lower case: give `ignore_case: true`"),
         (answers(lambda a: f'"{a}"'), {}, "wrong only by quotes or punctuation: give `ignore_punctuation: true`"),
         (answers(lambda a: f"{a} is it"), {"doc_to_target": "{{answer[:5]}}"}, None),
@@ -69,7 +71,7 @@ def test_a_sound_search_has_nothing_to_warn_of(tiny_family: Path, tmp_path: Path
             "but for spaces, case or signs, such as",
         ),
     ],
-    ids=["space", "case", "quotes", "sound", "zero", "cut", "twice"],
+    ids=["space", "delimiter", "case", "quotes", "sound", "zero", "cut", "twice"],
 )
 def test_what_is_wrong_with_a_task(
     tiny_family: Path, tmp_path: Path, rows: Callable[[Rows], Rows], changes: dict[str, Any], words: str | None
@@ -77,6 +79,19 @@ def test_what_is_wrong_with_a_task(
     found = warnings(tmp_path, tiny_family, task_of(tmp_path, rows, **changes))
     assert (words or "") in found
     assert bool(found) == bool(words)
+
+
+def test_a_prompt_that_names_no_column(tiny_family: Path, tmp_path: Path) -> None:
+    found = warnings(tmp_path, tiny_family, task_of(tmp_path, doc_to_text="promt"))
+    assert "every item has the same prompt, 'promt': name the column of the question" in found
+
+
+def test_an_adapter_that_may_be_of_another_base(tiny_family: Path, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "it", base, base_model_name_or_path="owner/other")
+    sources = [{"name": "it", "path": str(adapter)}]
+    found = warnings(tmp_path, tiny_family, task_of(tmp_path), base=str(base), sources=sources)
+    assert "it: says that it was trained from the hub model 'owner/other'" in found
 
 
 def test_limits_and_splits_that_are_too_small(tiny_family: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def told(command: str | None = None, webhook: str | None = None) -> list[str]:
 def own_agreements(folder: Path) -> str:
     """A prelude of `run_cli` after which agreements are kept in a folder of the test."""
     where = str(folder / "agreed")
-    return f"import evomerge.api.on_finish as o\nfrom pathlib import Path\no.agreements = lambda: Path({where!r})\n"
+    return f"import evomerge.search.agreements as o\nfrom pathlib import Path\no.agreements = lambda: Path({where!r})\n"
 
 
 def test_a_command_gets_the_end_in_its_environment(tmp_path: Path) -> None:

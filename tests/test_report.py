@@ -13,15 +13,17 @@ from chromium import look
 from optuna.trial import create_trial
 from searches import finished_search, run_cli, verdict_of, write_config
 
+from evomerge.evaluate.answers import Answer
 from evomerge.report.page import PageSoFar, write_report
 from evomerge.report.page.answers import changes, digest_of
 from evomerge.report.page.importance import by_group, path_gains
 from evomerge.report.page.material import gather
 from evomerge.report.page.page import page
 from evomerge.report.page.svg import Frame, line, tick_texts, ticks
+from evomerge.report.page.winner import heat_table
 from evomerge.search.budget.usage import Elapsed
 from evomerge.search.run import Run, open_run
-from evomerge.search.storage.answers import read_answers, read_items
+from evomerge.search.storage.answers import LONGEST, keep_answers, read_answers, read_items
 from evomerge.search.storage.step_record import StepRecord
 from evomerge.search.storage.trial_record import TrialRecord
 from evomerge.search.verdict.conflicts import read_conflicts
@@ -81,6 +83,14 @@ def test_the_page_of_a_long_search_stays_small(run: Path) -> None:
     assert 200_000 < len(whole) < MOST_BYTES / 2  # what is left is for answers, of which there are few here
 
 
+def test_a_table_of_many_layers_and_sources_shows_every_so_many_layers() -> None:
+    rows = {f"source {k}": [0.01 * layer for layer in range(80)] for k in range(200)}
+    table = heat_table(rows)
+    assert 3000 < table.count("<td class=") <= 4000
+    assert "<th>4</th><th>8</th>" in table
+    assert "<th>1</th>" in heat_table({"source": [0.1, 0.2]})
+
+
 def test_the_answers_are_filtered_and_searched_in_the_page(run: Path) -> None:
     def act(page: Any) -> None:
         counts = {}
@@ -92,6 +102,8 @@ def test_the_answers_are_filtered_and_searched_in_the_page(run: Path) -> None:
         assert page.locator(".item:visible").count() == 0
         assert page.inner_text(".shown").startswith("0 of ")
         page.fill("input[type=search]", "")
+        page.locator(".copy").first.click()
+        page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'", timeout=5000)
 
     assert look((run / "report.html").as_uri(), act=act) == []
 
@@ -113,6 +125,20 @@ def test_what_changed_is_what_the_stored_scores_and_answers_say(run: Path) -> No
         gold = items[each.task][each.item].gold
         for digest, score in ((own, each.after), (other, each.before)):
             assert (answers[digest][each.task][each.item].taken.strip() == gold.strip()) == (score == 1.0)
+
+
+def test_answers_are_added_to_those_that_are_kept_whatever_their_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    odd = Answer("prompt \ud800 </script>", "gold", "text\x00", "taken", False)
+    keep_answers(folder, "d1", "one", {"task": ["a"]}, {"task": [odd]})
+    keep_answers(folder, "d1", "one", {"task": ["b"]}, {"task": [replace(odd, text="later", prompt="x" * 9000)]})
+    assert read_items(folder).tasks["task"]["a"].prompt == "prompt ? </script>"
+    assert len(read_items(folder).tasks["task"]["b"].prompt) == LONGEST
+    assert {item: said.text for item, said in read_answers(folder, "d1").tasks["task"].items()} == {
+        "a": "text\x00",
+        "b": "later",
+    }
+    assert read_answers(folder, "unknown").tasks == {}
 
 
 def test_a_damaged_or_missing_file_of_answers_costs_a_section_not_the_report(copied: Run) -> None:

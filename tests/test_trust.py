@@ -323,3 +323,31 @@ def test_no_cell_of_a_csv_is_a_formula() -> None:
     table = without_formulas(pa.Table.from_pylist([{**empty, "task": n} for n in names], COLUMNS))
     assert table["task"].to_pylist() == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "'\ta", "plain-1", None]
     assert table["score"].to_pylist() == [-0.5] * 7
+
+
+def test_a_stranger_s_run_runs_no_code_of_tasks(tiny_family: Path, tmp_path: Path) -> None:
+    place = f"lambda: pathlib.Path({str(tmp_path / 'agreed')!r})"
+    home = f"import pathlib, evomerge.search.agreements as o; o.agreements = {place}"
+    content = yaml.safe_load((ROOT / "evals" / "tiny" / "rev.yaml").read_text())
+    content["dataset_kwargs"]["data_files"] = {
+        k: str((ROOT / "evals" / "tiny" / v).resolve()) for k, v in content["dataset_kwargs"]["data_files"].items()
+    }
+    own = yaml.safe_dump(content) + "process_docs: !function code.same\n"
+    (tmp_path / "own.yaml").write_text(own)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('x')\ndef same(docs): return docs\n")
+    task = {"task": str(tmp_path / "own.yaml"), "objective": "gold_logprob", "allow_task_code": True}
+    config = write_config(tmp_path, tiny_family, tasks=[task], budget={"trials": 3})
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=home)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("resume", tmp_path / "run", "--trials", "4", prelude=home).returncode == 0
+    (tmp_path / "run").rename(tmp_path / "given")
+    (tmp_path / "ran").unlink()
+    for command in (["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]):
+        done = run_cli(*command, prelude=home)
+        assert done.returncode == 2
+        assert "lets Python code of tasks run" in done.stderr
+    assert run_cli("status", tmp_path / "given", prelude=home).returncode == 0
+    assert not (tmp_path / "ran").exists()
+    done = run_cli("resume", tmp_path / "given", "--allow-task-code", prelude=home)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("resume", tmp_path / "given", prelude=home).returncode == 0

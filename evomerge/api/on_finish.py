@@ -1,13 +1,11 @@
 """`on_finish`: a command and a webhook that are told when a search has ended, whatever they do about it.
 
-A run folder may come from somebody else, and its configuration may name any command.  So what `on_finish` says is run
-only if the user has agreed to it on this machine: by starting the search with it, or by `resume --on-finish`.  The
-agreement is kept outside of the run folder, as a hash of command, address and folder.
+What a run's configuration says is run only if the user has agreed to it on this machine (search/agreements.py): by
+starting the search with it, or by `resume --on-finish`.
 """
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -17,14 +15,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import OnFinishConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import write_text
 from evomerge.search.run import Run
 
 COMMAND_SECONDS = 60.0  # after that the command is killed
@@ -79,23 +75,9 @@ def ending_of(run: Run, error: BaseException | None) -> Ending:
     return Ending(name, folder, status, status, lines[0] if lines else type(error).__name__)
 
 
-def agreements() -> Path:
-    """The folder of this user's agreements."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge" / "agreed"
-
-
-def agreement_file(config: OnFinishConfig, folder: Path) -> Path:
-    """The file whose existence says that the user has agreed to what `on_finish` says in this run folder."""
-    text = json.dumps([config.command, config.webhook, str(folder.resolve())])
-    return agreements() / hashlib.sha256(text.encode()).hexdigest()
-
-
-def agree(config: OnFinishConfig, folder: Path) -> None:
-    """Keep the user's agreement.  EvomergeError if it cannot be written."""
-    file = agreement_file(config, folder)
-    with contextlib.suppress(OSError):  # `write_text` says why it cannot write
-        file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "")
+def content_of(config: OnFinishConfig) -> list[str | None]:
+    """What the user agrees to."""
+    return ["on_finish", config.command, config.webhook]
 
 
 def tell(config: OnFinishConfig, ending: Ending, log: Callable[[str], None]) -> None:

@@ -12,14 +12,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.merge import plain
-from evomerge.api.on_finish import agree, agreement_file, ending_of, tell
+from evomerge.api.on_finish import content_of, ending_of, tell
 from evomerge.api.run import Run, Trial, reader_of_trials
 from evomerge.config.config_file import load_config, parse_config, write_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, did_you_mean
+from evomerge.evaluate.metrics import CHOSEN, METRICS
 from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
+from evomerge.search.agreements import agree, agreed, task_code
 from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.monitor.trackers import refuse_missing
@@ -95,7 +97,6 @@ def search(
     limits, worker_options = limits_of(loaded.budget, until), options_of(workers, ray)
     folder = Path(run) if run is not None else Path("runs") / loaded.name
     refuse_existing(folder)
-    sampler_kind(loaded.sampler.name)
     refuse_missing(loaded)
     if out is not None:
         refuse_full(Path(out))
@@ -119,7 +120,9 @@ def search(
     if show:
         print(f"run folder: {folder}", flush=True)
     if loaded.on_finish is not None:
-        agree(loaded.on_finish, folder)
+        agree(content_of(loaded.on_finish), folder)
+    if code := task_code(loaded):
+        agree(code, folder)
     return search_and_tell(created, limits, worker_options, out, on_trial, show, opened)
 
 
@@ -157,11 +160,12 @@ def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     from evomerge.search.check.check import BRIEF, check_search
 
     count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
+    keep = workers.ray is None and workers.count == 1
     left = limits.seconds_left(0.0, now())
     try:
         with Stages() as stages:
             stages.stage("preparing a look at the search")
-            found = check_search(opened, BRIEF, stages.log, count, left)
+            found = check_search(opened, BRIEF, stages.log, count, left, keep)
         console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)
@@ -180,6 +184,7 @@ def resume(
     ray: str | None = None,
     out: str | Path | None = None,
     accept_changes: bool = False,
+    allow_task_code: bool = False,
     on_finish: bool = False,
     on_trial: OnTrial | None = None,
     show: bool = True,
@@ -188,6 +193,7 @@ def resume(
 
     run: a `Run` or its folder.
     accept_changes: go on although the configuration or a model has changed.
+    allow_task_code: agree to the Python code of the run's tasks, if the search was started elsewhere.
     on_finish: agree to what the run's configuration says under `on_finish`, if the search was started elsewhere.
 
     The other arguments, the result and what is raised are those of `search`; limits and a margin that are not given
@@ -201,6 +207,8 @@ def resume(
         stages.stage(LOADING)
         from evomerge.search.inputs import check_unchanged
 
+        if allow_task_code and (code := task_code(files.config())):
+            agree(code, files.folder)
         stages.stage("comparing models and tasks with those that the search began with")
         config = check_unchanged(files, accept_changes)
     changed = with_margin(with_budget(config, trials, timeout, target, patience), simplify)
@@ -208,16 +216,36 @@ def resume(
     if changed is not config:
         write_config(files.config_file, changed)
     if changed.on_finish is not None and on_finish:
-        agree(changed.on_finish, files.folder)
+        agree(content_of(changed.on_finish), files.folder)
     return search_and_tell(files, limits, worker_options, out, on_trial, show)
 
 
 def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[SearchConfig, Path | None]:
     """A checked configuration from any of its forms, and the file that it comes from, if it comes from one."""
     if isinstance(config, (str, Path)):
-        return load_config(Path(config)), Path(config)
+        return load_config(Path(config), name_problems), Path(config)
     content = config.model_dump(by_alias=True, exclude_none=True) if isinstance(config, SearchConfig) else config
-    return parse_config(plain(content), Path("configuration")), None
+    return parse_config(plain(content), Path("configuration"), name_problems), None
+
+
+def name_problems(config: SearchConfig, others: bool) -> list[str]:
+    """The problems with the names of sampler, objectives and metrics.
+
+    others: whether there are other problems.  Then a metric that looks misspelt is one; a task that is opened may have
+    it after all.
+    """
+    problems = []
+    try:
+        sampler_kind(config.sampler.name)
+    except EvomergeError as error:
+        problems.append(str(error))
+    known = ["metric", *METRICS, *CHOSEN]
+    for number, task in enumerate(config.tasks if others or problems else []):
+        for key, name in (("objective", task.objective), ("metric", task.metric or "metric")):
+            plain_name = name.partition(",")[0]
+            if plain_name not in known and (hint := did_you_mean(plain_name, known)):
+                problems.append(f"tasks.{number}.{key}: {name!r} is not a metric that evomerge knows{hint}")
+    return problems
 
 
 def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
@@ -244,7 +272,7 @@ def search_and_tell(
 ) -> Run:
     """`search_in`, and then what the configuration's `on_finish` says, if the user has agreed to it."""
     on_finish = run.config().on_finish
-    if on_finish is not None and not agreement_file(on_finish, run.folder).exists():
+    if on_finish is not None and not agreed(content_of(on_finish), run.folder):
         if show:
             print(
                 f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "

@@ -91,6 +91,12 @@ def resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the configuration or a model changed.")
     ] = False,
+    allow_task_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-task-code", help="Agree to the Python code of tasks of a run that was started elsewhere."
+        ),
+    ] = False,
     on_finish: Annotated[
         bool,
         typer.Option("--on-finish", help="Agree to the on_finish of a run that was started elsewhere."),
@@ -113,6 +119,7 @@ def resume(
             ray=ray,
             out=out,
             accept_changes=accept_changes,
+            allow_task_code=allow_task_code,
             on_finish=on_finish,
         )
     except SearchStopped as stopped:

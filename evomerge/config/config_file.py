@@ -4,21 +4,49 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from evomerge.config.database_url import has_password, masked
 from evomerge.config.paths import absolute_paths, path_problems
-from evomerge.config.schema import SearchConfig, SpaceConfig
-from evomerge.config.tasks import TaskOptions
-from evomerge.errors import EvomergeError
+from evomerge.config.schema import (
+    BudgetConfig,
+    LayersConfig,
+    PriceConfig,
+    RacingConfig,
+    SamplerConfig,
+    SearchConfig,
+    SourceConfig,
+    SpaceConfig,
+    WorkersConfig,
+)
+from evomerge.config.tasks import GuardConfig, SplitsConfig, TaskConfig, TaskOptions
+from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import choices_of, is_named, values_of
 from evomerge.merge.methods.method import Method
 from evomerge.sources.tokenizer import VOCABULARY_CHOICES
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": SearchConfig, "sources": SourceConfig, "tasks": TaskConfig, "guards": GuardConfig, "splits": SplitsConfig,
+    "sampler": SamplerConfig, "budget": BudgetConfig, "price": PriceConfig, "workers": WorkersConfig,
+    "racing": RacingConfig, "layers": LayersConfig,
+}  # fmt: skip
+"""Where a key of the file stands -> the keys that may stand there."""
+
+
+class Problems(Protocol):
+    """Finds problems of a configuration.  others: whether there are others, so that guesses are welcome."""
+
+    def __call__(self, config: SearchConfig, others: bool) -> list[str]: ...
+
+
+def no_more(config: SearchConfig, others: bool) -> list[str]:
+    """No problems."""
+    return []
 
 
 def method_problems(config: SearchConfig) -> list[str]:
@@ -219,19 +247,24 @@ def readable(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
+        names = [part for part in error["loc"] if isinstance(part, str)]
+        section = SECTIONS.get(names[-2] if len(names) > 1 else "")
+        return f"{where}: unknown key" + did_you_mean(names[-1], section.model_fields if section else ())
     if error["type"] == "missing":
         return f"{where}: missing"
     if error["loc"][0] == "storage":  # the value may contain a password
         return f"{where}: {message}"
     shown = repr(error.get("input"))
-    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "")
+    allowed = re.findall("'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+    hint = did_you_mean(str(error.get("input")), allowed) if error["type"] == "literal_error" else ""
+    return f"{where}: {message}" + (f" (found {shown})" if len(shown) < 60 else "") + hint
 
 
-def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig:
+def parse_config(content: Any, origin: Path, more: Problems = no_more, files: bool = True) -> SearchConfig:
     """Check parsed YAML as a search configuration.
 
     origin: the file, named in the error; relative paths are relative to its folder.
+    more: finds problems that this package knows nothing of; `others` says whether there are others.
     files: whether the models and files that it names must be there; to read about a finished search they need not.
 
     EvomergeError lists all problems, each with its YAML path.
@@ -244,6 +277,7 @@ def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig
         config = SearchConfig.model_validate(content)
         problems = method_problems(config) + type_problems(config) + vocabulary_problems(config)
         problems += guard_problems(config) + (path_problems(config) if files else [])
+        problems += more(config, bool(problems))
     except ValidationError as error:
         problems = [readable(dict(e)) for e in error.errors()]
         # The other keys are checked too, so that one run of the command shows all problems.
@@ -255,7 +289,7 @@ def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig
             partial = SearchConfig.model_validate({**stand_ins, **rest})
             if not bad & {"method", "sources", "space"}:
                 problems += method_problems(partial)
-            problems += path_problems(partial) if files else []
+            problems += (path_problems(partial) if files else []) + more(partial, True)
         except ValidationError:
             pass
     if problems:
@@ -263,12 +297,14 @@ def parse_config(content: Any, origin: Path, files: bool = True) -> SearchConfig
     return config
 
 
-def load_config(path: Path, files: bool = True) -> SearchConfig:
-    """Read a search configuration from a file.  EvomergeError lists all problems, each with its YAML path.
+def load_config(path: Path, more: Problems = no_more, files: bool = True) -> SearchConfig:
+    """Read a search configuration from a file.
 
-    files: see `parse_config`.
+    more, files: as in `parse_config`.
+
+    EvomergeError lists all problems, each with its YAML path.
     """
-    return parse_config(read_yaml(path), path, files)
+    return parse_config(read_yaml(path), path, more, files)
 
 
 def dump_config(config: SearchConfig) -> str:

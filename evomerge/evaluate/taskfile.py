@@ -14,6 +14,7 @@ from evomerge.files import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
 ALLOW = "read it; if it may run, set `allow_task_code: true` beside the task (on the command line --allow-task-code)"
+BLANK = 4096  # bytes of a data file that may hold nothing but spaces
 INCLUDES = 16  # the greatest number of files of one task
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # Options of `load_dataset` that need the user's permission: where to write, whose code to run, how many processes.
@@ -230,8 +231,8 @@ def local_data(data_files: Any, task_file: Path) -> Any:
     path = task_file.parent / str(data_files)
     if not os.path.isfile(path):
         raise EvomergeError(f"{task_file}: its data file is missing: {path}")
-    if os.path.getsize(path) == 0:
-        raise EvomergeError(f"{task_file}: its data file is empty: {path}")
+    if os.path.getsize(path) <= BLANK and path.read_bytes().strip() in (b"", b"[]"):
+        raise EvomergeError(f"{task_file}: its data file is empty: {path}; give it one item a line")
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
             try:

@@ -33,6 +33,7 @@ from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.play.answer import answer, in_chat, prompt_of
 from evomerge.play.presets import Presets, presets_of
 from evomerge.play.sliders import SHOWN, Moves, Slider, moved, shown_methods, shown_value, sliders, with_method
+from evomerge.search.agreements import refuse_task_code
 from evomerge.search.evaluation.evaluator import Evaluator, free_memory
 from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.score_checks import finite_scores
@@ -296,6 +297,7 @@ def open_playground(target: Path, log: Callable[[str], None] = print) -> Playgro
         config = pin(load_config(target), {})
     else:
         config = run.config()
+        refuse_task_code(run, config)
         config = pin(config, config.hub)
         with suppress(EvomergeError):  # models and tasks can be opened although the study's database is not there
             study = run.study()

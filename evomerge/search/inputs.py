@@ -17,6 +17,7 @@ from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import disk_errors, sha256, write_text
 from evomerge.merge.recipe.recipe import Recipe, models_on_disk
+from evomerge.search.agreements import refuse_task_code
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set
 from evomerge.search.models import model_folders
 from evomerge.search.run import Run, refuse_existing
@@ -142,10 +143,12 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
     same models lie elsewhere now is no difference; the file must say where.
     """
     config, manifest = run.config(), run.manifest()
+    refuse_task_code(run, config)
     origin = Path(str(manifest.get("origin", "")))
     lines: list[str] = []
     current = pin(load_config(origin if origin.is_file() else run.config_file), config.hub)
     lines += config_differences(pin(config, config.hub), current.model_copy(update={"name": config.name}))
+    refuse_task_code(run, current)
     prints = input_fingerprints(current)
     recorded: dict[str, dict[str, str]] = manifest.get("inputs", {})
     for name in sorted(prints.keys() & recorded.keys()):

@@ -103,6 +103,7 @@ async def open_and_search(
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
     monitor.phase("opening the models")
     if opened is not None and opened.config != config:
+        opened.take_live()
         opened = None
     models = open_config_models(config) if opened is None else opened.models
     for note in models.compatibility.notes:
@@ -116,7 +117,7 @@ async def open_and_search(
         task_set = open_task_set(first)
     else:
         task_set = opened.task_set
-    live, opened, config = opened and opened.live, None, first  # the worker alone holds the live model
+    config = first
     holder = acquire_lease(stored, BEAT, stop.check)
 
     def show_life() -> None:
@@ -131,8 +132,7 @@ async def open_and_search(
         monitor.phase("choosing the type of the forwards")
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
-        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, live)
-        live = None
+        workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, opened)
         study = SearchStudy(stored, build_space(config, models), len(workers))
         monitor.restore(study.trials, stored.user_attrs)
         monitor.phase(f"starting {len(workers)} workers" if len(workers) > 1 else "starting")

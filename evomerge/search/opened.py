@@ -20,3 +20,8 @@ class Opened:
     models: Models
     task_set: TaskSet
     live: Any = None
+
+    def take_live(self) -> Any:
+        """The live model, which is then no longer kept here."""
+        live, self.live = self.live, None
+        return live

@@ -30,6 +30,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MODEL_CONFIGS = ("config.json", "adapter_config.json")
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 LAYERS = 10_000  # more than any model has; recipes are written out layer by layer
@@ -162,7 +163,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of a model's config.json.  EvomergeError if it cannot be read, or a key has a wrong type."""
     file = folder / "config.json"
     if not file.exists():
-        raise EvomergeError(f"{folder}: is no model folder, it has neither config.json nor adapter_config.json")
+        near = sorted(f.parent for name in MODEL_CONFIGS for f in folder.glob(f"*/{name}"))
+        hint = f"; {', '.join(str(f) for f in near[:2])} {'is one' if len(near) == 1 else 'are some'}" if near else ""
+        raise EvomergeError(f"{folder}: is no model folder, it has neither {' nor '.join(MODEL_CONFIGS)}{hint}")
     config = read_json(file)
     for key, kind in (("model_type", str), ("auto_map", dict)):
         if not isinstance(config.get(key), (kind, type(None))):

@@ -1,24 +1,15 @@
 """Whether models can be merged: architecture, configuration, tensors, tokenizer; one line for each mismatch."""
 
-import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from evomerge.errors import EvomergeError, some
-from evomerge.files import read_json, read_text
-from evomerge.parse import parse_yaml
+from evomerge.errors import some
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.config_differences import LAYER_COUNTS, compare_configs, difference_line
+from evomerge.sources.declared_base import compare_declared_base
 from evomerge.sources.embedding_rows import row_count, vocabulary_tensors
-from evomerge.sources.locate import looks_like_hub_id
-from evomerge.sources.quantised import quantisation_settings
 from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, layer_count, tensor_role
-
-QUANTISED_NAME = re.compile(r"(?i)[-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[48]|[48]-?bit)(?![a-z0-9])")
 
 
 @dataclass
@@ -27,10 +18,12 @@ class Compatibility:
 
     problems: why they cannot be merged.
     notes: what to know if they are merged.
+    doubts: those of the notes that may mean that the merge is worth nothing.
     """
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
 
 def check_compatibility(
@@ -78,7 +71,10 @@ def check_compatibility(
         elif theirs is not None and vocabulary is not None and not equal:
             line = f"{name}: another tokenizer: {vocabulary_difference(vocabulary.tokens, theirs.tokens)}"
             (found.notes if by_token else found.problems).append(line)
-        compare_declared_base(name, base, source, found)
+        told = compare_declared_base(name, base, source)
+        found.problems += told.problems
+        found.notes += [*told.notes, *told.doubts]
+        found.doubts += told.doubts
     return found
 
 
@@ -165,55 +161,3 @@ def vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) ->
     if only_ours:
         parts.append(f"{len(only_ours)} of the base model's are missing (such as {min(only_ours)!r})")
     return "; ".join(parts)
-
-
-def declared_base(source: Checkpoint | Adapter) -> str | None:
-    """The base model that a source names, in its configuration or in its model card; None if it names none."""
-    for key in ("base_model_name_or_path", "base_model"):
-        if isinstance(source.config.get(key), str) and source.config[key]:
-            return str(source.config[key])
-    declared = front_matter(source.path).get("base_model")
-    if isinstance(declared, list):
-        declared = declared[0] if len(declared) == 1 else None
-    return declared if isinstance(declared, str) else None
-
-
-def front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML at the top of the model card (README.md) in a folder; empty if there is none that can be read."""
-    try:
-        parts = read_text(folder / "README.md").split("---\n", 2)
-        block = parse_yaml(parts[1], "README.md") if len(parts) == 3 and not parts[0].strip() else {}
-    except EvomergeError:  # nobody promised that a card can be read
-        return {}
-    return block if isinstance(block, dict) else {}
-
-
-def quantised_base(declared: str) -> str | None:
-    """How the model that an adapter was trained on is quantised; None if nothing says that it is.
-
-    declared: the model that the adapter names.  Its configuration decides if it is on this machine, else its name.
-    """
-    if os.path.isfile(Path(declared) / "config.json"):
-        return next((method for _, method in quantisation_settings(read_json(Path(declared) / "config.json"))), None)
-    named = QUANTISED_NAME.search(declared)
-    return named.group(1) if named else None
-
-
-def compare_declared_base(name: str, base: Checkpoint, source: Checkpoint | Adapter, found: Compatibility) -> None:
-    """Add a note if a source names another base model, or was trained on a quantised one."""
-    declared = declared_base(source)
-    if declared is None:
-        return
-    if isinstance(source, Adapter) and (method := quantised_base(declared)):
-        found.notes.append(
-            f"{name}: was trained on a quantised model, {declared} ({method}); the base model here is not "
-            "quantised, so its results may be a little better or worse"
-        )
-    here = {base.path.name.lower(), str(base.config.get("_name_or_path", "")).split("/")[-1].lower()}
-    # A hub snapshot lies under models--owner--name/snapshots/<commit>.
-    here |= {part.split("--")[-1].lower() for part in base.path.parts if part.startswith("models--")}
-    if declared.rstrip("/").split("/")[-1].lower() not in here:
-        kind = "hub model" if looks_like_hub_id(declared) else "model"
-        found.notes.append(
-            f"{name}: says that it was trained from the {kind} {declared!r}; the base here is {base.path.name!r}"
-        )

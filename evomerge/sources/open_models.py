@@ -70,7 +70,9 @@ def open_models(
             )
         return Models(aligned_base, aligned, found, vocabulary, output)
     if strict:
-        hint = "\n  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"
+        hint = (
+            "\n  `vocabulary: base`, `union` or a source's name, in the configuration or recipe, merges them by token"
+        )
         hint *= any(": another tokenizer: " in line for line in found.problems)
         raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems) + hint)
     return Models(base_model, opened, found, vocabulary, base_model.vocabulary)

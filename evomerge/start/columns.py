@@ -10,7 +10,9 @@ Kind = Literal["choice", "class", "answer"]
 Rows = Sequence[Mapping[str, Any]]
 
 QUESTIONS = ("question", "prompt", "input", "instruction", "query", "problem", "text", "sentence", "context")
-ANSWERS = ("answer", "target", "label", "gold", "output", "response", "completion", "solution", "class")
+ANSWERS = (
+    "answer", "target", "label", "gold", "output", "response", "completion", "solution", "class", "result", "expected",
+)  # fmt: skip
 CHOICES = ("choices", "options", "candidates", "endings")
 LETTERED = (("A", "B", "C", "D", "E"), ("a", "b", "c", "d", "e"))
 NUMBERED = ("choice", "option", "ending", "opt")
@@ -47,8 +49,10 @@ def find_columns(
             raise EvomergeError(
                 f"--{option}: the data have no column {name!r}{did_you_mean(name, names)}; they have {', '.join(names)}"
             )
-    asked = question or first_of(QUESTIONS, names, rows, is_text)
+    asked = question or first_of(QUESTIONS, [n for n in names if n != answer], rows, is_text)
     wanted = answer or first_of(ANSWERS, [n for n in names if n != asked], rows, is_plain)
+    if asked is None and wanted is not None:
+        asked = first_of((), [n for n in names if n != wanted], rows, is_text)
     if asked is None:
         raise EvomergeError(f"which column is the question? Say it with --question; there are {', '.join(names)}")
     if wanted is None:

@@ -13,7 +13,7 @@ from evomerge import __version__
 from evomerge.merge.output.licences import licence, licence_of_merge, licence_warnings
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource, dump_recipe, models_on_disk
-from evomerge.sources.compatibility import front_matter
+from evomerge.sources.declared_base import front_matter
 from evomerge.sources.locate import HUB_ID, locate, looks_like_hub_id
 
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # a folder in the cache of huggingface_hub

@@ -3,6 +3,7 @@
 from evomerge import __version__
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import capital, copied, folded, section, table, text
+from evomerge.report.page.winner import about_method
 from evomerge.report.usage_text import usage_text
 
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +40,7 @@ def use_section(material: Material) -> str:
             "evomerge reproduce merged/recipe.yaml --out again --check merged", "Merge it again and compare the bytes"
         ),
         copied(citation(material), "Cite it"),
+        text(about_method(material.recipe.method) if material.recipe else "", "dim"),
     )
 
 

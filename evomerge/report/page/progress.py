@@ -103,9 +103,11 @@ def values_chart(material: Material, tried: Sequence[Tried], ys: Range) -> str:
         steps = line(frame, *way, "a", steps=True)
         return frame.draw(steps, *parts, label="The value of every trial, and the best so far")
 
-    marks = legend(("a", "best so far"), ("g", "trial"), ("f", "stopped early (estimate)"), ("b", "baseline"))
+    marks = [("a", "best so far"), ("g", "trial")]
+    marks += [("f", "stopped early (estimate)")] * any(not t.full for t in tried)
+    marks += [("b", "baseline")] * any(t.name for t in tried)
     below = "Lower values stand at the lower edge." if any(t.value < ys[0] for t in tried) else ""
-    return f"<h3>Best value over trials</h3>{marks}{chart(draw)}" + (text(below, "dim") if below else "")
+    return f"<h3>Best value over trials</h3>{legend(*marks)}{chart(draw)}" + (text(below, "dim") if below else "")
 
 
 def title_of(trial: Tried) -> str:

@@ -1,5 +1,7 @@
 """What the chosen candidate is made of: where it comes from, its coefficients by layer and component, its recipe."""
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -19,6 +21,8 @@ SHOWN: tuple[tuple[Component, Part | None], ...] = (
     ("norm", None),
 )  # fmt: skip
 
+MOST_CELLS = 4000  # of one table
+
 Rows = Mapping[str, Sequence[float]]
 """Source and component -> one value a layer."""
 
@@ -29,7 +33,7 @@ def winner_section(material: Material) -> str:
     if verdict is None or recipe is None:
         return ""
     title = candidate_title(verdict)
-    content = [text(provenance(material))]
+    content = [text(provenance(material)), text(about_method(recipe.method), "dim")]
     for name, rows in coefficients(recipe, material.layers).items():
         about = f"Method {recipe.method}, by layer (0 is the first) and component."
         content += [f"<h3>{escape(name)}</h3>", text(about, "dim"), heat_table(rows)]
@@ -56,6 +60,12 @@ def provenance(material: Material) -> str:
         f"recipe {chosen['recipe']}" if chosen.get("recipe") else "",
     ]
     return f"{'; '.join(filter(None, parts))}. {verdict.get('simplified', '')}".strip()
+
+
+def about_method(name: str) -> str:
+    """A method's first line of documentation, which names its paper; empty for one that has none."""
+    module = sys.modules.get(getattr(METHODS[name].plan, "__module__", ""))
+    return ((module.__doc__ if module else None) or "").partition("\n")[0]
 
 
 def coefficients(recipe: Recipe, layers: int) -> dict[str, Rows]:
@@ -91,7 +101,10 @@ def coefficients(recipe: Recipe, layers: int) -> dict[str, Rows]:
 
 
 def heat_table(rows: Rows, digits: int = 2) -> str:
-    """A table whose cells are the darker the farther their value is from zero: blue above, orange below."""
+    """A table whose cells are the darker the farther their value is from zero: blue above, orange below.
+
+    Of more than MOST_CELLS cells it has those of every second layer, every third layer and so on.
+    """
     most = max((abs(x) for row in rows.values() for x in row), default=1.0) or 1.0
 
     def cell(value: float) -> str:
@@ -102,7 +115,9 @@ def heat_table(rows: Rows, digits: int = 2) -> str:
     columns = max(map(len, rows.values()), default=0)
     if all(len(set(row)) == 1 for row in rows.values()):
         rows, columns = {name: row[:1] for name, row in rows.items()}, 1
-    head = "".join(f"<th>{layer if columns > 1 else 'all layers'}</th>" for layer in range(columns))
+    every = math.ceil(columns * len(rows) / MOST_CELLS)
+    head = "".join(f"<th>{layer if columns > 1 else 'all layers'}</th>" for layer in range(0, columns, every or 1))
+    rows = {name: row[:: every or 1] for name, row in rows.items()}
     body = "".join(f"<tr><td>{escape(name)}</td>{''.join(map(cell, row))}</tr>" for name, row in rows.items())
     whole = f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
     return f"<div class='box heat'><table class=heat>{whole}</table></div>"

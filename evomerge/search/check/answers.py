@@ -17,12 +17,22 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def task_concerns(task: ProbedTask) -> Iterator[Concern]:
     """What the answers to a task's items say about the task."""
-    yield from same_scores(task)
+    yield from same_prompts(task)
     if task.kind == "generate_until" and task.right is not None:
         yield from cut_answers(task)
         yield from nearly_right(task)
-        yield from unwritten(task)
-    yield from unlike_ranking(task)
+    yield from same_scores(task)
+    found = list(unwritten(task))
+    yield from found
+    yield from (Concern(c.what, "the warning above has the cause") if found else c for c in unlike_ranking(task))
+
+
+def same_prompts(task: ProbedTask) -> Iterator[Concern]:
+    """Every item asks the same, although the answers differ."""
+    prompts = {item.prompt for item in task.items}
+    if len(prompts) == 1 and len({item.gold for item in task.items}) > 1:
+        what = f"task {task.name}: every item has the same prompt, {min(prompts)[-60:]!r}"
+        yield Concern(what, "name the column of the question in `doc_to_text`, in braces: {{question}}")
 
 
 def same_scores(task: ProbedTask) -> Iterator[Concern]:
@@ -66,10 +76,20 @@ def nearly_right(task: ProbedTask) -> Iterator[Concern]:
 
 def unwritten(task: ProbedTask) -> Iterator[Concern]:
     """A gold answer that models do not write where they answer right."""
-    right = [a.objective for item in task.items for a in item.answers.values() if a.metric >= 1.0]
-    if task.objective == "answer_logprob" and len(right) >= SOME and float(np.mean(right)) < UNWRITTEN:
-        what = f"task {task.name}: where models answer right they do not write its gold answer"
-        yield Concern(what, "give `gold`, the answer as they write it; else only the metric counts")
+    right = [a for item in task.items for a in item.answers.values() if a.metric >= 1.0]
+    if task.kind != "generate_until" or task.objective != "answer_logprob" or len(right) < SOME:
+        return
+    if float(np.mean([a.objective for a in right])) >= UNWRITTEN:
+        return
+    what = f"task {task.name}: where models answer right they do not write its gold answer"
+    spaced = [a.text[:1].isspace() for a in right]
+    if task.delimiter == " " and not any(spaced):
+        mend = "set `target_delimiter: ''` in the task file: they write no space before the answer"
+    elif task.delimiter == "" and all(spaced):
+        mend = "set `target_delimiter: ' '` in the task file: they write a space before the answer"
+    else:
+        mend = "give `gold` beside the task in the configuration: the answer as they write it"
+    yield Concern(what, mend)
 
 
 def wrong_answers(task: ProbedTask, model: str) -> list[tuple[ProbedItem, Answered]]:

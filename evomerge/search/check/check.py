@@ -20,6 +20,7 @@ from evomerge.search.check.answers import task_concerns
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
+    doubt_concerns,
     forecast_concerns,
     holdout_concern,
     least_gain,
@@ -73,14 +74,16 @@ def check_search(
     log: Callable[[str], None] = lambda text: None,
     workers: int = 1,
     limit: float | None = None,
+    keep: bool = False,
 ) -> Check:
     """Look at a search before it begins.
 
-    opened: its models and tasks; the live model that is loaded is kept there.
+    opened: its models and tasks.
     items: of each task, that base and sources answer.
     log: gets lines about what happens.
     workers: how many the search will have.
     limit: seconds that it will have; None is what the configuration says.
+    keep: whether to leave the live model in `opened`, for a worker in this process.
 
     EvomergeError if a model cannot be scored, or does not fit into memory.
     """
@@ -103,6 +106,7 @@ def check_search(
     size = total_bytes(alone[0].recipe, evaluator.bank)
     plan = forecast(config, task_set, found, size, inside, workers, limit)
     differences = measure(models, layers={0, space.layers - 1}, sample=0)  # every layer of a stranger is strange
+    concerns += doubt_concerns(models.compatibility.doubts)
     concerns += stranger_concerns(strangers(differences.distances))
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
@@ -113,7 +117,7 @@ def check_search(
     gain = least_gain(found.tasks, holdout, task_set.weights)
     concerns += holdout_concern(gain)
     concerns += forecast_concerns(plan)
-    if config.space.layers is None and workers == 1:  # a search for layers takes some out of the model
+    if keep and config.space.layers is None:  # a search for layers takes some out of the model
         opened.live = evaluator.model
     device = evaluator.bank.device
     del evaluator

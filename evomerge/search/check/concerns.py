@@ -73,6 +73,12 @@ def stranger_concerns(strangers: Sequence[str]) -> Iterator[Concern]:
         )
 
 
+def doubt_concerns(doubts: Sequence[str]) -> Iterator[Concern]:
+    """Adapters that were perhaps trained on another base.  doubts: see `Compatibility`."""
+    for doubt in doubts:
+        yield Concern(doubt, "compare with `evomerge evaluate`: on the right base the adapter is better than the base")
+
+
 def chat_concerns(templates: Sequence[str], asked_plainly: Sequence[str]) -> Iterator[Concern]:
     """Chat models that are asked without their template.
 
@@ -107,7 +113,7 @@ def holdout_concern(least: float | None) -> Iterator[Concern]:
     if least is None or least <= GAINS[1]:
         return
     unseen = [f"{100 * gain:.0f}" for gain in GAINS if gain < least]
-    what = f"the holdout items can show a gain of {100 * least:.0f} points or more, not one of {' or '.join(unseen)}"
+    what = f"the holdout items can show a gain of {100 * least:.1f} points or more, not one of {' or '.join(unseen)}"
     yield Concern(what, "give `splits` more holdout items, or be content with large gains")
 
 

@@ -5,6 +5,7 @@ saved by a training framework, or because its class ignores `add_bos_token`.  So
 are lost without it, so the loss is measured with and without it.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ def first_token_concerns(evaluator: Evaluator, base: Baseline) -> Iterator[Conce
         pairs.append((mean_loss(model, [(ids, 1)]), mean_loss(model, [([token, *ids], 2)])))
     without, with_token = np.mean(pairs, axis=0)
     gaps = np.subtract(*np.transpose(pairs))
+    if with_token > math.log(evaluator.engine.vocabulary):
+        return  # no better than a uniform guess: the text is strange to the base, and the difference says nothing
     if without - with_token > max(WORSE, 2 * gaps.std(ddof=1) / len(gaps) ** 0.5):
         what = (
             f"the tokenizer puts no {named} before a prompt, but the base is better with it: a loss of "

@@ -51,6 +51,7 @@ class ProbedTask:
     right: the highest score of the metric, where it says right or wrong; None for other metrics.
     items: as they were answered.
     seconds: for one item, scored by what a trial is scored by.
+    delimiter: what the task puts between prompt and gold answer.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ProbedTask:
     right: float | None
     items: list[ProbedItem]
     seconds: float
+    delimiter: str = ""
 
     @property
     def models(self) -> list[str]:
@@ -130,6 +132,7 @@ def probe(
                 right_or_wrong(asked[task.name]),
                 asked[task.name],
                 seconds[task.name],
+                str(task.lm.config.target_delimiter),
             )
             for task in tasks
         ],

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
-from evomerge.errors import EvomergeError, first_line
+from evomerge.errors import EvomergeError, did_you_mean, first_line
 from evomerge.plugins import load_plugin
 from evomerge.search.samplers import auto, cmaes, optuna_samplers
 from evomerge.search.samplers.sampler_kind import SamplerKind, SamplerSetup
@@ -58,8 +58,9 @@ def plugged_in(name: str) -> SamplerKind:
     """The sampler of that name that another package brings.  EvomergeError if there is none or it cannot be loaded."""
     points = entry_points(group=GROUP)
     if name not in points.names:
-        names = ", ".join([*BUILT_IN, *sorted(points.names - BUILT_IN.keys())])
-        raise EvomergeError(f"sampler.name: {name!r} is not a sampler; give one of {names}")
+        names = [*BUILT_IN, *sorted(points.names - BUILT_IN.keys())]
+        hint = did_you_mean(name, names)
+        raise EvomergeError(f"sampler.name: {name!r} is not a sampler; give one of {', '.join(names)}{hint}")
     point = points[name]
     where = f"sampler.name: {name!r} is {point.value}, which"
     return load_plugin(point, SamplerKind, where, "is not a SamplerKind", first_line)

@@ -87,14 +87,19 @@ def keep_answers(
     for task, given in answers.items():
         pairs = list(zip(ids[task], given, strict=True))
         items.tasks.setdefault(task, {}).update(
-            {i: Asked(prompt=a.prompt[-LONGEST:], gold=a.gold[:LONGEST]) for i, a in pairs}
+            {i: Asked(prompt=storable(a.prompt[-LONGEST:]), gold=storable(a.gold[:LONGEST])) for i, a in pairs}
         )
         said.tasks.setdefault(task, {}).update(
-            {i: Said(text=a.text[:LONGEST], taken=a.taken[:LONGEST]) for i, a in pairs}
+            {i: Said(text=storable(a.text[:LONGEST]), taken=storable(a.taken[:LONGEST])) for i, a in pairs}
         )
     if known != {task: set(found) for task, found in items.tasks.items()}:
         write_text(folder / "items.json", items.model_dump_json())
     write_text(folder / f"{digest}.json", said.model_dump_json())
+
+
+def storable(text: str) -> str:
+    """The text with a question mark for each lone surrogate, which UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_or_begin(file: Path, kind: type[Content]) -> Content:

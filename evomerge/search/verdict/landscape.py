@@ -53,6 +53,7 @@ def measure_landscape(run: Run) -> Landscape:
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.loglikelihood import NotFiniteScore
     from evomerge.merge.recipe.recipe import Recipe, load_recipe
+    from evomerge.search.agreements import refuse_task_code
     from evomerge.search.evaluation.evaluator import Evaluator
     from evomerge.search.evaluation.scale import with_first_objectives
     from evomerge.search.evaluation.score_checks import finite_scores
@@ -68,6 +69,7 @@ def measure_landscape(run: Run) -> Landscape:
         raise EvomergeError(f"{run.folder}: has no verdict yet; go on with `evomerge resume {run.folder}`")
     stored, candidate = run.study(), load_recipe(run.winner_file)
     config = with_first_objectives(stored, run.config())
+    refuse_task_code(run, config)
     if config.space.layers is not None or candidate.slices:
         raise EvomergeError("landscape: the candidate has layers of its own, so no straight line leads to a parent")
     config = config.model_copy(update={"compute_dtype": recorded_type(stored.user_attrs) or config.dtype})

@@ -5,7 +5,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from evomerge.merge.bank.memory import Share
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.models import model_folders, model_stamps
+from evomerge.search.opened import Opened
 from evomerge.search.run import Run
 from evomerge.search.workers.local_worker import LocalWorker
 from evomerge.search.workers.process_worker import ProcessWorker
@@ -31,13 +31,13 @@ def make_workers(
     task_set: TaskSet,
     stop: Callable[[], None],
     phase: Callable[[str], None],
-    live: Any = None,
+    opened: Opened | None = None,
 ) -> list[Worker]:
     """Make the workers of a search, without starting them.
 
     stop: called between batches by a worker in this process; raises when the user wants to stop.
     phase: gets what a worker in this process does while it starts.
-    live: a live model that a worker in this process may use.
+    opened: may have a live model, which a worker in this process uses.
     """
     if options.ray is not None:
         return ray_workers(options, run, config)
@@ -50,6 +50,7 @@ def make_workers(
 
     def make(check: Callable[[], None], progress: BatchProgress) -> Evaluator:
         phase("preparing the items")
+        live = None if opened is None else opened.take_live()
         evaluator = Evaluator(config, models, task_set, check, run.log, run.folder / "cache", progress, live=live)
         phase("measuring the sources")
         evaluator.prepare(run.manifest()["inputs"])
