@@ -19,7 +19,7 @@ from evomerge.search.check.paths import mean_loss
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.space.baselines import Baseline
 
-ITEMS, TOKENS = 8, 256  # of each task; of a prompt with its answer
+ITEMS, TOKENS = 16, 256  # of all tasks; of a prompt with its answer
 WORSE, DECLARED = 0.2, 0.05  # nats a token; where the tokenizer's settings say that it adds the token
 
 
@@ -33,7 +33,7 @@ def first_token_concerns(evaluator: Evaluator, base: Baseline) -> Iterator[Conce
     rows: list[tuple[int, ...]] = []
     twice = set()
     for task in evaluator.task_set.tasks:
-        items = evaluator.task_set.items[task.name]["search"][:ITEMS]
+        items = evaluator.task_set.items[task.name]["search"][: max(2, ITEMS // len(evaluator.task_set.tasks))]
         work = evaluator.engine.workload(task, items, everything=True)
         found = [asked.rows[asked.gold or 0].tokens for asked in work.items if asked.rows]
         twice |= {task.name for tokens in found if tokens[:2] == (token, token)}
