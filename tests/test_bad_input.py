@@ -523,6 +523,12 @@ def test_a_folder_without_a_model_names_the_one_in_it(tmp_path: Path) -> None:
     assert refusal(lambda: open_models(base, {"none": tmp_path / "none"})).endswith("nor adapter_config.json")
 
 
+def test_a_run_is_not_written_into_a_model(tmp_path: Path) -> None:
+    config = write_config(tmp_path, write_family(tmp_path / "family", ["rev", "add"])["base"].parent)
+    said = refusal(lambda: evomerge.search(config, run=tmp_path / "family" / "rev", show=False))
+    assert said == f"{tmp_path / 'family' / 'rev'}: holds a model; choose another --run folder"
+
+
 def test_an_adapter_of_another_base_is_refused_and_of_a_fine_tune_doubted(tmp_path: Path) -> None:
     base, tuned = write_llama(tmp_path / "base"), write_llama(tmp_path / "tuned", 1, change=0.01)
     other = write_llama(tmp_path / "other", 1, change=1.0)

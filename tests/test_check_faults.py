@@ -132,6 +132,8 @@ def trained_with_first_token(family: Path, out: Path) -> Path:
         optimizer.step()
     shutil.copytree(family / "base", out)
     model.save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text()) | {"add_bos_token": True}  # nothing obeys it
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
     return out
 
 

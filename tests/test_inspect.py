@@ -169,7 +169,7 @@ def differences(cosine: float, sizes: tuple[float, float] = (0.05, 0.05), carrie
         (differences(0.0), "method: the sources hardly touch each other, so `task_arithmetic` is a good start"),
         (differences(0.5), "disagree in sign on up to 40% of what both change most, so try `[task_arithmetic, ties"),
         (differences(-0.4), "one and two pull against each other (cosine -0.40)"),
-        (differences(0.97), "leave out two: one and two are nearly the same change (cosine 0.97)"),
+        (differences(0.97), "leave out two: one is nearly the same change (cosine 0.97), so one of them is enough"),
         (differences(0.0, (0.05, 1.2)), "leave out two: it changes some weights by 120% of their size"),
         (differences(0.0, (0.05, 0.0)), "leave out two: it is the base itself"),
         (differences(0.0, (0.05, 0.01)), "one changes 5 times as much as two"),
@@ -226,6 +226,14 @@ def test_without_a_text_it_says_how_to_measure_losses(tiny_family: Path) -> None
     assert json.loads(run_cli("inspect", tiny_family / "base", tiny_family / "rev", "--json").stdout)["paths"] is None
     done = run_cli("inspect", tiny_family / "base")
     assert (done.returncode, "give a base and at least one source" in done.stderr) == (2, True)
+
+
+def test_pairs_of_long_names_stay_apart(tmp_path: Path) -> None:
+    names = [f"a-long-name-of-a-model-{k}-of-three" for k in range(3)]
+    family = write_family(tmp_path, names)
+    found = evomerge.inspect(family["base"], [family[name] for name in names])
+    (signs,) = [t for t in found.tables() if t.title.startswith("Opposite signs")]
+    assert sorted(signs.rows) == ["1 / 2", "1 / 3", "2 / 3"]
 
 
 def test_names_are_escaped_on_the_page() -> None:

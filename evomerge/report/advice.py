@@ -43,10 +43,13 @@ def left_out(found: Differences, paths: Paths | None) -> Iterator[tuple[str, str
             yield source, "it is the base itself"
         elif source in barriers and barriers[source].is_high:
             yield source, f"{between(barriers[source])}, so even a part of its change breaks the model"
-    for one, other in combinations(found.cosines, 2):
-        cosine = found.cosines[one][other]
-        if cosine is not None and cosine > ALIKE and not {one, other} & set(strange):
-            yield other, f"{one} and {other} are nearly the same change (cosine {cosine:.2f}), so one of them is enough"
+    kept: list[str] = []
+    for source, cosines in found.cosines.items():
+        like = next((o for o in kept if (cosines[o] or 0.0) > ALIKE), None)
+        if like is not None:
+            yield source, f"{like} is nearly the same change (cosine {cosines[like]:.2f}), so one of them is enough"
+        elif source not in strange:
+            kept.append(source)
 
 
 def between(segment: Segment) -> str:

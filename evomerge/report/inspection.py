@@ -141,7 +141,7 @@ class Inspection:
             }
             yield Table("Cosine between the changes (1: the same, 0: unrelated)", short, rows)
             ranked = sorted(found.conflicts.items(), key=lambda pair: -(pair[1][ALL] or 0))
-            rows = {" / ".join(p): [number(x, "{:.0f}", 100) for x in c.values()] for p, c in ranked[:PAIRS]}
+            rows = {self.pair(" / ", p): [number(x, "{:.0f}", 100) for x in c.values()] for p, c in ranked[:PAIRS]}
             title = "Opposite signs where both change most, % of elements (unrelated: 50)"
             yield Table(title, [*kinds, ALL], rows, len(ranked) - PAIRS)
         rows = {n: [number(x, "{:.0f}", 100) for x in parts.values()] for n, parts in found.redundancy.items()}
@@ -149,9 +149,18 @@ class Inspection:
         yield Table(title, [f"top {share:.0%}" for share in LARGEST], rows)
         if self.paths is not None:
             segments = sorted(self.paths.segments, key=lambda s: -s.barrier)
-            rows = {" - ".join(s.ends): [number(x, "{:.3f}") for x in (*s.losses, s.barrier)] for s in segments[:PAIRS]}
+            rows = {
+                self.pair(" - ", s.ends): [number(x, "{:.3f}") for x in (*s.losses, s.barrier)]
+                for s in segments[:PAIRS]
+            }
             title = f"Loss from one model to the other, nats a token ({self.paths.tokens} tokens)"
             yield Table(title, ["0", "1/4", "1/2", "3/4", "1", "barrier"], rows, len(segments) - PAIRS)
+
+    def pair(self, between: str, names: tuple[str, str]) -> str:
+        """Two models in a table; long names are replaced by the numbers in the table of cosines."""
+        if len(between.join(names)) <= NAME or len(self.cosines) < 2:
+            return between.join(names)
+        return between.join(str(1 + list(self.cosines).index(n)) if n in self.cosines else n for n in names)
 
     @property
     def remarks(self) -> list[str]:

@@ -168,7 +168,9 @@ def claim(study: optuna.Study, run: Run) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise EvomergeError if the folder is a run already."""
+    """Raise EvomergeError if the folder is a run already, or a model."""
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise EvomergeError(f"{folder}: holds a model; choose another --run folder")
     if Run(folder).config_file.exists():
         raise EvomergeError(
             f"{folder}: this run exists already; go on with `evomerge resume {folder}`, or choose another --run folder"
