@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -314,11 +315,11 @@ def test_a_folder_with_something_in_it_is_not_overwritten(family: dict[str, Path
 
 def test_what_a_killed_export_left_is_cleared_away(family: dict[str, Path], tmp_path: Path):
     with new_folder(tmp_path / "merged") as aside:
-        part = aside.name
-    (tmp_path / "merged").rename(tmp_path / part)
-    (tmp_path / part / "half.safetensors").write_text("half a file")
+        part = Path(shutil.copytree(aside, tmp_path / "merged.99999999.part"))
+        (part / "half.safetensors").write_text("half a file")
+    shutil.rmtree(tmp_path / "merged")
     out = exported(family, recipe_for(family), tmp_path / "merged")
-    assert not (tmp_path / part).exists()
+    assert not part.exists()
     assert not (out / "half.safetensors").exists()
 
 

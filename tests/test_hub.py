@@ -124,8 +124,8 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
 
 
 def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("base", "one", "two"):
-        hub.push(f"me/{name}", write_llama(tmp_path / name))
+    for seed, name in enumerate(("base", "one", "two")):
+        hub.push(f"me/{name}", write_llama(tmp_path / name, seed))
     file, task_set = write_search(tmp_path), TaskSet([], {})
     monkeypatch.setattr("evomerge.search.inputs.open_task_set", lambda config: task_set)
     run = create_run(pin(load_config(file), {}), task_set, file, tmp_path / "run")

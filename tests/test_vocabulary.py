@@ -263,7 +263,8 @@ def test_another_tokenizer_is_refused_unless_the_recipe_says_how(tmp_path: Path)
     assert any("one: vocab_size is 42, in the base model 40" in line for line in lines)
     assert any("one: another tokenizer: " in line for line in lines)
     assert (
-        lines[-1] == "  `vocabulary: base`, `union` or a source's name in the recipe merges other tokenizers by token"
+        lines[-1]
+        == "  `vocabulary: base`, `union` or a source's name, in the configuration or recipe, merges them by token"
     )
     open_bank(recipe_of(folders, vocabulary="union"))
 

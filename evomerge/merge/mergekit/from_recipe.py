@@ -64,7 +64,8 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     sources = list(recipe.sources)
     if recipe.method == "slerp" and len(sources) > 1:
         base, sources = sources[0].path, sources[1:]
-    in_steps = method.models[1] is not None and len(sources) > method.models[1]
+    most = method.models[1] if METHODS[recipe.method].ordered is not None else None
+    in_steps = most is not None and len(sources) > most
     if in_steps and (recipe.method == "nuslerp" or recipe.slices or recipe.vocabulary):
         more = " with `slices`" if recipe.slices else " with a `vocabulary`" if recipe.vocabulary else ""
         raise EvomergeError(
