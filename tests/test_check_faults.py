@@ -96,7 +96,7 @@ def test_an_adapter_that_may_be_of_another_base(tiny_family: Path, tmp_path: Pat
 
 def test_limits_and_splits_that_are_too_small(tiny_family: Path, tmp_path: Path) -> None:
     splits = {"search": 100, "selection": 50, "holdout": 20}
-    found = warnings(tmp_path, tiny_family, task_of(tmp_path), splits=splits, budget={"timeout": 8})
+    found = warnings(tmp_path, tiny_family, task_of(tmp_path), splits=splits, budget={"timeout": 1})
     assert "the time limit leaves room for about" in found
     assert "the holdout items can show a gain of" in found
 

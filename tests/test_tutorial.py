@@ -9,7 +9,9 @@ import pytest
 from searches import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
-VARYING = re.compile(r"(scoring|searching|trial|judging|task|all tasks|weights in|learning|warning|used|  +give|\.\.\.|[┏┡└])")
+VARYING = re.compile(
+    r"(scoring|searching|trial|judging|task|all tasks|weights in|learning|warning|used|  +give|\.\.\.|[┏┡└])"
+)
 """What begins a line that depends on the speed of the machine, or on the last bits of a score."""
 
 

@@ -21,7 +21,6 @@ from evomerge.errors import EvomergeError
 from evomerge.search.budget.enough import too_short
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds, step_seconds
-from evomerge.search.check.concerns import FEW
 from evomerge.search.evaluation.agreement import agreements, model_name
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.method_race import score_default_recipes
@@ -57,7 +56,7 @@ from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.storage.trial_record import LEARNED
 from evomerge.search.trial import Races, TrialRunner, next_baseline
 from evomerge.search.verdict.finals import finish
-from evomerge.search.verdict.verdict import Verdict
+from evomerge.search.verdict.verdict import ENOUGH_SEARCHED, Verdict
 from evomerge.search.workers.make_workers import device_kind, make_workers
 from evomerge.search.workers.pool import Pool, run_all
 from evomerge.search.workers.worker_options import WorkerOptions
@@ -361,7 +360,7 @@ class Driver:
         if seconds is None:
             return
         elapsed, proposed = monitor.stopwatch.elapsed.seconds, len(monitor.progress.sampled)
-        if limits.trials is not None and limits.trials - monitor.progress.trials < FEW:
+        if limits.trials is not None and limits.trials - monitor.progress.trials < ENOUGH_SEARCHED:
             return  # the user wants no more
         left, workers = max(0.0, limits.seconds_left(elapsed, now())), self.pool.size
         baselines = sum(b.point is not None and self.study.of_baseline(b.name) is None for b in self.state.baselines)

@@ -2,7 +2,8 @@
 
 import math
 
-from evomerge.search.check.concerns import FEW, duration
+from evomerge.search.check.concerns import duration
+from evomerge.search.verdict.verdict import ENOUGH_SEARCHED
 
 
 def room(left: float, reserve: float, trial: float, workers: int, baselines: int) -> int:
@@ -20,18 +21,18 @@ def room(left: float, reserve: float, trial: float, workers: int, baselines: int
 def too_short(
     left: float, reserve: float, trial: float, workers: int, baselines: int, proposed: int, elapsed: float
 ) -> str | None:
-    """What to say if the time leaves room for fewer than FEW candidates, and what would be enough; None if it does not.
+    """What to say if the time leaves room for fewer than ENOUGH_SEARCHED candidates, and what would be enough; None if it does not.
 
     proposed: how many candidates have been tried already.  elapsed: seconds of the run so far.
     The other arguments are those of `room`.
     """
     count = proposed + room(left, reserve, trial, workers, baselines)
-    if count >= FEW:
+    if count >= ENOUGH_SEARCHED:
         return None
-    enough = elapsed + reserve + (baselines + FEW - proposed) * trial / workers
+    enough = elapsed + reserve + (baselines + ENOUGH_SEARCHED - proposed) * trial / workers
     late = f"; judging alone takes about {duration(reserve)}, so the result comes late" if reserve > left else ""
     tried = "no candidate" if not count else f"about {count} candidates" if count > 1 else "about one candidate"
     return (
-        f"the time limit leaves room for {tried}, and fewer than {FEW} are hardly a search; "
-        f"--timeout {duration(enough)} would be enough for {FEW}{late}"
+        f"the time limit leaves room for {tried}, and fewer than {ENOUGH_SEARCHED} are hardly a search; "
+        f"--timeout {duration(enough)} would be enough for {ENOUGH_SEARCHED}{late}"
     )

@@ -12,8 +12,8 @@ from evomerge.search.check.forecast import Forecast
 from evomerge.search.check.near_duplicates import Text, near_duplicates
 from evomerge.search.check.probe import BASE, ProbedTask
 from evomerge.search.verdict.intervals import STANDARD_ERRORS
+from evomerge.search.verdict.verdict import ENOUGH_SEARCHED
 
-FEW = 20  # candidates; with fewer a search is hardly one
 GAINS = (0.02, 0.05, 0.10)  # of the mean metric, that a user may want to see
 ENOUGH = 8  # items of a task from which a variance is estimated
 SHOWN = 60  # characters of a question in a message
@@ -119,13 +119,13 @@ def holdout_concern(least: float | None) -> Iterator[Concern]:
 
 def forecast_concerns(forecast: Forecast) -> Iterator[Concern]:
     """Limits and memory that do not suffice."""
-    if forecast.candidates is not None and forecast.candidates < FEW:
+    if forecast.candidates is not None and forecast.candidates < ENOUGH_SEARCHED:
         what = f"the time limit leaves room for about {forecast.candidates} candidates"
-        yield Concern(what, f"give it {duration(forecast.needed(FEW))} or more, or fewer search items")
-    elif forecast.trials is not None and not forecast.steps and forecast.trials - forecast.baselines < FEW:
+        yield Concern(what, f"give it {duration(forecast.needed(ENOUGH_SEARCHED))} or more, or fewer search items")
+    elif forecast.trials is not None and not forecast.steps and forecast.trials - forecast.baselines < ENOUGH_SEARCHED:
         left = max(0, forecast.trials - forecast.baselines)
         what = f"of {forecast.trials} trials {forecast.trials - left} are baselines, so {left} are left for candidates"
-        yield Concern(what, f"give `trials` {FEW + forecast.baselines} or more")
+        yield Concern(what, f"give `trials` {ENOUGH_SEARCHED + forecast.baselines} or more")
     if forecast.disk > forecast.disk_left:
         what = f"an export needs {forecast.disk / 1e9:.1f} GB of disk, {forecast.disk_left / 1e9:.1f} GB are free"
         yield Concern(what, "make room before the morning, or give --out on another disk")
