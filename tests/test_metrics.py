@@ -155,7 +155,7 @@ def test_a_floored_objective_stays_within_its_bounds_and_rises_with_the_gold_ans
     assert metric.formula is not None
     value = metric.formula(answer)
     assert metric.worst is not None
-    assert metric.worst <= value <= 0
+    assert metric.worst - 1e-12 <= value <= 0
     better = Answer(
         {},
         token_logprobs=[x / 2 for x in answer.token_logprobs],

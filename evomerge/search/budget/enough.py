@@ -21,7 +21,7 @@ def room(left: float, reserve: float, trial: float, workers: int, baselines: int
 def too_short(
     left: float, reserve: float, trial: float, workers: int, baselines: int, proposed: int, elapsed: float
 ) -> str | None:
-    """What to say if the time leaves room for fewer than ENOUGH_SEARCHED candidates, and what would be enough; None if it does not.
+    """What to say if the time leaves room for hardly a search (ENOUGH_SEARCHED), and what would be enough; else None.
 
     proposed: how many candidates have been tried already.  elapsed: seconds of the run so far.
     The other arguments are those of `room`.
