@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test docs test-slow test-mergekit test-ray chaos fuzz gpu gpu-dry-run lint clean
+.PHONY: demo test docs test-more test-slow test-mergekit test-ray chaos fuzz gpu gpu-dry-run lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evomerge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
@@ -34,6 +34,10 @@ test: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/build_site.py
 
+# What takes a minute or two more: disturbed searches in their short form, and the notebook of the tutorial.
+test-more: $(READY)
+	$(BIN)/python -m pytest -m slow --dist load tests/test_chaos.py tests/test_tutorial.py::test_the_notebook_runs
+
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
@@ -42,7 +46,7 @@ EXAMPLES ?= 5000
 fuzz: $(READY)
 	EVOMERGE_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --dist load tests/test_fuzz.py
 
-# Real searches disturbed at random moments; the default suite has a short form.
+# Real searches disturbed at random moments; `make test-more` has a short form.
 ROUNDS ?= 5
 chaos: $(READY)
 	$(BIN)/python tests/chaos.py --rounds $(ROUNDS)
