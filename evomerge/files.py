@@ -14,7 +14,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
@@ -22,6 +24,7 @@ from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
+Content = TypeVar("Content", bound=BaseModel)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
@@ -95,6 +98,25 @@ def read_json(path: Path, limit: int = JSON_BYTES, unique: bool = False) -> dict
     if not isinstance(content, dict):
         raise EvomergeError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def read_model(path: Path, kind: type[Content], strict: bool | None = None) -> Content:
+    """The JSON object in a file as a pydantic model.
+
+    strict: whether texts are no numbers, and the like; None is what the model says.
+
+    EvomergeError as for `read_json`, and with the first thing that is wrong.
+    """
+    try:
+        return kind.model_validate(read_json(path), strict=strict)
+    except ValidationError as error:
+        raise EvomergeError(f"{path}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's errors as text: the place and what is wrong."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def sync(path: Path) -> None:

@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chromium import chromium
 from searches import import_what_commands_need
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forked children must not share a pool
@@ -20,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
     "chaos", "kernels", "fuzz", "storage", "cma", "equality",
     "workers", "resume", "method_choice", "light", "search", "pareto", "learned", "scale", "guards", "face", "cli",
-    "simplify", "soup", "limits",
+    "simplify", "soup", "limits", "trust", "check", "check_faults", "play", "compare",
 )  # fmt: skip
 """Files that take long; they begin first, so that both cores end at the same time.
 
@@ -31,6 +34,13 @@ Those after the first need no tiny family: where it is not there yet, one proces
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}.py": k for k, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))  # stable: a file's own order stays
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; the test is skipped where there is none."""
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

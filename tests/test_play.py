@@ -28,7 +28,6 @@ from evomerge.play.playground import Playground, open_playground, recipe_name, s
 from evomerge.play.sliders import GROUPS, Slider
 from evomerge.sources.tensor_names import tensor_role
 
-CHROMIUM = Path("/usr/bin/chromium")
 NO_NETWORK = """
 import socket, sys
 real = socket.getaddrinfo
@@ -333,17 +332,6 @@ def served(run: Path) -> Iterator[str]:
     assert done.returncode == 130, done
     assert "NETWORK" not in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 class Tab:

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
-CHROMIUM = Path("/usr/bin/chromium")
 FIRST = ("index.html", "tutorial/first_merge.html", "reference/configuration.html")
 
 
@@ -22,19 +20,6 @@ def site() -> Path:
     done = subprocess.run([sys.executable, ROOT / "docs" / "build_site.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return SITE
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason='playwright is missing: pip install "evomerge[browser]"'
-    )
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is missing")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def test_every_page_has_the_lists_tables_and_code_of_its_source(site: Path) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.api.search import LOADING, open_inputs, read_config
+from evomerge.api.read_config import read_config
+from evomerge.api.search import LOADING, open_inputs
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.report.progress import Stages, console

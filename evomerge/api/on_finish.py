@@ -10,10 +10,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -21,6 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import OnFinishConfig
 from evomerge.errors import EvomergeError
+from evomerge.search.agreements import agreed
 from evomerge.search.run import Run
 
 COMMAND_SECONDS = 60.0  # after that the command is killed
@@ -78,6 +80,32 @@ def ending_of(run: Run, error: BaseException | None) -> Ending:
 def content_of(config: OnFinishConfig) -> list[str | None]:
     """What the user agrees to."""
     return ["on_finish", config.command, config.webhook]
+
+
+@contextlib.contextmanager
+def telling_the_end(run: Run, show: bool) -> Iterator[None]:
+    """Within the context a search runs; what its configuration says under `on_finish` is told how it ended.
+
+    show: whether to print that nothing is told because the user has not agreed to it here.
+    """
+    on_finish = run.config().on_finish
+    if on_finish is not None and not agreed(content_of(on_finish), run.folder):
+        if show:
+            print(
+                f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
+                "and if it may run, resume with --on-finish",
+                file=sys.stderr,
+            )
+        on_finish = None
+    ended: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        ended = error
+        raise
+    finally:
+        if on_finish is not None:
+            tell(on_finish, ending_of(run, ended), run.log)
 
 
 def tell(config: OnFinishConfig, ending: Ending, log: Callable[[str], None]) -> None:

@@ -11,23 +11,21 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from evomerge.api.merge import plain
-from evomerge.api.on_finish import content_of, ending_of, tell
+from evomerge.api.on_finish import content_of, telling_the_end
+from evomerge.api.read_config import read_config
 from evomerge.api.run import Run, Trial, reader_of_trials
-from evomerge.config.config_file import load_config, parse_config, write_config
+from evomerge.config.config_file import write_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
-from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.evaluate.metrics import CHOSEN, METRICS
+from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
-from evomerge.search.agreements import agree, agreed, task_code
+from evomerge.search.agreements import agree, task_code
 from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.monitor.trackers import refuse_missing
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import only_driver, refuse_existing
-from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 if TYPE_CHECKING:
@@ -123,7 +121,8 @@ def search(
         agree(content_of(loaded.on_finish), folder)
     if code := task_code(loaded):
         agree(code, folder)
-    return search_and_tell(created, limits, worker_options, out, on_trial, show, opened)
+    with telling_the_end(created, show):
+        return search_in(created, limits, worker_options, out, on_trial, show, opened)
 
 
 def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] = lambda text: None) -> "Opened":
@@ -217,35 +216,8 @@ def resume(
         write_config(files.config_file, changed)
     if changed.on_finish is not None and on_finish:
         agree(content_of(changed.on_finish), files.folder)
-    return search_and_tell(files, limits, worker_options, out, on_trial, show)
-
-
-def read_config(config: SearchConfig | Mapping[str, Any] | str | Path) -> tuple[SearchConfig, Path | None]:
-    """A checked configuration from any of its forms, and the file that it comes from, if it comes from one."""
-    if isinstance(config, (str, Path)):
-        return load_config(Path(config), name_problems), Path(config)
-    content = config.model_dump(by_alias=True, exclude_none=True) if isinstance(config, SearchConfig) else config
-    return parse_config(plain(content), Path("configuration"), name_problems), None
-
-
-def name_problems(config: SearchConfig, others: bool) -> list[str]:
-    """The problems with the names of sampler, objectives and metrics.
-
-    others: whether there are other problems.  Then a metric that looks misspelt is one; a task that is opened may have
-    it after all.
-    """
-    problems = []
-    try:
-        sampler_kind(config.sampler.name)
-    except EvomergeError as error:
-        problems.append(str(error))
-    known = ["metric", *METRICS, *CHOSEN]
-    for number, task in enumerate(config.tasks if others or problems else []):
-        for key, name in (("objective", task.objective), ("metric", task.metric or "metric")):
-            plain_name = name.partition(",")[0]
-            if plain_name not in known and (hint := did_you_mean(plain_name, known)):
-                problems.append(f"tasks.{number}.{key}: {name!r} is not a metric that evomerge knows{hint}")
-    return problems
+    with telling_the_end(files, show):
+        return search_in(files, limits, worker_options, out, on_trial, show)
 
 
 def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
@@ -259,36 +231,6 @@ def with_margin(config: SearchConfig, simplify: float | None) -> SearchConfig:
 
 def options_of(workers: int | str | None, ray: str | None) -> WorkerOptions:
     return parse_worker_options(None if workers is None else str(workers), ray)
-
-
-def search_and_tell(
-    run: RunFolder,
-    limits: Limits,
-    workers: WorkerOptions,
-    out: str | Path | None,
-    on_trial: OnTrial | None,
-    show: bool,
-    opened: "Opened | None" = None,
-) -> Run:
-    """`search_in`, and then what the configuration's `on_finish` says, if the user has agreed to it."""
-    on_finish = run.config().on_finish
-    if on_finish is not None and not agreed(content_of(on_finish), run.folder):
-        if show:
-            print(
-                f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
-                "and if it may run, resume with --on-finish",
-                file=sys.stderr,
-            )
-        on_finish = None
-    ended: BaseException | None = None
-    try:
-        return search_in(run, limits, workers, out, on_trial, show, opened)
-    except BaseException as error:
-        ended = error
-        raise
-    finally:
-        if on_finish is not None:
-            tell(on_finish, ending_of(run, ended), run.log)
 
 
 def search_in(

@@ -50,7 +50,7 @@ def search(
 
     if dry_run:
         from evomerge.api.check import check as look
-        from evomerge.api.search import read_config
+        from evomerge.api.read_config import read_config
         from evomerge.search.budget.limits import with_budget
 
         look(with_budget(read_config(config)[0], trials, timeout, target, patience))

@@ -112,17 +112,17 @@ def guards_of(config: SearchConfig, tasks: Sequence[Task]) -> tuple[Guard, ...]:
 
 def check_chat_templates(models: Models, task_set: TaskSet) -> None:
     """EvomergeError if a task asks for a chat template that the base's tokenizer lacks, or that asks for too much."""
-    for task in task_set.tasks:
-        if not task.chat:
-            continue
-        templates = chat_templates(models.base.path)
-        if problem := next(filter(None, map(problem_of, templates)), None):
-            raise EvomergeError(f"{models.base.path}: its chat template {problem} for a chat of three short messages")
-        if not templates:
-            raise EvomergeError(
-                f"task {task.name}: apply_chat_template is asked for, but {models.base.path} has no chat template; "
-                "leave it out, or put the chat_template.jinja of a source beside the base's tokenizer"
-            )
+    asking = [task for task in task_set.tasks if task.chat]
+    if not asking:
+        return
+    templates = chat_templates(models.base.path)
+    if not templates:
+        raise EvomergeError(
+            f"task {asking[0].name}: apply_chat_template is asked for, but {models.base.path} has no chat template; "
+            "leave it out, or put the chat_template.jinja of a source beside the base's tokenizer"
+        )
+    if problem := next(filter(None, map(problem_of, templates)), None):
+        raise EvomergeError(f"{models.base.path}: its chat template {problem} for a chat of three short messages")
 
 
 def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, write_text
+from evomerge.files import read_model, write_text
 
 if TYPE_CHECKING:  # evaluating needs libraries whose import takes seconds
     from evomerge.evaluate.answers import Answer
@@ -112,10 +112,4 @@ def read_or_begin(file: Path, kind: type[Content]) -> Content:
 
 def read(file: Path, kind: type[Content]) -> Content:
     """The content of a file; an empty one if it is not there.  EvomergeError if it is damaged."""
-    if not file.exists():
-        return kind()
-    try:
-        return kind.model_validate(read_json(file), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EvomergeError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(file, kind, strict=True) if file.exists() else kind()

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.files import read_json, write_text
+from evomerge.files import first_problem, read_json, write_text
 from evomerge.merge.recipe.recipe import Recipe, parse_recipe
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import knee
@@ -90,9 +90,7 @@ def read_finalists(run: Run) -> list[Entry]:
     try:
         entries = Finalists.model_validate(read_json(run.finalists_file)).finalists
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise EvomergeError(f"{run.finalists_file}: {where}: {first['msg']}; {hint} again") from error
+        raise EvomergeError(f"{run.finalists_file}: {first_problem(error)}; {hint} again") from error
     if not entries or not entries[0].tasks or any(e.tasks.keys() != entries[0].tasks.keys() for e in entries):
         raise EvomergeError(f"{run.finalists_file}: its finalists do not have the same tasks; {hint} again")
     return entries

@@ -5,10 +5,9 @@ Three layers are looked at, the first, the middle and the last one, so that it t
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from evomerge.errors import EvomergeError
-from evomerge.files import read_json, write_text
+from evomerge.files import read_model, write_text
 from evomerge.search.run import Run
 from evomerge.sources.tensor_names import layer_count
 
@@ -43,13 +42,7 @@ class Conflicts(BaseModel):
 
 def read_conflicts(run: Run) -> Conflicts | None:
     """What was measured; None if nothing was.  EvomergeError if the file is damaged."""
-    if not run.conflicts_file.exists():
-        return None
-    try:
-        return Conflicts.model_validate(read_json(run.conflicts_file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EvomergeError(f"{run.conflicts_file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(run.conflicts_file, Conflicts) if run.conflicts_file.exists() else None
 
 
 def write_conflicts(run: Run, models: "Models | None") -> None:

@@ -6,10 +6,10 @@ Each point is a model that is scored by the metric on a few items of the search 
 trial.  A point is written when it is known; what was broken off goes on where it stopped.
 """
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, write_text
+from evomerge.files import read_model, write_text
 from evomerge.search.run import Run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -32,13 +32,7 @@ class Landscape(BaseModel):
 
 def read_landscape(run: Run) -> Landscape | None:
     """What was measured; None if nothing was.  EvomergeError if the file is damaged."""
-    if not run.landscape_file.exists():
-        return None
-    try:
-        return Landscape.model_validate(read_json(run.landscape_file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise EvomergeError(f"{run.landscape_file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(run.landscape_file, Landscape) if run.landscape_file.exists() else None
 
 
 def measure_landscape(run: Run) -> Landscape:

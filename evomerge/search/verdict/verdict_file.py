@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from evomerge.files import first_problem
 from evomerge.search.verdict.guards import GuardResult
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
 from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict
@@ -132,8 +133,7 @@ def what_is_wrong(content: Any) -> str | None:
     try:
         found = VerdictFile.model_validate_json(json.dumps(content), strict=True)  # as JSON: text is no number there
     except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return first_problem(error)
     for name in ("winner", *(c.name for c in found.comparisons)):
         if lacking := found.tasks.keys() - found.holdout.get(name, {}).keys():
             return f"holdout.{name}: lacks {min(lacking)}"
