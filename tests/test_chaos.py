@@ -6,7 +6,7 @@ import pytest
 from chaos import QUICK, one_night
 
 SEED = 11
-pytestmark = pytest.mark.slow  # `make test-more` runs it
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")

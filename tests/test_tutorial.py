@@ -47,7 +47,7 @@ def test_the_tutorial_shows_what_its_commands_print(
     assert told(page) == told(now), "stale; run: python docs/run_tutorial.py"
 
 
-@pytest.mark.slow  # `make test-more` runs it
+@pytest.mark.more
 def test_the_notebook_runs(tiny_family: Path, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason='nbclient is missing: pip install "evomerge[docs]"')
     nbclient = pytest.importorskip("nbclient", reason='nbclient is missing: pip install "evomerge[docs]"')
