@@ -1,4 +1,4 @@
-"""Run the commands of docs/tutorial/first_merge.md and write their output into it: python docs/run_tutorial.py
+"""Run the commands of docs/tutorial/first-merge.md and write their output into it: python docs/run_tutorial.py
 
 A block of the page marked `console` has commands, each after `$`, and what they print.  They run one after the other in
 a fresh folder with the models and data that the page has made before.  A block stays as it is if only times and sizes
@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "tutorial" / "first_merge.md"
+PAGE = ROOT / "docs" / "tutorial" / "first-merge.md"
 NOTE = r"<!-- shorten: (?P<words>[\w ]+); until: (?P<end>\w+) -->\n"
 BLOCK = re.compile(rf"(?:{NOTE})?```console\n(?P<body>.*?)```\n", re.DOTALL)
 COMMAND = re.compile(r"^\$ (?:\\\n|.)*", re.MULTILINE)

@@ -51,7 +51,7 @@ def test_the_tutorial_shows_what_its_commands_print(
 def test_the_notebook_runs(tiny_family: Path, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason='nbclient is missing: pip install "evomerge[docs]"')
     nbclient = pytest.importorskip("nbclient", reason='nbclient is missing: pip install "evomerge[docs]"')
-    notebook = nbformat.read(ROOT / "docs" / "tutorial" / "first_merge.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "docs" / "tutorial" / "first-merge.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "stored outputs"
     tutorial["prepare"](tmp_path, tiny_family)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
