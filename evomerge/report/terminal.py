@@ -14,10 +14,11 @@ from rich.table import Table
 
 from evomerge.report.gradient_steps import steps_text
 from evomerge.report.live_view import NO_SNAPSHOT, rate_and_time_left, render, watch
-from evomerge.report.progress import LINE_SECONDS, console, seconds_text
+from evomerge.report.progress import Lines, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
 from evomerge.report.verdict_text import candidate_title, difference_text, remarks
+from evomerge.search.monitor.monitor import BATCHES
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
@@ -38,12 +39,12 @@ class SearchView:
         self.live: Live | None = None
         self.snapshot: Snapshot | None = None
         self.current_phase = ""
-        self.last_line = 0.0
+        self.lines = Lines()
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
         if not self.screen.is_terminal and text != self.current_phase:
-            self.current_phase, self.last_line = text, time.monotonic()
+            self.current_phase, self.lines = text, Lines()
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
@@ -51,10 +52,8 @@ class SearchView:
         self.screen.print(text, markup=False, soft_wrap=not self.screen.is_terminal)
 
     def step(self, done: int, total: int, unit: str) -> None:
-        """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""
-        now = time.monotonic()
-        if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
+        """How much of this phase, or of its present model, is done; without a terminal a line now and then (`Lines`)."""
+        if not self.screen.is_terminal and self.lines.due(done >= total and unit != BATCHES):
             print(f"{self.current_phase}: {done} of {total} {unit}", flush=True)
 
     def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
