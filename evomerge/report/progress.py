@@ -33,12 +33,9 @@ class Lines:
     def due(self, last: bool) -> bool:
         """Whether to print a line now.  last: whether all is done."""
         now = time.monotonic()
-        if self.printed is None:
-            due = now - self.began >= FIRST_SECONDS
-        else:
-            due = last or now - self.printed >= LINE_SECONDS
-        if due:
-            self.printed = now
+        first, before = self.printed is None, self.printed or self.began
+        due = now - before >= (FIRST_SECONDS if first else LINE_SECONDS) or (last and not first)
+        self.printed = now if due else self.printed
         return due
 
 
