@@ -51,10 +51,8 @@ def search(
 
     if dry_run:
         from evomerge.api.check import check as look
-        from evomerge.api.read_config import read_config
-        from evomerge.search.budget.limits import with_budget
 
-        look(with_budget(read_config(config)[0], trials, timeout, target, patience))
+        look(config, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
         return
     try:
         found = start(

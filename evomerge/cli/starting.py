@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import app
+from evomerge.cli.options import Ray, Timeout, Trials, Until, Workers, app
 
 
 @app.command(epilog="Example: evomerge init --base models/base --source models/math --source models/code --task m.yaml")
@@ -64,15 +64,23 @@ def new_task(
         print(line)
 
 
-@app.command(epilog="Example: evomerge check search.yaml")
+@app.command(epilog="Example: evomerge check search.yaml --timeout 8h")
 def check(
     config: Annotated[Path, typer.Argument(help="The configuration of a search.")],
     items: Annotated[int, typer.Option(min=2, help="How many items of each task base and sources answer.")] = 16,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    until: Until = None,
+    workers: Workers = None,
+    ray: Ray = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Look at a search before the night: prompts and answers, what may be wrong, and how long it will take."""
+    """Look at a search before the night: prompts and answers, what may be wrong, and how long it will take.
+
+    Limits and workers are those that the search will get, for the forecast.
+    """
     from evomerge.api.check import check as look
 
-    found = look(config, items, show=not as_json)
+    found = look(config, items, show=not as_json, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
