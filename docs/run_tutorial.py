@@ -65,7 +65,11 @@ def without_times(text: str) -> str:
     """A text in which only times, rates and sizes may differ between two runs on one machine."""
     unit = r"(?:/min|min|ms|s|m|h|kB|MB|GB|%)\b"
     text = re.sub(rf"~?\d[\d.,]*\s?{unit}(?:\s?\d+{unit})?", "#", text)
-    return re.sub(r"\d[\d.,]*(?= (?:trials|candidates|points) ?(?:per|a|/)|k? tokens|k? forwards)", "#", text)
+    text = re.sub(r"^.*: \d+ of \d+ [a-z ]+\n", "", text, flags=re.M)  # of steps that take long on a slow machine
+    text = re.sub(r"\bat \d\d:\d\d\b|\d+%(?= of (?:it computing|the run's))", "#", text)
+    return re.sub(
+        r"\d[\d.,]*(?= (?:trials|points) ?(?:per|a|/)| candidates$|k? tokens|k? forwards)", "#", text, flags=re.M
+    )
 
 
 def prepare(folder: Path, models: Path) -> None:

@@ -126,7 +126,6 @@ def measure_paths(
     asked = token_ids(vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path)), lines)
     if not asked:
         raise EvomergeError("the text has no token whose loss could be measured; give longer lines")
-    batches = batched(asked)
     moved = {n: t for n, t in targets.items() if any(bank.moves(source, n) for source in models.sources)}
     done = 0
     progress(done)
@@ -135,7 +134,7 @@ def measure_paths(
         nonlocal done
         try:
             materialise(recipe_of(models, weights, dtype), bank, moved if done else targets)
-            found = mean_loss(model, batches)
+            found = mean_loss(model, asked)
         except NotFinite:
             found = float("inf")
         progress(done := done + 1)
@@ -194,13 +193,13 @@ def batched(asked: Sequence[tuple[list[int], int]]) -> list[list[tuple[list[int]
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, batches: Sequence[Sequence[tuple[list[int], int]]]) -> float:
-    """Minus the mean log-probability of the tokens that count.  batches: see `batched`.
+def mean_loss(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
+    """Minus the mean log-probability of the tokens that count.  asked: see `token_ids`.
 
     Rows are padded at their end, where no other token sees the padding.
     """
     total, count = 0.0, 0
-    for batch in batches:
+    for batch in batched(asked):
         rows = torch.zeros((len(batch), len(batch[0][0])), dtype=torch.long)  # (B, T)
         for row, (ids, _) in zip(rows, batch, strict=True):
             row[: len(ids)] = torch.tensor(ids)
