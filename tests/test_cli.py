@@ -64,6 +64,13 @@ def test_status_shows_best_trials_rate_and_timing(finished: Path) -> None:
     assert "12 of 12 finished" in done.stdout
     assert "trials per minute" in done.stdout
     assert "outside model forwards" in done.stdout
+    assert "best trial  best parent" in done.stdout
+    assert "the mean of the first row minus that of this row" in done.stdout.replace("\n", " ")
+    told = json.loads(run_cli("status", finished, "--json").stdout)
+    assert told["trials"]["finished"] == 12
+    assert {t["task"] for t in told["tasks"]} == set(told["verdict"]["tasks"])
+    assert all(t["parent_name"] in told["sources"] for t in told["tasks"])
+    assert run_cli("status", finished, "--json", "--watch").returncode == 2
 
 
 def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
 from evomerge.report.progress import Stages, console
 from evomerge.search.agreements import agree, task_code
-from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
+from evomerge.search.budget.limits import Limits, limits_of, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.monitor.trackers import refuse_missing
 from evomerge.search.run import Run as RunFolder
@@ -158,13 +158,11 @@ def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     from evomerge.report.check_text import check_text
     from evomerge.search.check.check import BRIEF, check_search
 
-    count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
     keep = workers.ray is None and workers.count == 1
-    left = limits.seconds_left(0.0, now())
     try:
         with Stages() as stages:
             stages.stage("preparing a look at the search")
-            found = check_search(opened, BRIEF, stages.log, count, left, keep)
+            found = check_search(opened, BRIEF, stages.log, workers.planned, limits, keep)
         console.print(check_text(found, examples=False))
     except EvomergeError as error:
         print(f"note: no check: {error}", file=sys.stderr)

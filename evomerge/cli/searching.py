@@ -21,6 +21,7 @@ from evomerge.cli.options import (
     app,
     refuse_nothing,
 )
+from evomerge.errors import EvomergeError
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -50,10 +51,8 @@ def search(
 
     if dry_run:
         from evomerge.api.check import check as look
-        from evomerge.api.read_config import read_config
-        from evomerge.search.budget.limits import with_budget
 
-        look(with_budget(read_config(config)[0], trials, timeout, target, patience))
+        look(config, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
         return
     try:
         found = start(
@@ -152,16 +151,23 @@ def status(
     run: RunFolder,
     timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the search as it goes on, until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
+    """Show the best score so far (also by task), trials, rate, time left, and the verdict if there is one."""
+    import json
+
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
     from evomerge.report.verdict_text import next_command
     from evomerge.search.run import open_run
 
+    if watch and as_json:
+        raise EvomergeError("--json: not with --watch, which reads state.json in the run folder; so can you")
     opened = open_run(run)
     if watch:
         watch_run(opened)
+    elif as_json:
+        print(json.dumps(read_status(opened).as_dict(), indent=2))
     else:
         shown = read_status(opened)
         print_status(shown, timing)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)  # lines of a file are not broken
-LINE_SECONDS = 5.0  # between two lines where there is no terminal
+FIRST_SECONDS, LINE_SECONDS = 5.0, 30.0  # before the first line where there is no terminal; between two of them
 
 
 def seconds_text(seconds: float) -> str:
@@ -17,6 +17,26 @@ def seconds_text(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f}m"
     return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
+
+
+class Lines:
+    """When to print a line about one count where there is no terminal.
+
+    The first comes after FIRST_SECONDS, so that short steps print none; then at most one every LINE_SECONDS, so that a
+    night's file stays short; and the last one if there were others.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.printed: float | None = None
+
+    def due(self, last: bool) -> bool:
+        """Whether to print a line now.  last: whether all is done."""
+        now = time.monotonic()
+        first, before = self.printed is None, self.printed or self.began
+        due = now - before >= (FIRST_SECONDS if first else LINE_SECONDS) or (last and not first)
+        self.printed = now if due else self.printed
+        return due
 
 
 class Stages:
@@ -65,7 +85,7 @@ class Stages:
 
 
 class Bar:
-    """Shows one long step: a Rich bar with rate and time left, or without a terminal a line every few seconds.
+    """Shows one long step: a Rich bar with rate and time left, or without a terminal lines (`Lines`).
 
     total: of the step, in units; in bytes if the unit is `MB`.  It grows if more is done.
     unit: what is counted.
@@ -76,7 +96,8 @@ class Bar:
         self.title, self.total, self.unit = title, total, unit
         self.first = done
         self.scale = 1e6 if unit == "MB" else 1.0
-        self.started = self.last_line = time.monotonic()
+        self.started = time.monotonic()
+        self.lines = Lines()
         self.progress: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -93,8 +114,7 @@ class Bar:
         if self.progress is not None:
             text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}{pace}"
             self.progress.update(self.task, completed=done, total=self.total, description=text)
-        elif now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
+        elif self.lines.due(done >= self.total):
             left = f", {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
             counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
             print(f"{self.title}: {counted}{pace}{left}", flush=True)

@@ -13,11 +13,12 @@ from rich.live import Live
 from rich.table import Table
 
 from evomerge.report.gradient_steps import steps_text
-from evomerge.report.live_view import NO_SNAPSHOT, rate_and_time_left, render, watch
-from evomerge.report.progress import LINE_SECONDS, console, seconds_text
+from evomerge.report.live_view import NARROW, NO_SNAPSHOT, rate_and_time_left, render, task_table, watch
+from evomerge.report.progress import Lines, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
-from evomerge.report.verdict_text import candidate_title, difference_text, remarks
+from evomerge.report.verdict_text import GAIN, GAIN_MEANS, candidate_title, difference_text, remarks
+from evomerge.search.monitor.monitor import BATCHES
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
@@ -38,12 +39,12 @@ class SearchView:
         self.live: Live | None = None
         self.snapshot: Snapshot | None = None
         self.current_phase = ""
-        self.last_line = 0.0
+        self.lines = Lines()
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
         if not self.screen.is_terminal and text != self.current_phase:
-            self.current_phase, self.last_line = text, time.monotonic()
+            self.current_phase, self.lines = text, Lines()
             print(f"{text} ...", flush=True)
 
     def say(self, text: str) -> None:
@@ -51,10 +52,8 @@ class SearchView:
         self.screen.print(text, markup=False, soft_wrap=not self.screen.is_terminal)
 
     def step(self, done: int, total: int, unit: str) -> None:
-        """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""
-        now = time.monotonic()
-        if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
+        """How much of this phase, or of its present model, is done; without a terminal lines (`Lines`)."""
+        if not self.screen.is_terminal and self.lines.due(done >= total and unit != BATCHES):
             print(f"{self.current_phase}: {done} of {total} {unit}", flush=True)
 
     def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
@@ -108,6 +107,9 @@ def print_status(status: Status, timing: bool) -> None:
         also = f" ({name})" if name else ""
         meaning = "; 0 is the base, 1 the best parent of each task" if status.relative else ""
         console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}{meaning}")
+    if status.tasks:
+        console.print("on the search items:")
+        console.print(task_table(status.tasks, console.width >= NARROW))
     if status.climbs:
         console.print(steps_text(status.climbs, status.used))
     for found in status.agreements:
@@ -171,7 +173,8 @@ def print_verdict(verdict: dict[str, Any]) -> None:
     rows = [[title, f"{verdict['score']['value']:.3f}", "", *cells(verdict["holdout"]["winner"], tasks)]]
     for c in verdict["comparisons"]:
         rows.append([c["name"], f"{c['score']:.3f}", difference_text(c), *cells(verdict["holdout"][c["name"]], tasks)])
-    print_tables(["holdout", "mean", f"{title} minus this, 90%"], tasks, rows)
+    print_tables(["holdout", "mean", GAIN], tasks, rows)
+    console.print(f"{GAIN_MEANS}.")
     for line in remarks(verdict):
         console.print(line)
 

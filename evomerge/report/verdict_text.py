@@ -4,6 +4,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+GAIN = "gain over this model"
+"""The title of the column of differences in a verdict's table."""
+GAIN_MEANS = (
+    "Gain over this model: the mean of the first row minus that of this row, on the same items, with its 90% interval; "
+    "if 0 lies in the interval, no difference is shown"
+)
+
 
 def interval_text(span: dict[str, Any], signed: bool = False) -> str:
     """An estimate with its interval, such as `0.532 [0.502, 0.561]`.  signed: with a sign, for differences."""
@@ -73,7 +80,7 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
     tasks = list(verdict["tasks"])
     title = candidate_title(verdict)
     rows = [
-        f"| holdout | mean | {title} minus this | {' | '.join(tasks)} |",
+        f"| holdout | mean | {GAIN} | {' | '.join(tasks)} |",
         "|---" * (3 + len(tasks)) + "|",
         row(f"**{title}**", interval_text(verdict["score"]), "", verdict, "winner", tasks),
     ]
@@ -82,7 +89,8 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
         for c in verdict["comparisons"]
     ]
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
-    note = f"90% intervals (5% on each side), paired differences; items that the search never saw ({counts}). "
+    note = f"{GAIN_MEANS}. 90% intervals have 5% on each side. Items that the search "
+    note += f"never saw ({counts}). "
     note += " ".join(remarks(verdict))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
         note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."

@@ -100,11 +100,14 @@ async def open_and_search(
     """Open models, tasks, study and workers, run the phases of the search, and close what was opened."""
     config = run.config()
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
-    monitor.phase("opening the models")
     if opened is not None and opened.config != config:
         opened.take_live()
         opened = None
-    models = open_config_models(config) if opened is None else opened.models
+    if opened is None:
+        monitor.phase("opening the models")
+        models = open_config_models(config)
+    else:
+        models = opened.models
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
