@@ -204,7 +204,10 @@ def write_depth(given: dict[str, Any], genome: Genome, draft: Draft) -> None:
         draft.add("  granularity: model")
     elif smooth:
         draft.add("  granularity: depth")
-        draft.add(f"  knots: {groups}", f"{layers} layers / {step:g}, straight lines between")
+        draft.add(
+            f"  knots: {groups}",
+            f"{layers} layers / {step:g}, straight lines between; norm and head take the last value here",
+        )
     elif step == 1:
         draft.add("  granularity: layer")
     else:
