@@ -11,7 +11,7 @@ from evomerge.files import write_text
 from evomerge.sources.locate import locate
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import PARTS, tensor_role
-from evomerge.start.yaml_text import plain, relative
+from evomerge.start.yaml_text import named_source, plain, relative
 
 TEMPLATE = """\
 # A search of evomerge.  Relative paths count from this file's folder.
@@ -75,11 +75,3 @@ def init_config(file: Path, base: str, sources: Sequence[str], tasks: Sequence[s
         raise
     counted = ", ".join(f"{task.name} ({sum(1 for _ in task.docs)} items)" for task in opened)
     return [f"wrote {file}: {len(named)} sources; tasks: {counted}", f"next: evomerge check {file}"]
-
-
-def named_source(text: str) -> tuple[str, str]:
-    """Name and path of a source: of NAME=PATH, or of a path, whose last part is the name."""
-    name, equals, path = text.partition("=")
-    if equals and name and "/" not in name:
-        return name, path
-    return text.rstrip("/").split("/")[-1].split("@")[0], text

@@ -1,9 +1,17 @@
-"""Names and paths as the text of a configuration that is written with comments."""
+"""Names and paths: as the command line gives them, and as the text of a configuration that is written."""
 
 import os
 from pathlib import Path
 
 import yaml
+
+
+def named_source(text: str) -> tuple[str, str]:
+    """Name and path of a source: of NAME=PATH, or of a path, whose last part is the name."""
+    name, equals, path = text.partition("=")
+    if equals and name and "/" not in name:
+        return name, path
+    return text.rstrip("/").split("/")[-1].split("@")[0], text
 
 
 def relative(text: str, file: Path) -> str:
