@@ -330,3 +330,16 @@ def test_every_command_has_an_example_in_its_help() -> None:
         done = run_cli(command, "--help")
         assert done.returncode == 0
         assert f"Example: evomerge {command}" in " ".join(done.stdout.split())
+
+
+def test_a_winner_is_written_as_an_adapter_beside_what_that_loses(finished: Path, tmp_path: Path) -> None:
+    done = run_cli("export", finished, "--out", tmp_path / "lora", "--lora", "8")
+    assert done.returncode == 0, done.stderr
+    assert "of the change's energy" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("tiny_rev, exact_match on the selection"))
+    assert " as adapter, " in line
+    assert f"- {line}" in (tmp_path / "lora" / "README.md").read_text()
+    refuses(
+        run_cli("export", finished, "--out", tmp_path / "none", "--lora", "none"),
+        "--lora: give `exact` or a rank of 1 or more, not 'none'",
+    )

@@ -21,6 +21,7 @@ def merge(
     out: str | Path | None = None,
     model: "PreTrainedModel | None" = None,
     mergekit: str | Path | None = None,
+    lora: int | str | None = None,
     device: str = "auto",
     show: bool = True,
 ) -> Recipe:
@@ -32,6 +33,8 @@ def merge(
     model: a transformers model to overwrite in place.  It must have the architecture and the shapes of the result, and
         the recipe's dtype or float32; it then holds the same values as the folder would.
     mergekit: a file to write the merge to as a mergekit configuration.
+    lora: write a LoRA adapter of the base to `out` instead of the model.  "exact", if all sources are adapters and the
+        method is linear in them; or the largest rank of a matrix, to approximate any merge.
     device: where to compute a folder: auto, cpu, cuda, cuda:1, ...; a live model is merged on its own device.
     show: whether to print progress and notes.
 
@@ -42,8 +45,8 @@ def merge(
     if show:
         print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
     if model is None:
-        return write_merge(loaded, out, mergekit, device, show)
-    if out is not None or mergekit is not None:
+        return write_merge(loaded, out, mergekit, device, show, lora=lora)
+    if out is not None or mergekit is not None or lora is not None:
         raise EvomergeError("give `model` alone: it is overwritten in memory, nothing is written to files")
     from evomerge.merge.into_model import merge_into_model
 
@@ -87,11 +90,14 @@ def write_merge(
     show: bool,
     results: str = "",
     copy_of: str | None = None,
+    lora: int | str | None = None,
 ) -> Recipe:
-    """Write what was asked for: a model folder, a file for mergekit, or both.
+    """Write what was asked for: a model folder or an adapter, a file for mergekit, or both.
 
-    results: a section of Markdown for the model's card.  copy_of: as in `model_card`.
+    results: a section of Markdown for the model's card.  copy_of: as in `model_card`.  lora: as in `merge`.
     """
+    if lora is not None and out is None:
+        raise EvomergeError("--lora: say where to write the adapter with --out FOLDER")
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
     if mergekit is not None:
@@ -103,6 +109,10 @@ def write_merge(
         if show:
             print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
             print(f"wrote {mergekit}")
+    if out is not None and lora is not None:
+        from evomerge.api.lora import read_rank, write_adapter
+
+        return write_adapter(recipe, Path(out), read_rank(lora), device, show).recipe
     return recipe if out is None else write_model(recipe, Path(out), device, show, results, copy_of)
 
 

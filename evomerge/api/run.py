@@ -149,6 +149,7 @@ class Run:
         out: str | Path | None = None,
         *,
         mergekit: str | Path | None = None,
+        lora: int | str | None = None,
         trial: int | None = None,
         prefer: Mapping[str, float] | None = None,
         knee: bool = False,
@@ -158,6 +159,8 @@ class Run:
 
         out: the folder to write; it must be new or empty.
         mergekit: a file to write the merge to as a mergekit configuration, instead of the model or beside it.
+        lora: write a LoRA adapter of the base instead of the model: "exact" or the largest rank, as for `merge`.  With
+            a rank, adapter and model are scored on the selection split.
         trial: the number of a finished trial to export instead.
         prefer: export instead the finalist with the highest mean metric on the selection split by these weights of
             tasks, for instance {"math": 0.7, "chat": 0.3}; a task without a weight does not count.
@@ -197,7 +200,16 @@ class Run:
             results, copy_of = results_section(verdict), copied_model(verdict)
             with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
                 results += usage_section(read_status(self.files))
-        return write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of)
+        written = write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of, lora)
+        if out is not None and lora not in (None, "exact"):
+            from evomerge.api.lora import add_results
+            from evomerge.search.verdict.adapter_loss import adapter_loss
+
+            lines = adapter_loss(self.files, recipe, Path(out)).lines()
+            add_results(Path(out), "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
+            if show:
+                print("\n".join(lines))
+        return written
 
 
 def open_run(folder: str | Path) -> Run:

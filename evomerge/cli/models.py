@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import Chat, Device, Fewshot, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
+from evomerge.cli.options import Chat, Device, Fewshot, Lora, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -14,13 +14,35 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a configuration of mergekit (YAML).")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     mergekit: Mergekit = None,
+    lora: Lora = None,
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
     from evomerge.api.merge import merge as merge_models
 
     refuse_nothing(out, mergekit)
-    merge_models(recipe, out=out, mergekit=mergekit, device=device)
+    merge_models(recipe, out=out, mergekit=mergekit, lora=lora, device=device)
+
+
+@app.command(
+    name="extract-lora", epilog="Example: evomerge extract-lora models/base models/math models/code --out adapters/"
+)
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    models: Annotated[list[str], typer.Argument(help="Fine-tunes of it, or NAME=PATH.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder to write; with several models, one folder in it for each.")
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="The largest rank of a matrix.")] = 32,
+    embed_lora: Annotated[
+        bool, typer.Option("--embed-lora", help="Give embeddings and head a low rank too, instead of whole copies.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Write fine-tuned models as LoRA adapters of their base, by truncated singular value decomposition."""
+    from evomerge.api.lora import extract_lora as extract
+
+    extract(base, models, out, rank, device, embed_lora)
 
 
 @app.command(epilog="Example: evomerge reproduce merged/recipe.yaml --out again/ --check merged/")

@@ -63,6 +63,15 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cu
 Mergekit = Annotated[
     Path | None, typer.Option("--mergekit", help="The file to write the merge to as a mergekit configuration (YAML).")
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        "--lora",
+        metavar="exact|RANK",
+        help="Write a LoRA adapter of the base instead: exact, if the sources are adapters that are added up; or the "
+        "best one of at most this rank.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 

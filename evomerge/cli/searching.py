@@ -8,6 +8,7 @@ import typer
 from evomerge.cli.lost_terminal import terminal_may_go
 from evomerge.cli.options import (
     ExportTo,
+    Lora,
     Mergekit,
     Patience,
     Ray,
@@ -273,6 +274,7 @@ def export(
         bool, typer.Option("--knee", help="Export the finalist that gains most in the task in which it gains least.")
     ] = False,
     mergekit: Mergekit = None,
+    lora: Lora = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
     from evomerge.api.run import open_run
@@ -284,7 +286,7 @@ def export(
         from evomerge.search.verdict.choices import parse_weights
 
         weights = parse_weights(prefer)
-    opened.export(out, mergekit=mergekit, trial=trial, prefer=weights, knee=knee)
+    opened.export(out, mergekit=mergekit, lora=lora, trial=trial, prefer=weights, knee=knee)
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")

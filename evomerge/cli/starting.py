@@ -42,6 +42,21 @@ def several(question: str) -> list[str]:
     return found
 
 
+@app.command(epilog="Example: evomerge migrate genome.yml --out search.yaml")
+def migrate(
+    config: Annotated[Path, typer.Argument(help="A file of mergekit-evolve or mergenetic.")],
+    out: Annotated[Path, typer.Option(help="The configuration to write; it must be new.")] = Path("search.yaml"),
+    task_search_path: Annotated[
+        list[Path] | None, typer.Option(help="A folder with the files of tasks that lm-eval does not have itself.")
+    ] = None,
+) -> None:
+    """Write a configuration for a search of mergekit-evolve or mergenetic; comments tell every difference."""
+    from evomerge.start.migrate.migrate import migrate as write
+
+    for line in write(config, out, task_search_path or ()):
+        print(line)
+
+
 @app.command(name="new-task", epilog="Example: evomerge new-task questions.jsonl --question text --answer label")
 def new_task(
     data: Annotated[Path, typer.Argument(help="Own data: .jsonl, .json (a list of objects) or .csv.")],

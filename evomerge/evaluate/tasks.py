@@ -146,14 +146,20 @@ def check_task(lm_task: Any, config: TaskOptions, weight: float) -> Task:
     task = Task(str(lm_task.config.task), weight, "", "", config.gold, lm_task, chat, multiturn, config.limit)
     if len(task.name) > NAME_LENGTH or not task.name.isprintable():
         raise EvomergeError(f"{config.task}: {task.name[:60]!r} cannot be a task's name")
-    metric = config.metric or (task.metrics[0] if task.metrics else "")
+    metric = without_first_filter(task, config.metric) if config.metric else task.metrics[0] if task.metrics else ""
     require_metric(task, "metric", metric)
-    objective = objective_for(task, config.objective, metric)
+    objective = objective_for(task, without_first_filter(task, config.objective), metric)
     require_metric(task, "objective", objective)
     if config.gold and task.kind == "multiple_choice":
         raise EvomergeError(f"task {task.name}: `gold` is for generation; a multiple-choice task knows its gold choice")
     task.metric, task.objective, task.auto = metric, objective, config.objective == "auto"
     return task
+
+
+def without_first_filter(task: Task, name: str) -> str:
+    """A metric as `item_values.py` calls it: `acc,none` and the like without the filter if it is the task's first."""
+    plain, _, filter_name = name.partition(",")
+    return plain if task.filters and filter_name == task.filters[0] else name
 
 
 def require_metric(task: Task, key: str, name: str) -> None:
