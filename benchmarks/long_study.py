@@ -46,8 +46,11 @@ def cost(*arguments: str | Path) -> tuple[float, float]:
 def make(folder: Path, trials: int) -> None:
     """A finished search."""
     config = yaml.safe_load((ROOT / "benchmarks" / "tiny24.yaml").read_text(encoding="utf-8"))
-    for entry, key in [(config, "base"), *((s, "path") for s in config["sources"]), *((t, "task") for t in config["tasks"])]:
+    named = [(s, "path") for s in config["sources"]] + [(t, "task") for t in config["tasks"]]
+    for entry, key in [(config, "base"), *named]:
         entry[key] = str((ROOT / "benchmarks" / entry[key]).resolve())
+    for task in config["tasks"]:
+        del task["objective"]  # as searches usually are: by the metric too
     config |= {"splits": {"search": 60, "selection": 20, "holdout": 20}, "budget": {"trials": trials}}
     config |= {"sampler": {"name": "cma-es"}, "name": "long"}
     file = folder.with_suffix(".yaml")

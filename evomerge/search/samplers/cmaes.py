@@ -261,7 +261,7 @@ class CmaEsSampler(WholePointSampler):
             self.began = len(self.means)
             self.means.append(self.optimizer.mean)
             return
-        from cmaes import CMA, SepCMA  # it imports scipy, which takes seconds that commands like `status` need not spend
+        from cmaes import CMA, SepCMA  # it imports scipy: seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
         first = self.sigma0 if sigma is None else sigma
