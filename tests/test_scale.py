@@ -256,7 +256,7 @@ def test_status_and_report_say_what_values_mean_and_whether_objective_and_metric
     assert "0 is the base, 1 the best parent of each task" in shown.replace("\n", " ")
     report = (finished / "report.html").read_text()
     study = open_run(finished).study()
-    found = agreements(study.get_trials(), study.user_attrs)
+    found = agreements(scored_models(study.get_trials(), study.user_attrs), study.user_attrs)
     assert [a.what for a in found] == ["all tasks", "task tiny_choice", "task tiny_rev"]
     for each in found:
         assert each.what in shown

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evomerge.api.on_finish import content_of, telling_the_end
 from evomerge.api.read_config import read_config
@@ -29,11 +29,13 @@ from evomerge.search.run import only_driver, refuse_existing
 from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 if TYPE_CHECKING:
+    from evomerge.report.status import Status
     from evomerge.report.terminal import SearchView
     from evomerge.search.monitor.snapshot import Snapshot
     from evomerge.search.opened import Opened
 
 LOADING = "loading PyTorch and transformers"
+T = TypeVar("T")
 OnTrial = Callable[[Trial], None]
 
 
@@ -244,7 +246,6 @@ def search_in(
     with Stages(show) as stages:
         stages.stage("loading the search")
         from evomerge.report.page import write_report
-        from evomerge.report.status import read_status
         from evomerge.report.terminal import SearchView, print_status
         from evomerge.search.loop import search as search_loop
         from evomerge.search.monitor.monitor import Monitor
@@ -253,7 +254,7 @@ def search_in(
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
 
-    def work() -> None:
+    def work() -> "Status":
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
             search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
@@ -261,12 +262,12 @@ def search_in(
                 write_conflicts(run, None if opened is None else opened.models)
             except Exception as error:  # what the report shows beside the verdict is no reason to fail
                 run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
-            write_report(run)
+            return write_report(run)
 
     is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
     with only_driver(run), stop.installed() if is_main else nullcontext():
         try:
-            outside_a_loop(work)
+            status = outside_a_loop(work)
         except Interrupted as interrupt:
             number = stop.received or signal.SIGINT
             raise SearchStopped(str(interrupt), number, run.folder) from None
@@ -275,7 +276,7 @@ def search_in(
                 view.close()
     found = Run(run.folder)
     if show:
-        print_status(read_status(run), timing=False)
+        print_status(status, timing=False)
         print(f"report: {run.report_file}")
     if where is not None:
         found.export(where, show=show)
@@ -291,15 +292,14 @@ class Stop(StopSignal):
             signal.signal(number, signal.default_int_handler)
 
 
-def outside_a_loop(work: Callable[[], None]) -> None:
+def outside_a_loop(work: Callable[[], T]) -> T:
     """Do the work, which runs an event loop of its own; where one runs already, as in a notebook, in another thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        work()
-        return
+        return work()
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(work).result()
+        return threads.submit(work).result()
 
 
 class SearchListener:

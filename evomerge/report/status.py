@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
-from evomerge.search.evaluation.agreement import Agreement, agreements
+from evomerge.search.evaluation.agreement import Agreement, ScoredModel, agreements, scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.incumbent import task_scores
 from evomerge.search.monitor.monitor import price_of
@@ -37,6 +37,7 @@ class Status:
     used: by the whole run.
     compute_dtype: the type in which forwards are computed; None in old runs.
     relative: whether a value of 0 is the base's and 1 that of each task's best parent.
+    models: those that were scored by objective and metric.
     agreements: how alike objective and metric rank models.
     choice: how the method was chosen; None if the configuration names one, or before the choice.
     climbs: the gradient steps of the learned start, climb by climb; empty without one.
@@ -54,6 +55,7 @@ class Status:
     used: Usage = field(default_factory=Usage)
     compute_dtype: str | None = None
     relative: bool = False
+    models: list[ScoredModel] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     choice: MethodChoice | None = None
     climbs: list[list[StepRecord]] = field(default_factory=list)
@@ -149,6 +151,7 @@ def read_status(run: Run) -> Status:
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
     used = used_by(trials, study.user_attrs)
+    models = scored_models(trials, study.user_attrs)
     front = front_of(trials, study.user_attrs) if config.goals == "pareto" else None
     scale = Scale.from_json(study.user_attrs[SCALE]) if SCALE in study.user_attrs else None
     tasks: tuple[TaskScore, ...] = ()
@@ -165,7 +168,8 @@ def read_status(run: Run) -> Status:
         used,
         recorded_type(study.user_attrs),
         scale is not None and scale.relative,
-        agreements(trials, study.user_attrs),
+        models,
+        agreements(models, study.user_attrs),
         recorded_choice(study.user_attrs) if config.methods else None,
         steps_by_climb(study.user_attrs),
         front if front and front.trials else None,

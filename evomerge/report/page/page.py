@@ -16,6 +16,7 @@ from evomerge.report.page.progress import progress_section
 from evomerge.report.page.scores import scores_section
 from evomerge.report.page.verdict import verdict_section
 from evomerge.report.page.winner import winner_section
+from evomerge.report.status import Status
 from evomerge.search.run import Run
 
 RELOAD = 60  # seconds after which a page of a running search is written and read again
@@ -36,9 +37,11 @@ SECTIONS = (
 """Name, title in the list of contents, and function of each section; a function returns "" where it has nothing."""
 
 
-def write_report(run: Run) -> None:
-    """Write report.html; of a run without a verdict what there is so far."""
-    write_text(run.report_file, page(gather(run)))
+def write_report(run: Run) -> Status:
+    """Write report.html; of a run without a verdict what there is so far.  Returns the status that it shows."""
+    material = gather(run)
+    write_text(run.report_file, page(material))
+    return material.status
 
 
 class PageSoFar:
