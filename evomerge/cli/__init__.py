@@ -14,6 +14,7 @@ import sys
 from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 __all__ = ["app", "main", "models", "playing", "searching", "starting"]
 
@@ -23,21 +24,16 @@ def main() -> None:
     try:
         app()
     except EvomergeError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         sys.exit(130)
     except Exception as error:
         if message := disk_message(error):
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}", error=True)
             sys.exit(2)
         raise
-
-
-def printable(text: str) -> str:
-    """A message without characters that move a terminal's cursor or change its colours; it may quote any file."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 DISK_ERRORS = {  # words of an operating system or a library -> what they mean

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from evomerge.cli.options import app
+from evomerge.printable import say
 
 
 @app.command(epilog="Example: evomerge init --base models/base --source models/math --source models/code --task m.yaml")
@@ -28,7 +29,7 @@ def init(
     timeout = timeout or typer.prompt("How long may the search take", default="8h")
     out = out or Path(typer.prompt("File to write", default="search.yaml"))
     for line in init_config(out, base, source, task, timeout):
-        print(line)
+        say(line)
 
 
 def several(question: str) -> list[str]:
@@ -61,7 +62,7 @@ def new_task(
     names = tuple(name.strip() for name in (choices or "").split(",") if name.strip())
     done = write_task(data, out, question=question, answer=answer, choices=names, prompt=prompt, taken=filter)
     for line in done.lines():
-        print(line)
+        say(line)
 
 
 @app.command(epilog="Example: evomerge check search.yaml")
@@ -75,4 +76,4 @@ def check(
 
     found = look(config, items, show=not as_json)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
