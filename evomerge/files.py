@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
@@ -24,7 +24,7 @@ from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
-Content = TypeVar("Content", bound=BaseModel)
+Content = TypeVar("Content")
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
@@ -107,10 +107,15 @@ def read_model(path: Path, kind: type[Content], strict: bool | None = None) -> C
 
     EvomergeError as for `read_json`, and with the first thing that is wrong.
     """
+    return validated(read_json(path), kind, str(path), strict)
+
+
+def validated(content: Any, kind: type[Content], where: str, strict: bool | None = None) -> Content:
+    """Plain data as a pydantic model or a dataclass, as `read_model` reads it.  where: its file, for the error."""
     try:
-        return kind.model_validate(read_json(path), strict=strict)
+        return TypeAdapter(kind).validate_python(content, strict=strict)
     except ValidationError as error:
-        raise EvomergeError(f"{path}: {first_problem(error)}") from error
+        raise EvomergeError(f"{where}: {first_problem(error)}") from error
 
 
 def first_problem(error: ValidationError) -> str:

@@ -1,17 +1,25 @@
 """What lies in folders of strangers, or in the way, is data: nothing else is read, written, deleted or waited for."""
 
+import ast
 import asyncio
+import io
 import json
 import os
+import re
 import shutil
 import stat
 import zlib
 from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeGuard
 
+import optuna
 import pyarrow as pa
 import pytest
 import yaml
+from rich.text import Text
 from searches import ROOT, finished_search, run_cli, write_config
 
 from evomerge.config.database_url import has_password, masked, passwords
@@ -19,19 +27,39 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
 from evomerge.report.item_table import COLUMNS, without_formulas
+from evomerge.report.progress import Screen
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
+from evomerge.search.monitor.snapshot import (
+    Snapshot,
+    read_snapshot,
+    write_snapshot,
+)
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import pack, unpack
 from evomerge.search.workers.local_worker import LocalWorker
 from evomerge.search.workers.pool import Pool
 from evomerge.sources.tokenizer import drop_code
 
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # on a terminal
+NAMES = ("[red]x[/]", "[/nothing]<b>&")
+EVIL = "\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\\r\u202e[/] "
+
+
+def odd_task(folder: Path, skill: str, name: str) -> dict[str, str]:
+    """A task of the tiny family with such a name, whose prompts begin with what acts on a terminal."""
+    content = yaml.safe_load((ROOT / "evals" / "tiny" / f"{skill}.yaml").read_text())
+    file = folder / f"{skill}.yaml"
+    file.write_text(yaml.safe_dump(content | {"task": name, "doc_to_text": EVIL + "{{prompt}}"}))
+    shutil.copy(ROOT / "evals" / "tiny" / f"{skill}.jsonl", folder)
+    return {"task": str(file), "objective": "gold_logprob"}
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small finished run."""
-    return finished_search(write_config(tmp_path_factory.mktemp("finished"), tiny_family, budget={"trials": 3}))
+    """The folder of a small finished run, with tasks of odd names and texts."""
+    folder = tmp_path_factory.mktemp("finished")
+    tasks = [odd_task(folder, skill, name) for skill, name in zip(("rev", "add"), NAMES, strict=True)]
+    return finished_search(write_config(folder, tiny_family, tasks=tasks, budget={"trials": 3}))
 
 
 @pytest.fixture
@@ -196,10 +224,79 @@ def test_no_form_of_a_url_shows_its_password(url: str) -> None:
     assert "hunter2" in passwords(url)
 
 
-@pytest.mark.parametrize("content", [{"workers": 3}, {"left": "soon"}, [], {"name": 1, "points": [[1]]}, {"beat": {}}])
-def test_a_state_of_another_shape_is_none(content: object, tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text(json.dumps(content))
-    assert read_snapshot(tmp_path) is None
+def test_names_and_texts_of_others_are_shown_as_they_are(finished: Path, tiny_family: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "[bold]run"))
+    optuna.create_study(storage=f"sqlite:///{run / 'study.db'}", study_name=f"{NAMES[1]}{EVIL}")
+    tasks = [part for skill in ("rev", "add") for part in ("--tasks", finished.parent / f"{skill}.yaml")]
+    model = Path(shutil.copytree(tiny_family / "rev", tmp_path / "[red]rev[bold]"))
+    commands: list[tuple[list[Any], Sequence[str]]] = [
+        (["status", run, "--timing"], NAMES),
+        (["status", run, "--watch"], NAMES),
+        (["compare", run, finished], ("[bold]run", *NAMES)),
+        (["studies", "--storage", run], ("[/n",)),
+        (["items", run, "--out", tmp_path / "items.csv"], ()),
+        (["report", run], ("[bold]run",)),
+        (["check", finished.parent / "search.yaml", "--items", "4"], NAMES),
+        (["evaluate", model, *tasks, "--limit", "4", "--show", "2"], NAMES),
+        (["inspect", tiny_family / "base", model, "--html", tmp_path / "page.html"], ("[red]rev[bold]",)),
+        (["evaluate", tmp_path / f"gone{EVIL}", *tasks], ("gone",)),
+    ]
+    for arguments, names in commands:
+        done = run_cli(*arguments)
+        assert done.returncode == (2 if names == ("gone",) else 0), done.stderr
+        shown = done.stdout + done.stderr
+        assert [name for name in names if name not in shown] == []
+        assert not ACTS.search(shown), shown
+    for file in (run / "log.txt", run / "report.html", tmp_path / "page.html"):
+        assert not ACTS.search(file.read_text())
+    assert "[/nothing]&lt;b&gt;&amp;" in (run / "report.html").read_text()
+    assert "[/nothing]<b>" not in (run / "report.html").read_text()
+    Run(run).log(f"note: {EVIL}")
+    assert not ACTS.search((run / "log.txt").read_text())
+
+
+def test_all_that_is_printed_goes_through_one_function() -> None:
+    """Rich is used as `Screen` alone, whose texts are no markup."""
+    for file in (ROOT / "evomerge").rglob("*.py"):
+        calls = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if is_call(node)}
+        alone = {"printable.py": {"print"}, "chat_template.py": {"print"}}.get(file.name, set())
+        assert calls & {"print", "Console"} <= alone, file
+    screen = io.StringIO()
+    console = Screen(file=screen, force_terminal=True, width=60)
+    console.print(Text(f"a{EVIL}b", "bold"), f"[red]{EVIL}[/]", f":smile:{EVIL}")
+    plain = re.sub("\x1b\\[[01]m", "", screen.getvalue())
+    assert "[red]" in plain
+    assert ":smile:" in plain
+    assert not ACTS.search(plain)
+
+
+def is_call(node: ast.AST) -> TypeGuard[Any]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": 3},
+        {"left": "soon"},
+        {"name": 1, "points": [[1]]},
+        {"beat": {}},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": None},
+    ]
+    + [{"beat": float("nan")}, {"trials": 10**400}, {"limit": -1}, {"used": {"seconds": "long"}}, {"price": [1]}],
+)
+def test_a_state_of_another_shape_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+    """`tests/test_fuzz.py` tries many more, and draws those that are read."""
+    whole = asdict(Snapshot("n"))
+    others: list[Any] = [whole | change, [], None, 3, {}, {k: v for k, v in whole.items() if k != "beat"}]
+    for content in others:
+        (tmp_path / "state.json").write_text(json.dumps(content))
+        assert read_snapshot(tmp_path) is None
+    for content in (whole | {"of a later version": 1}, {k: whole[k] for k in ("name", "pid", "host", "beat")}):
+        (tmp_path / "state.json").write_text(json.dumps(content))
+        assert read_snapshot(tmp_path) == Snapshot("n", beat=whole["beat"])
 
 
 class Panic(BaseException):

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from evomerge.files import write_text
+from evomerge.printable import printable
 from evomerge.report.inspection import PAIRS, Inspection, Table
 
 STYLE = """
@@ -31,7 +32,7 @@ CELL = (180, 80)  # of the picture of a segment
 
 def write_page(file: Path, found: Inspection) -> None:
     """Write the page to a file, over one that is there."""
-    write_text(file, "\n".join(page(found)) + "\n")
+    write_text(file, printable("\n".join(page(found)) + "\n"))
 
 
 def page(found: Inspection) -> Iterator[str]:

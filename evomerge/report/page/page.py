@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from evomerge.files import write_text
+from evomerge.printable import printable
 from evomerge.report.page.answers import answers_section
 from evomerge.report.page.closing import cost_section, use_section
 from evomerge.report.page.conflicts import conflicts_section
@@ -39,7 +40,7 @@ SECTIONS = (
 
 def write_report(run: Run) -> None:
     """Write report.html; of a run without a verdict what there is so far."""
-    write_text(run.report_file, page(gather(run)))
+    write_text(run.report_file, printable(page(gather(run))))
 
 
 class PageSoFar:
