@@ -284,8 +284,12 @@ def is_call(node: ast.AST) -> TypeGuard[Any]:
         {"pid": 0},
         {"pid": -1},
         {"pid": None},
-    ]
-    + [{"beat": float("nan")}, {"trials": 10**400}, {"limit": -1}, {"used": {"seconds": "long"}}, {"price": [1]}],
+        {"beat": float("nan")},
+        {"trials": 10**400},
+        {"limit": -1},
+        {"used": {"seconds": "long"}},
+        {"price": [1]},
+    ],
 )
 def test_a_state_of_another_shape_is_none(change: dict[str, Any], tmp_path: Path) -> None:
     """`tests/test_fuzz.py` tries many more, and draws those that are read."""
