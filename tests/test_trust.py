@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import zlib
 from base64 import b64encode
 from collections.abc import Sequence
@@ -21,10 +22,12 @@ import pytest
 import yaml
 from rich.text import Text
 from searches import ROOT, finished_search, run_cli, write_config
+from tokenizers import Tokenizer
 
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
+from evomerge.evaluate.time_limit import TimeLimit, TooLong, try_tokenizer
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
 from evomerge.report.item_table import COLUMNS, without_formulas
 from evomerge.report.progress import Screen
@@ -341,6 +344,46 @@ def test_a_tokenizer_whose_pattern_never_ends_is_an_error(tiny_family: Path, tmp
     assert "retry-limit" in done.stderr
 
 
+def test_a_template_without_end_for_an_item_is_an_error(tiny_family: Path, tmp_path: Path) -> None:
+    template = "{% if 'rev' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template + "{% endfor %}{% endfor %}{% endif %}")
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "gold_logprob", "apply_chat_template": True}
+    config = write_config(tmp_path, tiny_family, base=str(base), tasks=[task])
+    limit = "import evomerge.evaluate.engine as engine; engine.ITEM_SECONDS = 2.0"
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=limit)
+    assert done.returncode == 2, done.stderr
+    assert "the requests of an item take longer than 2 s; a loop in a template" in done.stderr
+
+
+def test_work_in_python_ends_at_its_limit_and_not_after_it() -> None:
+    def forever() -> None:
+        with TimeLimit(0.1):
+            while True:
+                pass
+
+    with pytest.raises(TooLong):
+        forever()
+    with TimeLimit(0.5) as limit:
+        for _ in range(4):
+            limit.again()
+            until = time.thread_time() + 0.2
+            while time.thread_time() < until:
+                pass
+    for _ in range(10**6):
+        pass
+
+
+def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(tiny_family: Path) -> None:
+    content = json.loads((tiny_family / "base" / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pattern"]["Regex"] = (
+        "(?:a|a){19}b|."  # some hundredths of a second each
+    )
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    with pytest.raises(EvomergeError, match=r"s for a text of \d+ characters"):
+        try_tokenizer(tokenizer.encode)
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
 def test_a_model_s_links_to_other_files_are_not_copied(name: str, tiny_family: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
@@ -443,7 +486,8 @@ def test_a_stranger_s_run_runs_no_code_of_tasks(tiny_family: Path, tmp_path: Pat
     assert run_cli("resume", tmp_path / "run", "--trials", "4", prelude=home).returncode == 0
     (tmp_path / "run").rename(tmp_path / "given")
     (tmp_path / "ran").unlink()
-    for command in (["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]):
+    commands: list[list[Any]] = [["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]]
+    for command in commands:
         done = run_cli(*command, prelude=home)
         assert done.returncode == 2
         assert "lets Python code of tasks run" in done.stderr
