@@ -1,4 +1,4 @@
-"""Text from files, models and databases of others, made safe for a terminal and for a log."""
+"""Text from files, models and databases of others, made safe for a terminal, a log, and a model card."""
 
 import re
 import sys
@@ -16,6 +16,22 @@ def printable(text: str) -> str:
     Tabs and ends of lines stay.
     """
     return UNSAFE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def in_markdown(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is: it begins no link, HTML, code or cell of a table."""
+    return re.sub(r"[\\`*|<>&~]|(?<=\])[(\[:]|^\[", r"\\\g<0>", printable(" ".join(text.split())))
+
+
+def in_code(text: str) -> str:
+    """A text as code within a line of Markdown."""
+    return "`" + printable(" ".join(text.split())).replace("`", "'") + "`"
+
+
+def fenced(text: str, language: str) -> str:
+    """A text as a block of code in Markdown, which none of its lines can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{printable(text).rstrip()}\n{fence}"
 
 
 def say(text: str, error: bool = False) -> None:

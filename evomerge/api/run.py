@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.printable import say
+from evomerge.printable import in_markdown, say
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import open_run as open_run_folder
 from evomerge.search.storage.database import storage_of
@@ -183,7 +183,7 @@ class Run:
             from evomerge.search.verdict.choices import prefer as choose
 
             found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
-            recipe, results = found.recipe, f"{found.sentence}\n"
+            recipe, results = found.recipe, f"{in_markdown(found.sentence)}\n"
             if show:
                 say(found.sentence)
             if found.entry.chosen and (verdict_content := self.files.verdict()) is not None:
