@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
 Content = TypeVar("Content")
+HASH = re.compile(r"[0-9a-f]{30}")  # of a file in a cache of the hub, of DVC, of git-annex
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
@@ -61,14 +63,25 @@ def read_text(path: Path, limit: int = YAML_BYTES) -> str:
         return content.decode("utf-8")
 
 
-def copy_model_file(path: Path, to: Path) -> None:
-    """Copy a small file of a model's folder, which may be a stranger's, to a new file.
+def refuse_stray_link(path: Path) -> None:
+    """EvomergeError if a file of a model's folder, which may be a stranger's, leads to a file that is not the model's.
 
-    A symbolic link is followed to a file of the same name and into a hub's cache, whose snapshots consist of links.
-    EvomergeError for any other link, which could lead to a file that is not the model's, and as for `read_text`.
+    A symbolic link is followed to a file of the same name, and into a cache that names its files by their hashes: the
+    snapshots in the hub's cache consist of such links.
     """
-    if path.is_symlink() and (real := path.resolve()).name != path.name and real.parent.name != "blobs":
+    if not path.is_symlink():
+        return
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise EvomergeError(f"{path}: cannot be read ({error})") from error
+    if real.name != path.name and real.parent.name != "blobs" and not HASH.search(real.name):
         raise EvomergeError(f"{path}: is a symbolic link to {real}, a file of another name; put the file itself there")
+
+
+def copy_model_file(path: Path, to: Path) -> None:
+    """Copy a small file of a model's folder to a new file.  EvomergeError for stray links and as for `read_text`."""
+    refuse_stray_link(path)
     with opened(path) as file:
         content = file.read(TOKENIZER_BYTES + 1)
     if len(content) > TOKENIZER_BYTES:
