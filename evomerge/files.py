@@ -57,10 +57,18 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def read_text(path: Path, limit: int = YAML_BYTES) -> str:
     """The content of a UTF-8 file.  EvomergeError if it cannot be read or has more than `limit` bytes."""
     with opened(path) as file:
-        content = file.read(limit + 1)
-        if len(content) > limit:
-            raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
-        return content.decode("utf-8")
+        return content_of(file, path, limit).decode("utf-8")
+
+
+def content_of(file: BinaryIO, path: Path, limit: int) -> bytes:
+    """The bytes of an open file.  EvomergeError if there are more than `limit`."""
+    expected = min(limit, max(os.fstat(file.fileno()).st_size, 1 << 16))  # memory for so much is taken at once
+    content = file.read(expected + 1)
+    if len(content) > expected:
+        content += file.read(limit + 1 - len(content))
+    if len(content) > limit:
+        raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
+    return content
 
 
 def refuse_stray_link(path: Path) -> None:
@@ -83,10 +91,7 @@ def copy_model_file(path: Path, to: Path) -> None:
     """Copy a small file of a model's folder to a new file.  EvomergeError for stray links and as for `read_text`."""
     refuse_stray_link(path)
     with opened(path) as file:
-        content = file.read(TOKENIZER_BYTES + 1)
-    if len(content) > TOKENIZER_BYTES:
-        raise EvomergeError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MB, the limit for such a file")
-    to.write_bytes(content)
+        to.write_bytes(content_of(file, path, TOKENIZER_BYTES))
 
 
 def read_yaml(path: Path) -> Any:
