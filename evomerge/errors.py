@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+NO_MEMORY = ("Cannot allocate memory", "can't start new thread", "std::bad_alloc", "can't allocate memory")
+"""Words of Python, of torch and of libraries in Rust."""
+
 
 class EvomergeError(Exception):
     """Wrong input.  The message says what is wrong, where, and what would be right."""
@@ -21,6 +24,15 @@ def without_panics() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise RuntimeError(first_line(error)) from error
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that the system gives this process no more memory, or no more threads."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Write LoRA adapters: of a merge, or of fine-tuned models."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +31,16 @@ def write_adapter(
     from evomerge.merge.output.lora.card import adapter_card
     from evomerge.merge.output.lora.write import write_lora
     from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar
+    from evomerge.printable import say
+from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})
     where = resolve_device(device)
     use(where)
     bank = open_bank(recipe, where, capacity=0)
     if show:
-        print("".join(f"note: {n}\n" for n in bank.models.compatibility.notes), end="", file=sys.stderr)
+        for note in bank.models.compatibility.notes:
+            say(f"note: {note}", error=True)
     started = time.monotonic()
     bar = Bar("adapter", len(bank.names), "tensors") if show else None
     try:
@@ -56,7 +57,7 @@ def write_adapter(
         if bar:
             bar.close()
     if show:
-        print("\n".join([*found.lines(), f"wrote {out} in {time.monotonic() - started:.1f} s"]))
+        say("\n".join([*found.lines(), f"wrote {out} in {time.monotonic() - started:.1f} s"]))
     return found
 
 

@@ -1,6 +1,5 @@
 """Merge a recipe: into a model folder, into a live model, or into a file for mergekit."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.pinned_inputs import check_fingerprints, pin
 from evomerge.merge.recipe.recipe import Recipe, load_recipe, parse_recipe
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +42,8 @@ def merge(
     Raises EvomergeError if the recipe is wrong, the models do not fit together, or the result cannot be written.
     """
     loaded, notes = read_merge(recipe)
-    if show:
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    for note in notes if show else ():
+        say(f"note: {note}", error=True)
     if model is None:
         return write_merge(loaded, out, mergekit, device, show, lora=lora)
     if out is not None or mergekit is not None or lora is not None:
@@ -106,9 +106,10 @@ def write_merge(
 
         text, notes = dump_mergekit(recipe)
         write_text(Path(mergekit), text)
+        for note in notes if show else ():
+            say(f"note: {note}", error=True)
         if show:
-            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
-            print(f"wrote {mergekit}")
+            say(f"wrote {mergekit}")
     if out is not None and lora is not None:
         from evomerge.api.lora import read_rank, write_adapter
 
@@ -128,11 +129,11 @@ def write_model(
 
     def log(line: str) -> None:
         if show:
-            print(line)
+            say(line)
 
     def note(line: str) -> None:
         if show:
-            print(f"note: {line}", file=sys.stderr)
+            say(f"note: {line}", error=True)
 
     recipe = pin(recipe, {})
     where = resolve_device(device)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
+from evomerge.printable import in_markdown, say
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import open_run as open_run_folder
 from evomerge.search.storage.database import storage_of
@@ -185,9 +186,9 @@ class Run:
             from evomerge.search.verdict.choices import prefer as choose
 
             found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
-            recipe, results = found.recipe, f"{found.sentence}\n"
+            recipe, results = found.recipe, f"{in_markdown(found.sentence)}\n"
             if show:
-                print(found.sentence)
+                say(found.sentence)
             if found.entry.chosen and (verdict_content := self.files.verdict()) is not None:
                 results += "\n" + results_section(verdict_content, "winner")
         elif trial is not None:
@@ -196,7 +197,7 @@ class Run:
         else:
             recipe, verdict = recommended_recipe(self.files)
             if show:
-                print(verdict["sentence"])
+                say(verdict["sentence"])
             results, copy_of = results_section(verdict), copied_model(verdict)
             with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
                 results += usage_section(read_status(self.files))
@@ -208,7 +209,7 @@ class Run:
             lines = adapter_loss(self.files, recipe, Path(out)).lines()
             add_results(Path(out), "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
             if show:
-                print("\n".join(lines))
+                say("\n".join(lines))
         return written
 
 

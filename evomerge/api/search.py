@@ -19,6 +19,7 @@ from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
+from evomerge.printable import say
 from evomerge.report.progress import Stages, console
 from evomerge.search.agreements import agree, task_code
 from evomerge.search.budget.limits import Limits, limits_of, with_budget
@@ -118,7 +119,7 @@ def search(
         stages.stage("hashing the files of the models")
         created = create_run(loaded, opened.task_set, origin or RunFolder(folder).config_file, folder)
     if show:
-        print(f"run folder: {folder}", flush=True)
+        say(f"run folder: {folder}")
     if loaded.on_finish is not None:
         agree(content_of(loaded.on_finish), folder)
     if code := task_code(loaded):
@@ -147,7 +148,7 @@ def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] =
     build_assembly(config, models)
     for note in check_loads(build_layout(models), models.base):
         if show:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", error=True)
     stage("opening the tasks")
     task_set = open_task_set(config)
     check_chat_templates(models, task_set)
@@ -167,7 +168,7 @@ def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
             found = check_search(opened, BRIEF, stages.log, workers.planned, limits, keep)
         console.print(check_text(found, examples=False))
     except EvomergeError as error:
-        print(f"note: no check: {error}", file=sys.stderr)
+        say(f"note: no check: {error}", error=True)
 
 
 def resume(
@@ -277,7 +278,7 @@ def search_in(
     found = Run(run.folder)
     if show:
         print_status(status, timing=False)
-        print(f"report: {run.report_file}")
+        say(f"report: {run.report_file}")
     if where is not None:
         found.export(where, show=show)
     return found

@@ -13,7 +13,8 @@ import sys
 
 from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, first_line, lacks_memory
+from evomerge.printable import say
 
 __all__ = ["app", "main", "models", "playing", "searching", "starting"]
 
@@ -23,21 +24,16 @@ def main() -> None:
     try:
         app()
     except EvomergeError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         sys.exit(130)
     except Exception as error:
-        if message := disk_message(error):
-            print(f"error: {message}", file=sys.stderr)
+        if message := memory_message(error) or disk_message(error):
+            say(f"error: {message}", error=True)
             sys.exit(2)
         raise
-
-
-def printable(text: str) -> str:
-    """A message without characters that move a terminal's cursor or change its colours; it may quote any file."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 DISK_ERRORS = {  # words of an operating system or a library -> what they mean
@@ -49,6 +45,16 @@ DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "disk I/O error": "the disk cannot be read or written",
     "File too large": "a file would be larger than this shell's limit (ulimit -f)",
 }
+
+
+def memory_message(error: BaseException) -> str | None:
+    """The message for an error of the memory; None for other errors."""
+    if not lacks_memory(error):
+        return None
+    return (
+        f"this process gets no more memory ({first_line(error)}); nothing that was finished is lost. Raise its limit "
+        "(`ulimit -v`, a container, a job of the cluster) or use a larger machine, and run the command again"
+    )
 
 
 def disk_message(error: BaseException) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from evomerge.cli.options import Chat, Device, Fewshot, Lora, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
+from evomerge.printable import say
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -57,7 +58,7 @@ def reproduce(
 
     found = make_again(recipe, out, check, device)
     for line in found.lines(out, check):
-        print(line)
+        say(line)
     if not found.is_same:
         raise typer.Exit(1)
 
@@ -85,7 +86,7 @@ def inspect(
 
     found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
     if as_json:
-        print(found.to_json())
+        say(found.to_json())
     else:
         console.print(found, soft_wrap=False)
     if page is not None:
@@ -93,7 +94,7 @@ def inspect(
 
         write_page(page, found)
         if not as_json:
-            print(f"wrote {page}")
+            say(f"wrote {page}")
     if not found.mergeable:
         raise typer.Exit(2)
     if found.strangers:
@@ -169,4 +170,4 @@ def statistics(
 
     configs = task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
     gather_statistics(kind, model, out, configs, base, items, search, device)
-    print(f"wrote {out}")
+    say(f"wrote {out}")

@@ -8,6 +8,7 @@ import typer
 
 from evomerge import __version__
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -78,7 +79,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(f"evomerge {__version__}")
+        say(f"evomerge {__version__}")
         raise typer.Exit
 
 

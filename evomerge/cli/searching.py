@@ -23,6 +23,7 @@ from evomerge.cli.options import (
     refuse_nothing,
 )
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -129,7 +130,7 @@ def resume(
 
 def leave(stopped: "SearchStopped") -> NoReturn:
     """Say how to go on after a signal, and end with the signal's exit code."""
-    print(f"stopped by {stopped.name}; nothing finished is lost. Go on with: evomerge resume {stopped.folder}")
+    say(f"stopped by {stopped.name}; nothing finished is lost. Go on with: evomerge resume {stopped.folder}")
     raise typer.Exit(128 + stopped.number)
 
 
@@ -140,11 +141,11 @@ def show_export(run: "Run", out: Path | None) -> None:
     verdict = run.files.verdict()
     following = "" if verdict is None else next_command(verdict, run.folder)
     if following.startswith("evomerge resume"):
-        print(f"next: {following}")
+        say(f"next: {following}")
     if out is None:
-        print(f"export: evomerge export {run.folder} --out merged/")
+        say(f"export: evomerge export {run.folder} --out merged/")
         if run.config.goals == "pareto":
-            print("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
+            say("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -173,7 +174,7 @@ def status(
         shown = read_status(opened)
         print_status(shown, timing)
         if shown.verdict is not None:
-            print(f"next: {next_command(shown.verdict, opened.folder)}")
+            say(f"next: {next_command(shown.verdict, opened.folder)}")
 
 
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
@@ -202,7 +203,7 @@ def compare(
 
     found = compare_runs([open_run(run) for run in runs])
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
         return
     from evomerge.report.comparison import print_comparison
 
@@ -218,7 +219,7 @@ def dashboard(
     from evomerge.report.dashboard import serve
     from evomerge.search.run import open_run
 
-    serve(open_run(run), port, lambda address: print(f"dashboard: {address}  (Ctrl-C ends it)", flush=True))
+    serve(open_run(run), port, lambda address: say(f"dashboard: {address}  (Ctrl-C ends it)"))
 
 
 @app.command(epilog="Example: evomerge report runs/quickstart")
@@ -244,7 +245,7 @@ def report(
             measure_landscape(opened)
             write_conflicts(opened, None)
     write_report(opened)
-    print(opened.report_file)
+    say(str(opened.report_file))
 
 
 @app.command(epilog="Example: evomerge items runs/quickstart --out items.parquet")
@@ -256,7 +257,7 @@ def items(
     from evomerge.report.item_table import write_items
     from evomerge.search.run import open_run
 
-    print(f"wrote {write_items(open_run(run), out):,} scores to {out}")
+    say(f"wrote {write_items(open_run(run), out):,} scores to {out}")
 
 
 @app.command(epilog="Example: evomerge export runs/quickstart --out merged/")
@@ -304,6 +305,6 @@ def repeat(
     found = repeat_trial(opened, trial)
     before, after = found.values
     same = found.differing == 0 and before == after
-    print(f"trial {trial}: value {after!r}, recorded {before!r}; {found.differing} of {found.items} item scores differ")
+    say(f"trial {trial}: value {after!r}, recorded {before!r}; {found.differing} of {found.items} item scores differ")
     if not same:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from evomerge.cli.options import Ray, Timeout, Trials, Until, Workers, app
+from evomerge.printable import say
 
 TYPED = {"n": "\n", "t": "\t", "\\": "\\"}  # what a shell passes on as two characters
 
@@ -31,7 +32,7 @@ def init(
     timeout = timeout or typer.prompt("How long may the search take", default="8h")
     out = out or Path(typer.prompt("File to write", default="search.yaml"))
     for line in init_config(out, base, source, task, timeout):
-        print(line)
+        say(line)
 
 
 def several(question: str) -> list[str]:
@@ -54,7 +55,7 @@ def migrate(
     from evomerge.start.migrate.migrate import migrate as write
 
     for line in write(config, out, task_search_path or ()):
-        print(line)
+        say(line)
 
 
 @app.command(name="new-task", epilog="Example: evomerge new-task questions.jsonl --question text --answer label")
@@ -84,7 +85,7 @@ def new_task(
     text = None if prompt is None else re.sub(r"\\([\\nt])", lambda typed: TYPED[typed[1]], prompt)
     done = write_task(data, out, question=question, answer=answer, choices=names, prompt=text, taken=filter)
     for line in done.lines():
-        print(line)
+        say(line)
 
 
 @app.command(epilog="Example: evomerge check search.yaml --timeout 8h")
@@ -106,4 +107,4 @@ def check(
 
     found = look(config, items, show=not as_json, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from evomerge.files import write_text
+from evomerge.printable import printable
 from evomerge.report.inspection import PAIRS, Inspection, Table
 from evomerge.report.page.parts import capital, section, table, text, whole_page
 from evomerge.report.page.svg import COLOURS, Frame, chart, dotted_line, legend, range_of
@@ -15,7 +16,7 @@ SMALL = (168, 140)  # of the picture of a segment, pixels: two fit beside each o
 
 def write_page(file: Path, found: Inspection) -> None:
     """Write the page to a file, over one that is there."""
-    write_text(file, page(found))
+    write_text(file, printable(page(found)))
 
 
 def page(found: Inspection) -> str:

@@ -2,12 +2,31 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)  # lines of a file are not broken
+from evomerge.printable import printable, say
+
 FIRST_SECONDS, LINE_SECONDS = 5.0, 30.0  # before the first line where there is no terminal; between two of them
+
+
+class Screen(Console):
+    """A terminal, or a file, that shows texts of others as they are: no markup, nothing that acts on a terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """The pieces of what is shown, with every character that acts on a terminal written as Python writes it."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
+
+
+console = Screen(soft_wrap=not sys.stdout.isatty())  # lines of a file are not broken
 
 
 def seconds_text(seconds: float) -> str:
@@ -61,9 +80,9 @@ class Stages:
             return
         self.close()
         if not console.is_terminal:
-            print(f"{text} ...", flush=True)
+            say(f"{text} ...")
             return
-        columns = (TextColumn("{task.description} ..."), TimeElapsedColumn())
+        columns = (TextColumn("{task.description} ...", markup=False), TimeElapsedColumn())
         self.status = Progress(*columns, console=console, transient=True, refresh_per_second=2)
         self.status.add_task(text, total=None)
         self.status.start()
@@ -73,7 +92,7 @@ class Stages:
         if text.startswith("note:"):
             self.close()
             if self.show:
-                print(text, flush=True)
+                say(text)
         else:
             self.stage(text)
 
@@ -100,9 +119,15 @@ class Bar:
         self.lines = Lines()
         self.progress: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            description = TextColumn("{task.description}", markup=False)
+            columns = (
+                TextColumn("{task.fields[title]}", markup=False),
+                BarColumn(),
+                description,
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=console, transient=True)
-            self.task = self.progress.add_task("", total=total)
+            self.task = self.progress.add_task("", total=total, title=title)
             self.progress.start()
 
     def update(self, done: int) -> None:
@@ -117,7 +142,7 @@ class Bar:
         elif self.lines.due(done >= self.total):
             left = f", {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
             counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
-            print(f"{self.title}: {counted}{pace}{left}", flush=True)
+            say(f"{self.title}: {counted}{pace}{left}")
 
     def close(self) -> None:
         """Remove the bar."""

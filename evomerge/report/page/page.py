@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from evomerge.files import write_text
+from evomerge.printable import printable
 from evomerge.report.page.answers import answers_section
 from evomerge.report.page.closing import cost_section, use_section
 from evomerge.report.page.conflicts import conflicts_section
@@ -40,7 +41,7 @@ SECTIONS = (
 def write_report(run: Run) -> Status:
     """Write report.html; of a run without a verdict what there is so far.  Returns the status that it shows."""
     material = gather(run)
-    write_text(run.report_file, page(material))
+    write_text(run.report_file, printable(page(material)))
     return material.status
 
 
