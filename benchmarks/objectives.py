@@ -11,8 +11,8 @@ correlation   Spearman's, over random points, baselines and points near a good o
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
 
-learned       the metric on the holdout items after the learned start of a search (`--learned`), from 0.5 everywhere, by a
-              named objective in the place of `auto` of generation tasks; works for models of every size
+learned       the metric on the holdout items after the learned start of a search (`--learned`), from 0.5 everywhere, by
+              a named objective in the place of `auto` of generation tasks; for models of every size
 
 `run` skips what the file has already, so a long run can be done in parts.
 """

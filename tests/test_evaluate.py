@@ -768,7 +768,8 @@ def test_data_files_count_from_the_folder_of_the_task_file(
 def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
     generation_task: Path, key: str, name: str
 ) -> None:
-    known = "smooth: answer_logprob, gold_logprob, gold_prob, token_entropy, bits_per_byte; others: exact_match"
+    names = "answer_logprob, answer_weakest, gold_logprob, gold_prob, token_entropy, bits_per_byte"
+    known = f"smooth: {names}; others: exact_match"
     message = f"task generation: {key} {name!r} is not one of its metrics ({known})"
     assert refused(generation_task, **{key: name}) == message
 
