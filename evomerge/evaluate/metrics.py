@@ -135,8 +135,15 @@ TABLE = (
     ),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in TABLE}
+AUTO, AUTO_MEAN = "auto", "auto_mean"  # studies older than `answer_weakest` go on with the second
 CHOSEN: dict[str, dict[str, str]] = {
-    "auto": {
+    AUTO: {
+        "multiple_choice": "choice_logprob",
+        "generate_until": "answer_weakest",
+        "loglikelihood": "answer_weakest",
+        "loglikelihood_rolling": "bits_per_byte",
+    },
+    AUTO_MEAN: {
         "multiple_choice": "choice_logprob",
         "generate_until": "answer_logprob",
         "loglikelihood": "answer_logprob",
