@@ -300,7 +300,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(found: dict[str, Any]) -> None:
     """Print what was measured, as Markdown."""
-    for family in dict.fromkeys(key.split("/")[0] for key in found):
+    print_learned({key: value for key, value in found.items() if "/learned/" in key})
+    for family in dict.fromkeys(key.split("/")[0] for key in found if key.endswith("/baselines")):
         base = found[f"{family}/baselines"]
         best = max(base, key=base.__getitem__)
         print(f"\n## {family}: holdout metric; best baseline {best} {base[best]:.3f}\n")
@@ -311,6 +312,23 @@ def table(found: dict[str, Any]) -> None:
             cells = [f"{row[k]:.3f}" if row else "" for k in ("all", "better half", "metric of its best")]
             learned = [v for k, v in found.items() if k.startswith(f"{family}/gradient/{name}/")]
             print(f"| {name} | {' | '.join(cells)} | {interval(learned)} | {len(learned)} |")
+
+
+def print_learned(found: Mapping[str, Any]) -> None:
+    """Print what the learned start reached, and the paired difference to the first objective of each family."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}  # family -> objective -> seed -> metric
+    for key, values in found.items():
+        family, _, objective, seed = key.split("/")
+        rows.setdefault(family, {}).setdefault(objective, {})[seed] = values["metric"]
+    if rows:
+        print("| family | objective | seeds | metric after the learned start | less the first |")
+        print("|---|---|---|---|---|")
+    for family, each in rows.items():
+        first = next(iter(each.values()))
+        for objective, by_seed in each.items():
+            less = [value - first[seed] for seed, value in by_seed.items() if seed in first and by_seed is not first]
+            cells = (family, objective, str(len(by_seed)), interval([*by_seed.values()]), interval(less))
+            print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
