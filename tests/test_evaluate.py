@@ -776,7 +776,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
 
 def test_the_first_metric_is_the_default_and_the_objective_fits_it(generation_task: Path) -> None:
     task = open_task(generation_task)
-    assert (task.metric, task.objective, task.auto) == ("exact_match", "answer_logprob", True)
+    assert (task.metric, task.objective, task.auto) == ("exact_match", "answer_weakest", True)
     for name in ("gold_prob", "exact_match"):
         task = open_task(generation_task, objective=name)
         assert (task.metric, task.objective, task.auto) == ("exact_match", name, False)

@@ -211,11 +211,12 @@ def test_far_above_the_floor_an_objective_is_the_log_probability_and_below_it_a_
         ("multiple_choice", {"metric": "acc_bytes"}, "choice_logprob_norm"),
         ("multiple_choice", {"metric": "brier_score"}, "brier_score"),
         ("multiple_choice", {"metric": "gold_logprob"}, "gold_logprob"),
-        ("generate_until", {}, "answer_logprob"),
-        ("generate_until", {"metric": "exact_match,none"}, "answer_logprob"),
+        ("generate_until", {}, "answer_weakest"),
+        ("generate_until", {"metric": "exact_match,none"}, "answer_weakest"),
         ("loglikelihood", {}, "perplexity"),
-        ("loglikelihood", {"metric": "acc"}, "answer_logprob"),
+        ("loglikelihood", {"metric": "acc"}, "answer_weakest"),
         ("loglikelihood_rolling", {}, "word_perplexity"),
+        ("generate_until", {"objective": "auto_mean"}, "answer_logprob"),
         ("multiple_choice", {"objective": "entropy"}, "choice_entropy"),
         ("loglikelihood", {"objective": "entropy"}, "token_entropy"),
     ],
@@ -225,7 +226,7 @@ def test_auto_and_entropy_stand_for_an_objective_of_the_tasks_kind(
 ) -> None:
     task = open_kind(tmp_path, kind, **config)
     assert task.objective == objective
-    assert task.auto == ("objective" not in config)
+    assert task.auto == (config.get("objective") in (None, "auto_mean"))
 
 
 def test_a_text_has_no_entropy_objective(tmp_path: Path) -> None:
