@@ -33,7 +33,7 @@ from evomerge.search.verdict.guards import judge_guard
 
 
 def answered(text: str, metric: float, objective: float = -1.0, cut: bool = False) -> Answered:
-    return Answered(text, text, cut, metric, objective)
+    return Answered(text, text, cut, metric, objective, objective)
 
 
 def task_of(items: list[ProbedItem], kind: str = "generate_until", right: float | None = 1.0) -> ProbedTask:
