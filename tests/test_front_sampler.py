@@ -13,7 +13,7 @@ from test_storage import space_of
 
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
 from evomerge.search.run import open_run
-from evomerge.search.samplers.turns import FIRST, TurnsSampler, turns_of
+from evomerge.search.samplers.front import FIRST, FrontSampler, turns_of
 from evomerge.search.space.space import Space
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import pack, trial_scores
@@ -95,7 +95,7 @@ def test_a_turn_sees_the_trials_of_others_as_given_and_by_its_own_weights(tmp_pa
         if len(running) > 3:  # three workers' results come late
             finish(study, running.pop(0), stop=0.2)
     sampler = study.sampler(study.size)
-    assert isinstance(sampler, TurnsSampler)
+    assert isinstance(sampler, FrontSampler)
     for turn, weights in enumerate(TURNS):
         seen = sampler.view(study.mirror, turn, None).get_trials()
         assert [t.params for t in seen] == [t.params for t in study.trials]
@@ -138,7 +138,7 @@ SMALL: dict[str, Any] = {
     "goals": "pareto",
     "budget": {"trials": 26},
 }
-AT_ONCE = LOOKS_COST_NOTHING + "import evomerge.search.samplers.turns as t\nt.FIRST = 0\n"
+AT_ONCE = LOOKS_COST_NOTHING + "import evomerge.search.samplers.front as t\nt.FIRST = 0\n"
 KILLED = """
 import os, signal
 import evomerge.search.trial as t
