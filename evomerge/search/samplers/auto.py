@@ -19,7 +19,7 @@ GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES in al
 GP_AXES = 100  # not measured in more than 96; a proposal takes an eighth of a second there
 GP_FRONT = 30  # trials of a Gaussian process for several goals: they find what 100 trials of CMA-ES by turns find
 MOST_GOALS = 4  # of it: its time grows exponentially with them
-GP_SECONDS = {2: 0.3, 3: 0.5, 4: 2.0}  # of a proposal for so many goals after GP_FRONT trials
+GP_SECONDS = {2: 0.2, 3: 0.3, 4: 0.5}  # of a proposal for so many goals after GP_FRONT trials, in 24 to 840 axes
 GP_SHARE = 0.2  # of the time of a trial that its proposal may take
 
 AUTO = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)

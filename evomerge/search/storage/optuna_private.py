@@ -3,6 +3,7 @@
 Nothing outside this file names a private part of Optuna; a test exercises each of these against the installed version.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Container, Iterable
 from copy import copy
@@ -93,6 +94,10 @@ class NumberedQMCSampler(QMCSampler):
 
     def _find_sample_id(self, study: Study, search_space: dict[str, BaseDistribution]) -> int:
         return self.number
+
+
+# It warns once a process that a package is missing by which a proposal would be a third faster.
+logging.getLogger("optuna._gp.batched_lbfgsb").setLevel(logging.ERROR)
 
 
 class QuickGPSampler(GPSampler):
