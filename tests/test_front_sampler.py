@@ -12,7 +12,10 @@ from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, writ
 from test_search import LOOKS_COST_NOTHING
 from test_storage import space_of
 
+from evomerge.evaluate.looks import Looks
+from evomerge.evaluate.racing import Order
 from evomerge.search.evaluation.guards import Guard, GuardScale
+from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
 from evomerge.search.run import open_run
 from evomerge.search.samplers.auto import CHOSEN, GP_FRONT, UNTIL, front_trials
@@ -22,6 +25,7 @@ from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import LEARNED, WEIGHTS, RaceRecord, TrialRecord, record_of
+from evomerge.search.trial import Races
 from evomerge.search.verdict.front import hypervolume
 
 SCALES = Scale({t: TaskScale(1.0, 0.0, Line("m"), Line("m")) for t in ("a", "b")})
@@ -175,6 +179,14 @@ def test_a_sampler_for_several_goals_finds_more_of_the_front_than_turns_by_few_t
         means = [[m["m"].mean() for m in trial_scores(t).values()] for t in study.complete]
         volumes[until] = hypervolume(np.array(means) + 2.0)
     assert volumes[25] > volumes[0] + 0.15
+
+
+def test_a_trial_of_a_sampler_for_several_goals_does_not_race(tmp_path: Path) -> None:
+    quarter, looks = np.full(4, 0.25), Looks((2, 4), (0.5, 1.0))
+    order = Order(np.arange(4), quarter, quarter)
+    setup = RaceSetup("i", {"a": 2, "b": 2}, order, np.full(4, 4.0), 0.02, looks, SCALES)
+    races = Races(opened(sqlite_url(tmp_path / "s.db"), "auto", until=40), setup)
+    assert [races.next(weights)[0] is None for weights in ({}, TURNS[1], None)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
