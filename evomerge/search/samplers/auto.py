@@ -1,8 +1,9 @@
 """`auto` and `learned`: a learned start, and which sampler follows it.
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
-kept in the study, so that a resume with another budget does not change the sampler.  The numbers of the rule are those
-of the table of samplers in docs/explanation/search.md.
+kept in the study, so that a resume with another budget does not change the sampler.  With `goals: pareto` it is also
+kept how many trials a Gaussian process for several goals has before (`front_trials`).  The numbers of the rules are
+those of the tables in docs/explanation/search.md.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ UNTIL = "evomerge:front"  # study attribute: with `goals: pareto`, the number of
 SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
 GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES in all axes reaches with 100
 GP_AXES = 100  # not measured in more than 96; a proposal takes an eighth of a second there
-GP_FRONT = 30  # trials of a Gaussian process for several goals: they find what 100 trials of CMA-ES by turns find
+GP_FRONT = 30  # trials of a Gaussian process for several goals: they find what 60 trials of CMA-ES by turns find
 MOST_GOALS = 4  # of it: its time grows exponentially with them
 GP_SECONDS = {2: 0.2, 3: 0.3, 4: 0.5}  # of a proposal for so many goals after GP_FRONT trials, in 24 to 840 axes
 GP_SHARE = 0.2  # of the time of a trial that its proposal may take
