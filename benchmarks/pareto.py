@@ -160,7 +160,11 @@ class Search:
         own = problem.family.space
         goals: Literal["mean", "pareto"] = "mean" if way == "own" else "pareto"
         config = own.config.model_copy(
-            update={"goals": goals, "seed": problem.seed, "sampler": SamplerConfig(name="auto")}
+            update={
+                "goals": goals,
+                "seed": problem.seed,
+                "sampler": SamplerConfig(name="gp" if way == "several" else "auto"),
+            }
         )
         stored = open_study(sqlite_url(folder / "study.db"), "pareto", create=True)
         self.scale = Scale({t: TaskScale(1.0, 0.0, Line("m"), Line("m")) for t in problem.tasks})

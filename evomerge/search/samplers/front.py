@@ -205,20 +205,19 @@ def make_front_sampler(
     """The sampler of a study with `goals: pareto`.
 
     axes, scale: as in `FrontSampler`.
-    name: of the search's sampler.
-    setup: what a sampler of that name is made from, by the number of the trial.
-    until: the trials before this number are of a Gaussian process that is told one value a task; all are if that is the
-        search's sampler.
+    name: of the sampler in the user's configuration.
+    setup: what the sampler of the turns is made from, by the number of the trial.
+    until: the trials before this number are of a Gaussian process that is told one value a task; all are if the user
+        has named it.
     """
-    kind = sampler_kind(name)
-    several = sampler_kind(name if kind.several else "gp").several
+    several, named = sampler_kind("gp").several, sampler_kind(name).several
     assert several is not None, "a Gaussian process can be told several values"
-    every = kind.several is not None and len(scale.tasks) <= MOST_GOALS
+    kind = sampler_kind(setup(0).config.name)
     return FrontSampler(
         axes,
         scale,
         lambda number: made(kind.make, setup(number)),
         kind.serves_all_trials,
-        lambda number: made(several, setup(number)),
-        math.inf if every else until,
+        lambda number: made(named or several, setup(number)),
+        math.inf if named and len(scale.tasks) <= MOST_GOALS else until,
     )

@@ -227,7 +227,7 @@ class SearchStudy:
         ):
             scale = Scale.from_json(self.stored.user_attrs[SCALE])
             until = self.stored.user_attrs.get(UNTIL, 0)
-            self.kept_sampler = make_front_sampler(self.space.axes, scale, chosen.name, setup, until)
+            self.kept_sampler = make_front_sampler(self.space.axes, scale, self.space.config.sampler.name, setup, until)
             return self.kept_sampler
         sampler = make_sampler(setup(number))
         if kind.serves_all_trials:
