@@ -24,7 +24,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace) -> None:
                     continue
                 start, count = "learned" if learned else "scratch", min(FEW.get(sampler, MARKS[-1]), arguments.trials)
                 key = f"{tasks}/{axes}/{start}/{way} {sampler}/{seed}"
-                results.once(key, lambda p=problem, w=way, s=sampler, n=count, x=learned: searched(p, w, s, x, n))
+                results.once(key, partial(searched, problem, way, sampler, learned, count))
 
 
 def searched(problem: Problem, way: str, sampler: str, learned: bool, count: int) -> dict[str, float]:
