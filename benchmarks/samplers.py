@@ -450,8 +450,7 @@ def unfit(name: str, dimensions: int, start: str) -> bool:
 def ends(problem: Problem, learned: Vector) -> dict[str, float]:
     """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
     best = max(problem.given, key=problem.value)
-    # A proposal of CMA-ES in 240 coefficients takes seconds where many are at a bound; there the learned start is 1.
-    wide = len(problem.axes) > DIMENSIONS[-2]
+    wide = len(problem.axes) > DIMENSIONS[-2]  # there LONG trials take minutes
     long = learned if wide else by_stages(problem, learned, [(LONG, None)], "holdout").points[-1]
     return {
         "baseline": problem.value(best, "holdout"),
