@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # usage.py imports this file
 
 RECORD = "record"  # the trial's user attribute
 LEARNED = "learned"  # trial attribute: after how many gradient steps its parameters were reached
-WEIGHTS = "weights"  # trial attribute: the task weights that its parameters were chosen by, if not the search's
+WEIGHTS = "weights"  # trial attribute: task weights, not the search's, that its parameters were chosen by; {}: none
 NUMBER = (int, float)
 VERSION = 1  # written as `version`; a record without that key is of version 0, which had the same keys
 
