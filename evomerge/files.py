@@ -195,7 +195,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: would be larger than this shell's limit for a file (ulimit -f); nothing that was finished is "
                 "lost. Raise the limit and try again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
         raise
 
