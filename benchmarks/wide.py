@@ -147,7 +147,9 @@ def main() -> None:
         with patch.object(cmaes, "SEPARABLE", KINDS[arguments.kinds[0]]):
             costs(counts[0], arguments.kinds[0])
         return
-    print(f"| coefficients | | ms a proposal | s to tell {RESUMED} trials again | MB |\n|---|---|---|---|---|", flush=True)
+    print(
+        f"| coefficients | | ms a proposal | s to tell {RESUMED} trials again | MB |\n|---|---|---|---|---|", flush=True
+    )
     for count in counts:
         for kind in arguments.kinds:
             subprocess.run([sys.executable, __file__, "costs", "--dimensions", str(count), "--kinds", kind], check=True)

@@ -163,8 +163,7 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
                 axes = spaces[names, texts] = dict(zip(names, map(axis_of, texts), strict=True))
             trial.distributions = axes
             trial.params = {
-                name: axis.to_external_repr(number)
-                for (name, axis), number in zip(axes.items(), numbers, strict=True)
+                name: axis.to_external_repr(number) for (name, axis), number in zip(axes.items(), numbers, strict=True)
             }
     query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
     for told in connection.execute(query.order_by(v.objective)):
