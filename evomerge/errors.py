@@ -23,6 +23,19 @@ def without_panics() -> Iterator[None]:
         raise RuntimeError(first_line(error)) from error
 
 
+NO_MEMORY = ("Cannot allocate memory", "bad_alloc", "can't start new thread")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the system gave no memory, also where a library has wrapped it in its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or any(words in str(seen) for words in NO_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -55,10 +55,22 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def read_text(path: Path, limit: int = YAML_BYTES) -> str:
     """The content of a UTF-8 file.  EvomergeError if it cannot be read or has more than `limit` bytes."""
     with opened(path) as file:
-        content = file.read(limit + 1)
+        content = read_within(file, limit)
         if len(content) > limit:
             raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
         return content.decode("utf-8")
+
+
+def read_within(file: BinaryIO, limit: int) -> bytes:
+    """The content of a file, or its first `limit` + 1 bytes.
+
+    `read(limit + 1)` alone would take so much memory for every file, however small.
+    """
+    size = os.fstat(file.fileno()).st_size
+    content = file.read(min(size, limit) + 1)
+    if size < len(content) <= limit:  # it has grown, or the system does not tell its size
+        content += file.read(limit + 1 - len(content))
+    return content
 
 
 def copy_model_file(path: Path, to: Path) -> None:
@@ -70,7 +82,7 @@ def copy_model_file(path: Path, to: Path) -> None:
     if path.is_symlink() and (real := path.resolve()).name != path.name and real.parent.name != "blobs":
         raise EvomergeError(f"{path}: is a symbolic link to {real}, a file of another name; put the file itself there")
     with opened(path) as file:
-        content = file.read(TOKENIZER_BYTES + 1)
+        content = read_within(file, TOKENIZER_BYTES)
     if len(content) > TOKENIZER_BYTES:
         raise EvomergeError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MB, the limit for such a file")
     to.write_bytes(content)
@@ -159,7 +171,7 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within the context, a full disk or a forbidden path becomes an EvomergeError; other errors are unchanged."""
+    """Within the context, a disk that is full, forbidden or fails becomes an EvomergeError; other errors stay."""
     try:
         yield
     except OSError as error:
@@ -174,6 +186,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ENODEV):
+            raise EvomergeError(
+                f"{path}: the disk cannot be read or written ({error.strerror}); nothing that was finished is lost. "
+                "Mend the disk and run the command again"
+            ) from error
         raise
 
 

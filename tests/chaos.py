@@ -90,6 +90,7 @@ def main() -> None:
                     what = disturb(name, seed, arguments.family, Path(folder), long=seed == arguments.seed)
                 except AssertionError as error:
                     what = f"WRONG: {str(error).strip().splitlines()[0][:300]}"
+                    print(error, file=sys.stderr, flush=True)
                     wrong += 1
                 outcome[what] += 1
                 print(f"{name} ({seed}): {what} ({time.monotonic() - began:.0f} s)", flush=True)

@@ -302,11 +302,13 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         ("(sqlite3.OperationalError) attempt to write a readonly database", "read-only"),
         ("(sqlite3.OperationalError) disk I/O error", "cannot be read or written"),
         ("(sqlite3.FullError) database or disk is full", "disk is full"),
+        ("[Errno 5] Input/output error: 'x'", "cannot be read or written"),
+        ("unable to mmap 3185080 bytes from file <x>: Cannot allocate memory (12)", "not enough memory"),
         ("a bug", None),
     ],
 )
 def test_a_disk_error_that_a_library_wraps_is_one_line(said: str, told: str | None) -> None:
-    from evomerge.cli import disk_message
+    from evomerge.cli import system_message
 
     try:
         try:
@@ -314,7 +316,7 @@ def test_a_disk_error_that_a_library_wraps_is_one_line(said: str, told: str | No
         except OSError as error:
             raise RuntimeError("a library's own") from error
     except RuntimeError as error:
-        found = disk_message(error)
+        found = system_message(error)
     assert (found is None) if told is None else (found is not None and told in found)
 
 

@@ -13,7 +13,7 @@ import sys
 
 from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, lacks_memory
 
 __all__ = ["app", "main", "models", "playing", "searching", "starting"]
 
@@ -29,7 +29,7 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if message := disk_message(error):
+        if message := system_message(error):
             print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
         raise
@@ -40,23 +40,27 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+NOTHING_LOST = "nothing that was finished is lost. Mend that and run the command again"
 DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "disk is full": "the disk is full",
     "No space left on device": "the disk is full",
     "os error 28": "the disk is full",
     "readonly database": "the disk has become read-only",
     "Read-only file system": "the disk has become read-only",
+    "Input/output error": "the disk cannot be read or written",
     "disk I/O error": "the disk cannot be read or written",
     "File too large": "a file would be larger than this shell's limit (ulimit -f)",
 }
 
 
-def disk_message(error: BaseException) -> str | None:
-    """The message for an error of the disk, also where a library has wrapped it in its own; None for other errors."""
+def system_message(error: BaseException) -> str | None:
+    """The message for an error of the disk or the memory, also where a library has wrapped it; None for others."""
+    if lacks_memory(error):
+        return f"there is not enough memory, or this shell limits it (ulimit -v); {NOTHING_LOST}"
     seen: BaseException | None = error
     while seen is not None:
         for words, meaning in DISK_ERRORS.items():
             if words in str(seen):
-                return f"{meaning}; nothing that was finished is lost. Mend that and run the command again"
+                return f"{meaning}; {NOTHING_LOST}"
         seen = seen.__cause__ or seen.__context__
     return None

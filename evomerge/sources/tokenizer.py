@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evomerge.errors import EvomergeError, first_line, without_panics
+from evomerge.errors import EvomergeError, first_line, lacks_memory, without_panics
 from evomerge.files import TOKENIZER_BYTES, copy_model_file, read_json, read_text
 
 VOCABULARY_CHOICES = BASE, UNION = "base", "union"
@@ -100,7 +100,9 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
                     tokens = Tokenizer.from_str(read_text(file, TOKENIZER_BYTES)).get_vocab(with_added_tokens=True)
                 else:
                     tokens = open_tokenizer(folder).get_vocab()
-        except Exception:  # the libraries raise any type of error
+        except Exception as error:  # the libraries raise any type of error
+            if lacks_memory(error):
+                raise
             return None
     for token, number in tokens.items():
         if type(number) is not int or not 0 <= number < MAX_TOKEN_ID:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import select
 import signal
 import threading
 import time
@@ -94,6 +95,7 @@ def suspend(processes: list[psutil.Process], seconds: float) -> None:
 
 OWN_TERMINAL = """
 import fcntl, os, sys, termios
+os.close(OURS)
 os.setsid()
 fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 if ERRORS_TOO:
@@ -107,22 +109,24 @@ console.is_interactive = True
 def _(search: Disturbed) -> str:
     """The driver gets SIGHUP, and an error whenever it writes to its screen."""
     both = search.random.random() < 0.5
-    search.prelude = OWN_TERMINAL.replace("ERRORS_TOO", str(both))
     ours, theirs = pty.openpty()
+    search.prelude = OWN_TERMINAL.replace("ERRORS_TOO", str(both)).replace("OURS", str(ours))
     started = search.start(terminal=theirs)
     os.close(theirs)
+    gone = threading.Event()
 
     def read() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(ours, 1 << 16):
-                pass
+        while not gone.is_set():
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 1 << 16)
 
     reader = threading.Thread(target=read)
     reader.start()
     going_on = search.moment(started)
+    gone.set()
+    reader.join()
     os.close(ours)
     what = goes_on(started, f"went on without its screen{' and its errors' * both}")
-    reader.join()
     search.prelude = ""
     return what if going_on else "was done before"
 
