@@ -25,6 +25,7 @@ YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
 Content = TypeVar("Content", bound=BaseModel)
+FAILED_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
@@ -186,7 +187,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
-        if error.errno in (errno.EIO, errno.ESTALE, errno.ENODEV):
+        if error.errno in FAILED_DISK:
             raise EvomergeError(
                 f"{path}: the disk cannot be read or written ({error.strerror}); nothing that was finished is lost. "
                 "Mend the disk and run the command again"

@@ -108,10 +108,12 @@ def _(search: Disturbed) -> str:
         if not search.moment(started):
             return done_before(started)
         disk.fail()
-        ended = plain(wait(started), REFUSED)
+        ended = plain(wait(started), REFUSED, 0)
         disk.unmount()
         assert disk.mount()
-        return resumed(search, ended, (REFUSED,))
+        assert ended.returncode or (search.run / "verdict.json").exists(), "it ended well and its verdict is lost"
+        assert "damaged" not in ended.stderr, ended
+        return resumed(search, ended, (REFUSED, 0))
 
 
 @injection("SIGKILL inside a write to the database")

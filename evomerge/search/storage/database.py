@@ -224,9 +224,9 @@ def damaged(url: str, error: BaseException) -> EvomergeError:
             f"{file_of(url)}: cannot be written; this shell limits a file to {limit / 1e6:.1f} MB (ulimit -f). Nothing "
             "that was finished is lost; raise the limit and try again"
         )
-    if disk_failed(error):
+    if (file := file_of(url)) is not None and disk_failed(file, error):
         return EvomergeError(
-            f"{file_of(url)}: cannot be read or written ({said}); nothing that was finished is lost. Mend the disk and "
+            f"{file}: cannot be read or written ({said}); nothing that was finished is lost. Mend the disk and "
             "run the command again"
         )
     return EvomergeError(

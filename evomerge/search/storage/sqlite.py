@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from evomerge.files import sync
+from evomerge.files import FAILED_DISK, sync
 
 
 def file_of(url: str) -> Path | None:
@@ -50,8 +50,16 @@ def is_damage(error: BaseException) -> bool:
     return any(sign in text for sign in ("malformed", "not a database", "Could not decode", "disk I/O error"))
 
 
-def disk_failed(error: BaseException) -> bool:
-    """Whether an error says that the disk does not read or write, and not that a part of the file is missing."""
+def disk_failed(file: Path, error: BaseException) -> bool:
+    """Whether the disk does not read or write, as an error of SQLite or opening the file says.
+
+    SQLite takes what a failing disk gives for damage.  When the end of the file is missing, the disk has not failed.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as failure:
+        if failure.errno in FAILED_DISK:
+            return True
     seen: BaseException | None = error
     while seen is not None:
         name = getattr(getattr(seen, "orig", seen), "sqlite_errorname", "")
