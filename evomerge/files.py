@@ -270,9 +270,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 yield aside
                 for file in sorted(aside.rglob("*")):
                     sync(file)
-                (aside / UNFINISHED).unlink()
-            sync(aside)
-            rename_folder(aside, path)
+                sync(aside)
+                rename_folder(aside, path)
+                (path / UNFINISHED).unlink()  # not before: what a process killed meanwhile leaves could not be told
+            sync(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -283,9 +284,14 @@ def remove_unfinished(folder: Path) -> None:
     """Remove a temporary folder of `new_folder` whose process is gone, and no other folder."""
     if not (folder / UNFINISHED).is_file() or folder.is_symlink():
         return
-    with appending(folder / UNFINISHED) as mark, suppress(BlockingIOError):
+    with appending(folder / UNFINISHED) as mark, suppress(OSError):
         fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != UNFINISHED:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # the mark last, for this process may be killed too
 
 
 def rename_folder(aside: Path, path: Path) -> None:
