@@ -34,9 +34,9 @@ test: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/build_site.py
 
-# What takes a minute or two more: disturbed searches in their short form, and the notebook of the tutorial.
+# Whole searches of single features, disturbed searches in their short form, the notebook of the tutorial.
 test-more: $(READY)
-	$(BIN)/python -m pytest -m slow --dist load tests/test_chaos.py tests/test_tutorial.py::test_the_notebook_runs
+	$(BIN)/python -m pytest -m more
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -54,7 +54,7 @@ chaos: $(READY)
 # Ray is 240 MB, so it is not part of the default environment.
 test-ray: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev,ray]"
-	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_ray.py tests/test_workers.py
+	$(BIN)/python -m pytest -n 0 -m "slow or more or not slow" tests/test_ray.py tests/test_workers.py
 
 # mergekit's pins clash with ours, so it gets an environment of its own; the same files then go through both programs.
 MERGEKIT := .cache/mergekit

@@ -11,21 +11,31 @@ correlation   Spearman's, over random points, baselines and points near a good o
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
 
+learned       the metric on the holdout items after the learned start of a search (`--learned`), from 0.5 everywhere, by
+              a named objective in the place of `auto` of generation tasks; for models of every size
+
 `run` skips what the file has already, so a long run can be done in parts.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from optimizers import Family, by_steps
 from results import Results, command_line, interval
 from scipy.stats import spearmanr
 from small_family import Answers, SmallFamily, Vector
 from torch import Tensor
+
+from evomerge.evaluate.metrics import CHOSEN
+from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.learned.learn import RATE, STEPS
+from evomerge.search.learned.steps import Climber
 
 Formula = Callable[[Answers], Tensor]
 """Answers -> (N,) item values."""
@@ -255,9 +265,23 @@ def rank(one: Vector, two: Vector) -> float:
     return 0.0 if np.ptp(one) == 0 or np.ptp(two) == 0 else float(spearmanr(one, two).statistic)
 
 
+def learned(path: Path, objective: str, seed: int) -> dict[str, float]:
+    """What the learned start of a search reaches by an objective of generation tasks."""
+    CHOSEN["auto"]["generate_until"] = objective
+    TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]  # generating takes long
+    family = Family(path, seed, 0.5, fine=False)
+    family.take_scale()
+    return by_steps(family, Climber, RATE, STEPS)[""]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     results = Results(arguments.out)
+    if arguments.learned:
+        for path, objective in product(arguments.configs, arguments.learned):
+            for seed in range(arguments.first, arguments.first + arguments.seeds):
+                results.once(f"{path.stem}/learned/{objective}/{seed}", partial(learned, path, objective, seed))
+        return
     names = [n for n in CANDIDATES if arguments.only is None or n in arguments.only]
     for path in arguments.configs:
         family = KnownFamily(path, arguments.items)
@@ -276,7 +300,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(found: dict[str, Any]) -> None:
     """Print what was measured, as Markdown."""
-    for family in dict.fromkeys(key.split("/")[0] for key in found):
+    print_learned({key: value for key, value in found.items() if "/learned/" in key})
+    for family in dict.fromkeys(key.split("/")[0] for key in found if key.endswith("/baselines")):
         base = found[f"{family}/baselines"]
         best = max(base, key=base.__getitem__)
         print(f"\n## {family}: holdout metric; best baseline {best} {base[best]:.3f}\n")
@@ -289,6 +314,23 @@ def table(found: dict[str, Any]) -> None:
             print(f"| {name} | {' | '.join(cells)} | {interval(learned)} | {len(learned)} |")
 
 
+def print_learned(found: Mapping[str, Any]) -> None:
+    """Print what the learned start reached, and the paired difference to the first objective of each family."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}  # family -> objective -> seed -> metric
+    for key, values in found.items():
+        family, _, objective, seed = key.split("/")
+        rows.setdefault(family, {}).setdefault(objective, {})[seed] = values["metric"]
+    if rows:
+        print("| family | objective | seeds | metric after the learned start | less the first |")
+        print("|---|---|---|---|---|")
+    for family, each in rows.items():
+        first = next(iter(each.values()))
+        for objective, by_seed in each.items():
+            less = [value - first[seed] for seed, value in by_seed.items() if seed in first and by_seed is not first]
+            cells = (family, objective, str(len(by_seed)), interval([*by_seed.values()]), interval(less))
+            print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser, running = command_line(__doc__, "objectives", 3, run, table)
     running.add_argument("configs", type=Path, nargs="+")
@@ -296,6 +338,7 @@ def main() -> None:
     running.add_argument("--points", type=int, default=60, help="for the correlations, beside the baselines")
     running.add_argument("--steps", type=int, default=40, help="of Adam")
     running.add_argument("--batch", type=int, default=24, help="items of each task a step")
+    running.add_argument("--learned", nargs="*", help="named objectives; measure only what the learned start reaches")
     running.add_argument("--only", nargs="*", help="names of candidates")
     arguments = parser.parse_args()
     arguments.function(arguments)

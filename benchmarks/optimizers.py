@@ -26,12 +26,14 @@ from small_family import with_changes
 
 from evomerge.config.config_file import load_config
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome
+from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome, TrialJob
+from evomerge.search.evaluation.scale import fitted
 from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.learned.learn import AVERAGED, ITEMS
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.steps import Climber, average
 from evomerge.search.models import open_config_models
+from evomerge.search.space.baselines import base_alone, baselines
 from evomerge.search.space.space import Point, build_space
 
 Vector = NDArray[np.float64]
@@ -43,13 +45,17 @@ LOOKS = (4, 8, 12)  # gradients of L-BFGS
 
 @dataclass
 class Family:
-    """A search's models and items, and its space."""
+    """A search's models and items, and its space.
+
+    units: by what the objective of each task is divided.
+    """
 
     path: Path
     seed: int
     start: float
     fine: bool
     evaluator: Evaluator = field(init=False)
+    units: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         config = load_config(self.path)
@@ -63,15 +69,25 @@ class Family:
         self.evaluator = Evaluator(config, models, self.task_set)
         self.ids = {t: [i.id for i in items] for t, items in self.task_set.split("search").items()}
         self.first: Point = dict.fromkeys(self.space.axes, self.start)
+        self.units = dict.fromkeys(self.ids, 1.0)
 
-    def done(self, job: GradientJob | EvaluationJob) -> Outcome:
+    def take_scale(self) -> None:
+        """Divide each task's objective by what its best parent has more of it than the base, as a search does."""
+        models = [base_alone(self.space), *(b for b in baselines(self.space) if b.kind == "parent")]
+        base, *parents = (self.done(TrialJob(model.recipe, None)).scores for model in models)
+        for task in self.task_set.tasks:
+            name, metric = task.name, task.objective
+            each = {str(k): scores[name][metric] for k, scores in enumerate(parents)}
+            self.units[name] = fitted(metric, base[name][metric], each).unit
+
+    def done(self, job: GradientJob | EvaluationJob | TrialJob) -> Outcome:
         found = self.evaluator.run(job)
         assert isinstance(found, Outcome), found
         return found
 
     def gradient(self, point: Point, items: Mapping[str, list[str]]) -> tuple[float, dict[str, float]]:
         """The mean objective of some items, and its derivative by each coefficient."""
-        weights = {task: 1 / len(items) / len(each) for task, each in items.items()}
+        weights = {task: 1 / len(items) / len(each) / self.units[task] for task, each in items.items()}
         found = self.done(GradientJob(self.space.recipe(point), items, weights))
         means = [np.mean(next(iter(scores.values()))) for scores in found.scores.values()]
         return float(np.mean(means)), self.space.gradient(found.gradient)

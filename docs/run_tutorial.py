@@ -1,4 +1,4 @@
-"""Run the commands of docs/tutorial/first_merge.md and write their output into it: python docs/run_tutorial.py
+"""Run the commands of docs/tutorial/first-merge.md and write their output into it: python docs/run_tutorial.py
 
 A block of the page marked `console` has commands, each after `$`, and what they print.  They run one after the other in
 a fresh folder with the models and data that the page has made before.  A block stays as it is if only times and sizes
@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "tutorial" / "first_merge.md"
+PAGE = ROOT / "docs" / "tutorial" / "first-merge.md"
 NOTE = r"<!-- shorten: (?P<words>[\w ]+); until: (?P<end>\w+) -->\n"
 BLOCK = re.compile(rf"(?:{NOTE})?```console\n(?P<body>.*?)```\n", re.DOTALL)
 COMMAND = re.compile(r"^\$ (?:\\\n|.)*", re.MULTILINE)
@@ -65,7 +65,11 @@ def without_times(text: str) -> str:
     """A text in which only times, rates and sizes may differ between two runs on one machine."""
     unit = r"(?:/min|min|ms|s|m|h|kB|MB|GB|%)\b"
     text = re.sub(rf"~?\d[\d.,]*\s?{unit}(?:\s?\d+{unit})?", "#", text)
-    return re.sub(r"\d[\d.,]*(?= (?:trials|candidates|points) ?(?:per|a|/)|k? tokens|k? forwards)", "#", text)
+    text = re.sub(r"^.*: \d+ of \d+ [a-z ]+\n", "", text, flags=re.M)  # of steps that take long on a slow machine
+    text = re.sub(r"\bat \d\d:\d\d\b|\d+%(?= of (?:it computing|the run's))", "#", text)
+    return re.sub(
+        r"\d[\d.,]*(?= (?:trials|points) ?(?:per|a|/)| candidates$|k? tokens|k? forwards)", "#", text, flags=re.M
+    )
 
 
 def prepare(folder: Path, models: Path) -> None:

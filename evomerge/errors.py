@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+NO_MEMORY = ("Cannot allocate memory", "can't start new thread", "std::bad_alloc", "can't allocate memory")
+"""Words of Python, of torch and of libraries in Rust."""
+
 
 class EvomergeError(Exception):
     """Wrong input.  The message says what is wrong, where, and what would be right."""
@@ -23,16 +26,12 @@ def without_panics() -> Iterator[None]:
         raise RuntimeError(first_line(error)) from error
 
 
-NO_MEMORY = ("Cannot allocate memory", "bad_alloc", "can't start new thread")
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that the system gave no memory, also where a library has wrapped it in its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, MemoryError) or any(words in str(seen) for words in NO_MEMORY):
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that the system gives this process no more memory, or no more threads."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
             return True
-        seen = seen.__cause__ or seen.__context__
+        error = error.__cause__ or error.__context__
     return False
 
 

@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
@@ -24,7 +25,8 @@ from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
-Content = TypeVar("Content", bound=BaseModel)
+Content = TypeVar("Content")
+HASH = re.compile(r"[0-9a-f]{30}")  # of a file in a cache of the hub, of DVC, of git-annex
 FAILED_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
@@ -56,37 +58,41 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def read_text(path: Path, limit: int = YAML_BYTES) -> str:
     """The content of a UTF-8 file.  EvomergeError if it cannot be read or has more than `limit` bytes."""
     with opened(path) as file:
-        content = read_within(file, limit)
-        if len(content) > limit:
-            raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
-        return content.decode("utf-8")
+        return content_of(file, path, limit).decode("utf-8")
 
 
-def read_within(file: BinaryIO, limit: int) -> bytes:
-    """The content of a file, or its first `limit` + 1 bytes.
-
-    `read(limit + 1)` alone would take so much memory for every file, however small.
-    """
-    size = os.fstat(file.fileno()).st_size
-    content = file.read(min(size, limit) + 1)
-    if size < len(content) <= limit:  # it has grown, or the system does not tell its size
+def content_of(file: BinaryIO, path: Path, limit: int) -> bytes:
+    """The bytes of an open file.  EvomergeError if there are more than `limit`."""
+    expected = min(limit, max(os.fstat(file.fileno()).st_size, 1 << 16))  # memory for so much is taken at once
+    content = file.read(expected + 1)
+    if len(content) > expected:
         content += file.read(limit + 1 - len(content))
+    if len(content) > limit:
+        raise EvomergeError(f"{path}: is larger than {limit >> 20} MB, the limit for such a file")
     return content
 
 
-def copy_model_file(path: Path, to: Path) -> None:
-    """Copy a small file of a model's folder, which may be a stranger's, to a new file.
+def refuse_stray_link(path: Path) -> None:
+    """EvomergeError if a file of a model's folder, which may be a stranger's, leads to a file that is not the model's.
 
-    A symbolic link is followed to a file of the same name and into a hub's cache, whose snapshots consist of links.
-    EvomergeError for any other link, which could lead to a file that is not the model's, and as for `read_text`.
+    A symbolic link is followed to a file of the same name, and into a cache that names its files by their hashes: the
+    snapshots in the hub's cache consist of such links.
     """
-    if path.is_symlink() and (real := path.resolve()).name != path.name and real.parent.name != "blobs":
+    if not path.is_symlink():
+        return
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise EvomergeError(f"{path}: cannot be read ({error})") from error
+    if real.name != path.name and real.parent.name != "blobs" and not HASH.search(real.name):
         raise EvomergeError(f"{path}: is a symbolic link to {real}, a file of another name; put the file itself there")
+
+
+def copy_model_file(path: Path, to: Path) -> None:
+    """Copy a small file of a model's folder to a new file.  EvomergeError for stray links and as for `read_text`."""
+    refuse_stray_link(path)
     with opened(path) as file:
-        content = read_within(file, TOKENIZER_BYTES)
-    if len(content) > TOKENIZER_BYTES:
-        raise EvomergeError(f"{path}: is larger than {TOKENIZER_BYTES >> 20} MB, the limit for such a file")
-    to.write_bytes(content)
+        to.write_bytes(content_of(file, path, TOKENIZER_BYTES))
 
 
 def read_yaml(path: Path) -> Any:
@@ -120,10 +126,15 @@ def read_model(path: Path, kind: type[Content], strict: bool | None = None) -> C
 
     EvomergeError as for `read_json`, and with the first thing that is wrong.
     """
+    return validated(read_json(path), kind, str(path), strict)
+
+
+def validated(content: Any, kind: type[Content], where: str, strict: bool | None = None) -> Content:
+    """Plain data as a pydantic model or a dataclass, as `read_model` reads it.  where: its file, for the error."""
     try:
-        return kind.model_validate(read_json(path), strict=strict)
+        return TypeAdapter(kind).validate_python(content, strict=strict)
     except ValidationError as error:
-        raise EvomergeError(f"{path}: {first_problem(error)}") from error
+        raise EvomergeError(f"{where}: {first_problem(error)}") from error
 
 
 def first_problem(error: ValidationError) -> str:

@@ -1,12 +1,13 @@
 """Every kind of file that evomerge reads, whole and ready to be spoilt: where it lies, what it says, who reads it."""
 
 import contextlib
+import io
 import json
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,20 @@ from evomerge.merge.measure.prepare import load
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, check_layers, dump_recipe, load_recipe
+from evomerge.report.live_view import render
 from evomerge.report.page.scores import explanation
+from evomerge.report.progress import Screen
 from evomerge.report.verdict_text import results_section
+from evomerge.search.monitor.snapshot import (
+    STATE,
+    Coefficients,
+    LastFailure,
+    Snapshot,
+    TaskScore,
+    WorkerState,
+    read_snapshot,
+    why_ended,
+)
 from evomerge.search.run import Run
 from evomerge.sources.adapter import open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
@@ -119,6 +132,12 @@ VERDICT = {
 }  # fmt: skip
 MANIFEST = {"evomerge": "0.1.0", "origin": "/nowhere", "seed": 1, "inputs": {"base": {"config.json": "0" * 64}},
             "items": {"task": {"search": "0" * 64}}}  # fmt: skip
+STATE_CONTENT = json.loads(json.dumps(asdict(Snapshot(
+    "n", step=(3, 9), parts=(1, 2), trials=4, limit=9, best=0.5, best_trial=3, points=((1, 0.25), (2, 0.5)),
+    tasks=(TaskScore("t", "acc", 0.5, 0.4, "one", 0.1),), coefficients=(Coefficients("weight", "one", 1, 0, 2),),
+    workers=(WorkerState("0", "cpu", "busy", 1, 3.0),), failures=(LastFailure(1, "why"),), left=9.0, reserved=3.0,
+    per_minute=3.0, used={"seconds": 2.0, "tokens": 5, "device_seconds": 4.0}, price=(0.5, "EUR"),
+))))  # fmt: skip
 CARD = {"license": "mit", "base_model": ["owner/base"], "tags": ["merge"]}
 
 
@@ -242,6 +261,16 @@ def make_targets(root: Path) -> dict[str, Target]:
             results_section(verdict)
             explanation(verdict)
 
+    def read_state() -> None:
+        if (snapshot := read_snapshot(run.folder)) is not None:
+            for width in (60, 150):
+                screen = Screen(file=io.StringIO(), width=width)
+                screen.print(render(snapshot, 1e9, why_ended(snapshot, snapshot.beat)), render(snapshot))
+
+    def read_card() -> None:
+        head = yaml.safe_load(model_card(recipe).split("---\n")[1])
+        assert set(head) <= {"library_name", "pipeline_tag", "tags", "license", "license_name", "base_model"}
+
     recipe = Recipe(
         method="linear", base=Model(path=str(whole)), sources=[RecipeSource(name="one", path=str(whole))],
         parameters={"weight": 1},
@@ -278,13 +307,14 @@ def make_targets(root: Path) -> dict[str, Target]:
             worded / "tokenizer_config.json", json.loads((worded / "tokenizer_config.json").read_text()), as_json,
             lambda: read_model(worded),
         ),
-        "card": Target(whole / "README.md", CARD, as_card, lambda: model_card(recipe)),
+        "card": Target(whole / "README.md", CARD, as_card, read_card),
         "task": Target(
             root / "tasks" / "task.yaml", TASK, as_yaml,
             read_task,
         ),
         "manifest": Target(run.manifest_file, MANIFEST, as_json, run.manifest),
         "verdict": Target(run.verdict_file, VERDICT, as_json, read_verdict),
+        "state": Target(run.folder / STATE, STATE_CONTENT, as_json, read_state),
         "measurements": Target(
             root / "kept" / "a.safetensors", kept_header, as_safetensors(kept_data),
             lambda: load(root / "kept" / "a.safetensors"),

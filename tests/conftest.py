@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 LONGEST = (
-    "chaos", "kernels", "fuzz", "storage", "cma", "equality",
+    "chaos", "tutorial", "kernels", "fuzz", "storage", "cma", "layer_search", "equality", "lease",
     "workers", "resume", "method_choice", "light", "search", "pareto", "learned", "scale", "guards", "face", "cli",
     "simplify", "soup", "limits", "trust", "check", "check_faults", "play", "compare",
 )  # fmt: skip

@@ -38,7 +38,7 @@ OBJECTIVES = {
         "brier_score",
         "answer_logprob",
     ],
-    "generation": ["auto", "entropy", "gold_logprob", "gold_prob", "bits_per_byte"],
+    "generation": ["auto", "answer_weakest", "entropy", "gold_logprob", "gold_prob", "bits_per_byte"],
     "answer": ["auto", "entropy", "gold_logprob", "perplexity"],
     "rolling": ["auto", "word_perplexity", "byte_perplexity"],
 }
@@ -179,8 +179,9 @@ def plain_score(model: Any, work: Workload, place: int) -> Tensor:
     assert asked.gold is not None
     row = asked.rows[asked.gold]
     logprob = plain_logprob(model, row)
-    if name == "answer_logprob":
-        return ((logprob.exp() + math.exp(FLOOR)) / (1 + math.exp(FLOOR))).log().mean()
+    if name in ("answer_logprob", "answer_weakest"):
+        values = ((logprob.exp() + math.exp(FLOOR)) / (1 + math.exp(FLOOR))).log()
+        return values.mean() if name == "answer_logprob" else (values.mean() + values.min()) / 2
     if name == "token_entropy":
         first = plain_logprobs(model, row)[0]
         return (first.exp() * first).sum()

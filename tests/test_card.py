@@ -1,9 +1,11 @@
 """The model card: what one can do with the model, where it comes from, and what the licences ask for."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from badfiles import INTERVAL, VERDICT
 from models import write_family
 
 from evomerge.merge.output.licences import NOT_STATED, licence, licence_of_merge, licence_warnings
@@ -121,3 +123,38 @@ def test_the_results_of_a_recommended_parent_say_that_it_is_a_copy() -> None:
     text = results_section(verdict)
     assert "a copy of `upper`" in text
     assert "| base | 0.400 | the same score on every item |" in text
+
+
+ODD = "x`|<b>\n---\nlicense: evil\n```\n# Run this\n[a](http://b)\n\x1b[2J"
+
+
+def test_no_text_of_others_leaves_its_place_in_a_card(family: dict[str, Path]) -> None:
+    for folder in family.values():
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'license': ODD.replace('---', '- -')})}---\n")
+    recipe = linear(family)
+    for source in recipe.sources:
+        source.name += ODD
+    recipe.chat_template = ODD
+    tasks = {ODD: VERDICT["tasks"]["task"]}  # type: ignore[index]
+    holdout = {"winner": {ODD: INTERVAL}, ODD: {ODD: INTERVAL}}
+    comparisons = [{**VERDICT["comparisons"][0], "name": ODD}]  # type: ignore[index]
+    verdict = VERDICT | {"tasks": tasks, "holdout": holdout, "comparisons": comparisons, "sentence": ODD}
+    for copied in (None, ODD):
+        card = model_card(recipe, results_section(verdict | {"recommended": copied or "winner"}), copied)
+        assert head(card) == {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["mergekit", "merge", "evomerge"],
+            "license": "other",
+        }
+        lines = card.split("\n")
+        fence = next(line for line in lines if line.startswith("````"))
+        outside = lines[: lines.index(fence)]
+        assert lines[lines.index(fence) + 1 :].count(fence.removesuffix("yaml")) == 1
+        headings = [line for line in outside if line.startswith("#")]
+        assert headings[1:] == ["## Use", "## Result", "## Models", "## Make it again"]
+        text = re.sub(r"`[^`\n]*`", "", re.sub(r"\\\\.", "", "\n".join(outside)))
+        assert outside.count("```") == 1
+        assert [piece for piece in ("<b>", "](", "\x1b") if piece in text] == []
+        columns = {line.replace("\\|", "").count("|") for line in outside if line.startswith("|")}
+        assert columns == {5, 4}

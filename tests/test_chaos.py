@@ -7,7 +7,7 @@ from chaos import disturb
 from disturbances import QUICK
 
 SEED = 11
-pytestmark = pytest.mark.slow  # `make test-more` runs it
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """`evomerge check`: what it warns of, and that it tells the truth about answers and scores."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,23 @@ from searches import run_cli, write_config
 
 import evomerge
 from evomerge.search.check.answers import form, task_concerns
-from evomerge.search.check.concerns import forecast_concerns, holdout_concern, least_gain, split_concerns
+from evomerge.search.check.concerns import (
+    forecast_concerns,
+    guard_concerns,
+    holdout_concern,
+    least_gain,
+    split_concerns,
+)
 from evomerge.search.check.forecast import Forecast
 from evomerge.search.check.memory import Memory, memory_concerns
 from evomerge.search.check.near_duplicates import Text, near_duplicates
 from evomerge.search.check.probe import Answered, ProbedItem, ProbedTask
+from evomerge.search.evaluation.guards import Guard
+from evomerge.search.verdict.guards import judge_guard
 
 
 def answered(text: str, metric: float, objective: float = -1.0, cut: bool = False) -> Answered:
-    return Answered(text, text, cut, metric, objective)
+    return Answered(text, text, cut, metric, objective, objective)
 
 
 def task_of(items: list[ProbedItem], kind: str = "generate_until", right: float | None = 1.0) -> ProbedTask:
@@ -181,6 +191,30 @@ def test_the_gain_that_the_holdout_can_show_is_that_of_the_verdict() -> None:
     assert least_gain([task_of(items[:4])], {"t": 100}, {"t": 1.0}) is None
 
 
+def test_a_guard_that_the_holdout_items_cannot_show_kept_and_what_would_be_enough() -> None:
+    items = [
+        ProbedItem("p", "g", {"base": answered("x", float(n % 2)), "a": answered("x", float(n % 2 and n > 1))})
+        for n in range(16)
+    ]
+    guard = Guard("t", {"t": "exact_match"}, 0.05, "base")
+    (found,) = guard_concerns([guard], [task_of(items)], {"t": 60})
+    assert "guard t: 60 holdout items show a drop to within 0.084, and 0.05 is allowed" in found.what
+    enough, allowed = re.findall(r"[\d.]+", found.mend)
+    assert not list(guard_concerns([guard], [task_of(items)], {"t": int(enough)}))
+    assert not list(guard_concerns([replace(guard, max_drop=float(allowed))], [task_of(items)], {"t": 60}))
+    assert "max_drop" in next(guard_concerns([replace(guard, max_drop=0.0)], [task_of(items)], {"t": 60})).mend
+
+    def kept(count: int) -> bool:
+        """The verdict's word on a candidate of which one answer in ten is another one, as often better as worse."""
+        changed = np.arange(count) % 20
+        before = {"t": {"exact_match": np.where(changed == 0, 1.0, np.where(changed == 10, 0.0, 1.0))}}
+        after = {"t": {"exact_match": np.where(changed == 0, 0.0, 1.0)}}
+        return judge_guard(guard, before, after, 0).state == "kept"
+
+    assert not kept(60)
+    assert kept(int(enough))
+
+
 FORECAST = Forecast(10.0, {"t": 9.0}, 1.0, 30.0, 20.0, 50.0, 1000.0, None, 7, 10, 100)
 
 
@@ -210,6 +244,13 @@ def test_a_check_shows_the_answers_and_scores_of_evaluate(tiny_family: Path, tmp
         assert item["gold"] == item["prompt"].removeprefix("rev ").removesuffix("=")[::-1]
         for answer in item["answers"].values():
             assert answer["metric"] == float(answer["text"] == item["gold"])
+    plan = json.loads(run_cli("check", config, "--json", "--timeout", "90m", "--items", "2").stdout)["forecast"]
+    assert (plan["limit"], plan["trials"]) == (5400.0, None)
+    soon = (datetime.now() + timedelta(hours=2)).strftime("%H:%M")
+    plan = json.loads(run_cli("check", config, "--json", "--until", soon, "--items", "2").stdout)["forecast"]
+    assert 6600 < plan["limit"] <= 7200
+    dry = run_cli("search", config, "--dry-run", "--until", soon)
+    assert "in 2h 0m there is room for" in dry.stdout or "in 1h 59m there is room for" in dry.stdout
     done = run_cli("search", config, "--check", "--trials", "6", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "a trial takes about" in done.stdout

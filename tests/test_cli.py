@@ -64,6 +64,13 @@ def test_status_shows_best_trials_rate_and_timing(finished: Path) -> None:
     assert "12 of 12 finished" in done.stdout
     assert "trials per minute" in done.stdout
     assert "outside model forwards" in done.stdout
+    assert "best trial  best parent" in done.stdout
+    assert "the mean of the first row minus that of this row" in done.stdout.replace("\n", " ")
+    told = json.loads(run_cli("status", finished, "--json").stdout)
+    assert told["trials"]["finished"] == 12
+    assert {t["task"] for t in told["tasks"]} == set(told["verdict"]["tasks"])
+    assert all(t["parent_name"] in told["sources"] for t in told["tasks"])
+    assert run_cli("status", finished, "--json", "--watch").returncode == 2
 
 
 def test_an_exported_model_scores_what_the_search_said(finished: Path, tmp_path: Path) -> None:
@@ -303,12 +310,11 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         ("(sqlite3.OperationalError) disk I/O error", "cannot be read or written"),
         ("(sqlite3.FullError) database or disk is full", "disk is full"),
         ("[Errno 5] Input/output error: 'x'", "cannot be read or written"),
-        ("unable to mmap 3185080 bytes from file <x>: Cannot allocate memory (12)", "not enough memory"),
         ("a bug", None),
     ],
 )
 def test_a_disk_error_that_a_library_wraps_is_one_line(said: str, told: str | None) -> None:
-    from evomerge.cli import system_message
+    from evomerge.cli import disk_message
 
     try:
         try:
@@ -316,7 +322,7 @@ def test_a_disk_error_that_a_library_wraps_is_one_line(said: str, told: str | No
         except OSError as error:
             raise RuntimeError("a library's own") from error
     except RuntimeError as error:
-        found = system_message(error)
+        found = disk_message(error)
     assert (found is None) if told is None else (found is not None and told in found)
 
 
@@ -325,3 +331,16 @@ def test_every_command_has_an_example_in_its_help() -> None:
         done = run_cli(command, "--help")
         assert done.returncode == 0
         assert f"Example: evomerge {command}" in " ".join(done.stdout.split())
+
+
+def test_a_winner_is_written_as_an_adapter_beside_what_that_loses(finished: Path, tmp_path: Path) -> None:
+    done = run_cli("export", finished, "--out", tmp_path / "lora", "--lora", "8")
+    assert done.returncode == 0, done.stderr
+    assert "of the change's energy" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("tiny_rev, exact_match on the selection"))
+    assert " as adapter, " in line
+    assert f"- {line}" in (tmp_path / "lora" / "README.md").read_text()
+    refuses(
+        run_cli("export", finished, "--out", tmp_path / "none", "--lora", "none"),
+        "--lora: give `exact` or a rank of 1 or more, not 'none'",
+    )

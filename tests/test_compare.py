@@ -14,6 +14,8 @@ from evomerge.search.run import open_run
 from evomerge.search.storage.item_scores import rows
 from evomerge.search.verdict.across_runs import compare_runs
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -22,6 +22,8 @@ from evomerge.report.dashboard import MISSING, Dashboard, StudyCopy
 from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.run import open_run
 
+pytestmark = pytest.mark.more
+
 there = importlib.util.find_spec("optuna_dashboard") is not None
 needs_dashboard = pytest.mark.skipif(not there, reason="optuna-dashboard is not installed")
 

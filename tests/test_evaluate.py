@@ -768,14 +768,15 @@ def test_data_files_count_from_the_folder_of_the_task_file(
 def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(
     generation_task: Path, key: str, name: str
 ) -> None:
-    known = "smooth: answer_logprob, gold_logprob, gold_prob, token_entropy, bits_per_byte; others: exact_match"
+    names = "answer_logprob, answer_weakest, gold_logprob, gold_prob, token_entropy, bits_per_byte"
+    known = f"smooth: {names}; others: exact_match"
     message = f"task generation: {key} {name!r} is not one of its metrics ({known})"
     assert refused(generation_task, **{key: name}) == message
 
 
 def test_the_first_metric_is_the_default_and_the_objective_fits_it(generation_task: Path) -> None:
     task = open_task(generation_task)
-    assert (task.metric, task.objective, task.auto) == ("exact_match", "answer_logprob", True)
+    assert (task.metric, task.objective, task.auto) == ("exact_match", "answer_weakest", True)
     for name in ("gold_prob", "exact_match"):
         task = open_task(generation_task, objective=name)
         assert (task.metric, task.objective, task.auto) == ("exact_match", name, False)

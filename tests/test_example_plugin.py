@@ -14,6 +14,8 @@ from searches import ROOT, run_cli, write_config
 
 from evomerge.search.storage.database import open_study, sqlite_url
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -53,6 +53,7 @@ def test_a_method_has_a_picture_and_says_when_it_fails(name: str) -> None:
         assert re.search(rf"^\*\*{sentence}\*\* .*?\.$", text, re.MULTILINE | re.DOTALL), sentence
 
 
+@pytest.mark.more
 def test_the_pictures_of_methods_are_what_the_kernels_draw(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import methods; methods.draw(pathlib.Path(sys.argv[2]))"
@@ -65,6 +66,7 @@ def test_the_pictures_of_methods_are_what_the_kernels_draw(tmp_path: Path) -> No
     assert stale == [], "stale; run: python docs/pictures.py methods"
 
 
+@pytest.mark.more
 def test_the_tables_of_memory_and_time_are_what_the_bank_computes() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import memory; memory.draw()"
     made = subprocess.run(

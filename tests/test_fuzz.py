@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 KINDS = (
     "config", "recipe", "mergekit", "header", "adapter header", "adapter config", "index", "model config", "tokenizer",
-    "tokenizer config", "card", "task", "manifest", "verdict", "measurements",
+    "tokenizer config", "card", "task", "manifest", "verdict", "state", "measurements",
 )  # fmt: skip
 TENSORS = ("header", "adapter header", "measurements")
 SLOW = {"task": 8}  # a data set is opened for each

@@ -318,7 +318,10 @@ def go_on(study: SearchStudy, count: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("sampler", [name for name in BUILT_IN if name != "learned"])
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(name, marks=() if name == "cma-es" else pytest.mark.more) for name in BUILT_IN if name != "learned"],
+)
 def test_every_sampler_searches_choices_and_goes_on_as_if_never_stopped(sampler: str, tmp_path: Path) -> None:
     count = 14 if sampler == "gp" else 26
     whole = go_on(study_of(tmp_path, sampler, "whole"), count)
@@ -354,6 +357,7 @@ def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return finished_search(write_search(tmp_path_factory.mktemp("layers"), tiny_family, EVERYTHING))
 
 
+@pytest.mark.more
 def test_a_search_for_layers_begins_with_the_parents_and_repeats_its_trials(undisturbed: Path, tmp_path: Path) -> None:
     trials = trials_of(undisturbed)
     assert [t[2]["layer0"] for t in trials[:2]] == ["rev", "add"]
@@ -366,6 +370,7 @@ def test_a_search_for_layers_begins_with_the_parents_and_repeats_its_trials(undi
     assert re.search(r"0 of \d+ item scores differ", done.stdout)
 
 
+@pytest.mark.more
 def test_a_killed_search_for_layers_resumes_to_the_same_trials_and_verdict(
     undisturbed: Path, tiny_family: Path, tmp_path: Path
 ) -> None:
@@ -378,6 +383,7 @@ def test_a_killed_search_for_layers_resumes_to_the_same_trials_and_verdict(
     assert verdict_of(run) == verdict_of(undisturbed)
 
 
+@pytest.mark.more
 def test_any_trial_is_exported_and_written_for_mergekit(undisturbed: Path, tmp_path: Path) -> None:
     numbers = [t[0] for t in trials_of(undisturbed) if t[2]["layer1.pass1"] != SKIP]
     out, file = tmp_path / "out", tmp_path / "mergekit.yaml"
@@ -410,6 +416,7 @@ def test_a_point_that_is_drawn_again_is_not_evaluated_again(tiny_family: Path, t
     assert drawn_again > 3
 
 
+@pytest.mark.more
 def test_a_search_starts_from_an_earlier_one_for_layers(undisturbed: Path, tiny_family: Path, tmp_path: Path) -> None:
     best = max(trials_of(undisturbed), key=lambda t: t[3] or -9.0)
     config = write_search(tmp_path, tiny_family, EVERYTHING | {"passes": 3}, start_from=str(undisturbed))

@@ -19,6 +19,8 @@ from evomerge.search.monitor.snapshot import Coefficients
 from evomerge.search.monitor.trackers import Trackers
 from evomerge.search.run import Run
 
+pytestmark = pytest.mark.more
+
 
 def needs(package: str) -> pytest.MarkDecorator:
     there = importlib.util.find_spec(package) is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 from evomerge.merge.kernels import elementwise
 from evomerge.merge.kernels.derived import threads
 from evomerge.merge.kernels.random_masks import mask_keys, random_mask
+from evomerge.merge.loose_tensors import measure_loose
 from evomerge.merge.measure import sums
 from evomerge.merge.measure.divergence import divergences
 from evomerge.merge.measure.magnitudes import Magnitudes
@@ -30,29 +31,8 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-class Loose:
-    """A base and sources of one tensor, without a bank."""
-
-    def __init__(self, base: Tensor, sources: Sequence[Tensor]) -> None:
-        self.tensors = [base, *sources]
-
-    def base(self, name: str) -> Tensor:
-        return self.tensors[0]
-
-    def source(self, source: str, name: str) -> Tensor:
-        return self.tensors[int(source)]
-
-
 def measure(base: Tensor, *sources: Tensor, seed: int = 0) -> Measurements:
-    names = [str(1 + i) for i in range(len(sources))]
-    own, keys = mask_keys(seed, "tensor", names)
-
-    def mask(source: int, chance: Chance, part: slice) -> Tensor:
-        levels = measured.levels(source).reshape(-1)[part] if chance.step else None
-        return random_mask(chance, part.start, part.stop - part.start, (own, keys[source]), levels)
-
-    measured = Measurements(Loose(base, sources), "tensor", names, {}, mask)
-    return measured
+    return measure_loose(base, sources, mask_keys(seed, "tensor", [str(1 + k) for k in range(len(sources))]))
 
 
 def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

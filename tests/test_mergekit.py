@@ -7,6 +7,7 @@ One process of mergekit makes all merges, with `dtype: float32`, the arithmetic 
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from mergekit_cases import (
 from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
+from evomerge.config.config_file import load_config
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
 from evomerge.merge.mergekit.load_merge import load_merge
@@ -35,10 +37,15 @@ from evomerge.merge.output.export import export
 from evomerge.merge.output.model_card import model_card
 from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.search.space.nearest import nearest_point
+from evomerge.search.space.space import build_space
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import vocabulary_tensors
+from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 from evomerge.sources.tokenizer import read_vocabulary
+from evomerge.start.migrate.migrate import migrate
 
 MERGEKIT = os.environ.get("EVOMERGE_MERGEKIT")
 pytestmark = [
@@ -291,3 +298,40 @@ def test_a_random_mask_keeps_the_same_share_and_the_same_norm(method: str, merge
     expected = [0.7, 0.5] if "della" in method else [0.6, 0.6]  # della: from 0.4 to 0.8 along a row
     for side in shares:
         assert shares[side].tolist() == pytest.approx(expected, abs=0.03), shares
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("linear", {}),
+        ("task_arithmetic", {"layer_granularity": 2, "filters": ["self_attn", "mlp"]}),
+        ("ties", {"layer_granularity": 1, "filters": ["mlp"]}),
+        ("task_arithmetic", {"layer_granularity": 2, "smooth": True, "allow_negative_weights": True}),
+    ],
+)
+def test_a_migrated_genome_holds_the_merges_that_mergekit_evolve_tries(
+    method: str, more: dict[str, object], tmp_path: Path
+) -> None:
+    """The space of the migrated file has a point for each of them."""
+    paths = {
+        name: str(write_llama(tmp_path / name, seed, layers=4)) for seed, name in enumerate(("base", "one", "two"))
+    }
+    base = {} if method == "linear" else {"base_model": paths["base"]}
+    genome = {"models": [paths["one"], paths["two"]], "merge_method": method, **base, **more}
+    shape = (4 // int(str(more.get("layer_granularity", 4))), 2, len(list(more.get("filters", ()))) + 1)  # type: ignore
+    numbers = torch.rand(*shape, 2 if method == "ties" else 1, generator=torch.Generator().manual_seed(1))
+    job = [genome, (0.2 + 0.7 * numbers).tolist(), str(tmp_path / "merge.yml")]
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    program = Path(__file__).with_name("mergekit_genomes.py")
+    done = subprocess.run([str(MERGEKIT), program, tmp_path / "jobs.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "genome.yml").write_text(yaml.safe_dump({"genome": genome, "tasks": ["any"]}))
+    migrate(tmp_path / "genome.yml", tmp_path / "search.yaml")
+    config = load_config(tmp_path / "search.yaml")
+    models = open_models(Path(config.base), {s.name: Path(s.path) for s in config.sources})
+    space = build_space(config, models)
+    if "smooth" in more:  # tensors outside the layers have mergekit's first value, and here the nearest layer's
+        space = replace(space, tensors=tuple(t for t in space.tensors if tensor_role(t).layer is not None))
+    found = nearest_point(space, load_merge(tmp_path / "merge.yml")[0])
+    assert found is not None
+    assert found.difference < 1e-6, found.where

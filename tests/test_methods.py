@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +22,7 @@ from evomerge.merge.kernels.elementwise import variance
 from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.operands import Keys, Operands
 from evomerge.merge.kernels.random_masks import mask_keys, random_mask
+from evomerge.merge.loose_tensors import measure_loose
 from evomerge.merge.materialise import materialise_tensor
 from evomerge.merge.measure.divergence import divergences
 from evomerge.merge.measure.measurements import Measurements
@@ -45,28 +45,8 @@ every_method = pytest.mark.parametrize("name", METHODS)
 # --- The package's road from tensors to a tensor, and the oracle's ---
 
 
-@dataclass
-class Loose:
-    """A base and sources of one tensor, without a bank."""
-
-    tensors: Sequence[Tensor]
-
-    def base(self, name: str) -> Tensor:
-        return self.tensors[0]
-
-    def source(self, source: str, name: str) -> Tensor:
-        return self.tensors[1 + int(source)]
-
-
 def measurements(base: Tensor, sources: Sequence[Tensor]) -> Measurements:
-    words = keys_of(len(sources))
-
-    def mask(source: int, chance: Chance, part: slice) -> Tensor:
-        levels = measured.levels(source).reshape(-1)[part] if chance.step else None
-        return random_mask(chance, part.start, part.stop - part.start, (words[0], words[1][source]), levels)
-
-    measured = Measurements(Loose([base, *sources]), "tensor", [str(i) for i in range(len(sources))], {}, mask)
-    return measured
+    return measure_loose(base, sources, keys_of(len(sources)))
 
 
 def merge(name: str, knobs: Knobs, base: Tensor, sources: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval_tasks import metrics, write_task
 from models import write_llama
+from torch import Tensor
 
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
@@ -148,7 +150,22 @@ def test_a_formula_and_its_differentiable_form_agree(metric: Metric, answer: Ans
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("name", ["answer_logprob", "choice_logprob", "choice_logprob_norm"])
+@pytest.mark.parametrize("metric", [m for m in METRICS.values() if m.differentiable], ids=lambda m: m.name)
+def test_the_derivative_of_a_formula_is_that_of_finite_differences(metric: Metric) -> None:
+    plain = Answer({}, -2.5, 3, [-1.0, -2.5, -7.0], 1, "", [-0.2, -1.6, -5.0, -0.7], (), [1.5, 0.1], [3, 5, 9])
+    formula, whole = metric.differentiable, on_tensors(plain)
+    assert formula is not None
+
+    def value(one: Tensor, tokens: Tensor, choices: Tensor, entropies: Tensor) -> Tensor:
+        changed = replace(whole, gold_logprob=one, token_logprobs=tokens, logprobs=choices, token_entropies=entropies)
+        return formula(changed)
+
+    assert whole.token_entropies is not None
+    inputs = (whole.gold_logprob, whole.token_logprobs, whole.logprobs, whole.token_entropies)
+    assert torch.autograd.gradcheck(value, inputs)
+
+
+@pytest.mark.parametrize("name", ["answer_logprob", "answer_weakest", "choice_logprob", "choice_logprob_norm"])
 @given(answer=answers)
 def test_a_floored_objective_stays_within_its_bounds_and_rises_with_the_gold_answer(name: str, answer: Answer) -> None:
     metric = METRICS[name]
@@ -173,6 +190,10 @@ def test_far_above_the_floor_an_objective_is_the_log_probability_and_below_it_a_
     assert (
         probable(Answer({}, token_logprobs=[-400.0])) == METRICS["answer_logprob"].worst == pytest.approx(-6, abs=0.01)
     )
+    weakest = METRICS["answer_weakest"].formula
+    assert weakest is not None
+    assert weakest(Answer({}, token_logprobs=[-0.5, -1.5])) == pytest.approx(-1.25, abs=0.01)
+    assert weakest(Answer({}, token_logprobs=[0.0, 0.0, 0.0, -400.0])) == pytest.approx((-6 / 4 - 6) / 2, abs=0.01)
     choice, norm = METRICS["choice_logprob"].formula, METRICS["choice_logprob_norm"].formula
     assert choice is not None
     assert norm is not None
@@ -190,11 +211,12 @@ def test_far_above_the_floor_an_objective_is_the_log_probability_and_below_it_a_
         ("multiple_choice", {"metric": "acc_bytes"}, "choice_logprob_norm"),
         ("multiple_choice", {"metric": "brier_score"}, "brier_score"),
         ("multiple_choice", {"metric": "gold_logprob"}, "gold_logprob"),
-        ("generate_until", {}, "answer_logprob"),
-        ("generate_until", {"metric": "exact_match,none"}, "answer_logprob"),
+        ("generate_until", {}, "answer_weakest"),
+        ("generate_until", {"metric": "exact_match,none"}, "answer_weakest"),
         ("loglikelihood", {}, "perplexity"),
-        ("loglikelihood", {"metric": "acc"}, "answer_logprob"),
+        ("loglikelihood", {"metric": "acc"}, "answer_weakest"),
         ("loglikelihood_rolling", {}, "word_perplexity"),
+        ("generate_until", {"objective": "auto_mean"}, "answer_logprob"),
         ("multiple_choice", {"objective": "entropy"}, "choice_entropy"),
         ("loglikelihood", {"objective": "entropy"}, "token_entropy"),
     ],
@@ -204,7 +226,7 @@ def test_auto_and_entropy_stand_for_an_objective_of_the_tasks_kind(
 ) -> None:
     task = open_kind(tmp_path, kind, **config)
     assert task.objective == objective
-    assert task.auto == ("objective" not in config)
+    assert task.auto == (config.get("objective") in (None, "auto_mean"))
 
 
 def test_a_text_has_no_entropy_objective(tmp_path: Path) -> None:
@@ -284,7 +306,7 @@ def test_an_installed_package_adds_objectives(engine: Engine, tmp_path: Path) ->
     found = scored(engine, open_kind(tmp_path, "loglikelihood", objective="steady", metric="acc"), everything=True)
     assert [x > 0 for x in found["steady"]] == [x == 1 for x in found["acc"]]
     alone = scored(engine, open_kind(tmp_path, "loglikelihood", objective="surprise"), everything=False)
-    assert set(alone) == {"answer_logprob", "gold_logprob", "gold_prob", "bits_per_byte", "surprise"}
+    assert set(alone) == {"answer_logprob", "answer_weakest", "gold_logprob", "gold_prob", "bits_per_byte", "surprise"}
 
 
 @pytest.mark.usefixtures("distribution")
@@ -329,7 +351,7 @@ def test_a_formula_that_fails_costs_one_candidate(engine: Engine, tmp_path: Path
 @pytest.mark.usefixtures("distribution")
 def test_a_misspelt_objective_gets_the_names_of_all_there_are(tmp_path: Path) -> None:
     added = ", ".join(sorted(POINTS))
-    smooth = "answer_logprob, gold_logprob, gold_prob, token_entropy, bits_per_byte"
+    smooth = "answer_logprob, answer_weakest, gold_logprob, gold_prob, token_entropy, bits_per_byte"
     listed = f"smooth: {smooth}; others: exact_match; of other packages: {added}"
     message = f"task generate_until: objective 'gold_logprop' is not one of its metrics ({listed})"
     with pytest.raises(EvomergeError, match=re.escape(message)):

@@ -11,11 +11,12 @@ from searches import run_cli, verdict_of, write_config
 from evomerge.config.config_file import load_config
 from evomerge.report import progress
 from evomerge.report.progress import Bar, Steps
+from evomerge.report.terminal import SearchView
 from evomerge.search.budget.enough import room, too_short
 from evomerge.search.budget.limits import Limits
 from evomerge.search.budget.reserve import by_every_metric
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
-from evomerge.search.monitor.monitor import GRADIENT_STEPS, Monitor
+from evomerge.search.monitor.monitor import BATCHES, GRADIENT_STEPS, Monitor
 from evomerge.search.monitor.snapshot import Snapshot, WorkerState
 from evomerge.search.run import Run
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord
@@ -123,6 +124,7 @@ def test_parts_are_counted_and_batches_are_those_of_the_present_model(monitor: M
 def test_a_bar_takes_more_than_was_expected_and_has_no_rate_at_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "console", Console(file=None, force_terminal=False))
     steps = Steps("scoring")
@@ -138,11 +140,35 @@ def test_a_bar_takes_more_than_was_expected_and_has_no_rate_at_first(
 
 
 def test_a_bar_shows_bytes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(progress, "console", Console(file=None, force_terminal=False))
     bar = Bar("merging", 4_000_000, "MB")
     bar.update(2_000_000)
     assert capsys.readouterr().out.startswith("merging: 2 of 4 MB, ")
+
+
+def test_without_a_terminal_a_long_count_prints_a_bounded_number_of_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    view = SearchView()
+    view.screen = Console(force_terminal=False)
+
+    def count(phase: str, steps: int, seconds: float, unit: str = GRADIENT_STEPS) -> list[str]:
+        view.phase(phase)
+        for done in range(1, 1 + steps):
+            clock[0] += seconds
+            view.step(done, steps, unit)
+        return capsys.readouterr().out.splitlines()
+
+    assert count("scoring", 4, 1.0) == ["scoring ..."], "what is over at once needs no line"
+    lines = count("learning", 100, 7.0)
+    assert lines[:3] == ["learning ...", "learning: 1 of 100 gradient steps", "learning: 6 of 100 gradient steps"]
+    assert lines[-1] == "learning: 100 of 100 gradient steps"
+    assert len(lines) < 700 / progress.LINE_SECONDS + 3, "and not one a step"
+    models = [line for n in range(5) for line in count("judging", 2, 3.0, BATCHES)]
+    assert models == ["judging ...", "judging: 2 of 2 batches of one model"], "the next model is no reason for a line"
 
 
 def test_the_reserve_takes_what_base_and_parents_took_by_every_metric() -> None:

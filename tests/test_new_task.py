@@ -123,6 +123,14 @@ def test_what_counts_of_a_written_answer(
     assert [score(task, text) for text in wrong] == [0.0] * len(wrong)
 
 
+def test_a_line_break_typed_in_the_shell_is_one(tmp_path: Path) -> None:
+    data = write(tmp_path, [{"question": f"q{n}", "answer": f"a{n}{n}"} for n in range(5)])
+    done = run_cli("new-task", data, "--prompt", r"Q:\t{{question}}\nA: \\nabla")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "data.yaml").read_text())["doc_to_text"] == "Q:\t{{question}}\nA: \\nabla"
+    assert new_task(data, tmp_path / "b.yaml", prompt=r"\n{{question}}").prompt == r"\nq0", "Python has its own escapes"
+
+
 def test_questions_that_come_again_are_counted(tmp_path: Path) -> None:
     rows = [{"question": f"q{n % 7}", "answer": f"a{n}"} for n in range(10)]
     done = new_task(write(tmp_path, rows, "data.json"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 from hypothesis import given
@@ -16,15 +17,25 @@ from scipy.stats import spearmanr
 from searches import BETWEEN_RESULT_AND_END, ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 from test_search import LOOKS_COST_NOTHING
 
+from evomerge.config.config_file import load_config
+from evomerge.config.tasks import GuardConfig, TaskConfig
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Order, Race
 from evomerge.search.evaluation.agreement import agreement, agreements, rank_correlation, scored_models
 from evomerge.search.evaluation.race_setup import RaceSetup
-from evomerge.search.evaluation.scale import METRIC_SHARE, SCALE, Line, Scale, TaskScale, fitted
+from evomerge.search.evaluation.scale import (
+    METRIC_SHARE,
+    SCALE,
+    Line,
+    Scale,
+    TaskScale,
+    fitted,
+    with_first_objectives,
+)
 from evomerge.search.run import open_run
-from evomerge.search.storage.item_scores import evaluation_records, trial_scores, unpack
+from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, pack, trial_scores, unpack
 from evomerge.search.storage.study import in_full
-from evomerge.search.storage.trial_record import record_of
+from evomerge.search.storage.trial_record import EvaluationRecord, record_of
 
 numbers = st.floats(-50, 50).map(lambda x: round(x, 3))
 tables = st.integers(2, 12).flatmap(
@@ -204,7 +215,7 @@ def test_trials_are_scored_by_objective_and_metric_and_valued_by_both(finished: 
     scale, study = scale_in(finished), open_run(finished).study()
     assert {n: (t.objective.name, t.metric.name, t.share) for n, t in scale.tasks.items()} == {
         "tiny_choice": ("choice_logprob", "acc", METRIC_SHARE),
-        "tiny_rev": ("answer_logprob", "exact_match", METRIC_SHARE),
+        "tiny_rev": ("answer_weakest", "exact_match", METRIC_SHARE),
     }
     trials = study.get_trials()
     assert any(record_of(t).partial is not None for t in trials), "nothing was stopped: races on values are not tested"
@@ -212,7 +223,7 @@ def test_trials_are_scored_by_objective_and_metric_and_valued_by_both(finished: 
         scores = trial_scores(trial)
         assert {task: list(metrics) for task, metrics in scores.items()} == {
             "tiny_choice": ["choice_logprob", "acc"],
-            "tiny_rev": ["answer_logprob", "exact_match"],
+            "tiny_rev": ["answer_weakest", "exact_match"],
         }
         assert trial.value == pytest.approx(scale.value(scores), abs=1e-12)
     for trial in (t for t in trials if record_of(t).partial is not None):
@@ -231,7 +242,7 @@ def test_the_value_of_the_base_is_0_and_no_parent_is_above_1(finished: Path) -> 
         each = [line.of(means[parent][task][line.name]).mean() for parent in ("rev", "add")]
         assert max(each) == pytest.approx(1) or line.parent is None
     log = (finished / "log.txt").read_text()
-    assert re.search(r"task tiny_rev: 0 is the base \(-\d\.\d+ by answer_logprob\), 1 is its best parent, rev", log)
+    assert re.search(r"task tiny_rev: 0 is the base \(-\d\.\d+ by answer_weakest\), 1 is its best parent, rev", log)
 
 
 def test_a_parents_trial_takes_the_stored_scores_with_what_the_canary_saw(finished: Path) -> None:
@@ -256,7 +267,7 @@ def test_status_and_report_say_what_values_mean_and_whether_objective_and_metric
     assert "0 is the base, 1 the best parent of each task" in shown.replace("\n", " ")
     report = (finished / "report.html").read_text()
     study = open_run(finished).study()
-    found = agreements(study.get_trials(), study.user_attrs)
+    found = agreements(scored_models(study.get_trials(), study.user_attrs), study.user_attrs)
     assert [a.what for a in found] == ["all tasks", "task tiny_choice", "task tiny_rev"]
     for each in found:
         assert each.what in shown
@@ -340,6 +351,28 @@ def test_a_study_older_than_scales_goes_on_with_its_objectives_and_values(tiny_f
     done = run_cli("resume", run, "--trials", "16", "--accept-changes")
     assert done.returncode == 0, done.stderr
     assert trials_of(run) == trials_of(named)
+
+
+@pytest.mark.parametrize(
+    ("scored", "objective"),
+    [("answer_logprob", "auto_mean"), ("answer_weakest answer_logprob", "auto"), ("choice_logprob", "auto")],
+)
+def test_a_study_goes_on_with_what_auto_stood_for_when_it_began(
+    tiny_family: Path, tmp_path: Path, scored: str, objective: str
+) -> None:
+    config = load_config(write_config(tmp_path, tiny_family, tasks=tasks("rev", "add")))
+    guard = GuardConfig(task="evals/tiny/count.yaml", max_drop=0.1)
+    config = config.model_copy(
+        update={"guards": [guard], "tasks": [*config.tasks[:1], TaskConfig(task="t", objective="acc")]}
+    )
+    study = optuna.create_study()
+    assert with_first_objectives(study, config) == config
+    scale = Scale({f"task {n}": TaskScale(1.0, 0.5, Line(n), Line("m")) for n in scored.split()[:1]})
+    study.set_user_attr(SCALE, scale.to_json())
+    record = EvaluationRecord(name="base", scores={"t": {name: pack([0.0]) for name in scored.split()}})
+    study.set_user_attr(evaluation_key("search", "0"), record.to_json())
+    found = with_first_objectives(study, config)
+    assert [t.objective for t in (*found.tasks, *found.guards)] == [objective, "acc", objective]
 
 
 def test_a_small_gain_of_a_metric_does_not_count_many_times() -> None:

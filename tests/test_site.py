@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
-FIRST = ("index.html", "tutorial/first_merge.html", "reference/configuration.html")
+FIRST = ("index.html", "tutorial/first-merge.html", "reference/configuration.html")
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,73 @@
 """What lies in folders of strangers, or in the way, is data: nothing else is read, written, deleted or waited for."""
 
+import ast
 import asyncio
+import io
 import json
 import os
+import re
 import shutil
 import stat
+import time
 import zlib
 from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeGuard
 
+import optuna
 import pyarrow as pa
 import pytest
 import yaml
+from models import write_adapter, write_llama
+from rich.text import Text
 from searches import ROOT, finished_search, run_cli, write_config
+from tokenizers import Tokenizer
 
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
+from evomerge.evaluate.time_limit import TimeLimit, TooLong, try_tokenizer
 from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.report.item_table import COLUMNS, without_formulas
+from evomerge.report.progress import Screen
 from evomerge.search.evaluation.evaluator import Evaluator
-from evomerge.search.monitor.snapshot import Snapshot, read_snapshot, write_snapshot
+from evomerge.search.monitor.snapshot import (
+    Snapshot,
+    read_snapshot,
+    write_snapshot,
+)
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import pack, unpack
 from evomerge.search.workers.local_worker import LocalWorker
 from evomerge.search.workers.pool import Pool
-from evomerge.sources.tokenizer import drop_code
+from evomerge.sources.adapter import Adapter
+from evomerge.sources.checkpoint import open_checkpoint
+from evomerge.sources.open_models import open_models, open_source
+from evomerge.sources.tokenizer import drop_code, open_tokenizer
+
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # on a terminal
+NAMES = ("[red]x[/]", "[/nothing]<b>&")
+EVIL = "\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\\r\u202e[/] "
+
+
+def odd_task(folder: Path, skill: str, name: str) -> dict[str, str]:
+    """A task of the tiny family with such a name, whose prompts begin with what acts on a terminal."""
+    content = yaml.safe_load((ROOT / "evals" / "tiny" / f"{skill}.yaml").read_text())
+    file = folder / f"{skill}.yaml"
+    file.write_text(yaml.safe_dump(content | {"task": name, "doc_to_text": EVIL + "{{prompt}}"}))
+    shutil.copy(ROOT / "evals" / "tiny" / f"{skill}.jsonl", folder)
+    return {"task": str(file), "objective": "gold_logprob"}
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small finished run."""
-    return finished_search(write_config(tmp_path_factory.mktemp("finished"), tiny_family, budget={"trials": 3}))
+    """The folder of a small finished run, with tasks of odd names and texts."""
+    folder = tmp_path_factory.mktemp("finished")
+    tasks = [odd_task(folder, skill, name) for skill, name in zip(("rev", "add"), NAMES, strict=True)]
+    return finished_search(write_config(folder, tiny_family, tasks=tasks, budget={"trials": 3}))
 
 
 @pytest.fixture
@@ -196,10 +232,83 @@ def test_no_form_of_a_url_shows_its_password(url: str) -> None:
     assert "hunter2" in passwords(url)
 
 
-@pytest.mark.parametrize("content", [{"workers": 3}, {"left": "soon"}, [], {"name": 1, "points": [[1]]}, {"beat": {}}])
-def test_a_state_of_another_shape_is_none(content: object, tmp_path: Path) -> None:
-    (tmp_path / "state.json").write_text(json.dumps(content))
-    assert read_snapshot(tmp_path) is None
+def test_names_and_texts_of_others_are_shown_as_they_are(finished: Path, tiny_family: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "[bold]run"))
+    optuna.create_study(storage=f"sqlite:///{run / 'study.db'}", study_name=f"{NAMES[1]}{EVIL}")
+    tasks = [part for skill in ("rev", "add") for part in ("--tasks", finished.parent / f"{skill}.yaml")]
+    model = Path(shutil.copytree(tiny_family / "rev", tmp_path / "[red]rev[bold]"))
+    commands: list[tuple[list[Any], Sequence[str]]] = [
+        (["status", run, "--timing"], NAMES),
+        (["status", run, "--watch"], NAMES),
+        (["compare", run, finished], ("[bold]run", *NAMES)),
+        (["studies", "--storage", run], ("[/n",)),
+        (["items", run, "--out", tmp_path / "items.csv"], ()),
+        (["report", run], ("[bold]run",)),
+        (["check", finished.parent / "search.yaml", "--items", "4"], NAMES),
+        (["evaluate", model, *tasks, "--limit", "4", "--show", "2"], NAMES),
+        (["inspect", tiny_family / "base", model, "--html", tmp_path / "page.html"], ("[red]rev[bold]",)),
+        (["evaluate", tmp_path / f"gone{EVIL}", *tasks], ("gone",)),
+    ]
+    for arguments, names in commands:
+        done = run_cli(*arguments)
+        assert done.returncode == (2 if names == ("gone",) else 0), done.stderr
+        shown = done.stdout + done.stderr
+        assert [name for name in names if name not in shown] == []
+        assert not ACTS.search(shown), shown
+    for file in (run / "log.txt", run / "report.html", tmp_path / "page.html"):
+        assert not ACTS.search(file.read_text())
+    assert "[/nothing]&lt;b&gt;&amp;" in (run / "report.html").read_text()
+    assert "[/nothing]<b>" not in (run / "report.html").read_text()
+    Run(run).log(f"note: {EVIL}")
+    assert not ACTS.search((run / "log.txt").read_text())
+
+
+def test_all_that_is_printed_goes_through_one_function() -> None:
+    """Rich is used as `Screen` alone, whose texts are no markup."""
+    for file in (ROOT / "evomerge").rglob("*.py"):
+        calls = {node.func.id for node in ast.walk(ast.parse(file.read_text())) if is_call(node)}
+        alone = {"printable.py": {"print"}, "chat_template.py": {"print"}}.get(file.name, set())
+        assert calls & {"print", "Console"} <= alone, file
+    screen = io.StringIO()
+    console = Screen(file=screen, force_terminal=True, width=60)
+    console.print(Text(f"a{EVIL}b", "bold"), f"[red]{EVIL}[/]", f":smile:{EVIL}")
+    plain = re.sub("\x1b\\[[01]m", "", screen.getvalue())
+    assert "[red]" in plain
+    assert ":smile:" in plain
+    assert not ACTS.search(plain)
+
+
+def is_call(node: ast.AST) -> TypeGuard[Any]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"workers": 3},
+        {"left": "soon"},
+        {"name": 1, "points": [[1]]},
+        {"beat": {}},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": None},
+        {"beat": float("nan")},
+        {"trials": 10**400},
+        {"limit": -1},
+        {"used": {"seconds": "long"}},
+        {"price": [1]},
+    ],
+)
+def test_a_state_of_another_shape_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+    """`tests/test_fuzz.py` tries many more, and draws those that are read."""
+    whole = asdict(Snapshot("n"))
+    others: list[Any] = [whole | change, [], None, 3, {}, {k: v for k, v in whole.items() if k != "beat"}]
+    for content in others:
+        (tmp_path / "state.json").write_text(json.dumps(content))
+        assert read_snapshot(tmp_path) is None
+    for content in (whole | {"of a later version": 1}, {k: whole[k] for k in ("name", "pid", "host", "beat")}):
+        (tmp_path / "state.json").write_text(json.dumps(content))
+        assert read_snapshot(tmp_path) == Snapshot("n", beat=whole["beat"])
 
 
 class Panic(BaseException):
@@ -240,6 +349,44 @@ def test_a_tokenizer_whose_pattern_never_ends_is_an_error(tiny_family: Path, tmp
     assert "retry-limit" in done.stderr
 
 
+def test_a_template_without_end_for_an_item_is_an_error(tiny_family: Path, tmp_path: Path) -> None:
+    template = "{% if 'rev' in messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    base = Path(shutil.copytree(tiny_family / "base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template + "{% endfor %}{% endfor %}{% endif %}")
+    task = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml"), "objective": "gold_logprob", "apply_chat_template": True}
+    config = write_config(tmp_path, tiny_family, base=str(base), tasks=[task])
+    limit = "import evomerge.evaluate.engine as engine; engine.ITEM_SECONDS = 2.0"
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=limit)
+    assert done.returncode == 2, done.stderr
+    assert "the requests of an item take longer than 2 s; a loop in a template" in done.stderr
+
+
+def test_work_in_python_ends_at_its_limit_and_not_after_it() -> None:
+    def forever() -> None:
+        with TimeLimit(0.1):
+            while True:
+                pass
+
+    with pytest.raises(TooLong):
+        forever()
+    with TimeLimit(0.5) as limit:
+        for _ in range(4):
+            limit.again()
+            until = time.thread_time() + 0.2
+            while time.thread_time() < until:
+                pass
+    for _ in range(10**6):
+        pass
+
+
+def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(tiny_family: Path) -> None:
+    content = json.loads((tiny_family / "base" / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pattern"]["Regex"] = "(?:a|a){19}b|."  # some hundredths of a second each
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    with pytest.raises(EvomergeError, match=r"s for a text of \d+ characters"):
+        try_tokenizer(tokenizer.encode)
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
 def test_a_model_s_links_to_other_files_are_not_copied(name: str, tiny_family: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{}")
@@ -260,6 +407,81 @@ def test_a_model_s_links_to_other_files_are_not_copied(name: str, tiny_family: P
     assert run_cli("merge", recipe, "--out", tmp_path / "merged").returncode == 0
     assert (tmp_path / "merged" / name).read_text() == "{}"
     assert not (tmp_path / "merged" / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "adapter_config.json"])
+def test_a_stray_link_in_a_model_s_folder_is_refused_when_it_is_opened(name: str, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    folder = write_adapter(tmp_path / "it", base) if name.startswith("adapter") else write_llama(tmp_path / "it", 1)
+    (tmp_path / "other").mkdir()
+    secret = (folder / name).rename(tmp_path / "other" / "secret")
+    (folder / name).symlink_to(secret)
+    for act in (lambda: open_models(base, {"it": folder}), lambda: open_source(folder, open_checkpoint(base))):
+        with pytest.raises(EvomergeError, match=f"{name}: is a symbolic link to {secret}, a file of another name"):
+            act()
+    for cached in (tmp_path / "other" / name, tmp_path / "other" / f"SHA256E-s9--{'0123456789abcdef' * 4}.bin"):
+        secret = secret.rename(cached)
+        (folder / name).unlink()
+        (folder / name).symlink_to(cached)
+        open_models(base, {"it": folder})
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)  # leads to itself
+    with pytest.raises(EvomergeError):
+        open_models(base, {"it": folder})
+
+
+def test_mergekit_takes_no_chat_template_through_a_stray_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("the user's own {")
+    base = write_llama(tmp_path / "base")
+    (base / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    content = {"merge_method": "linear", "models": [{"model": str(base), "parameters": {"weight": 1.0}}]}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(content | {"chat_template": "auto", "dtype": "float32"}))
+    with pytest.raises(EvomergeError, match=f"jinja: is a symbolic link to {tmp_path / 'secret'}"):
+        load_merge(tmp_path / "merge.yml")
+
+
+def test_files_that_a_model_names_are_beside_it_or_are_not_opened(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base", shards=2)
+    os.mkfifo(pipe := tmp_path / "pipe")  # whoever opens it waits
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    for key in ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "chat_template_file"):
+        settings[key] = str(pipe)
+    settings |= {"fast_tokenizer_files": ["../pipe"], "name_or_path": str(pipe), "gguf_file": str(pipe)}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert len(open_tokenizer(base)) > 1
+    (tmp_path / "mergekit_config.yml").write_text("merge_method: [")
+    (base / "mergekit_config.yml").symlink_to(pipe)  # is never looked for
+    (base / "recipe.yaml").symlink_to(pipe)
+    open_models(base, {})
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    for name, reason in (
+        ("../../x", "names a file outside its folder: ../../x"),
+        (str(pipe), "names a file outside its folder"),
+        ("a\0b", "missing file"),
+        ("pipe", "not an ordinary file|missing file"),
+    ):
+        changed = {"weight_map": index["weight_map"] | {"x": name}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(changed))
+        with pytest.raises(EvomergeError, match=reason):
+            open_checkpoint(base)
+    many = {"weight_map": {str(k): f"{k}.safetensors" for k in range(10_001)}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(many))
+    with pytest.raises(EvomergeError, match="names 10,001 files"):
+        open_checkpoint(base)
+
+
+def test_the_base_that_an_adapter_names_is_compared_and_nothing_else(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    (far := tmp_path / "far").mkdir()
+    (far / "config.json").write_text("{")
+    os.mkfifo(tmp_path / "config.json")
+    for declared in (str(far), str(tmp_path), "/proc/self/root", "../../../etc", "a\0b", "x" * 10**5, "\x1b[2J"):
+        folder = write_adapter(tmp_path / "it", base, base_model_name_or_path=declared)
+        models = open_models(base, {"it": folder})
+        assert models.base.path == base
+        assert isinstance(adapter := models.sources["it"], Adapter)
+        assert adapter.base.path == base
+        shutil.rmtree(folder)
 
 
 def test_names_of_code_beside_a_model_are_not_copied(tmp_path: Path) -> None:
@@ -342,7 +564,8 @@ def test_a_stranger_s_run_runs_no_code_of_tasks(tiny_family: Path, tmp_path: Pat
     assert run_cli("resume", tmp_path / "run", "--trials", "4", prelude=home).returncode == 0
     (tmp_path / "run").rename(tmp_path / "given")
     (tmp_path / "ran").unlink()
-    for command in (["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]):
+    commands: list[list[Any]] = [["resume", tmp_path / "given"], ["repeat", tmp_path / "given", "--trial", "0"]]
+    for command in commands:
         done = run_cli(*command, prelude=home)
         assert done.returncode == 2
         assert "lets Python code of tasks run" in done.stderr

@@ -70,7 +70,7 @@ def shown(snapshot: Snapshot, age: float = 0.0, ended: str | None = None, width:
 
 def test_a_snapshot_is_read_back(tmp_path: Path) -> None:
     assert write_snapshot(tmp_path, FULL)
-    assert read_snapshot(tmp_path) == replace(FULL, step=[3, 9], price=[0.5, "EUR"])  # type: ignore[arg-type]
+    assert read_snapshot(tmp_path) == FULL
     assert [p.name for p in tmp_path.iterdir()] == [STATE]
 
 

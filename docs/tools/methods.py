@@ -13,11 +13,11 @@ from torch import Tensor
 from evomerge.merge.kernels.derived import derive
 from evomerge.merge.kernels.execute import execute
 from evomerge.merge.kernels.operands import Operands
-from evomerge.merge.kernels.random_masks import mask_keys, random_mask
-from evomerge.merge.measure.measurements import Measurements
+from evomerge.merge.kernels.random_masks import mask_keys
+from evomerge.merge.loose_tensors import measure_loose
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
-from evomerge.merge.methods.plan import Chance, Derived, FisherBlend
+from evomerge.merge.methods.plan import Derived, FisherBlend
 
 LAYER = "model.layers.0.mlp.up_proj.weight"
 GROUPS = (("both, same sign", 8), ("both, opposite signs", 8), ("only a", 4), ("only b", 4))
@@ -42,19 +42,6 @@ class Statistics:
         return False
 
 
-@dataclass
-class Loose:
-    """Base and sources of one tensor, which belong to no model."""
-
-    tensors: Sequence[Tensor]
-
-    def base(self, name: str) -> Tensor:
-        return self.tensors[0]
-
-    def source(self, source: str, name: str) -> Tensor:
-        return self.tensors[1 + int(source)]
-
-
 def merge(
     method: str, values: Mapping[str, Any], base: Tensor, sources: Sequence[Tensor], statistics: Sequence[Any] = ()
 ) -> Tensor:
@@ -70,12 +57,7 @@ def merge(
     shared = {n: float(given[n]) for n, k in knobs.items() if not k.each}
     keys = mask_keys(0, LAYER, [str(i) for i in range(count)])
 
-    def mask(source: int, chance: Chance, part: slice) -> Tensor:
-        levels = measured.levels(source).reshape(-1)[part] if chance.step else None
-        return random_mask(chance, part.start, part.stop - part.start, (keys[0], keys[1][source]), levels)
-
-    names = [str(i) for i in range(count)]
-    measured = Measurements(Loose([base, *sources]), LAYER, names, {}, mask, statistics)
+    measured = measure_loose(base, sources, keys, statistics, LAYER)
     plan = METHODS[method].plan(Knobs(each, shared, count), measured)
     operands = derive(plan, LAYER, base, sources, statistics) if isinstance(plan, Derived) else sources
     planes = [s.read(LAYER) for s in statistics] if isinstance(plan, FisherBlend) else measured.planes(plan)

@@ -5,25 +5,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.read_config import read_config
-from evomerge.api.search import LOADING, open_inputs
+from evomerge.api.search import LOADING, open_inputs, options_of
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.report.progress import Stages, console
+from evomerge.search.budget.limits import limits_of, with_budget
 
 if TYPE_CHECKING:
     from evomerge.search.check.check import Check
 
 
-def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16, show: bool = True) -> "Check":
+def check(
+    config: SearchConfig | Mapping[str, Any] | str | Path,
+    items: int = 16,
+    show: bool = True,
+    *,
+    trials: int | None = None,
+    timeout: str | float | None = None,
+    until: str | None = None,
+    workers: int | str | None = None,
+    ray: str | None = None,
+) -> "Check":
     """Let base and sources answer a few items, and tell what may be wrong and how long the search will take.
 
     config: as in `search`.
     items: of each task's search split.
     show: whether to print it.
+    trials, timeout, until, workers, ray: as in `search`, for the forecast.
 
     Raises EvomergeError for wrong input, or if a model cannot be scored.
     """
-    loaded = pin(read_config(config)[0], {})
+    loaded = with_budget(read_config(config)[0], trials, timeout)
+    limits, planned = limits_of(loaded.budget, until), options_of(workers, ray).planned
+    loaded = pin(loaded, {})
     with Stages(show) as stages:
         stages.stage(LOADING)
         from evomerge.report.check_text import check_text
@@ -31,7 +45,7 @@ def check(config: SearchConfig | Mapping[str, Any] | str | Path, items: int = 16
 
         opened = open_inputs(loaded, show, stages.stage)
         stages.stage("preparing the items")
-        found = check_search(opened, items, stages.log)
+        found = check_search(opened, items, stages.log, planned, limits)
     if show:
         console.print(check_text(found))
     return found

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +117,7 @@ def evaluate(
         weights = str(live.dtype).removeprefix("torch.")
     computed = str(live.dtype).removeprefix("torch.")
     if show:
-        print(f"weights in {weights}, computed in {computed}")
+        say(f"weights in {weights}, computed in {computed}")
     clock, steps = Clock(device=where), Steps("scoring") if show else None
     progress = steps.step if steps else lambda done, total: None
     modes = [(module, module.training) for module in live.modules()]

@@ -1,6 +1,5 @@
 """Merge a recipe: into a model folder, into a live model, or into a file for mergekit."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.pinned_inputs import check_fingerprints, pin
 from evomerge.merge.recipe.recipe import Recipe, load_recipe, parse_recipe
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ def merge(
     out: str | Path | None = None,
     model: "PreTrainedModel | None" = None,
     mergekit: str | Path | None = None,
+    lora: int | str | None = None,
     device: str = "auto",
     show: bool = True,
 ) -> Recipe:
@@ -32,6 +33,8 @@ def merge(
     model: a transformers model to overwrite in place.  It must have the architecture and the shapes of the result, and
         the recipe's dtype or float32; it then holds the same values as the folder would.
     mergekit: a file to write the merge to as a mergekit configuration.
+    lora: write a LoRA adapter of the base to `out` instead of the model.  "exact", if all sources are adapters and the
+        method is linear in them; or the largest rank of a matrix, to approximate any merge.
     device: where to compute a folder: auto, cpu, cuda, cuda:1, ...; a live model is merged on its own device.
     show: whether to print progress and notes.
 
@@ -39,11 +42,11 @@ def merge(
     Raises EvomergeError if the recipe is wrong, the models do not fit together, or the result cannot be written.
     """
     loaded, notes = read_merge(recipe)
-    if show:
-        print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+    for note in notes if show else ():
+        say(f"note: {note}", error=True)
     if model is None:
-        return write_merge(loaded, out, mergekit, device, show)
-    if out is not None or mergekit is not None:
+        return write_merge(loaded, out, mergekit, device, show, lora=lora)
+    if out is not None or mergekit is not None or lora is not None:
         raise EvomergeError("give `model` alone: it is overwritten in memory, nothing is written to files")
     from evomerge.merge.into_model import merge_into_model
 
@@ -87,11 +90,14 @@ def write_merge(
     show: bool,
     results: str = "",
     copy_of: str | None = None,
+    lora: int | str | None = None,
 ) -> Recipe:
-    """Write what was asked for: a model folder, a file for mergekit, or both.
+    """Write what was asked for: a model folder or an adapter, a file for mergekit, or both.
 
-    results: a section of Markdown for the model's card.  copy_of: as in `model_card`.
+    results: a section of Markdown for the model's card.  copy_of: as in `model_card`.  lora: as in `merge`.
     """
+    if lora is not None and out is None:
+        raise EvomergeError("--lora: say where to write the adapter with --out FOLDER")
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
     if mergekit is not None:
@@ -100,9 +106,14 @@ def write_merge(
 
         text, notes = dump_mergekit(recipe)
         write_text(Path(mergekit), text)
+        for note in notes if show else ():
+            say(f"note: {note}", error=True)
         if show:
-            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
-            print(f"wrote {mergekit}")
+            say(f"wrote {mergekit}")
+    if out is not None and lora is not None:
+        from evomerge.api.lora import read_rank, write_adapter
+
+        return write_adapter(recipe, Path(out), read_rank(lora), device, show).recipe
     return recipe if out is None else write_model(recipe, Path(out), device, show, results, copy_of)
 
 
@@ -118,11 +129,11 @@ def write_model(
 
     def log(line: str) -> None:
         if show:
-            print(line)
+            say(line)
 
     def note(line: str) -> None:
         if show:
-            print(f"note: {line}", file=sys.stderr)
+            say(f"note: {line}", error=True)
 
     recipe = pin(recipe, {})
     where = resolve_device(device)

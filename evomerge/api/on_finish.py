@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import OnFinishConfig
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 from evomerge.search.agreements import agreed
 from evomerge.search.run import Run
 
@@ -91,10 +91,10 @@ def telling_the_end(run: Run, show: bool) -> Iterator[None]:
     on_finish = run.config().on_finish
     if on_finish is not None and not agreed(content_of(on_finish), run.folder):
         if show:
-            print(
+            say(
                 f"note: on_finish of {run.config_file} is left out, as it was not agreed to on this machine; read it, "
                 "and if it may run, resume with --on-finish",
-                file=sys.stderr,
+                error=True,
             )
         on_finish = None
     ended: BaseException | None = None

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
+from evomerge.printable import in_markdown, say
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import open_run as open_run_folder
 from evomerge.search.storage.database import storage_of
@@ -149,6 +150,7 @@ class Run:
         out: str | Path | None = None,
         *,
         mergekit: str | Path | None = None,
+        lora: int | str | None = None,
         trial: int | None = None,
         prefer: Mapping[str, float] | None = None,
         knee: bool = False,
@@ -158,6 +160,8 @@ class Run:
 
         out: the folder to write; it must be new or empty.
         mergekit: a file to write the merge to as a mergekit configuration, instead of the model or beside it.
+        lora: write a LoRA adapter of the base instead of the model: "exact" or the largest rank, as for `merge`.  With
+            a rank, adapter and model are scored on the selection split.
         trial: the number of a finished trial to export instead.
         prefer: export instead the finalist with the highest mean metric on the selection split by these weights of
             tasks, for instance {"math": 0.7, "chat": 0.3}; a task without a weight does not count.
@@ -182,9 +186,9 @@ class Run:
             from evomerge.search.verdict.choices import prefer as choose
 
             found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
-            recipe, results = found.recipe, f"{found.sentence}\n"
+            recipe, results = found.recipe, f"{in_markdown(found.sentence)}\n"
             if show:
-                print(found.sentence)
+                say(found.sentence)
             if found.entry.chosen and (verdict_content := self.files.verdict()) is not None:
                 results += "\n" + results_section(verdict_content, "winner")
         elif trial is not None:
@@ -193,11 +197,20 @@ class Run:
         else:
             recipe, verdict = recommended_recipe(self.files)
             if show:
-                print(verdict["sentence"])
+                say(verdict["sentence"])
             results, copy_of = results_section(verdict), copied_model(verdict)
             with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
                 results += usage_section(read_status(self.files))
-        return write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of)
+        written = write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of, lora)
+        if out is not None and lora not in (None, "exact"):
+            from evomerge.api.lora import add_results
+            from evomerge.search.verdict.adapter_loss import adapter_loss
+
+            lines = adapter_loss(self.files, recipe, Path(out)).lines()
+            add_results(Path(out), "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
+            if show:
+                say("\n".join(lines))
+        return written
 
 
 def open_run(folder: str | Path) -> Run:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evomerge.api.on_finish import content_of, telling_the_end
 from evomerge.api.read_config import read_config
@@ -19,9 +19,10 @@ from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import refuse_full
+from evomerge.printable import say
 from evomerge.report.progress import Stages, console
 from evomerge.search.agreements import agree, task_code
-from evomerge.search.budget.limits import Limits, limits_of, now, with_budget
+from evomerge.search.budget.limits import Limits, limits_of, with_budget
 from evomerge.search.interrupt import Interrupted, StopSignal
 from evomerge.search.monitor.trackers import refuse_missing
 from evomerge.search.run import Run as RunFolder
@@ -29,11 +30,13 @@ from evomerge.search.run import only_driver, refuse_existing
 from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 if TYPE_CHECKING:
+    from evomerge.report.status import Status
     from evomerge.report.terminal import SearchView
     from evomerge.search.monitor.snapshot import Snapshot
     from evomerge.search.opened import Opened
 
 LOADING = "loading PyTorch and transformers"
+T = TypeVar("T")
 OnTrial = Callable[[Trial], None]
 
 
@@ -116,7 +119,7 @@ def search(
         stages.stage("hashing the files of the models")
         created = create_run(loaded, opened.task_set, origin or RunFolder(folder).config_file, folder)
     if show:
-        print(f"run folder: {folder}", flush=True)
+        say(f"run folder: {folder}")
     if loaded.on_finish is not None:
         agree(content_of(loaded.on_finish), folder)
     if code := task_code(loaded):
@@ -145,7 +148,7 @@ def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] =
     build_assembly(config, models)
     for note in check_loads(build_layout(models), models.base):
         if show:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", error=True)
     stage("opening the tasks")
     task_set = open_task_set(config)
     check_chat_templates(models, task_set)
@@ -158,16 +161,14 @@ def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
     from evomerge.report.check_text import check_text
     from evomerge.search.check.check import BRIEF, check_search
 
-    count = workers.count if workers.ray is None and isinstance(workers.count, int) else 1
     keep = workers.ray is None and workers.count == 1
-    left = limits.seconds_left(0.0, now())
     try:
         with Stages() as stages:
             stages.stage("preparing a look at the search")
-            found = check_search(opened, BRIEF, stages.log, count, left, keep)
+            found = check_search(opened, BRIEF, stages.log, workers.planned, limits, keep)
         console.print(check_text(found, examples=False))
     except EvomergeError as error:
-        print(f"note: no check: {error}", file=sys.stderr)
+        say(f"note: no check: {error}", error=True)
 
 
 def resume(
@@ -246,7 +247,6 @@ def search_in(
     with Stages(show) as stages:
         stages.stage("loading the search")
         from evomerge.report.page import write_report
-        from evomerge.report.status import read_status
         from evomerge.report.terminal import SearchView, print_status
         from evomerge.search.loop import search as search_loop
         from evomerge.search.monitor.monitor import Monitor
@@ -255,7 +255,7 @@ def search_in(
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
 
-    def work() -> None:
+    def work() -> "Status":
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
             search_loop(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
@@ -263,12 +263,12 @@ def search_in(
                 write_conflicts(run, None if opened is None else opened.models)
             except Exception as error:  # what the report shows beside the verdict is no reason to fail
                 run.log(f"note: conflicts between the sources are not measured ({type(error).__name__}: {error})")
-            write_report(run)
+            return write_report(run)
 
     is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
     with only_driver(run), stop.installed() if is_main else nullcontext():
         try:
-            outside_a_loop(work)
+            status = outside_a_loop(work)
         except Interrupted as interrupt:
             number = stop.received or signal.SIGINT
             raise SearchStopped(str(interrupt), number, run.folder) from None
@@ -277,8 +277,8 @@ def search_in(
                 view.close()
     found = Run(run.folder)
     if show:
-        print_status(read_status(run), timing=False)
-        print(f"report: {run.report_file}")
+        print_status(status, timing=False)
+        say(f"report: {run.report_file}")
     if where is not None:
         found.export(where, show=show)
     return found
@@ -293,15 +293,14 @@ class Stop(StopSignal):
             signal.signal(number, signal.default_int_handler)
 
 
-def outside_a_loop(work: Callable[[], None]) -> None:
+def outside_a_loop(work: Callable[[], T]) -> T:
     """Do the work, which runs an event loop of its own; where one runs already, as in a notebook, in another thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        work()
-        return
+        return work()
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(work).result()
+        return threads.submit(work).result()
 
 
 class SearchListener:

@@ -13,7 +13,8 @@ import sys
 
 from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
-from evomerge.errors import EvomergeError, lacks_memory
+from evomerge.errors import EvomergeError, first_line, lacks_memory
+from evomerge.printable import say
 
 __all__ = ["app", "main", "models", "playing", "searching", "starting"]
 
@@ -23,24 +24,18 @@ def main() -> None:
     try:
         app()
     except EvomergeError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped", error=True)
         sys.exit(130)
     except Exception as error:
-        if message := system_message(error):
-            print(f"error: {message}", file=sys.stderr)
+        if message := memory_message(error) or disk_message(error):
+            say(f"error: {message}", error=True)
             sys.exit(2)
         raise
 
 
-def printable(text: str) -> str:
-    """A message without characters that move a terminal's cursor or change its colours; it may quote any file."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-NOTHING_LOST = "nothing that was finished is lost. Mend that and run the command again"
 DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "disk is full": "the disk is full",
     "No space left on device": "the disk is full",
@@ -53,14 +48,22 @@ DISK_ERRORS = {  # words of an operating system or a library -> what they mean
 }
 
 
-def system_message(error: BaseException) -> str | None:
-    """The message for an error of the disk or the memory, also where a library has wrapped it; None for others."""
-    if lacks_memory(error):
-        return f"there is not enough memory, or this shell limits it (ulimit -v); {NOTHING_LOST}"
+def memory_message(error: BaseException) -> str | None:
+    """The message for an error of the memory; None for other errors."""
+    if not lacks_memory(error):
+        return None
+    return (
+        f"this process gets no more memory ({first_line(error)}); nothing that was finished is lost. Raise its limit "
+        "(`ulimit -v`, a container, a job of the cluster) or use a larger machine, and run the command again"
+    )
+
+
+def disk_message(error: BaseException) -> str | None:
+    """The message for an error of the disk, also where a library has wrapped it in its own; None for other errors."""
     seen: BaseException | None = error
     while seen is not None:
         for words, meaning in DISK_ERRORS.items():
             if words in str(seen):
-                return f"{meaning}; {NOTHING_LOST}"
+                return f"{meaning}; nothing that was finished is lost. Mend that and run the command again"
         seen = seen.__cause__ or seen.__context__
     return None

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import Chat, Device, Fewshot, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
+from evomerge.cli.options import Chat, Device, Fewshot, Lora, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
+from evomerge.printable import say
 
 
 @app.command(epilog="Example: evomerge merge recipe.yaml --out merged/")
@@ -14,13 +15,35 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a configuration of mergekit (YAML).")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     mergekit: Mergekit = None,
+    lora: Lora = None,
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
     from evomerge.api.merge import merge as merge_models
 
     refuse_nothing(out, mergekit)
-    merge_models(recipe, out=out, mergekit=mergekit, device=device)
+    merge_models(recipe, out=out, mergekit=mergekit, lora=lora, device=device)
+
+
+@app.command(
+    name="extract-lora", epilog="Example: evomerge extract-lora models/base models/math models/code --out adapters/"
+)
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    models: Annotated[list[str], typer.Argument(help="Fine-tunes of it, or NAME=PATH.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder to write; with several models, one folder in it for each.")
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="The largest rank of a matrix.")] = 32,
+    embed_lora: Annotated[
+        bool, typer.Option("--embed-lora", help="Give embeddings and head a low rank too, instead of whole copies.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Write fine-tuned models as LoRA adapters of their base, by truncated singular value decomposition."""
+    from evomerge.api.lora import extract_lora as extract
+
+    extract(base, models, out, rank, device, embed_lora)
 
 
 @app.command(epilog="Example: evomerge reproduce merged/recipe.yaml --out again/ --check merged/")
@@ -35,7 +58,7 @@ def reproduce(
 
     found = make_again(recipe, out, check, device)
     for line in found.lines(out, check):
-        print(line)
+        say(line)
     if not found.is_same:
         raise typer.Exit(1)
 
@@ -63,7 +86,7 @@ def inspect(
 
     found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
     if as_json:
-        print(found.to_json())
+        say(found.to_json())
     else:
         console.print(found, soft_wrap=False)
     if page is not None:
@@ -71,7 +94,7 @@ def inspect(
 
         write_page(page, found)
         if not as_json:
-            print(f"wrote {page}")
+            say(f"wrote {page}")
     if not found.mergeable:
         raise typer.Exit(2)
     if found.strangers:
@@ -147,4 +170,4 @@ def statistics(
 
     configs = task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
     gather_statistics(kind, model, out, configs, base, items, search, device)
-    print(f"wrote {out}")
+    say(f"wrote {out}")

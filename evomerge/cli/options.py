@@ -8,6 +8,7 @@ import typer
 
 from evomerge import __version__
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -63,13 +64,22 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cu
 Mergekit = Annotated[
     Path | None, typer.Option("--mergekit", help="The file to write the merge to as a mergekit configuration (YAML).")
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        "--lora",
+        metavar="exact|RANK",
+        help="Write a LoRA adapter of the base instead: exact, if the sources are adapters that are added up; or the "
+        "best one of at most this rank.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(f"evomerge {__version__}")
+        say(f"evomerge {__version__}")
         raise typer.Exit
 
 

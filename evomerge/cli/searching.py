@@ -8,6 +8,7 @@ import typer
 from evomerge.cli.lost_terminal import terminal_may_go
 from evomerge.cli.options import (
     ExportTo,
+    Lora,
     Mergekit,
     Patience,
     Ray,
@@ -21,6 +22,8 @@ from evomerge.cli.options import (
     app,
     refuse_nothing,
 )
+from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
@@ -50,10 +53,8 @@ def search(
 
     if dry_run:
         from evomerge.api.check import check as look
-        from evomerge.api.read_config import read_config
-        from evomerge.search.budget.limits import with_budget
 
-        look(with_budget(read_config(config)[0], trials, timeout, target, patience))
+        look(config, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
         return
     try:
         found = start(
@@ -129,7 +130,7 @@ def resume(
 
 def leave(stopped: "SearchStopped") -> NoReturn:
     """Say how to go on after a signal, and end with the signal's exit code."""
-    print(f"stopped by {stopped.name}; nothing finished is lost. Go on with: evomerge resume {stopped.folder}")
+    say(f"stopped by {stopped.name}; nothing finished is lost. Go on with: evomerge resume {stopped.folder}")
     raise typer.Exit(128 + stopped.number)
 
 
@@ -140,11 +141,11 @@ def show_export(run: "Run", out: Path | None) -> None:
     verdict = run.files.verdict()
     following = "" if verdict is None else next_command(verdict, run.folder)
     if following.startswith("evomerge resume"):
-        print(f"next: {following}")
+        say(f"next: {following}")
     if out is None:
-        print(f"export: evomerge export {run.folder} --out merged/")
+        say(f"export: evomerge export {run.folder} --out merged/")
         if run.config.goals == "pareto":
-            print("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
+            say("another model of the front: the same with --prefer TASK=0.7,TASK=0.3 or --knee")
 
 
 @app.command(epilog="Example: evomerge status runs/quickstart --timing")
@@ -152,21 +153,28 @@ def status(
     run: RunFolder,
     timing: Annotated[bool, typer.Option("--timing", help="Show where a trial's time goes.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the search as it goes on, until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show the best score so far, the trials, their rate, the time left, and the verdict if there is one."""
+    """Show the best score so far (also by task), trials, rate, time left, and the verdict if there is one."""
+    import json
+
     from evomerge.report.status import read_status
     from evomerge.report.terminal import print_status, watch_run
     from evomerge.report.verdict_text import next_command
     from evomerge.search.run import open_run
 
+    if watch and as_json:
+        raise EvomergeError("--json: not with --watch, which reads state.json in the run folder; so can you")
     opened = open_run(run)
     if watch:
         watch_run(opened)
+    elif as_json:
+        print(json.dumps(read_status(opened).as_dict(), indent=2))
     else:
         shown = read_status(opened)
         print_status(shown, timing)
         if shown.verdict is not None:
-            print(f"next: {next_command(shown.verdict, opened.folder)}")
+            say(f"next: {next_command(shown.verdict, opened.folder)}")
 
 
 @app.command(epilog="Example: evomerge studies --storage 'postgresql+psycopg://me:${EVOMERGE_DB_PASSWORD}@db/studies'")
@@ -195,7 +203,7 @@ def compare(
 
     found = compare_runs([open_run(run) for run in runs])
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))
         return
     from evomerge.report.comparison import print_comparison
 
@@ -211,7 +219,7 @@ def dashboard(
     from evomerge.report.dashboard import serve
     from evomerge.search.run import open_run
 
-    serve(open_run(run), port, lambda address: print(f"dashboard: {address}  (Ctrl-C ends it)", flush=True))
+    serve(open_run(run), port, lambda address: say(f"dashboard: {address}  (Ctrl-C ends it)"))
 
 
 @app.command(epilog="Example: evomerge report runs/quickstart")
@@ -237,7 +245,7 @@ def report(
             measure_landscape(opened)
             write_conflicts(opened, None)
     write_report(opened)
-    print(opened.report_file)
+    say(str(opened.report_file))
 
 
 @app.command(epilog="Example: evomerge items runs/quickstart --out items.parquet")
@@ -249,7 +257,7 @@ def items(
     from evomerge.report.item_table import write_items
     from evomerge.search.run import open_run
 
-    print(f"wrote {write_items(open_run(run), out):,} scores to {out}")
+    say(f"wrote {write_items(open_run(run), out):,} scores to {out}")
 
 
 @app.command(epilog="Example: evomerge export runs/quickstart --out merged/")
@@ -267,6 +275,7 @@ def export(
         bool, typer.Option("--knee", help="Export the finalist that gains most in the task in which it gains least.")
     ] = False,
     mergekit: Mergekit = None,
+    lora: Lora = None,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
     from evomerge.api.run import open_run
@@ -278,7 +287,7 @@ def export(
         from evomerge.search.verdict.choices import parse_weights
 
         weights = parse_weights(prefer)
-    opened.export(out, mergekit=mergekit, trial=trial, prefer=weights, knee=knee)
+    opened.export(out, mergekit=mergekit, lora=lora, trial=trial, prefer=weights, knee=knee)
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")
@@ -296,6 +305,6 @@ def repeat(
     found = repeat_trial(opened, trial)
     before, after = found.values
     same = found.differing == 0 and before == after
-    print(f"trial {trial}: value {after!r}, recorded {before!r}; {found.differing} of {found.items} item scores differ")
+    say(f"trial {trial}: value {after!r}, recorded {before!r}; {found.differing} of {found.items} item scores differ")
     if not same:
         raise typer.Exit(1)

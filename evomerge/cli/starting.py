@@ -1,12 +1,16 @@
 """Commands before a search: a task file for own data, a configuration, and a look at it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import app
+from evomerge.cli.options import Ray, Timeout, Trials, Until, Workers, app
+from evomerge.printable import say
+
+TYPED = {"n": "\n", "t": "\t", "\\": "\\"}  # what a shell passes on as two characters
 
 
 @app.command(epilog="Example: evomerge init --base models/base --source models/math --source models/code --task m.yaml")
@@ -28,7 +32,7 @@ def init(
     timeout = timeout or typer.prompt("How long may the search take", default="8h")
     out = out or Path(typer.prompt("File to write", default="search.yaml"))
     for line in init_config(out, base, source, task, timeout):
-        print(line)
+        say(line)
 
 
 def several(question: str) -> list[str]:
@@ -37,6 +41,21 @@ def several(question: str) -> list[str]:
     while more := typer.prompt("Another one (Enter: no more)", default="", show_default=False):
         found.append(more)
     return found
+
+
+@app.command(epilog="Example: evomerge migrate genome.yml --out search.yaml")
+def migrate(
+    config: Annotated[Path, typer.Argument(help="A file of mergekit-evolve or mergenetic.")],
+    out: Annotated[Path, typer.Option(help="The configuration to write; it must be new.")] = Path("search.yaml"),
+    task_search_path: Annotated[
+        list[Path] | None, typer.Option(help="A folder with the files of tasks that lm-eval does not have itself.")
+    ] = None,
+) -> None:
+    """Write a configuration for a search of mergekit-evolve or mergenetic; comments tell every difference."""
+    from evomerge.start.migrate.migrate import migrate as write
+
+    for line in write(config, out, task_search_path or ()):
+        say(line)
 
 
 @app.command(name="new-task", epilog="Example: evomerge new-task questions.jsonl --question text --answer label")
@@ -49,7 +68,11 @@ def new_task(
         str | None, typer.Option(help="The column of a list of choices, or several columns: A,B,C,D.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="A Jinja template of the prompt, by default the question: 'Q: {{question}} A:'.")
+        str | None,
+        typer.Option(
+            help=r"A Jinja template of the prompt, by default the question: 'Q: {{question}}\nA:'. \n is a line break, "
+            r"\t a tab, and a doubled backslash a backslash."
+        ),
     ] = None,
     filter: Annotated[
         str | None, typer.Option(help="What counts of a written answer: strip, first_line, number (the last) or none.")
@@ -59,20 +82,29 @@ def new_task(
     from evomerge.start.new_task import new_task as write_task
 
     names = tuple(name.strip() for name in (choices or "").split(",") if name.strip())
-    done = write_task(data, out, question=question, answer=answer, choices=names, prompt=prompt, taken=filter)
+    text = None if prompt is None else re.sub(r"\\([\\nt])", lambda typed: TYPED[typed[1]], prompt)
+    done = write_task(data, out, question=question, answer=answer, choices=names, prompt=text, taken=filter)
     for line in done.lines():
-        print(line)
+        say(line)
 
 
-@app.command(epilog="Example: evomerge check search.yaml")
+@app.command(epilog="Example: evomerge check search.yaml --timeout 8h")
 def check(
     config: Annotated[Path, typer.Argument(help="The configuration of a search.")],
     items: Annotated[int, typer.Option(min=2, help="How many items of each task base and sources answer.")] = 16,
+    trials: Trials = None,
+    timeout: Timeout = None,
+    until: Until = None,
+    workers: Workers = None,
+    ray: Ray = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Look at a search before the night: prompts and answers, what may be wrong, and how long it will take."""
+    """Look at a search before the night: prompts and answers, what may be wrong, and how long it will take.
+
+    Limits and workers are those that the search will get, for the forecast.
+    """
     from evomerge.api.check import check as look
 
-    found = look(config, items, show=not as_json)
+    found = look(config, items, show=not as_json, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        say(json.dumps(found.as_dict(), indent=2))

@@ -18,6 +18,7 @@ from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
+from evomerge.evaluate.time_limit import ITEM_SECONDS, TimeLimit, TooLong, try_tokenizer
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
 
@@ -48,6 +49,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.log = log
         self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
+        try_tokenizer(self.lm.tok_encode)
         self.requests = Requests(self.lm)
         end = {self.lm.eot_token_id, *as_list(getattr(model.generation_config, "eos_token_id", None))}
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -75,15 +77,29 @@ class Engine:
         only_gold = not everything and objective is not None and objective.needs == "gold"
         try:
             with without_panics():
-                asked = [self.requests.of_item(task, item, only_gold, everything or only_gold) for item in items]
+                asked = self.asked(task, items, only_gold, everything or only_gold)
         except EvomergeError:
             raise
+        except TooLong as error:
+            raise EvomergeError(
+                f"task {task.name}: the requests of an item take longer than {ITEM_SECONDS:.0f} s; a loop in a "
+                "template of the task, or in the chat template, has no end"
+            ) from error
         except Exception as error:  # a template, a choice, an index: each fails in its own way
             raise EvomergeError(
                 f"task {task.name}: no requests can be built of its items ({type(error).__name__}: {reason(error)}); "
                 "do the templates fit the documents?"
             ) from error
         return Workload(task, asked, complete=not only_gold)
+
+    def asked(self, task: Task, items: Sequence[Item], only_gold: bool, with_gold: bool) -> list[ItemRequests]:
+        """What the model is asked about each item, see `Requests.of_item`.  TooLong if one of them takes too long."""
+        found = []
+        with TimeLimit(ITEM_SECONDS) as limit:
+            for item in items:
+                limit.again()
+                found.append(self.requests.of_item(task, item, only_gold, with_gold))
+        return found
 
     def in_chunks(self, works: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
         """Workloads of tasks as one planned workload for each chunk of items; all tasks of a chunk share batches.

@@ -95,6 +95,17 @@ def answer_logprob_tensor(answer: TensorAnswer) -> "Tensor":
     return floored_tensor(answer.token_logprobs).mean()
 
 
+def answer_weakest(answer: Answer) -> float:
+    """(mean + lowest) / 2 of the values whose mean is `answer_logprob`: a greedy answer is right if no token fails."""
+    values = [floored(x) for x in answer.token_logprobs]
+    return (sum(values) / len(values) + min(values)) / 2
+
+
+def answer_weakest_tensor(answer: TensorAnswer) -> "Tensor":
+    values = floored_tensor(answer.token_logprobs)
+    return (values.mean() + values.min()) / 2
+
+
 def choice_logprob(answer: Answer) -> float:
     """log((p + e) / (1 + e)), e = exp(FLOOR), p the gold choice in the softmax over the choices' log-likelihoods."""
     return floored(log_softmax(answer.logprobs)[answer.gold])

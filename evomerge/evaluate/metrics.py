@@ -22,6 +22,8 @@ from evomerge.evaluate.formulas import (
     TensorAnswer,
     answer_logprob,
     answer_logprob_tensor,
+    answer_weakest,
+    answer_weakest_tensor,
     bits_per_byte,
     bits_per_byte_tensor,
     brier,
@@ -116,6 +118,7 @@ TABLE = (
     Metric("brier", "choices", False, 2.0, 0.0, True, brier, differentiable=brier_tensor),
     Metric("choice_entropy", "choices", False, None, 0.0, True, choice_entropy, differentiable=choice_entropy_tensor),
     Metric("answer_logprob", "gold", True, LOWEST, 0.0, True, answer_logprob, differentiable=answer_logprob_tensor),
+    Metric("answer_weakest", "gold", True, LOWEST, 0.0, True, answer_weakest, differentiable=answer_weakest_tensor),
     Metric(
         "gold_logprob", "gold", True, None, 0.0, True, lambda answer: answer.gold_logprob,
         differentiable=lambda answer: answer.gold_logprob,
@@ -132,8 +135,15 @@ TABLE = (
     ),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in TABLE}
+AUTO, AUTO_MEAN = "auto", "auto_mean"  # studies older than `answer_weakest` go on with the second
 CHOSEN: dict[str, dict[str, str]] = {
-    "auto": {
+    AUTO: {
+        "multiple_choice": "choice_logprob",
+        "generate_until": "answer_weakest",
+        "loglikelihood": "answer_weakest",
+        "loglikelihood_rolling": "bits_per_byte",
+    },
+    AUTO_MEAN: {
         "multiple_choice": "choice_logprob",
         "generate_until": "answer_logprob",
         "loglikelihood": "answer_logprob",

@@ -8,6 +8,8 @@ from evomerge.evaluate.loglikelihood import Row
 from evomerge.evaluate.tasks import Item, Task
 from evomerge.evaluate.workload import ItemRequests
 
+PROMPT_CHARACTERS = 16 << 20  # several times what the longest contexts hold
+
 
 class Requests:
     """Builds the requests of items.
@@ -52,7 +54,8 @@ class Requests:
         return ItemRequests(item, instances, rows, spans, prompts, gold, len(answer.encode("utf-8")))
 
     def instances(self, task: Task, item: Item) -> list[Any]:
-        """lm-eval's requests for one item.  EvomergeError if the tokenizer lacks the chat template that it needs."""
+        """lm-eval's requests for one item.  EvomergeError if the tokenizer lacks the chat template that it needs, or
+        the prompt is longer than any model reads."""
         template = None
         if task.chat:
             if self.lm.tokenizer.chat_template is None:
@@ -68,6 +71,10 @@ class Requests:
             chat_template=template,
             gen_prefix=task.lm.doc_to_prefix(item.doc),
         )
+        if len(context) > PROMPT_CHARACTERS:
+            raise EvomergeError(
+                f"task {task.name}: an item's prompt has {len(context):,} characters, more than {PROMPT_CHARACTERS:,}"
+            )
         built = task.lm.construct_requests(
             doc=item.doc,
             ctx=context,

@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from evomerge.config.tasks import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.evaluate.metrics import CHOSEN, KINDS, METRICS, NORMALISED, Metric, added_metric, added_names
+from evomerge.evaluate.metrics import (
+    AUTO,
+    AUTO_MEAN,
+    CHOSEN,
+    KINDS,
+    METRICS,
+    NORMALISED,
+    Metric,
+    added_metric,
+    added_names,
+)
 from evomerge.evaluate.taskfile import load_file, load_named
 
 Split = Literal["search", "selection", "holdout"]
@@ -47,7 +57,7 @@ class Task:
     limit: the greatest number of documents, None for all.
     code: whether the task's file runs its own Python code (the configuration allows it).
     added: the metrics of other packages that the objective or the metric names.
-    auto: whether the configuration leaves the choice of the objective to evomerge (`objective: auto`).
+    auto: whether the configuration leaves the choice of the objective to evomerge (`auto` or `auto_mean`).
     origin: the file or name that the configuration gives, of a group for each of its tasks.
     """
 
@@ -146,14 +156,20 @@ def check_task(lm_task: Any, config: TaskOptions, weight: float) -> Task:
     task = Task(str(lm_task.config.task), weight, "", "", config.gold, lm_task, chat, multiturn, config.limit)
     if len(task.name) > NAME_LENGTH or not task.name.isprintable():
         raise EvomergeError(f"{config.task}: {task.name[:60]!r} cannot be a task's name")
-    metric = config.metric or (task.metrics[0] if task.metrics else "")
+    metric = without_first_filter(task, config.metric) if config.metric else task.metrics[0] if task.metrics else ""
     require_metric(task, "metric", metric)
-    objective = objective_for(task, config.objective, metric)
+    objective = objective_for(task, without_first_filter(task, config.objective), metric)
     require_metric(task, "objective", objective)
     if config.gold and task.kind == "multiple_choice":
         raise EvomergeError(f"task {task.name}: `gold` is for generation; a multiple-choice task knows its gold choice")
-    task.metric, task.objective, task.auto = metric, objective, config.objective == "auto"
+    task.metric, task.objective, task.auto = metric, objective, config.objective in (AUTO, AUTO_MEAN)
     return task
+
+
+def without_first_filter(task: Task, name: str) -> str:
+    """A metric as `item_values.py` calls it: `acc,none` and the like without the filter if it is the task's first."""
+    plain, _, filter_name = name.partition(",")
+    return plain if task.filters and filter_name == task.filters[0] else name
 
 
 def require_metric(task: Task, key: str, name: str) -> None:
@@ -178,7 +194,7 @@ def objective_for(task: Task, name: str, metric: str) -> str:
     if name not in CHOSEN or name in task.metrics:
         return name
     chosen = CHOSEN[name].get(task.kind, name)
-    if name != "auto":
+    if name not in (AUTO, AUTO_MEAN):
         return chosen
     plain = metric.partition(",")[0]
     known = task.own.get(plain) or METRICS.get(plain)

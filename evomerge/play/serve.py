@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 
 HOST = "127.0.0.1"
 
@@ -23,7 +24,7 @@ def serve(target: Path, port: int, browser: bool) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise EvomergeError('the playground needs Gradio: pip install "evomerge[play]"')
     refuse_used_port(port)
-    print(f"opening the models of {target}", flush=True)
+    say(f"opening the models of {target}")
     from evomerge.play.playground import open_playground
 
     play = open_playground(target)
@@ -59,7 +60,7 @@ def serve(target: Path, port: int, browser: bool) -> None:
         )
     except OSError as error:  # taken since it was looked at
         raise EvomergeError(f"port {port} cannot be used; choose another one with --port") from error
-    print(f"playground: http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+    say(f"playground: http://{HOST}:{port} (Ctrl-C ends it)")
     try:
         threading.Event().wait()
     finally:

@@ -15,7 +15,7 @@ def print_comparison(found: AcrossRuns) -> None:
     rows = [list(cells(run, tasks)) for run in found.runs]
     print_tables(["run", "verdict", "holdout", "gain over the best baseline, 90%", "recommended"], tasks, rows)
     for sentence in found.sentences:
-        console.print(sentence, markup=False)
+        console.print(sentence)
 
 
 def cells(run: Judged, tasks: list[str]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.printable import say
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.monitor.incumbent import means
 from evomerge.search.run import Run
@@ -272,4 +273,4 @@ def keep_following(dashboard: Dashboard, ended: threading.Event) -> None:
         try:
             dashboard.update()
         except Exception as error:
-            print(f"note: the study cannot be read now ({type(error).__name__})", flush=True)
+            say(f"note: the study cannot be read now ({type(error).__name__})")

@@ -14,7 +14,7 @@ from rich.text import Text
 from evomerge.errors import EvomergeError
 from evomerge.merge.measure.distances import ALL, EXACT, LARGEST, SAMPLE, Differences, measure, strangers
 from evomerge.report.advice import advice_on
-from evomerge.report.progress import Steps
+from evomerge.report.progress import Screen, Steps
 from evomerge.search.check.paths import Line, Paths, lines_of_file, lines_of_tasks, measure_paths, points
 from evomerge.sources.locate import locate
 from evomerge.sources.open_models import Models, open_models
@@ -108,7 +108,7 @@ class Inspection:
     def __str__(self) -> str:
         text = StringIO()
         # In a notebook rich would show it at once instead of writing it into the file.
-        Console(file=text, width=WIDTH, highlight=False, force_jupyter=False).print(self)
+        Screen(file=text, width=WIDTH, force_jupyter=False).print(self)
         return text.getvalue().rstrip()
 
     __repr__ = __str__

@@ -64,7 +64,7 @@ def columns(points: Sequence[tuple[int, float]], last: int, width: int) -> list[
         x = (column + 1) / width * last
         while k + 1 < len(points) and points[k + 1][0] <= x:
             k += 1
-        share = 0.0 if high == low else (points[k][1] - low) / (high - low)
+        share = 0.0 if high == low else min(1.0, max(0.0, (points[k][1] - low) / (high - low)))
         heights.append(0 if k < 0 else 1 + round(share * (8 * HEIGHT - 1)))
     return heights
 

@@ -2,12 +2,31 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)  # lines of a file are not broken
-LINE_SECONDS = 5.0  # between two lines where there is no terminal
+from evomerge.printable import printable, say
+
+FIRST_SECONDS, LINE_SECONDS = 5.0, 30.0  # before the first line where there is no terminal; between two of them
+
+
+class Screen(Console):
+    """A terminal, or a file, that shows texts of others as they are: no markup, nothing that acts on a terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"highlight": False, "markup": False, "emoji": False} | options))
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """The pieces of what is shown, with every character that acts on a terminal written as Python writes it."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
+
+
+console = Screen(soft_wrap=not sys.stdout.isatty())  # lines of a file are not broken
 
 
 def seconds_text(seconds: float) -> str:
@@ -17,6 +36,26 @@ def seconds_text(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f}m"
     return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:.0f}m"
+
+
+class Lines:
+    """When to print a line about one count where there is no terminal.
+
+    The first comes after FIRST_SECONDS, so that short steps print none; then at most one every LINE_SECONDS, so that a
+    night's file stays short; and the last one if there were others.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.printed: float | None = None
+
+    def due(self, last: bool) -> bool:
+        """Whether to print a line now.  last: whether all is done."""
+        now = time.monotonic()
+        first, before = self.printed is None, self.printed or self.began
+        due = now - before >= (FIRST_SECONDS if first else LINE_SECONDS) or (last and not first)
+        self.printed = now if due else self.printed
+        return due
 
 
 class Stages:
@@ -41,9 +80,9 @@ class Stages:
             return
         self.close()
         if not console.is_terminal:
-            print(f"{text} ...", flush=True)
+            say(f"{text} ...")
             return
-        columns = (TextColumn("{task.description} ..."), TimeElapsedColumn())
+        columns = (TextColumn("{task.description} ...", markup=False), TimeElapsedColumn())
         self.status = Progress(*columns, console=console, transient=True, refresh_per_second=2)
         self.status.add_task(text, total=None)
         self.status.start()
@@ -53,7 +92,7 @@ class Stages:
         if text.startswith("note:"):
             self.close()
             if self.show:
-                print(text, flush=True)
+                say(text)
         else:
             self.stage(text)
 
@@ -65,7 +104,7 @@ class Stages:
 
 
 class Bar:
-    """Shows one long step: a Rich bar with rate and time left, or without a terminal a line every few seconds.
+    """Shows one long step: a Rich bar with rate and time left, or without a terminal lines (`Lines`).
 
     total: of the step, in units; in bytes if the unit is `MB`.  It grows if more is done.
     unit: what is counted.
@@ -76,12 +115,19 @@ class Bar:
         self.title, self.total, self.unit = title, total, unit
         self.first = done
         self.scale = 1e6 if unit == "MB" else 1.0
-        self.started = self.last_line = time.monotonic()
+        self.started = time.monotonic()
+        self.lines = Lines()
         self.progress: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            description = TextColumn("{task.description}", markup=False)
+            columns = (
+                TextColumn("{task.fields[title]}", markup=False),
+                BarColumn(),
+                description,
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=console, transient=True)
-            self.task = self.progress.add_task("", total=total)
+            self.task = self.progress.add_task("", total=total, title=title)
             self.progress.start()
 
     def update(self, done: int) -> None:
@@ -93,11 +139,10 @@ class Bar:
         if self.progress is not None:
             text = f"{done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}{pace}"
             self.progress.update(self.task, completed=done, total=self.total, description=text)
-        elif now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
+        elif self.lines.due(done >= self.total):
             left = f", {seconds_text((self.total - done) / rate)} left" if rate > 0 else ""
             counted = f"{done / self.scale:.0f} of {self.total / self.scale:.0f} {self.unit}"
-            print(f"{self.title}: {counted}{pace}{left}", flush=True)
+            say(f"{self.title}: {counted}{pace}{left}")
 
     def close(self) -> None:
         """Remove the bar."""

@@ -1,7 +1,7 @@
 """The status of a run, read from its folder and its study; can be read at any time, also while the search runs."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -9,9 +9,11 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import limits_of, now
 from evomerge.search.budget.usage import Usage, used_by
-from evomerge.search.evaluation.agreement import Agreement, agreements
+from evomerge.search.evaluation.agreement import Agreement, ScoredModel, agreements, scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale
+from evomerge.search.monitor.incumbent import task_scores
 from evomerge.search.monitor.monitor import price_of
+from evomerge.search.monitor.snapshot import TaskScore
 from evomerge.search.run import Run
 from evomerge.search.storage.method_choice import MethodChoice, recorded_choice
 from evomerge.search.storage.step_record import StepRecord, steps_by_climb
@@ -35,10 +37,12 @@ class Status:
     used: by the whole run.
     compute_dtype: the type in which forwards are computed; None in old runs.
     relative: whether a value of 0 is the base's and 1 that of each task's best parent.
+    models: those that were scored by objective and metric.
     agreements: how alike objective and metric rank models.
     choice: how the method was chosen; None if the configuration names one, or before the choice.
     climbs: the gradient steps of the learned start, climb by climb; empty without one.
     front: with `goals: pareto` the front of the trials; None if no trial has a place in it.
+    tasks: what the best trial scored on the search items, beside the best parent of each task and the base.
     """
 
     config: SearchConfig
@@ -51,10 +55,12 @@ class Status:
     used: Usage = field(default_factory=Usage)
     compute_dtype: str | None = None
     relative: bool = False
+    models: list[ScoredModel] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     choice: MethodChoice | None = None
     climbs: list[list[StepRecord]] = field(default_factory=list)
     front: Front | None = None
+    tasks: tuple[TaskScore, ...] = ()
 
     def count(self, state: TrialState) -> int:
         """How many trials are in a state."""
@@ -101,6 +107,37 @@ class Status:
             left = min(left, (limits.trials - len(finished)) * self.seconds)
         return max(0.0, left) if left < math.inf and self.verdict is None else None
 
+    def as_dict(self) -> dict[str, Any]:
+        """What `evomerge status` shows, as JSON has it."""
+        config, best = self.config, self.best
+        named = None if best is None else self.baselines.get(best.number)
+        return {
+            "name": config.name,
+            "method": config.method if self.choice is None else self.choice.chosen,
+            "sources": [source.name for source in config.sources],
+            "sampler": config.sampler.name,
+            "compute_dtype": self.compute_dtype,
+            "trials": {
+                "finished": self.finished,
+                "planned": config.budget.most,
+                "running": self.count(TrialState.RUNNING),
+                "stopped_early": len(self.shares),
+                "failed": self.count(TrialState.FAIL),
+            },
+            "best": best and {"trial": best.number, "value": best.value, "baseline": named},
+            "relative": self.relative,
+            "tasks": [asdict(task) for task in self.tasks],
+            "gradient_steps": sum(map(len, self.climbs)),
+            "agreements": [found.sentence for found in self.agreements],
+            "front": self.front
+            and {m.name: dict(zip(self.front.tasks, m.values, strict=True)) for m in self.front.members},
+            "seconds_per_trial": self.seconds or None,
+            "seconds_left": self.seconds_left,
+            "timing": self.timing,
+            "used": self.used.as_dict(),
+            "verdict": self.verdict,
+        }
+
 
 def read_status(run: Run) -> Status:
     """Read the status of a run.  EvomergeError if its study cannot be read."""
@@ -114,7 +151,12 @@ def read_status(run: Run) -> Status:
     seconds = sum(map(trial_seconds, finished)) / len(finished) if finished else 0.0
     names = {t.number: str(t.user_attrs["baseline"]) for t in trials if "baseline" in t.user_attrs}
     used = used_by(trials, study.user_attrs)
+    models = scored_models(trials, study.user_attrs)
     front = front_of(trials, study.user_attrs) if config.goals == "pareto" else None
+    scale = Scale.from_json(study.user_attrs[SCALE]) if SCALE in study.user_attrs else None
+    tasks: tuple[TaskScore, ...] = ()
+    if best is not None and scale is not None:
+        tasks = task_scores(best, study.user_attrs, scale, "base", [source.name for source in config.sources])
     return Status(
         config,
         trials,
@@ -125,11 +167,13 @@ def read_status(run: Run) -> Status:
         names,
         used,
         recorded_type(study.user_attrs),
-        SCALE in study.user_attrs and Scale.from_json(study.user_attrs[SCALE]).relative,
-        agreements(trials, study.user_attrs),
+        scale is not None and scale.relative,
+        models,
+        agreements(models, study.user_attrs),
         recorded_choice(study.user_attrs) if config.methods else None,
         steps_by_climb(study.user_attrs),
         front if front and front.trials else None,
+        tasks,
     )
 
 

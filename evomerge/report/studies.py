@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 
 from optuna.trial import TrialState
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection, func, select
 
 from evomerge.config.database_url import expanded
 from evomerge.errors import EvomergeError
+from evomerge.report.progress import Screen
 from evomerge.search.run import open_run
 from evomerge.search.storage.database import open_storage, sqlite_url
 from evomerge.search.storage.optuna_private import STUDIES, STUDY_ATTRIBUTES, TRIALS, USER_ATTRIBUTES, VALUES
@@ -138,4 +138,4 @@ def print_studies(place: str) -> None:
             row.state,
             "" if row.last is None else f"{row.last:%Y-%m-%d %H:%M}",
         )
-    Console(soft_wrap=True, highlight=False).print(table if found else "no studies")
+    Screen(soft_wrap=True).print(table if found else "no studies")

@@ -1,6 +1,5 @@
 """The output of `search`, `resume`, `status` and `evaluate`."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -8,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.trial import TrialState
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from evomerge.printable import say
 from evomerge.report.gradient_steps import steps_text
-from evomerge.report.live_view import NO_SNAPSHOT, rate_and_time_left, render, watch
-from evomerge.report.progress import LINE_SECONDS, console, seconds_text
+from evomerge.report.live_view import NARROW, NO_SNAPSHOT, rate_and_time_left, render, task_table, watch
+from evomerge.report.progress import Lines, Screen, console, seconds_text
 from evomerge.report.status import Status
 from evomerge.report.usage_text import usage_text
-from evomerge.report.verdict_text import candidate_title, difference_text, remarks
+from evomerge.report.verdict_text import GAIN, GAIN_MEANS, candidate_title, difference_text, remarks
+from evomerge.search.monitor.monitor import BATCHES
 from evomerge.search.monitor.snapshot import Snapshot
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import Front, spread_along
@@ -34,28 +36,26 @@ class SearchView:
     """Shows a running search: the live view in a terminal; elsewhere lines for phases, long steps and trials."""
 
     def __init__(self) -> None:
-        self.screen = Console(highlight=False)
+        self.screen = Screen()
         self.live: Live | None = None
         self.snapshot: Snapshot | None = None
         self.current_phase = ""
-        self.last_line = 0.0
+        self.lines = Lines()
 
     def phase(self, text: str) -> None:
         """A new phase of the search begins."""
         if not self.screen.is_terminal and text != self.current_phase:
-            self.current_phase, self.last_line = text, time.monotonic()
-            print(f"{text} ...", flush=True)
+            self.current_phase, self.lines = text, Lines()
+            say(f"{text} ...")
 
     def say(self, text: str) -> None:
         """Show one line, above the live view if there is one."""
-        self.screen.print(text, markup=False, soft_wrap=not self.screen.is_terminal)
+        self.screen.print(text, soft_wrap=not self.screen.is_terminal)
 
     def step(self, done: int, total: int, unit: str) -> None:
-        """How much of this phase, or of its present model, is done; without a terminal a line every few seconds."""
-        now = time.monotonic()
-        if not self.screen.is_terminal and now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
-            print(f"{self.current_phase}: {done} of {total} {unit}", flush=True)
+        """How much of this phase, or of its present model, is done; without a terminal lines (`Lines`)."""
+        if not self.screen.is_terminal and self.lines.due(done >= total and unit != BATCHES):
+            say(f"{self.current_phase}: {done} of {total} {unit}")
 
     def trial(self, number: int, value: float | None, note: str, snapshot: Snapshot) -> None:
         """A trial has finished.
@@ -69,7 +69,7 @@ class SearchView:
         of = f" of {snapshot.limit}" if snapshot.limit else ""
         pace = "".join(f", {text}" for text in rate_and_time_left(snapshot, 0.0))
         extra = f"  {note}" if note else ""
-        print(f"trial {number}  {shown}  best {best}  ({snapshot.trials}{of} finished{pace}){extra}", flush=True)
+        say(f"trial {number}  {shown}  best {best}  ({snapshot.trials}{of} finished{pace}){extra}")
 
     def show(self, snapshot: Snapshot) -> None:
         """Show the latest state; it is redrawn between two snapshots, so that shown times advance."""
@@ -93,9 +93,8 @@ class SearchView:
 def print_status(status: Status, timing: bool) -> None:
     """Print the output of `evomerge status`.  timing: with the table of mean times of a trial."""
     config = status.config
-    console.print(
-        f"[bold]{config.name}[/bold]: {config.method} of {len(config.sources)} sources, {config.sampler.name}"
-    )
+    what = f": {config.method} of {len(config.sources)} sources, {config.sampler.name}"
+    console.print(Text.assemble((config.name, "bold"), what))
     if status.choice is not None:
         console.print(f"method: {status.choice.sentence}")
     if status.compute_dtype is not None:
@@ -108,6 +107,9 @@ def print_status(status: Status, timing: bool) -> None:
         also = f" ({name})" if name else ""
         meaning = "; 0 is the base, 1 the best parent of each task" if status.relative else ""
         console.print(f"best: {status.best.value:.4f} by trial {status.best.number}{also}{meaning}")
+    if status.tasks:
+        console.print("on the search items:")
+        console.print(task_table(status.tasks, console.width >= NARROW))
     if status.climbs:
         console.print(steps_text(status.climbs, status.used))
     for found in status.agreements:
@@ -131,13 +133,13 @@ def print_status(status: Status, timing: bool) -> None:
 def watch_run(run: Run) -> None:
     """Show the live view until the run ends or the user presses Ctrl-C, then the verdict if there is one."""
     try:
-        end = watch(run.folder, Console(highlight=False))
+        end = watch(run.folder, Screen())
     except KeyboardInterrupt:
         return
-    if end in ("finished", NO_SNAPSHOT) and run.verdict_file.exists():
-        print_verdict(json.loads(run.verdict_file.read_text(encoding="utf-8")))
+    if end in ("finished", NO_SNAPSHOT) and (verdict := run.verdict()) is not None:
+        print_verdict(verdict)
     else:
-        print(f"go on with: evomerge resume {run.folder}")
+        say(f"go on with: evomerge resume {run.folder}")
 
 
 def print_timing(timing: dict[str, float]) -> None:
@@ -165,13 +167,14 @@ def print_front(front: Front) -> None:
 
 def print_verdict(verdict: dict[str, Any]) -> None:
     """Print the verdict: its sentence, its table and the remarks."""
-    console.print(f"\n[bold]{verdict['sentence']}[/bold]")
+    console.print(f"\n{verdict['sentence']}", style="bold")
     tasks = list(verdict["tasks"])
     title = candidate_title(verdict)
     rows = [[title, f"{verdict['score']['value']:.3f}", "", *cells(verdict["holdout"]["winner"], tasks)]]
     for c in verdict["comparisons"]:
         rows.append([c["name"], f"{c['score']:.3f}", difference_text(c), *cells(verdict["holdout"][c["name"]], tasks)])
-    print_tables(["holdout", "mean", f"{title} minus this, 90%"], tasks, rows)
+    print_tables(["holdout", "mean", GAIN], tasks, rows)
+    console.print(f"{GAIN_MEANS}.")
     for line in remarks(verdict):
         console.print(line)
 
@@ -188,7 +191,7 @@ def print_tables(first: Sequence[str], tasks: Sequence[str], rows: Sequence[Sequ
         table = Table(*(titles[k] for k in columns))
         for row in rows:
             table.add_row(*(row[k] for k in columns))
-        Console(width=room, file=sys.stdout, highlight=False, markup=False).print(table)
+        Screen(width=room, file=sys.stdout).print(table)
 
 
 def fitting(widths: Sequence[int], first: int, room: int) -> list[list[int]]:
@@ -226,8 +229,8 @@ def print_answers(results: Sequence["TaskResult"], count: int) -> None:
         for number, answer in enumerate(result.answers[:count]):
             scores = ", ".join(f"{metric} {score_text(values[number])}" for metric, values in result.raw.items())
             taken = "" if answer.taken == answer.text else f" -> {answer.taken!r}"
-            print(f"\n{result.task} {number + 1}: {scores}\n{answer.prompt}")
-            print(f"  answer {answer.text!r}{taken}\n  gold   {answer.gold!r}")
+            say(f"\n{result.task} {number + 1}: {scores}\n{answer.prompt}")
+            say(f"  answer {answer.text!r}{taken}\n  gold   {answer.gold!r}")
 
 
 def score_text(value: Any) -> str:

@@ -4,6 +4,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from evomerge.printable import in_code, in_markdown
+
+GAIN = "gain over this model"
+"""The title of the column of differences in a verdict's table."""
+GAIN_MEANS = (
+    "Gain over this model: the mean of the first row minus that of this row, on the same items, with its 90% interval; "
+    "if 0 lies in the interval, no difference is shown"
+)
+
 
 def interval_text(span: dict[str, Any], signed: bool = False) -> str:
     """An estimate with its interval, such as `0.532 [0.502, 0.561]`.  signed: with a sign, for differences."""
@@ -71,28 +80,28 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
     model: the one in the folder, `winner` or the name of a baseline (default: what the verdict recommends).
     """
     tasks = list(verdict["tasks"])
-    title = candidate_title(verdict)
+    title = in_markdown(candidate_title(verdict))
     rows = [
-        f"| holdout | mean | {title} minus this | {' | '.join(tasks)} |",
+        f"| holdout | mean | {GAIN} | {' | '.join(map(in_markdown, tasks))} |",
         "|---" * (3 + len(tasks)) + "|",
         row(f"**{title}**", interval_text(verdict["score"]), "", verdict, "winner", tasks),
     ]
     rows += [
-        row(c["name"], f"{c['score']:.3f}", difference_text(c), verdict, c["name"], tasks)
+        row(in_markdown(c["name"]), f"{c['score']:.3f}", difference_text(c), verdict, c["name"], tasks)
         for c in verdict["comparisons"]
     ]
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
-    note = f"90% intervals (5% on each side), paired differences; items that the search never saw ({counts}). "
-    note += " ".join(remarks(verdict))
+    note = f"{GAIN_MEANS}. 90% intervals have 5% on each side. Items that the search "
+    note += in_markdown(f"never saw ({counts}). " + " ".join(remarks(verdict)))
     if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
-        note += f"\n\nThis result used Python code of the task {', '.join(code)} (`allow_task_code`)."
+        note += f"\n\nThis result used Python code of the task {in_markdown(', '.join(code))} (`allow_task_code`)."
     recommended = model or verdict["recommended"]
     which = ""
     if recommended == copied_model(verdict):
-        which = f"**This folder holds a copy of `{recommended}`**: no merge was shown to be better.\n\n"
+        which = f"**This folder holds a copy of {in_code(recommended)}**: no merge was shown to be better.\n\n"
     elif recommended != "winner":
-        which = f"This folder holds the recommended simpler model: {recommended}.\n\n"
-    return f"## Result\n\n{verdict['sentence']}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
+        which = f"This folder holds the recommended simpler model: {in_markdown(recommended)}.\n\n"
+    return f"## Result\n\n{in_markdown(verdict['sentence'])}\n\n{which}" + "\n".join(rows) + f"\n\n{note}\n"
 
 
 def copied_model(verdict: dict[str, Any]) -> str | None:

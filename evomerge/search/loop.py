@@ -21,7 +21,7 @@ from evomerge.errors import EvomergeError
 from evomerge.search.budget.enough import too_short
 from evomerge.search.budget.limits import now
 from evomerge.search.budget.reserve import ReservedTime, export_seconds, step_seconds
-from evomerge.search.evaluation.agreement import agreements, model_name
+from evomerge.search.evaluation.agreement import agreements, model_name, scored_models
 from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.method_race import score_default_recipes
 from evomerge.search.evaluation.race_policy import LOOKS, make_race_setup, must_choose_looks
@@ -100,11 +100,14 @@ async def open_and_search(
     """Open models, tasks, study and workers, run the phases of the search, and close what was opened."""
     config = run.config()
     sampler_kind(config.sampler.name)  # an unknown sampler is an error before anything is opened
-    monitor.phase("opening the models")
     if opened is not None and opened.config != config:
         opened.take_live()
         opened = None
-    models = open_config_models(config) if opened is None else opened.models
+    if opened is None:
+        monitor.phase("opening the models")
+        models = open_config_models(config)
+    else:
+        models = opened.models
     for note in models.compatibility.notes:
         run.log(f"note: {note}")
     retry = Retry(stop.check, run.log)
@@ -341,7 +344,8 @@ class Driver:
 
     def log_agreement(self) -> None:
         """Write down how alike objective and metric rank models; say where they disagree."""
-        for found in agreements(self.study.trials, self.study.stored.user_attrs):
+        attributes = self.study.stored.user_attrs
+        for found in agreements(scored_models(self.study.trials, attributes), attributes):
             (self.monitor.say if found.disagrees else self.run.log)(found.sentence)
 
     async def judge_finalists(self) -> Verdict:

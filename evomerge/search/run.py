@@ -39,6 +39,7 @@ from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.files import appending, disk_errors, opened, read_json
+from evomerge.printable import printable
 from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.verdict.verdict_file import present_outcome, what_is_wrong
@@ -143,9 +144,9 @@ class Run:
 
     def log(self, text: str) -> None:
         """Write a line with the time to log.txt."""
-        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text.rstrip()}\n"
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {printable(text).rstrip()}\n"
         with disk_errors(self.log_file), appending(self.log_file) as file:
-            file.write(line.encode(errors="backslashreplace"))
+            file.write(line.encode())
 
 
 def open_run(folder: Path) -> Run:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json
+from evomerge.files import read_json, refuse_stray_link
 from evomerge.sources.architecture import known_config
 from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem
 from evomerge.sources.safetensors_files import open_safetensors, weight_files
 from evomerge.sources.tensor_names import layer_count
-from evomerge.sources.tokenizer import Vocabulary, read_vocabulary
+from evomerge.sources.tokenizer import TOKENIZER_FILES, Vocabulary, read_vocabulary
 
 DTYPES = {
     "F64": torch.float64,
@@ -160,8 +160,13 @@ def config_ties_head(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's config.json.  EvomergeError if it cannot be read, or a key has a wrong type."""
+    """The content of a model's config.json.
+
+    EvomergeError if it cannot be read, a key has a wrong type, or a file that a merge would copy is a stray link.
+    """
     file = folder / "config.json"
+    for name in (file.name, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+        refuse_stray_link(folder / name)
     if not file.exists():
         near = sorted(f.parent for name in MODEL_CONFIGS for f in folder.glob(f"*/{name}"))
         hint = f"; {', '.join(str(f) for f in near[:2])} {'is one' if len(near) == 1 else 'are some'}" if near else ""

@@ -60,7 +60,11 @@ def quantised_base(declared: str) -> str | None:
     declared: the model that the adapter names.  Its configuration decides if it is on this machine, else its name.
     """
     if os.path.isfile(Path(declared) / "config.json"):
-        return next((method for _, method in quantisation_settings(read_json(Path(declared) / "config.json"))), None)
+        try:
+            config = read_json(Path(declared) / "config.json")
+        except EvomergeError:  # what lies there is no reason to refuse the adapter
+            return None
+        return next((method for _, method in quantisation_settings(config)), None)
     named = QUANTISED_NAME.search(declared)
     return named.group(1) if named else None
 

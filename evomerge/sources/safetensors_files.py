@@ -13,13 +13,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
-from evomerge.files import opened, read_json
+from evomerge.files import opened, read_json, refuse_stray_link
 from evomerge.parse import parse_json
 
 HEADER_BYTES = 32 << 20  # 150 bytes a tensor; the largest models have 100,000
 NAME_LENGTH = 500
 DIMENSIONS = 8
 ELEMENTS = 1 << 48
+FILES = 10_000
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -36,6 +37,8 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         names = sorted({str(name) for name in weight_map.values()})
         if bad := [name for name in names if name in ("", "..") or Path(name).name != name]:
             raise EvomergeError(f"{index}: names a file outside its folder: {bad[0]}")
+        if len(names) > FILES:
+            raise EvomergeError(f"{index}: names {len(names):,} files; no model has more than {FILES:,}")
         if missing := [name for name in names if not os.path.isfile(folder / name)]:
             raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
         return [folder / name for name in names], list(weight_map)
@@ -61,6 +64,7 @@ def open_safetensors(path: Path) -> Any:
 
     EvomergeError if it is missing, truncated, not safetensors, or has an absurd header.
     """
+    refuse_stray_link(path)
     checked_header(path)
     try:
         return safe_open(str(path), framework="pt")

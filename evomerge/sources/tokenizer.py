@@ -123,6 +123,8 @@ def open_tokenizer(folder: Path) -> Any:
         with without_panics():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its converters raise any type of error
+        if lacks_memory(error):
+            raise
         reason = first_line(error)
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
 

@@ -1,1 +1,8 @@
-"""What a user needs before the first search: a task file of own data (`new_task.py`)."""
+"""What a user needs before the first search.
+
+new_task.py   a task file of own data
+columns.py    what the columns of the data are
+init.py       a configuration with comments
+migrate/      a configuration from a search of another program
+yaml_text.py  names and paths as the text of a configuration
+"""

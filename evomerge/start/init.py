@@ -1,10 +1,7 @@
 """Write the configuration of a first search: `init_config`."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-import yaml
 
 from evomerge.config.config_file import load_config
 from evomerge.config.tasks import TaskConfig
@@ -14,6 +11,7 @@ from evomerge.files import write_text
 from evomerge.sources.locate import locate
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import PARTS, tensor_role
+from evomerge.start.yaml_text import named_source, plain, relative
 
 TEMPLATE = """\
 # A search of evomerge.  Relative paths count from this file's folder.
@@ -77,27 +75,3 @@ def init_config(file: Path, base: str, sources: Sequence[str], tasks: Sequence[s
         raise
     counted = ", ".join(f"{task.name} ({sum(1 for _ in task.docs)} items)" for task in opened)
     return [f"wrote {file}: {len(named)} sources; tasks: {counted}", f"next: evomerge check {file}"]
-
-
-def named_source(text: str) -> tuple[str, str]:
-    """Name and path of a source: of NAME=PATH, or of a path, whose last part is the name."""
-    name, equals, path = text.partition("=")
-    if equals and name and "/" not in name:
-        return name, path
-    return text.rstrip("/").split("/")[-1].split("@")[0], text
-
-
-def relative(text: str, file: Path) -> str:
-    """A path as a file names it; a hub id, a name of a task or an absolute path elsewhere stays."""
-    path = Path(text)
-    folder = file.resolve().parent
-    if not path.exists() or (path.is_absolute() and folder not in path.parents):
-        return text
-    return os.path.relpath(path.resolve(), folder)
-
-
-def plain(text: str) -> str:
-    """A text as a YAML scalar on one line."""
-    return (
-        yaml.safe_dump(text, allow_unicode=True, width=10**6, default_flow_style=True).removesuffix("\n...\n").strip()
-    )

@@ -115,6 +115,11 @@ class Bank:
         """Those of the sources that the tensor `name` is merged of."""
         return [s for s in sources if self.layout.origin(s, name) is not None]
 
+    def moves(self, source: str, name: str) -> bool:
+        """Whether a source may differ from the base in the tensor `name`."""
+        origin = self.layout.origin(source, name)
+        return origin is not None and self.models.sources[source].may_differ(origin)
+
     def is_stored(self, source: str, name: str) -> bool:
         """Whether a source's tensor is read from a file, and nothing is computed."""
         origin = self.layout.origin(source, name)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, read_text
+from evomerge.files import read_json, read_text, refuse_stray_link
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -34,6 +34,8 @@ def template_text(wanted: str, folders: Iterable[Path]) -> str | None:
 
 def template_in_folder(folder: Path) -> str | None:
     """The chat template of the model in a folder; None if it has none."""
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        refuse_stray_link(folder / name)
     if os.path.isfile(file := folder / "chat_template.jinja"):
         return read_text(file).strip()
     if not os.path.isfile(file := folder / "tokenizer_config.json"):

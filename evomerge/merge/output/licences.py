@@ -3,8 +3,10 @@
 This reads what model cards state.  It is a reminder to look, no legal advice.
 """
 
+import re
 from collections.abc import Mapping
 
+IDENTIFIER = re.compile(r"[\w.+-]{1,100}")  # what the hub takes for a licence
 NOT_STATED = "not stated"
 PERMISSIVE = (
     "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "unlicense",
@@ -30,7 +32,7 @@ def licence_of_merge(licences: Mapping[str, str]) -> str:
 
     licences: model -> its licence.
     """
-    found = set(licences.values())
+    found = {text if text == NOT_STATED or IDENTIFIER.fullmatch(text) else "other" for text in licences.values()}
     strict = sorted(found - set(PERMISSIVE))
     if len(found) == 1 and NOT_STATED not in found:
         return found.pop()

@@ -13,6 +13,7 @@ from evomerge import __version__
 from evomerge.merge.output.licences import licence, licence_of_merge, licence_warnings
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource, dump_recipe, models_on_disk
+from evomerge.printable import fenced, in_code, in_markdown
 from evomerge.sources.declared_base import front_matter
 from evomerge.sources.locate import HUB_ID, locate, looks_like_hub_id
 
@@ -44,8 +45,11 @@ def model_card(recipe: Recipe, results: str = "", copy_of: str | None = None) ->
         "tags": ["mergekit", "merge", "evomerge"],
         "license": licence_of_merge(licences),
     } | ({"base_model": list(dict.fromkeys(ids))} if ids else {})
-    rows = [f"| {name} | {shown(model.path)} | {licences[name]} |" for name, model in models]
-    title = f"A copy of `{copy_of}`" if copy_of else f"A merge of {len(models) - 1} models by `{recipe.method}`"
+    rows = [
+        f"| {in_markdown(name)} | {in_markdown(shown(model.path))} | {in_markdown(licences[name])} |"
+        for name, model in models
+    ]
+    title = f"A copy of {in_code(copy_of)}" if copy_of else f"A merge of {len(models) - 1} models by `{recipe.method}`"
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "",
         f"# {title}", "",
@@ -54,11 +58,11 @@ def model_card(recipe: Recipe, results: str = "", copy_of: str | None = None) ->
         *([results.rstrip(), ""] if results else []),
         "## Models", "",
         "| model | where | licence |", "|---|---|---|", *rows, "",
-        *(f"> **Licences:** {line}\n" for line in licence_warnings(licences)),
+        *(f"> **Licences:** {in_markdown(line)}\n" for line in licence_warnings(licences)),
         "## Make it again", "",
         "`recipe.yaml` in this folder is complete and holds the SHA-256 of every input and output:", "",
         "    evomerge reproduce recipe.yaml --out again --check .", "",
-        "```yaml", dump_recipe(without_paths(without_fingerprints(recipe))).rstrip(), "```", "",
+        fenced(dump_recipe(without_paths(without_fingerprints(recipe))), "yaml"), "",
     ])  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import folded, section, text
 from evomerge.report.page.winner import bar_table, heat_table
+from evomerge.search.storage.optuna_private import MemoryStorage, key_of_study
 from evomerge.search.storage.step_record import StepRecord
 from evomerge.search.storage.study import in_full
 
@@ -92,8 +93,10 @@ def by_trials(full: Sequence[FrozenTrial]) -> dict[str, float]:
     """Coefficient -> its importance by PED-ANOVA, together 1; empty if the trials do not differ."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    study = optuna.create_study(direction="maximize")
-    study.add_trials(list(full))
+    storage = MemoryStorage()
+    study = optuna.create_study(storage=storage, direction="maximize")
+    for trial in full:
+        storage.create_new_trial(key_of_study(study), trial)
     try:
         found: dict[str, float] = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     except (ValueError, RuntimeError):  # all values are equal, or no coefficient is in every trial

@@ -1,14 +1,10 @@
 """The landscape around the candidate: scores on the straight lines to each parent and to the base."""
 
-from collections.abc import Sequence
-
 from evomerge.errors import EvomergeError
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import copied, section, text
-from evomerge.report.page.svg import Frame, chart, legend, line, points, range_of
+from evomerge.report.page.svg import COLOURS, Frame, chart, dotted_line, legend, range_of
 from evomerge.search.verdict.landscape import Landscape, read_landscape
-
-COLOURS = "abcdefg"
 
 
 def landscape_section(material: Material) -> str:
@@ -42,14 +38,11 @@ def drawn(found: Landscape) -> str:
 
     def draw(width: int) -> str:
         frame = Frame(width, 280, (0.0, 1.0), range_of(values), "share of the other model", "mean metric")
-        parts = [mark(frame, name, curve, COLOURS[k % len(COLOURS)]) for k, (name, curve) in enumerate(curves)]
+        parts = []
+        for k, (name, curve) in enumerate(curves):
+            titles = [f"{share:.0%} {name}: {value:.3f}" for share, value in curve]
+            xs, ys = zip(*curve, strict=True)
+            parts.append(dotted_line(frame, xs, ys, COLOURS[k % len(COLOURS)], titles))
         return frame.draw(*parts, label="Scores between the candidate and its parents")
 
     return legend(*((COLOURS[k % len(COLOURS)], name) for k, (name, _) in enumerate(curves))) + chart(draw)
-
-
-def mark(frame: Frame, name: str, curve: Sequence[tuple[float, float]], kind: str) -> str:
-    """One line with its points."""
-    xs, ys = [share for share, _ in curve], [value for _, value in curve]
-    titles = [f"{share:.0%} {name}: {value:.3f}" for share, value in curve]
-    return line(frame, xs, ys, kind) + points(frame, xs, ys, kind, titles, 3.5)

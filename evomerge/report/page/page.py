@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable
-from html import escape
-from pathlib import Path
 
 from evomerge.files import write_text
+from evomerge.printable import printable
 from evomerge.report.page.answers import answers_section
 from evomerge.report.page.closing import cost_section, use_section
 from evomerge.report.page.conflicts import conflicts_section
@@ -13,10 +12,12 @@ from evomerge.report.page.front import front_section
 from evomerge.report.page.importance import importance_section
 from evomerge.report.page.landscape import landscape_section
 from evomerge.report.page.material import Material, gather
+from evomerge.report.page.parts import whole_page
 from evomerge.report.page.progress import progress_section
 from evomerge.report.page.scores import scores_section
 from evomerge.report.page.verdict import verdict_section
 from evomerge.report.page.winner import winner_section
+from evomerge.report.status import Status
 from evomerge.search.run import Run
 
 RELOAD = 60  # seconds after which a page of a running search is written and read again
@@ -37,9 +38,11 @@ SECTIONS = (
 """Name, title in the list of contents, and function of each section; a function returns "" where it has nothing."""
 
 
-def write_report(run: Run) -> None:
-    """Write report.html; of a run without a verdict what there is so far."""
-    write_text(run.report_file, page(gather(run)))
+def write_report(run: Run) -> Status:
+    """Write report.html; of a run without a verdict what there is so far.  Returns the status that it shows."""
+    material = gather(run)
+    write_text(run.report_file, printable(page(material)))
+    return material.status
 
 
 class PageSoFar:
@@ -66,20 +69,6 @@ class PageSoFar:
 
 def page(material: Material) -> str:
     """The HTML of the report."""
-    name = escape(material.status.config.name)
+    name = material.status.config.name
     made = [(key, title, content) for key, title, make in SECTIONS if (content := make(material))]
-    links = "".join(f"<a href='#{key}'>{escape(title)}</a>" for key, title, _ in made)
-    reload = "" if material.verdict else f"<meta http-equiv=refresh content={RELOAD}>"
-    return "\n".join([
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>evomerge: {name}</title>",
-        f"<meta name=viewport content='width=device-width, initial-scale=1'>{reload}",
-        f"<style>{beside('style.css')}</style></head><body>",
-        f"<header><h1>{name}</h1><nav>{links}</nav></header><main>",
-        *(content for _, _, content in made),
-        f"</main><script>{beside('script.js')}</script></body></html>\n",
-    ])  # fmt: skip
-
-
-def beside(name: str) -> str:
-    """The text of a file beside this one."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return whole_page(name, name, made, script=True, reload=None if material.verdict else RELOAD)

@@ -2,6 +2,35 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+
+
+def whole_page(
+    name: str, title: str, sections: Sequence[tuple[str, str, str]], script: bool = False, reload: float | None = None
+) -> str:
+    """The HTML of a page, which needs no other file.
+
+    name, title: in the browser's tab and on the page.
+    sections: (anchor, title, HTML) of each.
+    script: whether the page has buttons to copy and filters.
+    reload: seconds after which a browser reads the page again; None for never.
+    """
+    links = "".join(f"<a href='#{key}'>{escape(head)}</a>" for key, head, _ in sections)
+    again = "" if reload is None else f"<meta http-equiv=refresh content={reload:g}>"
+    active = f"<script>{beside('script.js')}</script>" if script else ""
+    return "\n".join([
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>evomerge: {escape(name)}</title>",
+        f"<meta name=viewport content='width=device-width, initial-scale=1'>{again}",
+        f"<style>{beside('style.css')}</style></head><body>",
+        f"<header><h1>{escape(title)}</h1><nav>{links}</nav></header><main>",
+        *(content for _, _, content in sections),
+        f"</main>{active}</body></html>\n",
+    ])  # fmt: skip
+
+
+def beside(name: str) -> str:
+    """The text of a file beside this one."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def section(name: str, title: str, *content: str) -> str:

@@ -11,7 +11,6 @@ from evomerge.report.gradient_steps import SMOOTHED, curves, running_mean, steps
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import capital, section, text
 from evomerge.report.page.svg import Frame, Range, chart, corners, legend, level, line, points, range_of, thinned
-from evomerge.search.evaluation.agreement import scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.storage.study import in_full
 from evomerge.search.storage.trial_record import place_in_order, record_of
@@ -137,8 +136,7 @@ def metric_chart(material: Material, places: Mapping[int, int]) -> str:
     if SCALE not in material.attributes:
         return ""
     scale = Scale.from_json(material.attributes[SCALE])
-    models = scored_models(material.status.trials, material.attributes)
-    found = [(m, both[1]) for m in models if (both := m.means(scale, list(scale.tasks))) is not None]
+    found = [(m, both[1]) for m in material.status.models if (both := m.means(scale, list(scale.tasks))) is not None]
     trials = sorted((places[m.trial], value, m.name) for m, value in found if m.trial is not None)
     means = {model.name: value for model, value in found}
     if len(trials) < 3:

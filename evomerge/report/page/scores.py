@@ -6,7 +6,7 @@ from typing import Any
 
 from evomerge.report.page.material import Material
 from evomerge.report.page.parts import chip, folded, section, span_mark, table, text
-from evomerge.report.verdict_text import candidate_title, difference_text
+from evomerge.report.verdict_text import GAIN, GAIN_MEANS, candidate_title, difference_text
 
 SPLITS = ("search", "selection", "holdout")
 Span = dict[str, Any]
@@ -25,7 +25,7 @@ def scores_section(material: Material) -> str:
     mean_scale = scale_of(means)
     gap_scale = scale_of([c["difference"] for c in verdict["comparisons"]], [0.0])
     scales = {task: scale_of([holdout[name][task] for name in names]) for task in tasks}
-    head = ["model", "mean", f"{escape(title)} minus this", *(escape(task) for task in tasks)]
+    head = ["model", "mean", GAIN, *(escape(task) for task in tasks)]
 
     best = {task: max(holdout[name][task]["value"] for name in names) for task in tasks}
 
@@ -125,7 +125,7 @@ def scale_of(spans: Iterable[Span], others: Sequence[float] = ()) -> tuple[float
 def explanation(verdict: dict[str, Any]) -> str:
     """What the numbers of the table mean."""
     return (
-        "Bars are 90% intervals (5% on each side); differences are paired by items. The mean is that over tasks by "
-        f"their weights. The candidate is {verdict['chosen']['name']}, chosen among "
+        f"{GAIN_MEANS}. Bars are 90% intervals (5% on each side). The mean is that over tasks "
+        f"by their weights. The candidate is {verdict['chosen']['name']}, chosen among "
         f"{len(verdict['finalists'])} models on the selection split."
     )

@@ -10,6 +10,7 @@ from html import escape
 from typing import TypeVar
 
 WIDE, NARROW = 960, 330
+COLOURS = "abcdefg"  # classes of lines and points in style.css
 DIGIT = 6.7  # pixels of one digit of a tick's text, at most
 
 MOST = 1500  # points of one kind in a chart: a page stays small however long the search was
@@ -149,6 +150,11 @@ def line(frame: Frame, xs: Sequence[float], ys: Sequence[float], kind: str, step
     for x, y in zip(xs[1:], ys[1:], strict=True):
         path.append(f"H{frame.x(x):.1f}V{frame.y(y):.1f}" if steps else f"L{frame.x(x):.1f} {frame.y(y):.1f}")
     return f"<path class='line {kind}' d='{''.join(path)}'/>"
+
+
+def dotted_line(frame: Frame, xs: Sequence[float], ys: Sequence[float], kind: str, titles: Sequence[str] = ()) -> str:
+    """A line with its points.  kind, titles: as in `points`."""
+    return line(frame, xs, ys, kind) + points(frame, xs, ys, kind, titles, 3.5)
 
 
 def level(frame: Frame, y: float, kind: str) -> str:

@@ -12,6 +12,7 @@ from evomerge.search.evaluation.settled_scale import UNWRITTEN
 
 SOME, SHARE = 2, 0.15  # of a model's answers, of a kind that makes a concern
 ENOUGH = 8  # items that allow a comparison of objective and metric
+ANSWERS = ("answer_weakest", "answer_logprob")  # objectives that follow the gold answer token by token
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -77,9 +78,9 @@ def nearly_right(task: ProbedTask) -> Iterator[Concern]:
 def unwritten(task: ProbedTask) -> Iterator[Concern]:
     """A gold answer that models do not write where they answer right."""
     right = [a for item in task.items for a in item.answers.values() if a.metric >= 1.0]
-    if task.kind != "generate_until" or task.objective != "answer_logprob" or len(right) < SOME:
+    if task.kind != "generate_until" or task.objective not in ANSWERS or len(right) < SOME:
         return
-    if float(np.mean([a.objective for a in right])) >= UNWRITTEN:
+    if not float(np.mean([a.written for a in right])) < UNWRITTEN:
         return
     what = f"task {task.name}: where models answer right they do not write its gold answer"
     spaced = [a.text[:1].isspace() for a in right]

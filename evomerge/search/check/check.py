@@ -16,12 +16,14 @@ from evomerge.merge.materialise import NotFinite
 from evomerge.merge.measure.distances import measure, strangers
 from evomerge.merge.output.export import total_bytes
 from evomerge.merge.recipe.recipe import Dtype
+from evomerge.search.budget.limits import Limits
 from evomerge.search.check.answers import task_concerns
 from evomerge.search.check.concerns import (
     Concern,
     chat_concerns,
     doubt_concerns,
     forecast_concerns,
+    guard_concerns,
     holdout_concern,
     least_gain,
     split_concerns,
@@ -73,7 +75,7 @@ def check_search(
     items: int = ITEMS,
     log: Callable[[str], None] = lambda text: None,
     workers: int = 1,
-    limit: float | None = None,
+    limits: Limits | None = None,
     keep: bool = False,
 ) -> Check:
     """Look at a search before it begins.
@@ -82,7 +84,7 @@ def check_search(
     items: of each task, that base and sources answer.
     log: gets lines about what happens.
     workers: how many the search will have.
-    limit: seconds that it will have; None is what the configuration says.
+    limits: that it will have; None is what the configuration says.
     keep: whether to leave the live model in `opened`, for a worker in this process.
 
     EvomergeError if a model cannot be scored, or does not fit into memory.
@@ -104,7 +106,7 @@ def check_search(
         raise EvomergeError(f"base and sources cannot be scored: {error}") from error
     inside = sum(b.point is not None for b in known)
     size = total_bytes(alone[0].recipe, evaluator.bank)
-    plan = forecast(config, task_set, found, size, inside, workers, limit)
+    plan = forecast(config, task_set, found, size, inside, workers, limits)
     differences = measure(models, layers={0, space.layers - 1}, sample=0)  # every layer of a stranger is strange
     concerns += doubt_concerns(models.compatibility.doubts)
     concerns += stranger_concerns(strangers(differences.distances))
@@ -113,9 +115,10 @@ def check_search(
     templates = [n for n, m in {"base": models.base, **models.sources}.items() if chat_templates(m.path)]
     plainly = [t.name for t in task_set.tasks if not t.chat and t.kind != "loglikelihood_rolling"]
     concerns += chat_concerns(templates, plainly)
-    holdout = {t.name: len(task_set.items[t.name]["holdout"]) for t in task_set.goals}
+    holdout = {t.name: len(task_set.items[t.name]["holdout"]) for t in task_set.tasks}
     gain = least_gain(found.tasks, holdout, task_set.weights)
     concerns += holdout_concern(gain)
+    concerns += guard_concerns(task_set.guards, found.tasks, holdout)
     concerns += forecast_concerns(plan)
     if keep and config.space.layers is None:  # a search for layers takes some out of the model
         opened.live = evaluator.model

@@ -11,11 +11,13 @@ from evomerge.evaluate.tasks import Split
 from evomerge.search.check.forecast import Forecast
 from evomerge.search.check.near_duplicates import Text, near_duplicates
 from evomerge.search.check.probe import BASE, ProbedTask
-from evomerge.search.verdict.intervals import STANDARD_ERRORS
+from evomerge.search.evaluation.guards import Guard
+from evomerge.search.verdict.intervals import ONE_SIDED, STANDARD_ERRORS
 from evomerge.search.verdict.verdict import ENOUGH_SEARCHED
 
 GAINS = (0.02, 0.05, 0.10)  # of the mean metric, that a user may want to see
 ENOUGH = 8  # items of a task from which a variance is estimated
+LEAST_CHANGED = 0.1  # share of right or wrong answers in which a good candidate differs from a source, at least
 SHOWN = 60  # characters of a question in a message
 MEND_SPLITS = "take them out of the data; else the verdict is about items that were searched"
 
@@ -103,7 +105,7 @@ def least_gain(tasks: Sequence[ProbedTask], holdout: Mapping[str, int], weights:
         ranked = sorted((m for m in task.models if m != BASE), key=lambda m: -task.mean("metric", m))
         pair = [*ranked, BASE][:2]
         gaps = np.subtract(task.scores("metric", pair[0]), task.scores("metric", pair[1]))
-        spread = max(float(np.var(gaps)), 0.1)  # of a good candidate and the best source at least a tenth change
+        spread = max(float(np.var(gaps)), LEAST_CHANGED)
         variance += (weights[task.name] / whole) ** 2 * spread / holdout[task.name]
     return float(STANDARD_ERRORS * variance**0.5)
 
@@ -115,6 +117,54 @@ def holdout_concern(least: float | None) -> Iterator[Concern]:
     unseen = [f"{100 * gain:.0f}" for gain in GAINS if gain < least]
     what = f"the holdout items can show a gain of {100 * least:.1f} points or more, not one of {' or '.join(unseen)}"
     yield Concern(what, "give `splits` more holdout items, or be content with large gains")
+
+
+def guard_concerns(
+    guards: Sequence[Guard], tasks: Sequence[ProbedTask], holdout: Mapping[str, int]
+) -> Iterator[Concern]:
+    """Guards that the holdout items cannot show to be kept, not even by a candidate that loses nothing.
+
+    holdout: how many items each task has there.
+    """
+    probed = {task.name: task for task in tasks}
+    for guard in guards:
+        own = [probed[name] for name in guard.metrics]
+        counts = [holdout[task.name] for task in own]
+        if min(len(task.items) for task in own) < ENOUGH:
+            continue
+        doubt = drop_doubt(own, guard.of, counts)
+        if doubt <= guard.max_drop:
+            continue
+        allowed = 10.0 ** (math.floor(math.log10(doubt)) - 1)  # two digits
+        mend = f"give the guard a `max_drop` of {math.ceil(doubt / allowed) * allowed:.2g}"
+        if guard.max_drop > 0:
+            times = 1.1
+            while drop_doubt(own, guard.of, [times * n for n in counts]) > guard.max_drop:
+                times *= 1.1
+            mend = f"give `splits` {math.ceil(times * min(counts))} holdout items, or {mend}"
+        what = (
+            f"guard {guard.name}: {sum(counts)} holdout items show a drop to within {doubt:.2g}, and "
+            f"{guard.max_drop:g} is allowed, so a candidate that loses nothing is not shown to keep it"
+        )
+        yield Concern(what, mend)
+
+
+def drop_doubt(tasks: Sequence[ProbedTask], reference: str, items: Sequence[float]) -> float:
+    """How far the upper end of a guard's interval is above the drop.
+
+    tasks: the guard's; the model that differs least from the reference says how much its items vary.
+    items: how many holdout items each task has.
+    """
+    variance, extreme = 0.0, 0.0
+    for task, count in zip(tasks, items, strict=True):
+        before = task.scores("metric", reference)
+        others = [np.subtract(before, task.scores("metric", m)) for m in task.models if m != reference]
+        least = min(float(np.var(gaps)) for gaps in others)
+        variance += (least if task.right is None else max(least, LEAST_CHANGED)) / count / len(tasks) ** 2
+        every = [score for m in task.models for score in task.scores("metric", m)]
+        width = 1.0 if task.right is not None else max(every) - min(every)
+        extreme = max(extreme, width / count / len(tasks))  # the pseudo-item of `verdict/intervals.py`
+    return float(ONE_SIDED * variance**0.5) + extreme
 
 
 def forecast_concerns(forecast: Forecast) -> Iterator[Concern]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
 from evomerge.evaluate.tasks import Split
+from evomerge.search.budget.limits import Limits, limits_of, now
 from evomerge.search.budget.reserve import UNMEASURED, RemainingWork, StepSeconds, reserve_seconds
 from evomerge.search.check.probe import Probe
 from evomerge.search.evaluation.task_set import TaskSet
@@ -69,7 +70,7 @@ def forecast(
     size: int,
     baselines: int,
     workers: int = 1,
-    limit: float | None = None,
+    limits: Limits | None = None,
 ) -> Forecast:
     """What a search will take.
 
@@ -77,8 +78,10 @@ def forecast(
     size: bytes of the models' weights in `dtype`.
     baselines: how many trials are baselines.
     workers: how many trials run at once.
-    limit: seconds that it has; None is what the configuration says.
+    limits: of the search; None is what the configuration says.
     """
+    limits = limits or limits_of(config.budget)
+    left = limits.seconds_left(0.0, now())
     counts: Mapping[Split, int] = task_set.item_counts
     scoring = {task.name: task.seconds * len(task_set.items[task.name]["search"]) for task in probe.tasks}
     trial = probe.merge + sum(scoring.values())
@@ -96,8 +99,8 @@ def forecast(
         start=(models * (probe.merge + every * counts["search"]) + others * trial) / workers,
         steps=(config.sampler.steps or STEPS) * (probe.merge + BACKWARD * ITEMS * item) if learned else 0.0,
         end=reserve_seconds(seconds, work, workers),
-        limit=config.budget.timeout if limit is None or limit == math.inf else limit,
-        trials=config.budget.most,
+        limit=left if left < math.inf else None,
+        trials=limits.trials,
         baselines=baselines,
         disk=size,
         disk_left=shutil.disk_usage(Path.cwd()).free,

@@ -32,6 +32,7 @@ BASE = "base"
 STEPS = (0.25, 0.5, 0.75)  # between the two ends
 LINES = 16
 TOKENS, ALL_TOKENS = 128, 1024  # of a prompt or a text; of all lines, prompts included
+BATCH = 512  # padded tokens in a forward
 HIGH = 0.1  # nats a token: a barrier above it means that what lies between is 10% less sure of each token
 
 
@@ -125,13 +126,14 @@ def measure_paths(
     asked = token_ids(vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path)), lines)
     if not asked:
         raise EvomergeError("the text has no token whose loss could be measured; give longer lines")
+    moved = {n: t for n, t in targets.items() if any(bank.moves(source, n) for source in models.sources)}
     done = 0
     progress(done)
 
     def loss(weights: dict[str, float]) -> float:
         nonlocal done
         try:
-            materialise(recipe_of(models, weights, dtype), bank, targets)
+            materialise(recipe_of(models, weights, dtype), bank, moved if done else targets)
             found = mean_loss(model, asked)
         except NotFinite:
             found = float("inf")
@@ -180,13 +182,31 @@ def token_ids(tokenizer: Any, lines: Sequence[Line]) -> list[tuple[list[int], in
     return found
 
 
+def batched(asked: Sequence[tuple[list[int], int]]) -> list[list[tuple[list[int], int]]]:
+    """Texts of about one length together, at most BATCH padded tokens at a time.  asked: see `token_ids`."""
+    found: list[list[tuple[list[int], int]]] = []
+    for line in sorted(asked, key=lambda line: -len(line[0])):  # the first of a batch is its longest
+        if not found or (1 + len(found[-1])) * len(found[-1][0][0]) > BATCH:
+            found.append([])
+        found[-1].append(line)
+    return found
+
+
 @torch.inference_mode()
 def mean_loss(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
-    """Minus the mean log-probability of the tokens that count.  asked: see `token_ids`."""
+    """Minus the mean log-probability of the tokens that count.  asked: see `token_ids`.
+
+    Rows are padded at their end, where no other token sees the padding.
+    """
     total, count = 0.0, 0
-    for ids, start in asked:
-        row = torch.tensor([ids], device=model.device)  # (1, T)
-        logits = model(input_ids=row, use_cache=False).logits[0, start - 1 : -1].float()  # (T - start, V)
-        total += float(torch.nn.functional.cross_entropy(logits, row[0, start:], reduction="sum"))
-        count += len(ids) - start
+    for batch in batched(asked):
+        rows = torch.zeros((len(batch), len(batch[0][0])), dtype=torch.long)  # (B, T)
+        for row, (ids, _) in zip(rows, batch, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        rows = rows.to(model.device)
+        logits = model(input_ids=rows, use_cache=False).logits  # (B, T, V)
+        for row, scores, (ids, start) in zip(rows, logits, batch, strict=True):
+            own = scores[start - 1 : len(ids) - 1].float()
+            total += float(torch.nn.functional.cross_entropy(own, row[start : len(ids)], reduction="sum"))
+            count += len(ids) - start
     return total / count

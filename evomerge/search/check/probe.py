@@ -1,5 +1,6 @@
 """A few items of each task, answered by base and sources."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Answered:
     """One item as a model answered it: `text`, `taken` and `cut` as in `evaluate/answers.py`.
 
     metric, objective: the item scores, the higher the better.
+    written: the `answer_logprob` of the gold answer; NaN if the task has none.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Answered:
     cut: bool
     metric: float
     objective: float
+    written: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ def probe(
                 )
             answers = answers_of(engine, work)
             items = asked.setdefault(task.name, [ProbedItem(a.prompt, a.gold, {}) for a in answers])
-            scores = [finite_scores(task, metric, found) for metric in (task.metric, task.objective)]
-            for item, answer, metric, objective in zip(items, answers, *scores, strict=True):
-                item.answers[model.name] = Answered(answer.text, answer.taken, answer.cut, metric, objective)
+            names = [task.metric, task.objective, *(["answer_logprob"] if "answer_logprob" in found else [])]
+            scores = [finite_scores(task, name, found) for name in names]
+            for item, answer, *values in zip(items, answers, *scores, strict=True):
+                item.answers[model.name] = Answered(answer.text, answer.taken, answer.cut, *values)
     return Probe(
         [
             ProbedTask(

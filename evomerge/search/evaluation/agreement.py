@@ -6,6 +6,7 @@ the wrong hill, and its user has to know.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ class ScoredModel:
             return None
         weights = [scale.weights[task] for task in tasks]
         each = ([self.objective[task] for task in tasks], [self.metric[task] for task in tasks])
-        return float(np.average(each[0], weights=weights)), float(np.average(each[1], weights=weights))
+        objective, metric = (sum(map(mul, weights, means)) / sum(weights) for means in each)
+        return objective, metric
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,13 @@ def scored_model(scale: Scale, name: str, trial: int | None, found: Sequence[Pac
     return ScoredModel(name, trial, objective, metric)
 
 
-def agreements(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> list[Agreement]:
+def agreements(models: Sequence[ScoredModel], attributes: Mapping[str, Any]) -> list[Agreement]:
     """How alike objective and metric rank the models of a study: over all tasks, then by task.
 
     Tasks whose objective is the metric are left out, and so is what fewer than FEWEST models were scored by.
-    The arguments are those of `scored_models`.
+
+    models: of `scored_models`.  attributes: the study's.
     """
-    models = scored_models(trials, attributes)
     if not models:
         return []
     scale = Scale.from_json(attributes[SCALE])

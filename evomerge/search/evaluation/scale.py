@@ -16,14 +16,17 @@ values stay comparable.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 
 from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskOptions
+from evomerge.evaluate.metrics import AUTO, AUTO_MEAN
 from evomerge.search.evaluation.guards import GuardScale
+from evomerge.search.storage.item_scores import evaluation_records
 from evomerge.search.verdict.intervals import mean_score
 
 if TYPE_CHECKING:  # opening tasks needs libraries whose import takes seconds
@@ -31,6 +34,7 @@ if TYPE_CHECKING:  # opening tasks needs libraries whose import takes seconds
 
 Vector = NDArray[np.float64]
 Which = Literal["objective", "metric"]
+Options = TypeVar("Options", bound=TaskOptions)
 
 SCALE = "evomerge:scale"  # study attribute
 METRIC_SHARE = 0.5  # the share of the metric in the values of a task whose trials are scored by both
@@ -212,15 +216,31 @@ def scale_of(attributes: Mapping[str, Any], task_set: "TaskSet") -> Scale:
 
 
 def with_first_objectives(study: optuna.Study, config: SearchConfig) -> SearchConfig:
-    """The configuration with the objectives that a study began with.
+    """The configuration with the objectives that a study began with where it leaves the choice to evomerge.
 
-    A study whose trials are older than scales was scored by the metric where the configuration names no objective, and
-    goes on with that.
+    A study whose trials are older than scales was scored by the metric.  For one that was scored by `answer_logprob`
+    and never by `answer_weakest`, `auto` was what `auto_mean` is now.
     """
-    if SCALE in study.user_attrs or not study.get_trials(deepcopy=False):
+    if SCALE in study.user_attrs:
+        names = scored_by(study.user_attrs)
+        first = AUTO_MEAN if "answer_logprob" in names and "answer_weakest" not in names else AUTO
+    else:
+        first = "metric" if study.get_trials(deepcopy=False) else AUTO
+    if first == AUTO:
         return config
-    tasks = [t.model_copy(update={"objective": "metric"}) if t.objective == "auto" else t for t in config.tasks]
-    return config.model_copy(update={"tasks": tasks})
+
+    def earlier(options: list[Options]) -> list[Options]:
+        return [o.model_copy(update={"objective": first}) if o.objective == AUTO else o for o in options]
+
+    return config.model_copy(update={"tasks": earlier(config.tasks), "guards": earlier(config.guards)})
+
+
+def scored_by(attributes: Mapping[str, Any]) -> set[str]:
+    """The metrics by which a study's models were scored before the first trial.  attributes: the study's."""
+    scale = Scale.from_json(attributes[SCALE])
+    records = evaluation_records(attributes, ["search"]).values()
+    found = {metric for record in records for metrics in record.scores.values() for metric in metrics}
+    return found | {task.objective.name for task in scale.tasks.values()}
 
 
 def plain_scale(task_set: "TaskSet") -> Scale:

@@ -14,9 +14,12 @@ from evomerge.search.storage.item_scores import rounded
 def needed_scores(task: Task, found: ItemMetrics) -> dict[str, list[float]]:
     """The item scores of the metrics that a search uses or shows: objective, metric and `gold_logprob`.
 
+    Beside `answer_weakest` also `answer_logprob`, which says whether models write the gold answer.
+
     found: all metrics that were computed.  NotFiniteScore: see `finite_scores`.
     """
-    wanted = dict.fromkeys(m for m in (task.objective, task.metric, "gold_logprob") if m in found)
+    beside = ("answer_logprob",) if task.objective == "answer_weakest" else ()
+    wanted = dict.fromkeys(m for m in (task.objective, task.metric, "gold_logprob", *beside) if m in found)
     return {metric: finite_scores(task, metric, found) for metric in wanted}
 
 

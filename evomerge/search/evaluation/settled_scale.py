@@ -69,11 +69,11 @@ def unwritten_gold(task_set: TaskSet, tables: Sequence[Scores]) -> dict[str, flo
     """
     found = {}
     for task in task_set.goals:
-        if task.kind != "generate_until" or task.objective != "answer_logprob" or not task_set.values_metric(task):
+        if task.kind != "generate_until" or not task_set.values_metric(task):
             continue
-        scores = [
-            pair for t in tables for pair in zip(*(t[task.name][m] for m in (task.metric, task.objective)), strict=True)
-        ]
+        both = (task.metric, "answer_logprob")
+        known = [t[task.name] for t in tables if "answer_logprob" in t[task.name]]
+        scores = [pair for metrics in known for pair in zip(*(metrics[m] for m in both), strict=True)]
         right = [logprob for score, logprob in scores if score >= 1.0]
         if len(right) >= FEW and (mean := sum(right) / len(right)) < UNWRITTEN:
             found[task.name] = mean

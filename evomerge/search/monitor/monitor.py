@@ -33,6 +33,7 @@ SNAPSHOT_SECONDS = 1.0  # between two snapshots
 RECENT = 30  # trials from which the rate is computed, at most
 FEWEST = 3  # at least; the time of one or two says little
 FAILURES = 5  # that are shown
+BATCHES = "batches of one model"
 GRADIENT_STEPS = "gradient steps"  # the parts of the learned start
 
 
@@ -169,7 +170,7 @@ class Monitor:
     def step(self, done: int, total: int) -> None:
         """Batches of one model that are done, and their total."""
         self.batches = done, total
-        self.listener.step(done, total, "batches of one model")
+        self.listener.step(done, total, BATCHES)
         self.refresh()
 
     def trial(self, number: int, value: float | None, record: TrialRecord, baseline: str | None) -> None:

@@ -1,22 +1,31 @@
-"""The state of a running search at one moment: drawn in this terminal, and written into the run folder for others."""
+"""The state of a running search at one moment: drawn in this terminal, and written into the run folder for others.
+
+Whatever lies in the file is read as the types below say, or counts as no file: the folder may be a stranger's.
+"""
 
 import json
 import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from evomerge.errors import EvomergeError
-from evomerge.files import JSON_BYTES, new_file, read_text
+from evomerge.files import new_file, read_json, validated
 
 STATE = "state.json"
 SILENT = 30.0  # seconds without a new snapshot after which a search on another host counts as ended
+DRIVER = {"pid", "host", "beat"}  # what another process must not put in its own place
 POINTS = 200  # at most, of the curve of the best score
 
 State = Literal["starting", "idle", "busy", "restarting", "dead"]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]  # so that sums of them are finite
+Line = Annotated[str, AfterValidator(lambda text: text[:2000])]
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,13 @@ class WorkerState:
     doing: the name of its job; empty if it has none.
     """
 
-    name: str
-    device: str
+    name: Line
+    device: Line
     state: State
-    trial: int | None = None
-    since_seconds: float = 0.0
-    restarts: int = 0
-    doing: str = ""
+    trial: Count | None = None
+    since_seconds: Number = 0.0
+    restarts: Count = 0
+    doing: Line = ""
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,11 @@ class TaskScore:
     base: the base's; None if it is not known.
     """
 
-    task: str
-    by: str
+    task: Line
+    by: Line
     value: float
     parent: float | None = None
-    parent_name: str | None = None
+    parent_name: Line | None = None
     base: float | None = None
 
 
@@ -63,8 +72,8 @@ class Coefficients:
     source: None for a knob that all sources share.
     """
 
-    knob: str
-    source: str | None
+    knob: Line
+    source: Line | None
     mean: float
     low: float
     high: float
@@ -74,8 +83,8 @@ class Coefficients:
 class LastFailure:
     """A trial without a score.  broken: whether its model is the cause; the sampler then learned the worst value."""
 
-    trial: int
-    reason: str
+    trial: Count
+    reason: Line
     broken: bool = False
 
 
@@ -109,38 +118,38 @@ class Snapshot:
     price: (amount so far, currency).
     """
 
-    name: str
-    title: str = ""
-    compute_dtype: str | None = None
-    pid: int = field(default_factory=os.getpid)
-    host: str = field(default_factory=socket.gethostname)
-    beat: float = field(default_factory=time.time)
-    phase: str = ""
-    parts: tuple[int, int] | None = None
-    unit: str = ""
-    step: tuple[int, int] | None = None
-    ended: str | None = None
-    trials: int = 0
-    limit: int | None = None
-    partial: int = 0
-    broken: int = 0
-    failed: int = 0
+    name: Line
+    title: Line = ""
+    compute_dtype: Line | None = None
+    pid: Annotated[int, Field(ge=1, le=1 << 31)] = field(default_factory=os.getpid)
+    host: Line = field(default_factory=socket.gethostname)
+    beat: Number = field(default_factory=time.time)
+    phase: Line = ""
+    parts: tuple[Count, Count] | None = None
+    unit: Line = ""
+    step: tuple[Count, Count] | None = None
+    ended: Line | None = None
+    trials: Count = 0
+    limit: Count | None = None
+    partial: Count = 0
+    broken: Count = 0
+    failed: Count = 0
     best: float | None = None
-    best_trial: int | None = None
-    best_name: str | None = None
-    points: tuple[tuple[int, float], ...] = ()
-    tasks: tuple[TaskScore, ...] = ()
-    coefficients: tuple[Coefficients, ...] = ()
-    since_best: int = 0
+    best_trial: Count | None = None
+    best_name: Line | None = None
+    points: Annotated[tuple[tuple[Count, float], ...], Field(max_length=10_000)] = ()
+    tasks: Annotated[tuple[TaskScore, ...], Field(max_length=10_000)] = ()
+    coefficients: Annotated[tuple[Coefficients, ...], Field(max_length=10_000)] = ()
+    since_best: Count = 0
     target: float | None = None
-    patience: int | None = None
-    per_minute: float | None = None
-    left: float | None = None
-    reserved: float = 0.0
-    workers: tuple[WorkerState, ...] = ()
-    failures: tuple[LastFailure, ...] = ()
-    used: dict[str, Any] = field(default_factory=dict)
-    price: tuple[float, str] | None = None
+    patience: Count | None = None
+    per_minute: Number | None = None
+    left: Number | None = None
+    reserved: Number = 0.0
+    workers: Annotated[tuple[WorkerState, ...], Field(max_length=10_000)] = ()
+    failures: Annotated[tuple[LastFailure, ...], Field(max_length=10_000)] = ()
+    used: dict[str, Number] = field(default_factory=dict)
+    price: tuple[Number, Line] | None = None
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
@@ -159,21 +168,14 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> bool:
 
 
 def read_snapshot(folder: Path) -> Snapshot | None:
-    """Read what `write_snapshot` wrote last; None if there is no file or it cannot be read."""
+    """Read what `write_snapshot` wrote last; None if there is no file, or it is none that a driver writes."""
+    path = folder / STATE
     try:
-        content = json.loads(read_text(folder / STATE, JSON_BYTES))
-        known = {f.name for f in fields(Snapshot)}
-        found = {k: v for k, v in content.items() if k in known}
-        found["workers"] = tuple(WorkerState(**w) for w in found["workers"])
-        found["failures"] = tuple(LastFailure(**f) for f in found["failures"])
-        found["tasks"] = tuple(TaskScore(**t) for t in found.get("tasks", ()))
-        found["coefficients"] = tuple(Coefficients(**c) for c in found.get("coefficients", ()))
-        found["points"] = tuple((int(x), float(y)) for x, y in found["points"])
-        snapshot = Snapshot(**found)
-        float(snapshot.beat), int(snapshot.pid)
-    except (EvomergeError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = read_json(path)
+        snapshot = validated(content, Snapshot, str(path))
+    except EvomergeError:
         return None
-    return snapshot
+    return snapshot if content.keys() >= DRIVER else None
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

@@ -31,12 +31,13 @@ from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, set_system_
 from evomerge.search.storage.trial_record import LEARNED, place_in_order
 
 if TYPE_CHECKING:
-    from cmaes import CMA
+    from cmaes import CMA, SepCMA
 
 GENERATION = "cma:generation"  # on every sampled trial: the generation of the distribution it was drawn from
 START = "cma:start"  # on the first sampled trial: where the search starts, and how (`choose_start`)
 SHIFT = "cma:shift"  # on trials drawn by `ties`: the coordinates that were drawn, from which the parameters follow
 WIDE = 40  # axes; above it a learned start is followed by shifts of whole groups of axes
+SEPARABLE = 100  # coordinates; above it the distribution has a variance for each, and no covariance
 
 
 def is_enqueued(trial: FrozenTrial) -> bool:
@@ -64,6 +65,9 @@ class CmaEsSampler(WholePointSampler):
     The first mean is the best enqueued trial known at the first proposal, or the middle of the cube.  A stage ends with
     the generation that completes its results, and the next begins at the best point so far, with half of sigma0.  One
     that cannot hold that point, as a learned start is finer, is left out.
+
+    In more than SEPARABLE coordinates, the separable CMA-ES (Ros and Hansen 2008): a full covariance of D coordinates
+    costs D^3 operations a proposal, and so few trials cannot tell it from none.
 
     When the distribution has collapsed, the search starts again at a random point with twice the population (IPOP,
     Auger and Hansen 2005); in a stage the next one begins.  Results of trials drawn before that, at most one per
@@ -94,11 +98,12 @@ class CmaEsSampler(WholePointSampler):
         self.start: NDArray[np.float64] | None = None  # (D,) where shifts begin; None without shifts
         self.stages = [] if self.choices else list(stages)
         self.populations: list[int] = []  # of the stages, then of the search of all axes
+        self.separable = math.inf  # more coordinates have no covariance
         self.left: list[Stage] = []  # the stages that are not over; the first is searched now
         self.best: tuple[float, NDArray[np.float64]] | None = None  # value and point (D,) of the best trial so far
         self.low = np.array([d.low for d in bounds.values()])
         self.width = np.array([d.high - d.low for d in bounds.values()])
-        self.optimizer: CMA | MixedCMA | None = None
+        self.optimizer: CMA | SepCMA | MixedCMA | None = None
         self.means: list[NDArray[np.float64]] = []  # per generation, restarts counted on; each (D,) in the unit cube
         self.began = 0  # the generation at which the present distribution began
         self.group: list[FrozenTrial] = []  # results that came since the last generation
@@ -131,7 +136,7 @@ class CmaEsSampler(WholePointSampler):
         self.replay(study, first=None)
         return self.settled
 
-    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | MixedCMA | None":
+    def replay(self, study: Study, first: FrozenTrial | None) -> "CMA | SepCMA | MixedCMA | None":
         """The optimizer after all results so far; only those that came since the last call are told.
 
         first: the trial that is sampled now, for the case that it is the study's first; None if none is.
@@ -149,6 +154,7 @@ class CmaEsSampler(WholePointSampler):
             if start.get("shifts"):
                 self.start, at = at, np.full(start["shifts"], 0.5)
             self.populations = [*start.get("stages", []), start["population"]]
+            self.separable = start.get("separable", math.inf)
             self.left = self.stages[: len(self.populations) - 1]
             coordinates = self.left[0].coordinates(at) if self.left else at
             self.begin(coordinates, self.populations[-1 - len(self.left)], anywhere=not known)
@@ -166,6 +172,7 @@ class CmaEsSampler(WholePointSampler):
         trial: the best enqueued trial that has a result now; None: the middle of the cube.
         population: samples per generation.  stages: the same of each stage, if there are any.
         shifts: the number of groups, if whole groups are shifted.
+        separable: SEPARABLE; a study from before it keeps its covariance.
         """
         given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.has_all_parameters(t)]
         best = max(given, key=lambda t: (t.value, -t.number), default=None)
@@ -173,7 +180,7 @@ class CmaEsSampler(WholePointSampler):
         if best is None or LEARNED not in best.user_attrs:
             shifts = 0
         start: dict[str, Any] = {"trial": best.number if best else None}
-        start["population"] = self.population(shifts or len(self.axes))
+        start |= {"population": self.population(shifts or len(self.axes)), "separable": SEPARABLE}
         if shifts:
             return start | {"shifts": shifts}
         if self.stages and (best is None or self.stages[0].holds(self.unit(best))):
@@ -207,7 +214,7 @@ class CmaEsSampler(WholePointSampler):
         """The generation that a trial was drawn from."""
         return int(trial.system_attrs.get(GENERATION, len(self.means) - 1))
 
-    def tell(self, optimizer: "CMA | MixedCMA", group: Sequence[FrozenTrial]) -> None:
+    def tell(self, optimizer: "CMA | SepCMA | MixedCMA", group: Sequence[FrozenTrial]) -> None:
         """Tell the optimizer one generation.
 
         Then go on: with the next stage if this one is over, at a random point if the distribution has collapsed.
@@ -254,11 +261,12 @@ class CmaEsSampler(WholePointSampler):
             self.began = len(self.means)
             self.means.append(self.optimizer.mean)
             return
-        from cmaes import CMA  # it imports scipy, which takes seconds that commands like `status` need not spend
+        from cmaes import CMA, SepCMA  # it imports scipy: seconds that commands like `status` need not spend
 
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
         first = self.sigma0 if sigma is None else sigma
-        self.optimizer = CMA(mean=mean, sigma=first, bounds=bounds, population_size=population, seed=0)
+        kind = SepCMA if len(mean) > self.separable else CMA
+        self.optimizer = kind(mean=mean.copy(), sigma=first, bounds=bounds, population_size=population, seed=0)
         self.began = len(self.means)
         self.means.append(mean)
 

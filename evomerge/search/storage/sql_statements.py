@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
-from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, select, update
 
@@ -150,14 +152,19 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
         for key, number, state, began, ended in connection.execute(query.order_by(t.trial_id))
     }
     ids = select(t.trial_id).where(chosen)
-    points = {key: (trial.params, trial.distributions) for key, trial in found.items()}
     query = select(p.trial_id, p.param_name, p.param_value, p.distribution_json).where(p.trial_id.in_(ids))
-    for part in connection.execute(query.order_by(p.trial_id, p.param_id)).partitions(PART):
-        for key, name, number, text in part:
-            if (point := points.get(key)) is not None:
-                axis = axis_of(text)
-                point[0][name] = axis.to_external_repr(number)
-                point[1][name] = axis
+    parts = connection.execute(query.order_by(p.trial_id, p.param_id)).partitions(PART)
+    spaces: dict[Any, dict[str, BaseDistribution]] = {}  # trials with the same axes share them, names and all
+    for key, rows in groupby(chain.from_iterable(parts), key=itemgetter(0)):
+        _, names, numbers, texts = zip(*rows, strict=True)
+        if (trial := found.get(key)) is not None:
+            axes = spaces.get((names, texts))
+            if axes is None:
+                axes = spaces[names, texts] = dict(zip(names, map(axis_of, texts), strict=True))
+            trial.distributions = axes
+            trial.params = {
+                name: axis.to_external_repr(number) for (name, axis), number in zip(axes.items(), numbers, strict=True)
+            }
     query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
     for told in connection.execute(query.order_by(v.objective)):
         if (trial := found.get(told[0])) is not None:

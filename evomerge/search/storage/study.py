@@ -8,7 +8,6 @@ functions of `sql_statements.py` write the rows.
 
 import bisect
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,9 +133,7 @@ class SearchStudy:
 
     def take(self, trial: FrozenTrial) -> None:
         """Add a stored trial to the study in memory; one that lacks parameters waits there for its sampler."""
-        if trial.state in FINISHED:
-            trial = with_record_read(trial)
-        else:
+        if trial.state not in FINISHED:
             trial = trial if self.axes.keys() <= trial.params.keys() else self.waiting(trial)
             self.interrupted.append(trial)
         self.add(trial)
@@ -321,10 +318,3 @@ def begun_of(key: int, trial: FrozenTrial) -> Begun:
     attributes = trial.user_attrs
     known = (attributes.get(name) for name in ("baseline", LEARNED, WEIGHTS))
     return Begun(key, trial.number, dict(trial.params), *known)
-
-
-def with_record_read(trial: FrozenTrial) -> FrozenTrial:
-    """A copy of a stored trial that holds its record as a `TrialRecord`, which `record_of` need not read again."""
-    trial = copy(trial)
-    trial.user_attrs = {**trial.user_attrs, RECORD: record_of(trial)}
-    return trial

@@ -187,20 +187,30 @@ class EvaluationRecord:
         )
 
 
+NO_RECORD = TrialRecord()
+
+
 def is_in_full(content: Mapping[str, Any]) -> bool:
     """`TrialRecord.in_full` of a record as JSON, of which nothing else is read."""
     return content.get("partial") is None and content.get("broken") is None
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """A trial's record, an empty one if it has none yet.  EvomergeError if what is stored is damaged."""
+    """A trial's record, an empty one if it has none yet.  EvomergeError if what is stored is damaged.
+
+    The trial keeps the record in the place of its JSON, which is read once: a report asks for each record twenty times.
+    """
     stored = trial.user_attrs.get(RECORD)
-    if isinstance(stored, TrialRecord):  # in the memory of a `SearchStudy`
+    if isinstance(stored, TrialRecord):
         return stored
+    if stored is None:
+        return NO_RECORD
     try:
-        return TrialRecord() if stored is None else TrialRecord.from_json(stored)
+        record = TrialRecord.from_json(stored)
     except EvomergeError as error:
         raise EvomergeError(f"trial {trial.number}: {error}") from error
+    trial.user_attrs[RECORD] = record
+    return record
 
 
 def place_in_order(trial: FrozenTrial) -> int:

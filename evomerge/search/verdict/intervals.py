@@ -28,7 +28,8 @@ ROUNDING = 1e-6  # by which a float32 score may lie beyond a bound
 DRAWN_AT_ONCE = 1 << 21  # random numbers in memory: 16 MB, however many items there are
 LEVEL = 0.05  # one-sided error rate of each end of an interval
 ENOUGH = 100  # items of a task whose scores have no bounds: an error of 3% of the items is then seen 19 times in 20
-STANDARD_ERRORS = 1.645 + 0.842  # a gain of so many is shown at LEVEL four times in five: z(0.95) + z(0.80)
+ONE_SIDED = 1.645  # standard errors from a mean to the end of its interval: z(0.95)
+STANDARD_ERRORS = ONE_SIDED + 0.842  # a gain of so many is shown at LEVEL four times in five: z(0.95) + z(0.80)
 
 
 @dataclass(frozen=True)

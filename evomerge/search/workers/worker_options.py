@@ -17,6 +17,11 @@ class WorkerOptions:
     count: int | Literal["auto"] = 1
     ray: str | None = None
 
+    @property
+    def planned(self) -> int:
+        """How many there will be, as far as that is known before they start; else 1."""
+        return self.count if self.ray is None and isinstance(self.count, int) else 1
+
 
 def parse_worker_options(workers: str | None, ray: str | None) -> WorkerOptions:
     """Read the options `--workers` and `--ray`.  EvomergeError if `workers` is neither `auto` nor a count."""

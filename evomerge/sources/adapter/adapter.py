@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json
+from evomerge.files import read_json, refuse_stray_link
 from evomerge.sources.adapter.adapter_file import read_adapter_file
 from evomerge.sources.adapter.lora_factors import AdapterError
 from evomerge.sources.adapter.lora_to_changes import read_changes, stays_tied
@@ -80,6 +80,7 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     EvomergeError if merged weights cannot express its configuration (see `peft_config.py`), or if it names a module
     that the base lacks, lacks one half of a pair, or has shapes that do not fit.
     """
+    refuse_stray_link(folder / "adapter_config.json")
     config = read_json(folder / "adapter_config.json")
     if problem := config_problem(config):
         raise EvomergeError(f"{folder / 'adapter_config.json'}: {problem}")
