@@ -50,7 +50,7 @@ from evomerge.search.space.choose_method import (
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
 from evomerge.search.space.start_points import start_baselines
-from evomerge.search.storage.database import Retry, open_study
+from evomerge.search.storage.database import Retry, open_study, storage_of
 from evomerge.search.storage.method_choice import METHOD, DefaultRecipe, recorded_choice
 from evomerge.search.storage.study import SearchStudy, in_full, rank, trial_seconds
 from evomerge.search.storage.study_lease import acquire_lease
@@ -114,6 +114,7 @@ async def open_and_search(
     retry = Retry(stop.check, run.log)
     monitor.phase("opening the study")
     stored = open_study(run.storage_url(config), config.name, create=not run.has_begun(), retry=retry)
+    storage_of(stored).refuse_damage()
     first = with_first_objectives(stored, config)
     if opened is None or first != config:
         monitor.phase("opening the tasks")
