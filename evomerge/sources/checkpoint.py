@@ -53,8 +53,8 @@ class TensorInfo:
 class Checkpoint:
     """A model on disk: its configuration and its tensors by name.
 
-    path: the folder.
-    config: the content of config.json.
+    path: the folder, or the file of a model without a configuration.
+    config: the content of config.json; empty without one.
     tensors: name -> TensorInfo, in file order.
     handles: the opened files.
     """
@@ -160,7 +160,12 @@ def config_ties_head(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's config.json.  EvomergeError if it cannot be read, or a key has a wrong type."""
+    """The content of a model's config.json; empty for a model that is one file.
+
+    EvomergeError if it cannot be read, or a key has a wrong type.
+    """
+    if folder.is_file():
+        return {}
     file = folder / "config.json"
     if not file.exists():
         near = sorted(f.parent for name in MODEL_CONFIGS for f in folder.glob(f"*/{name}"))
@@ -195,7 +200,7 @@ def open_weight_files(folder: Path) -> tuple[dict[Path, Any], dict[str, tuple[Pa
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder` (Hugging Face layout).
+    """Open the checkpoint in `folder` (Hugging Face layout), or the .safetensors file of that name.
 
     EvomergeError says what is missing or broken, or how it is quantised: packed weights cannot be merged.
     """
