@@ -1,4 +1,4 @@
-"""Small models that are no language models, one class of transformers each, made in milliseconds; weights are random."""
+"""Small models that are no language models, one class of transformers each, with random weights: made in a moment."""
 
 import copy
 import functools

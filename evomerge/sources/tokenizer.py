@@ -139,6 +139,30 @@ def open_tokenizer(folder: Path) -> Any:
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
 
 
+def open_processor(folder: Path) -> Any:
+    """What transformers' AutoProcessor makes of a model's folder: of images, of sound, of text, or of several.
+
+    Code that lies beside the model is never run.  EvomergeError if it cannot be opened.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with without_panics():
+            return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises any type of error
+        raise EvomergeError(f"{folder}: its processor cannot be opened ({first_line(error)})") from error
+
+
+def optional_tokenizer(vocabulary: Vocabulary) -> Any | None:
+    """`vocabulary_tokenizer`, or None if the folder has no tokenizer or it cannot be opened."""
+    if vocabulary_file(vocabulary.folder) is None:
+        return None
+    try:
+        return vocabulary_tokenizer(vocabulary)
+    except EvomergeError:
+        return None
+
+
 def vocabulary_tokenizer(vocabulary: Vocabulary) -> Any:
     """The tokenizer of a vocabulary as an object of transformers, also of one that is not on disk.
 
