@@ -77,6 +77,11 @@ class PythonSource:
         """How messages call the function."""
         return f"task {self.config.task}: {self.name} of {Path(self.file).name}"
 
+    @property
+    def described(self) -> str:
+        """The function as a verdict and a model card name it."""
+        return f"`{self.name}` of `{Path(self.file).name}`, SHA-256 {self.sha256}"
+
     # --- What lm-eval's task object has ---
 
     def higher_is_better(self) -> dict[str, bool]:

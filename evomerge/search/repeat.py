@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evomerge.errors import EvomergeError
-from evomerge.search.agreements import refuse_task_code
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Failure, TrialJob
 from evomerge.search.evaluation.method_race import kept_method_race, was_raced
@@ -49,7 +48,6 @@ def repeat(run: Run, number: int) -> Repeated:
     """
     stored = run.study()
     config = with_first_objectives(stored, run.config())
-    refuse_task_code(run, config)
     models = open_config_models(config)
     study = SearchStudy(stored, build_space(config, models))
     trial = next((t for t in study.finished if t.number == number), None)

@@ -5,14 +5,15 @@
     translation  T5: translate three words
 
 Each kind has two sets of words, `sea` and `sky`.  The base knows a little of both, each specialist one of them well.
-OUT gets base/, sea/, sky/ and the items, sea.jsonl and sky.jsonl.  It takes seconds on one core.
+OUT gets base/, sea/, sky/ and the items, sea.jsonl and sky.jsonl.  It takes some seconds on one core.
 """
 
 import argparse
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,43 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-WORDS = 12  # of each set in each of the two languages
+SETS = "sea", "sky"
 SPECIAL = ["<pad>", "</s>", "<unk>"]
-SETS = {"sea": range(WORDS), "sky": range(WORDS, 2 * WORDS)}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-BATCH, RATE = 32, 3e-3
+BATCH, RATE = 32, 1e-3
 Item = dict[str, Any]
 Loss = Callable[[Any, list[Item], Any], torch.Tensor]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words a0, a1, ... of one language and b0, b1, ... of the other; a text ends with </s>."""
-    words = [f"{language}{k}" for language in "ab" for k in range(2 * WORDS)]
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model.
+
+    model: makes one with random weights; gets the number of tokens.
+    item: makes an item of the words with the given numbers.
+    loss: of a model on items.
+    words: of each set, in each of two languages.
+    first, rate: steps and learning rate of the base.
+    steps: of a specialist.
+    """
+
+    model: Callable[[int], Any]
+    item: Callable[[range, random.Random], Item]
+    loss: Loss
+    words: int
+    first: int
+    rate: float
+    steps: int
+
+    def numbers(self, name: str) -> range:
+        """The numbers of a set's words."""
+        start = SETS.index(name) * self.words
+        return range(start, start + self.words)
+
+
+def make_tokenizer(count: int) -> PreTrainedTokenizerFast:
+    """Words a0, a1, ... of one language and b0, b1, ... of the other, `count` of each; a text ends with </s>."""
+    words = [f"{language}{k}" for language in "ab" for k in range(count)]
     fast = Tokenizer(models.WordLevel({w: k for k, w in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -61,9 +87,9 @@ def classifier_item(numbers: range, chance: random.Random) -> Item:
 
 
 def embeddings_item(numbers: range, chance: random.Random) -> Item:
-    """The right document has the translations of the query's words, in another order."""
+    """The right document has the translations of the query's words, in another order; each other one two of them."""
     words = some_words(numbers, 3, chance)
-    documents = [some_words(numbers, 3, chance) for _ in range(5)]
+    documents = [[*words[:2], *some_words(numbers, 1, chance)] for _ in range(5)]
     right = chance.randrange(6)
     documents.insert(right, chance.sample(words, 3))
     return {"query": text("a", words), "documents": [text("b", d) for d in documents], "right": right}
@@ -82,9 +108,10 @@ def classifier_loss(model: Any, items: list[Item], tokenizer: Any) -> torch.Tens
 
 
 def embeddings_loss(model: Any, items: list[Item], tokenizer: Any) -> torch.Tensor:
-    queries = embed(model, [i["query"] for i in items], tokenizer)
-    documents = embed(model, [i["documents"][i["right"]] for i in items], tokenizer)
-    return torch.nn.functional.cross_entropy(10 * queries @ documents.T, torch.arange(len(items)))
+    queries = embed(model, [i["query"] for i in items], tokenizer)  # (items, H)
+    documents = embed(model, [d for i in items for d in i["documents"]], tokenizer).view(len(items), 6, -1)
+    near = (documents @ queries[:, :, None])[:, :, 0]  # (items, documents)
+    return torch.nn.functional.cross_entropy(10 * near, torch.tensor([i["right"] for i in items]))
 
 
 def translation_loss(model: Any, items: list[Item], tokenizer: Any) -> torch.Tensor:
@@ -106,43 +133,39 @@ def t5(rows: int) -> Any:
     return T5ForConditionalGeneration(config)
 
 
-KINDS: dict[str, tuple[Callable[[int], Any], Callable[[range, random.Random], Item], Loss, int, int]] = {
-    "classifier": (bert(BertForSequenceClassification), classifier_item, classifier_loss, 20, 60),
-    "embeddings": (bert(BertModel), embeddings_item, embeddings_loss, 60, 120),
-    "translation": (t5, translation_item, translation_loss, 250, 250),
+KINDS = {
+    "classifier": Kind(bert(BertForSequenceClassification), classifier_item, classifier_loss, 40, 12, 3e-3, 40),
+    "embeddings": Kind(bert(BertModel), embeddings_item, embeddings_loss, 40, 25, 2e-3, 30),
+    "translation": Kind(t5, translation_item, translation_loss, 12, 150, 5e-3, 80),
 }
-"""Model, item, loss, steps of the base, steps of a specialist."""
 
 
-def train(model: Any, sets: list[str], steps: int, kind: str, tokenizer: Any, seed: int) -> Any:
+def train(model: Any, sets: Sequence[str], steps: int, rate: float, kind: Kind, tokenizer: Any, seed: int) -> Any:
     """Train a copy of a model on fresh items of the given sets."""
     torch.manual_seed(seed)
-    _, make_item, loss_of, _, _ = KINDS[kind]
     model, chance = copy.deepcopy(model).train(), random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     for _ in range(steps):
-        items = [make_item(SETS[chance.choice(sets)], chance) for _ in range(BATCH)]
+        items = [kind.item(kind.numbers(chance.choice(sets)), chance) for _ in range(BATCH)]
         optimizer.zero_grad()
-        loss_of(model, items, tokenizer).backward()
+        torch.autograd.backward(kind.loss(model, items, tokenizer))
         optimizer.step()
     return model.eval()
 
 
-def make(kind: str, out: Path, items: int = 400) -> None:
+def make(kind: Kind, out: Path, items: int = 500) -> None:
     """Write base, specialists and items into a folder.  items: of each set."""
-    make_model, make_item, _, first, more = KINDS[kind]
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(2 * kind.words)
     torch.manual_seed(0)
-    base = train(make_model(len(tokenizer)), list(SETS), first, kind, tokenizer, 0)
-    trained = {"base": base} | {
-        name: train(base, [name], more, kind, tokenizer, seed) for seed, name in enumerate(SETS, 1)
-    }
+    trained = {"base": train(kind.model(len(tokenizer)), SETS, kind.first, kind.rate, kind, tokenizer, 0)}
+    for seed, name in enumerate(SETS, 1):
+        trained[name] = train(trained["base"], [name], kind.steps, RATE, kind, tokenizer, seed)
     for name, model in trained.items():
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
-    for seed, (name, numbers) in enumerate(SETS.items(), 10):
+    for seed, name in enumerate(SETS, 10):
         chance = random.Random(seed)
-        lines = [json.dumps(make_item(numbers, chance)) + "\n" for _ in range(items)]
+        lines = [json.dumps(kind.item(kind.numbers(name), chance)) + "\n" for _ in range(items)]
         (out / f"{name}.jsonl").write_text("".join(lines))
 
 
@@ -151,4 +174,4 @@ if __name__ == "__main__":
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    make(arguments.kind, arguments.out)
+    make(KINDS[arguments.kind], arguments.out)
