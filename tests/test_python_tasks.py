@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from searches import ROOT, verdict_of
+from models import write_llama
+from searches import ROOT, trials_of, verdict_of, write_config
 from small_models import new_model
 
 import evomerge
@@ -69,7 +70,7 @@ def test_a_search_scores_a_classifier_as_its_function_does(run: Path) -> None:
     for task in open_tasks(config.tasks):
         docs = [item.doc for item in deal(task, config.splits, config.seed)["holdout"]]
         right = example("scores").accuracy(model.eval(), docs, tokenizer)
-        assert verdict_of(run)["holdout"]["base"][task.name]["score"] == pytest.approx(np.mean(right), abs=1e-9)
+        assert verdict_of(run)["holdout"]["base"][task.name]["value"] == pytest.approx(np.mean(right), abs=1e-9)
     assert "no learned start: task sea: its objective acc has no derivative" in (run / "log.txt").read_text()
     assert any(np.isnan(trial_scores(t)["sea"]["acc"]).any() for t in open_run(run).study().trials), "none raced"
 
@@ -117,6 +118,27 @@ def test_evaluate_takes_a_task_file_if_it_may_run_code(run: Path, tmp_path: Path
         evomerge.evaluate(run.parent / "sky", tmp_path / "sky.yaml", show=False)
     found = evomerge.evaluate(run.parent / "sky", tmp_path / "sky.yaml", allow_task_code=True, show=False)
     assert found.tasks["sky"].metrics["score"] > 0.6
+
+
+WRITES = """
+def starts(model, items, tokenizer):
+    ids = [tokenizer(item["question"], return_tensors="pt").input_ids for item in items]
+    return [float(model(i).logits[0, -1].softmax(0)[tokenizer.convert_tokens_to_ids("a")]) for i in ids]
+"""
+
+
+def test_a_language_model_is_scored_by_both_kinds_of_tasks(tmp_path: Path) -> None:
+    """One engine, the same scores as by each kind alone."""
+    folder = write_llama(tmp_path / "llama")
+    (tmp_path / "own.py").write_text(WRITES)
+    (tmp_path / "items.jsonl").write_text("".join(f'{{"question": "{c} = "}}\n' for c in "abcdefg"))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"python": "own.py:starts", "items": "items.jsonl", "block": 3}))
+    both = [ROOT / "evals" / "tiny" / "rev.yaml", tmp_path / "own.yaml"]
+    together = evomerge.evaluate(folder, both, limit=12, allow_task_code=True, show=False).tasks
+    for task in both:
+        for name, found in evomerge.evaluate(folder, task, limit=12, allow_task_code=True, show=False).tasks.items():
+            assert found.raw == together[name].raw
+    assert len(together["starts"].raw["score"]) == 7
 
 
 # What may go wrong
@@ -233,7 +255,7 @@ def test_an_error_in_the_function_ends_a_search_where_the_base_is_scored(run: Pa
 def test_an_embedding_model_is_searched_by_retrieval(tmp_path: Path) -> None:
     evomerge.search(write_example(tmp_path, "embeddings"), run=tmp_path / "run", show=False)
     holdout = verdict_of(tmp_path / "run")["holdout"]
-    mean = {name: np.mean([t["score"] for t in tasks.values()]) for name, tasks in holdout.items()}
+    mean = {name: np.mean([t["value"] for t in tasks.values()]) for name, tasks in holdout.items()}
     assert mean["winner"] > mean["base"] + 0.1
 
 
@@ -242,5 +264,18 @@ def test_a_t5_is_searched_by_what_it_writes_in_processes(tmp_path: Path) -> None
     config = write_example(tmp_path, "translation", device="cpu")
     evomerge.search(config, run=tmp_path / "run", workers=2, show=False)
     holdout = verdict_of(tmp_path / "run")["holdout"]
-    mean = {name: np.mean([t["score"] for t in tasks.values()]) for name, tasks in holdout.items()}
+    mean = {name: np.mean([t["value"] for t in tasks.values()]) for name, tasks in holdout.items()}
     assert mean["winner"] > mean["base"] + 0.1
+
+
+@pytest.mark.slow
+def test_a_search_may_have_tasks_of_both_kinds(tiny_family: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(WRITES)
+    (tmp_path / "items.jsonl").write_text("".join(f'{{"question": "rev {c}e = "}}\n' for c in "abcdefghijklmnopqrstu"))
+    own = {"task": {"python": str(tmp_path / "own.py:starts"), "items": str(tmp_path / "items.jsonl")}}
+    rev = {"task": str(ROOT / "evals" / "tiny" / "rev.yaml")}
+    splits = {"search": 8, "selection": 6, "holdout": 7}
+    config = write_config(tmp_path, tiny_family, tasks=[rev, own], splits=splits, budget={"trials": 7})
+    evomerge.search(config, run=tmp_path / "run", show=False)
+    assert set(verdict_of(tmp_path / "run")["tasks"]) == {"rev", "starts"}
+    assert len(trials_of(tmp_path / "run")) == 7
