@@ -40,7 +40,7 @@ def absolute_path(text: str, folder: Path) -> str:
 
 
 def locate(text: str, relative_to: Path | None = None) -> Path:
-    """The folder of a model.
+    """The folder of a model, or the only file of one without a configuration.
 
     text: a path, relative to `relative_to` (by default the current folder); or a hub id `owner/name` or
         `owner/name@revision`, which is downloaded into the Hugging Face cache.
@@ -50,8 +50,12 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     path = (relative_to or Path.cwd()) / os.path.expanduser(text)
     if os.path.isdir(path):
         return path.resolve()
+    if os.path.isfile(path) and path.suffix == ".safetensors":
+        return path.resolve()
     if os.path.exists(path):
-        raise EvomergeError(f"{path}: is a file; a model is a folder with config.json or adapter_config.json")
+        raise EvomergeError(
+            f"{path}: is a file; a model is a folder with config.json or adapter_config.json, or a .safetensors file"
+        )
     match = HUB_ID.match(text)
     if not match or text.startswith("."):
         raise EvomergeError(f"{path}: no such folder")

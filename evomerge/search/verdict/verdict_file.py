@@ -108,6 +108,7 @@ def verdict_content(
                 "items": {split: len(items) for split, items in task_set.items[t.name].items()},
                 "code": t.code,
             }
+            | ({"function": t.lm.described} if t.is_python else {})
             for t in task_set.tasks
         },
     }
