@@ -9,21 +9,25 @@ items of each, scaled so that the base is 0 and the best parent 1; each seed dra
 the baselines, and `learned` also with the looks of a learned start that climbs by several weights.  Then a way proposes
 the trials:
 
-own        the sampler maximises the mean of the tasks
-turns      each trial by the next one of the learned start's weights (`climbs`); a distribution of CMA-ES for each
-later      FIRST trials by the mean of the tasks, then turns
-multi      Optuna's sampler for several objectives; GP maximises logEHVI, NSGA keeps POPULATION
+own            the sampler maximises the mean of the tasks
+turns          each trial by the next one of the learned start's weights (`climbs`); a distribution of CMA-ES for each
+later          FIRST trials by the mean of the tasks, then turns
+several        a sampler that is told one value a task: the GP of evomerge maximises logEHVI, NSGA keeps POPULATION
+several first  GP_FRONT trials of that GP, then turns
 
 The table has the hypervolume after so many of these trials, as a share of the best that any search of the same problem
 and seed reached, and at the end the mean difference to what evomerge does (PRODUCT).
 """
 
 import argparse
-from collections.abc import Sequence
-from functools import cached_property
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -35,13 +39,19 @@ from torch import Tensor
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SamplerConfig
-from evomerge.search.learned.climbs import climbs, distance
+from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
+from evomerge.search.learned.climbs import Weights, climbs, distance
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.steps import Climber, average
-from evomerge.search.samplers.registry import make_sampler
-from evomerge.search.samplers.sampler_kind import SamplerSetup, trial_seed
-from evomerge.search.space.space import Point
+from evomerge.search.samplers import front
+from evomerge.search.samplers.auto import CHOSEN, GP_FRONT, UNTIL
+from evomerge.search.samplers.sampler_kind import trial_seed
+from evomerge.search.space.space import Point, Space
+from evomerge.search.storage.database import open_study, sqlite_url
+from evomerge.search.storage.item_scores import pack
+from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy
+from evomerge.search.storage.trial_record import TrialRecord
 from evomerge.search.verdict.front import hypervolume
 
 Values = tuple[float, ...]
@@ -54,15 +64,20 @@ LEAST = 0.05  # the smallest unit of a task
 STEPS = 45  # of the first climb
 POPULATION = 20
 FIRST = 60
-PRODUCT = {"learned": "turns cma-es", "scratch": "later cma-es"}  # what evomerge does
-SIGMA = 0.1  # of CMA-ES after a learned start, as in `auto`
+PRODUCT = {"learned": "turns cma-es", "scratch": "later cma-es"}  # what evomerge does where trials are cheap
 MARKS = (30, 60, 100, 200)
 FORMULA = CANDIDATES["token mean floored -6"]
 WAYS = {
     "own": ("cma-es", "tpe", "gp"),
-    "turns": ("cma-es", "tpe", "gp"),
-    "later": ("cma-es", "tpe", "gp"),
-    "multi": ("nsga-ii", "nsga-iii", "tpe", "gp"),
+    "turns": ("cma-es", "tpe"),
+    "later": ("cma-es", "tpe"),
+    "several": ("nsga-ii", "nsga-iii", "tpe", "gp"),
+    "several first": ("cma-es",),
+}
+OTHERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "nsga-ii": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
+    "nsga-iii": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION),
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
 }
 FEW = {"gp": 60, "tpe": 200}  # trials of samplers that take long themselves; the others: the last mark
 
@@ -114,9 +129,9 @@ class Problem:
         return dict(zip(self.family.axes, (slope.numpy() / self.family.width).tolist(), strict=True))
 
     @cached_property
-    def learned(self) -> list[tuple[Point, Values]]:
-        """The looks of a learned start."""
-        found: list[tuple[Point, Values]] = []
+    def learned(self) -> list[tuple[Point, Weights | None, Values]]:
+        """The looks of a learned start, with the weights that they were learned by."""
+        found: list[tuple[Point, Weights | None, Values]] = []
         reached: list[tuple[dict[str, float], Point]] = []
         best = max(self.baselines, key=lambda trial: sum(trial[1]))[0]
         for climb in climbs(dict.fromkeys(self.tasks, 1.0), STEPS, pareto=True):
@@ -127,70 +142,73 @@ class Problem:
                 point = climber.step(point, self.gradient(point, climb.weights, climb.number * STEPS + step))
                 if len(points) in climb.looks:
                     mean = average(points[-max(1, round(AVERAGED * len(points))) :])
-                    found.append((mean, self(mean)))
+                    found.append((mean, climb.own_weights, self(mean)))
             reached.append((climb.weights, found[-1][0]))
         return found
 
 
 class Search:
-    """One search of a problem.
+    """One search of a problem, by the study and the samplers of evomerge.
 
     way, sampler: see the module.
     learned: whether it begins with a learned start.
+    folder: of its database.
     """
 
-    def __init__(self, problem: Problem, way: str, sampler: str, learned: bool) -> None:
-        self.problem, self.way = problem, way
-        self.axes = problem.family.space.axes
-        self.trials = [*problem.baselines, *(problem.learned if learned else [])]
-        self.config = SamplerConfig(name=sampler, sigma0=SIGMA if learned else 0.2)
-        tasks = len(problem.tasks)
-        own = dict.fromkeys(problem.tasks, 1.0 / tasks)
-        self.turns = [np.array(list(c.weights.values())) for c in climbs(own, 1, pareto=way in ("turns", "later"))]
-        self.studies: dict[int, optuna.Study] = {}
+    def __init__(self, problem: Problem, way: str, sampler: str, learned: bool, folder: Path) -> None:
+        self.problem, self.learned = problem, learned
+        own = problem.family.space
+        goals: Literal["mean", "pareto"] = "mean" if way == "own" else "pareto"
+        config = own.config.model_copy(
+            update={
+                "goals": goals,
+                "seed": problem.seed,
+                "sampler": SamplerConfig(name="gp" if way == "several" else "auto"),
+            }
+        )
+        stored = open_study(sqlite_url(folder / "study.db"), "pareto", create=True)
+        self.scale = Scale({t: TaskScale(1.0, 0.0, Line("m"), Line("m")) for t in problem.tasks})
+        stored.set_user_attr(SCALE, self.scale.to_json())
+        stored.set_user_attr(CHOSEN, sampler)
+        self.study = SearchStudy(stored, Space(config, own.layers, own.groups))
+        self.values: list[Values] = []
+        for number, (point, values) in enumerate(problem.baselines):
+            self.finish(self.study.begin((f"baseline {number}", point)), values)
+        for steps, (point, weights, values) in enumerate(problem.learned if learned else []):
+            self.finish(self.study.begin(None, LearnedPoint(steps, point, weights)), values)
+        if way == "several first":
+            stored.set_user_attr(UNTIL, self.study.size + GP_FRONT)
+        front.FIRST = FIRST if way == "later" else 0
+        if way == "several" and sampler in OTHERS:
+            made = front.FrontSampler(own.axes, self.scale, self.other, False, self.other, math.inf)
+            self.study.kept_sampler, self.make = made, OTHERS[sampler]
+
+    def other(self, number: int) -> optuna.samplers.BaseSampler:
+        """A sampler for several goals that is not evomerge's."""
+        return self.make(trial_seed(self.problem.seed, number))
 
     def run(self, count: int) -> dict[str, float]:
-        """The hypervolume after the given trials and after so many more, up to `count`."""
-        volumes = {"0": self.volume()}
-        for number in range(count):
-            key = 0 if self.way == "later" and number < FIRST else number % len(self.turns)
-            if key not in self.studies:
-                self.studies[key] = self.study(number, key)
-            study = self.studies[key]
-            trial = study.ask()
-            point = {a: trial.suggest_float(a, d.low, d.high) for a, d in self.axes.items()}
-            values = self.problem(point)
-            study.tell(trial, self.told(key, values))
-            for other, known in self.studies.items():
-                if other != key:
-                    give(known, self.axes, point, self.told(other, values))
-            self.trials.append((point, values))
-            if number + 1 in MARKS:
-                volumes[str(number + 1)] = self.volume()
+        """The hypervolume after the given trials and after so many more, up to `count`; `ms` of a proposal."""
+        volumes, seconds = {"0": self.volume()}, []
+        for number in range(1, count + 1):
+            began = time.process_time()
+            trial = self.study.begin(None)
+            seconds.append(time.process_time() - began)
+            self.finish(trial, self.problem(trial.params))
+            if number in MARKS:
+                volumes[str(number)] = self.volume()
+                volumes[f"{number} ms"] = 1000 * float(np.mean(seconds))
         return volumes
 
+    def finish(self, trial: Begun, values: Values) -> None:
+        """Store the values of a trial."""
+        scores = {t: {"m": [v]} for t, v in zip(self.problem.tasks, values, strict=True)}
+        record = TrialRecord(items="i", scores={t: {"m": pack(v["m"])} for t, v in scores.items()})
+        self.study.finish(trial, self.scale.value(scores), record)
+        self.values.append(values)
+
     def volume(self) -> float:
-        return hypervolume(np.array([values for _, values in self.trials]))
-
-    def told(self, key: int, values: Values) -> float | Values:
-        """What the sampler of a turn is told of a trial.  key: the turn's number."""
-        return values if self.way == "multi" else float(self.turns[key] @ np.array(values))
-
-    def study(self, number: int, key: int) -> optuna.Study:
-        """A turn's study with all trials so far.  number: of the trial that comes next.  key: the turn's number."""
-        seed = trial_seed(self.problem.seed, number)
-        goals = len(self.problem.tasks) if self.way == "multi" else 1
-        study = optuna.create_study(directions=["maximize"] * goals, sampler=self.sampler(seed, number, key))
-        for point, values in self.trials:
-            give(study, self.axes, point, self.told(key, values))
-        return study
-
-    def sampler(self, seed: int, number: int, key: int) -> optuna.samplers.BaseSampler:
-        if self.config.name == "nsga-ii":
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-        if self.config.name == "nsga-iii":
-            return optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION)
-        return make_sampler(SamplerSetup(self.config, self.axes, 1000 * self.problem.seed + key, number))
+        return hypervolume(np.array(self.values))
 
 
 def joined(tasks: Sequence[Rows]) -> Rows:
@@ -205,15 +223,6 @@ def joined(tasks: Sequence[Rows]) -> Rows:
         torch.cat([r.gold + int(start) for r, start in zip(tasks, starts, strict=False)]),
         None,
     )
-
-
-def give(study: optuna.Study, axes: Any, point: Point, told: float | Values) -> None:
-    """Add a trial whose point the study's sampler did not choose."""
-    study.enqueue_trial(point)
-    trial = study.ask()
-    for axis, bounds in axes.items():
-        trial.suggest_float(axis, bounds.low, bounds.high)
-    study.tell(trial, told)
 
 
 def open_family(path: Path, axes: int) -> SmallFamily:
@@ -240,7 +249,13 @@ def run(arguments: argparse.Namespace) -> None:
                     continue
                 start, count = "learned" if learned else "scratch", min(FEW.get(sampler, MARKS[-1]), arguments.trials)
                 key = f"{tasks}/{axes}/{start}/{way} {sampler}/{seed}"
-                results.once(key, lambda p=problem, w=way, s=sampler, n=count, x=learned: Search(p, w, s, x).run(n))
+                results.once(key, partial(searched, problem, way, sampler, learned, count))
+
+
+def searched(problem: Problem, way: str, sampler: str, learned: bool, count: int) -> dict[str, float]:
+    """The result of one search."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Search(problem, way, sampler, learned, Path(folder)).run(count)
 
 
 def table(found: dict[str, dict[str, float]]) -> None:
@@ -250,21 +265,24 @@ def table(found: dict[str, dict[str, float]]) -> None:
     for key, volumes in found.items():
         tasks, axes, start, way, seed = key.split("/")
         groups.setdefault((tasks, axes, start), {}).setdefault(way, {})[seed] = volumes
-        best[tasks, axes, seed] = max(best.get((tasks, axes, seed), 0.0), *volumes.values())
+        reached = [v for mark, v in volumes.items() if "ms" not in mark]
+        best[tasks, axes, seed] = max(best.get((tasks, axes, seed), 0.0), *reached)
     for (tasks, axes, start), ways in sorted(groups.items()):
         marks = " | ".join(map(str, MARKS))
         own = PRODUCT[start]
-        print(f"\n{tasks} tasks, {axes} coefficients, {start}\n\n| way | start | {marks} | less {own} | seeds |")
-        print("|---" * (len(MARKS) + 4) + "|")
+        print(f"\n{tasks} tasks, {axes} coefficients, {start}\n\n| way | start | {marks} | less {own} | ms | seeds |")
+        print("|---" * (len(MARKS) + 5) + "|")
         for way, by_seed in ways.items():
             shares = {s: {m: v / best[tasks, axes, s] for m, v in each.items()} for s, each in by_seed.items()}
             cells = [interval([v[str(m)] for v in shares.values() if str(m) in v], 2) for m in (0, *MARKS)]
             rival = ways.get(own, {})
             less = []  # at the last mark that both have
             for seed in by_seed.keys() & rival.keys() if way != own else ():
-                mark = max(by_seed[seed].keys() & rival[seed].keys(), key=int)
+                mark = max({str(m) for m in MARKS} & by_seed[seed].keys() & rival[seed].keys(), key=int)
                 less.append((by_seed[seed][mark] - rival[seed][mark]) / best[tasks, axes, seed])
-            print(f"| {way} | {' | '.join(cells)} | {interval(less, 2)} | {len(by_seed)} |")
+            own_time = [max((m for m in v if "ms" in m), key=lambda m: int(m.split()[0])) for v in by_seed.values()]
+            spent = np.mean([v[m] for v, m in zip(by_seed.values(), own_time, strict=True)])
+            print(f"| {way} | {' | '.join(cells)} | {interval(less, 2)} | {spent:.0f} | {len(by_seed)} |")
 
 
 def main() -> None:

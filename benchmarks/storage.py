@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import optuna
 import sqlalchemy
-from cmaes import CMA
+from cmaes import CMA, SepCMA
 from optuna.trial import TrialState, create_trial
 
 from evomerge.config.schema import SearchConfig
 from evomerge.evaluate.signs import Signs
+from evomerge.search.samplers.cmaes import SEPARABLE
 from evomerge.search.space.space import Group, Space
 from evomerge.search.storage import sql_statements
 from evomerge.search.storage.database import open_study, sqlite_url, storage_of
@@ -58,7 +59,8 @@ def record(rng: np.random.Generator) -> TrialRecord:
 
 def points(dimensions: int, trials: int) -> Iterator[tuple[list[float], float]]:
     """Points in the unit cube and their values, as CMA-ES goes through them."""
-    optimizer = CMA(mean=np.full(dimensions, 0.5), sigma=0.2, bounds=np.tile([0.0, 1.0], (dimensions, 1)), seed=0)
+    kind = SepCMA if dimensions > SEPARABLE else CMA
+    optimizer = kind(mean=np.full(dimensions, 0.5), sigma=0.2, bounds=np.tile([0.0, 1.0], (dimensions, 1)), seed=0)
     told = 0
     while told < trials:
         generation = [optimizer.ask() for _ in range(optimizer.population_size)]

@@ -27,6 +27,7 @@ JSON_BYTES = 32 << 20
 TOKENIZER_BYTES = 256 << 20
 Content = TypeVar("Content")
 HASH = re.compile(r"[0-9a-f]{30}")  # of a file in a cache of the hub, of DVC, of git-annex
+FAILED_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
@@ -182,7 +183,7 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within the context, a full disk or a forbidden path becomes an EvomergeError; other errors are unchanged."""
+    """Within the context, a disk that is full, forbidden or fails becomes an EvomergeError; other errors stay."""
     try:
         yield
     except OSError as error:
@@ -195,8 +196,13 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: would be larger than this shell's limit for a file (ulimit -f); nothing that was finished is "
                 "lost. Raise the limit and try again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
+        if error.errno in FAILED_DISK:
+            raise EvomergeError(
+                f"{path}: the disk cannot be read or written ({error.strerror}); nothing that was finished is lost. "
+                "Mend the disk and run the command again"
+            ) from error
         raise
 
 
@@ -275,9 +281,10 @@ def new_folder(path: Path) -> Iterator[Path]:
                 yield aside
                 for file in sorted(aside.rglob("*")):
                     sync(file)
-                (aside / UNFINISHED).unlink()
-            sync(aside)
-            rename_folder(aside, path)
+                sync(aside)
+                rename_folder(aside, path)
+                (path / UNFINISHED).unlink()  # not before: what a process killed meanwhile leaves could not be told
+            sync(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -288,9 +295,14 @@ def remove_unfinished(folder: Path) -> None:
     """Remove a temporary folder of `new_folder` whose process is gone, and no other folder."""
     if not (folder / UNFINISHED).is_file() or folder.is_symlink():
         return
-    with appending(folder / UNFINISHED) as mark, suppress(BlockingIOError):
+    with appending(folder / UNFINISHED) as mark, suppress(OSError):
         fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != UNFINISHED:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # the mark last, for this process may be killed too
 
 
 def rename_folder(aside: Path, path: Path) -> None:

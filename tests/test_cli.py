@@ -309,6 +309,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_elsewhere(tiny_family: P
         ("(sqlite3.OperationalError) attempt to write a readonly database", "read-only"),
         ("(sqlite3.OperationalError) disk I/O error", "cannot be read or written"),
         ("(sqlite3.FullError) database or disk is full", "disk is full"),
+        ("[Errno 5] Input/output error: 'x'", "cannot be read or written"),
         ("a bug", None),
     ],
 )

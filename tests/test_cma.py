@@ -2,17 +2,19 @@
 
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import optuna
 import pytest
-from cmaes import CMA
+from cmaes import CMA, SepCMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler, is_enqueued
+from evomerge.search.samplers import cmaes as cmaes_module
+from evomerge.search.samplers.cmaes import GENERATION, START, CmaEsSampler, is_enqueued
 from evomerge.search.samplers.sampler_kind import trial_seed
 from evomerge.search.samplers.stages import stages_of
 from evomerge.search.storage.optuna_private import MemoryStorage, key_of_study, key_of_trial, storage_behind
@@ -335,6 +337,52 @@ def test_a_stage_has_clearly_fewer_coordinates_than_the_next(pairs: int, ties: i
     assert [stage.dimension for stage in stages_of(axes, named, 30)] == dimensions
     assert stages_of(axes, named, 0) == []
     assert stages_of(axes, [{}, {}], 30) == []
+
+
+# --- Many coordinates ---
+
+
+def test_many_coordinates_take_memory_for_each_and_not_for_each_pair() -> None:
+    dimensions = 1000
+    bench = Bench(CmaEsSampler(axes_of(dimensions), 0, 0.2, population=4))
+    bench.finish(bench.ask().number, 0.0)
+    tracemalloc.start()
+    for value in range(5):
+        bench.finish(bench.ask().number, float(value))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert bench.sampler.told == 4
+    assert peak < 8 * dimensions**2 / 2, "half of what one matrix of all pairs takes"
+
+
+def test_the_choice_of_a_covariance_is_the_studys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse to fine in 120 axes; another threshold changes nothing in a study that has begun."""
+    bench = Bench(staged(120, workers=3, results=6))
+    start = bench.enqueue(dict.fromkeys(axes_of(120), 0.5))
+    bench.finish(start.number, sphere(start.params))
+    rng = random.Random(0)
+    while bench.results < 60:
+        step(bench, rng, 3)
+    assert isinstance(bench.sampler.optimizer, SepCMA)
+    rest = rng.getstate()
+    others = [bench]
+    for threshold in (10, 1000):
+        monkeypatch.setattr(cmaes_module, "SEPARABLE", threshold)
+        others.append(bench.rebuilt(staged(120, results=6)))
+    runs = []
+    for other in others:
+        rng.setstate(rest)
+        runs.append([step(other, rng, 3) for _ in range(30)])
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_study_from_before_the_separable_search_keeps_its_covariance() -> None:
+    bench = Bench(CmaEsSampler(axes_of(101), 5, 0.2, 4))
+    bench.finish(bench.ask().number, 0.0)
+    del bench.trials[0].system_attrs[START]["separable"]
+    other = bench.rebuilt(CmaEsSampler(axes_of(101), 5, 0.2, 4))
+    other.ask()
+    assert isinstance(other.sampler.optimizer, CMA)
 
 
 # --- Shifts of whole groups, after a learned start in a wide space ---

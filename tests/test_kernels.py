@@ -326,6 +326,21 @@ def test_a_variant_that_cannot_be_compiled_leaves_the_others(tmp_path: Path, mon
     assert tried == [1, 2]
 
 
+def test_each_compilation_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The compiler's default one is shared: of two compilations at once each may pack half of the other's files."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\nfor file; do :; done\ntouch "$TORCHINDUCTOR_CACHE_DIR/x"\necho "$_" > "$file"\n')
+    program.write_text('#!/bin/sh\nfor file; do :; done\necho "$TORCHINDUCTOR_CACHE_DIR" > "$file"\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(compile_module.sys, "executable", str(program))
+    variant = Variant.of(torch.zeros(1), None, [torch.zeros(1)])
+    for name in "ab":
+        compile_module.compile_apart(variant, tmp_path / name)
+    used = [Path((tmp_path / name).read_text().strip()) for name in "ab"]
+    assert used[0] != used[1]
+    assert not any(folder == Path() or folder.exists() for folder in used)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 48])
 def test_no_piece_lies_on_both_sides_of_the_highest_index(count: int):
     """The upper word of an element's index is taken once for a piece."""

@@ -88,6 +88,17 @@ def test_an_exact_adapter_has_the_sum_of_the_ranks_and_only_where_sources_count(
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_an_exact_adapter_is_what_peft_concatenates(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    one, two = trained(base, tmp_path / "one", **SOME), trained(base, tmp_path / "two", r=3, target_modules=["q_proj"])
+    model = peft.PeftModel.from_pretrained(load(base), one, adapter_name="one")
+    model.load_adapter(two, adapter_name="two")
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.2], "both", combination_type="cat")
+    model.set_adapter("both")
+    recipe = recipe_of(base, "task_arithmetic", {"one": 0.7, "two": 0.2}, one=one, two=two)
+    torch.testing.assert_close(both(recipe, tmp_path, "exact")[1], logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("method", "weights", "reason"),
     [

@@ -29,6 +29,7 @@ from mergekit_cases import (
 from models import NAMES, VOCABULARY, write_adapter, write_llama
 from torch import Tensor
 
+from evomerge.api.lora import extract_lora
 from evomerge.config.config_file import load_config
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
@@ -39,7 +40,7 @@ from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.search.space.nearest import nearest_point
 from evomerge.search.space.space import build_space
-from evomerge.sources.adapter import Adapter
+from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.embedding_rows import vocabulary_tensors
 from evomerge.sources.open_models import open_models
@@ -335,3 +336,23 @@ def test_a_migrated_genome_holds_the_merges_that_mergekit_evolve_tries(
     found = nearest_point(space, load_merge(tmp_path / "merge.yml")[0])
     assert found is not None
     assert found.difference < 1e-6, found.where
+
+
+def test_an_extracted_adapter_approximates_as_mergekits_does(tmp_path: Path) -> None:
+    """The products of the factors agree, and so do the modules that are stored whole."""
+    base, one = (write_llama(tmp_path / name, seed) for seed, name in enumerate(("base", "one")))
+    command = Path(str(MERGEKIT)).with_name("mergekit-extract-lora")
+    options = ["--model", one, "--base-model", base, "--out-path", tmp_path / "theirs", "--max-rank", "4"]
+    done = subprocess.run([command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    extract_lora(str(base), [str(one)], tmp_path / "ours", 4)
+    ours, theirs = (open_adapter(tmp_path / name, open_checkpoint(base)) for name in ("ours", "theirs"))
+    assert ours.changes.keys() == theirs.changes.keys()
+    for tensor, change in theirs.changes.items():
+        found = ours.changes[tensor]
+        if change.low_rank is None:
+            assert found.low_rank is None
+            assert torch.equal(torch.as_tensor(found.whole), torch.as_tensor(change.whole)), tensor
+        else:
+            assert found.low_rank is not None
+            torch.testing.assert_close(found.low_rank.product(), change.low_rank.product(), rtol=1e-3, atol=1e-5)

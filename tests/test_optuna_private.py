@@ -105,6 +105,13 @@ def test_numbered_qmc_sampler() -> None:
         assert ours.ask(dict(AXES)).params == points[number]
 
 
+def test_quick_gp_sampler() -> None:
+    ours, theirs = vars(private.QuickGPSampler(0)), vars(optuna.samplers.GPSampler(deterministic_objective=True))
+    fewer = {name for name, number in theirs.items() if name.startswith("_n_") and ours[name] < number}
+    assert fewer == {"_n_preliminary_samples", "_n_local_search", "_n_qmc_samples_ehvi"}
+    assert ours.keys() == theirs.keys()
+
+
 def test_database_storage(tmp_path: Path) -> None:
     """Optuna reads trials by `read_trials`: all at first, later those that may have changed."""
     study = open_study(sqlite_url(tmp_path / "s.db"), "s", create=True)

@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
 }
 TASKS = ("tiny_rev", "tiny_add")
 CLIMBS = climbs(dict.fromkeys(TASKS, 1.0), 9, pareto=True)
+THREE_BY_GP = "import evomerge.search.samplers.auto as a\na.GP_SHARE, a.GP_FRONT = 1e9, 3\n"  # trials are short here
 IN_THE_THIRD_CLIMB = """
 import os, signal
 import evomerge.search.learned.learn as l
@@ -49,7 +50,7 @@ l.Learner.look = killed
 @pytest.fixture(scope="module")
 def pareto(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search for the front of two tasks."""
-    return finished_search(write_config(tmp_path_factory.mktemp("pareto"), tiny_family, **SMALL))
+    return finished_search(write_config(tmp_path_factory.mktemp("pareto"), tiny_family, **SMALL), THREE_BY_GP)
 
 
 def steps_of(run: Path, climb: int) -> list[tuple[dict[str, float], dict[str, float]]]:
@@ -81,6 +82,13 @@ def test_an_emphasised_task_gets_better(pareto: Path) -> None:
     by_weight = {t.user_attrs["weights"]["tiny_rev"]: front[t.number] for t in tried}
     assert by_weight[max(by_weight)][0] > by_weight[min(by_weight)][0]
     assert by_weight[max(by_weight)][1] < by_weight[min(by_weight)][1]
+
+
+def test_the_first_trials_after_it_are_told_the_value_of_every_task(pareto: Path) -> None:
+    trials = open_run(pareto).study().trials
+    first = max(t.number for t in trials if "learned" in t.user_attrs) + 1
+    assert first + 3 < len(trials)
+    assert [t.user_attrs.get("weights") == {} for t in trials] == [first <= t.number < first + 3 for t in trials]
 
 
 def status_front(run: Path) -> Any:
@@ -115,11 +123,12 @@ def test_a_killed_search_for_the_front_goes_on_to_the_same_bits(
     prelude: str, pareto: Path, tiny_family: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    killed = run_cli("search", write_config(tmp_path, tiny_family, **SMALL), "--run", run, prelude=prelude)
+    config = write_config(tmp_path, tiny_family, **SMALL)
+    killed = run_cli("search", config, "--run", run, prelude=THREE_BY_GP + prelude)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(steps_of(run, 2)) in (1, 3)
     assert not steps_of(run, 3)
-    resumed = run_cli("resume", run)
+    resumed = run_cli("resume", run, prelude=THREE_BY_GP)
     assert resumed.returncode == 0, resumed.stderr
     assert [steps_of(run, c.number) for c in CLIMBS] == [steps_of(pareto, c.number) for c in CLIMBS]
     assert trials_of(run) == trials_of(pareto)

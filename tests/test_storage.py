@@ -197,6 +197,30 @@ def test_a_truncated_study_is_one_message(tmp_path: Path, share: float) -> None:
             open_study(sqlite_url(file), "s", create=create).get_trials()
 
 
+def test_a_file_whose_parts_are_of_two_moments_is_refused_before_a_search_goes_on(tmp_path: Path) -> None:
+    """A copy of a running search may be such a file.  Trials can be read from it, since only an index is behind."""
+    file = tmp_path / "s.db"
+    filled(file)
+    storage = storage_of(open_study(sqlite_url(file), "s", create=False))
+    storage.refuse_damage()
+    with storage.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        root = connection.exec_driver_sql("SELECT rootpage FROM sqlite_master WHERE name = 'ix_trials_study_id'")
+        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+        start = (root.scalar_one() - 1) * size
+    storage.engine.dispose()
+    before = file.read_bytes()[start : start + size]
+    study = SearchStudy(open_study(sqlite_url(file), "s", create=False), space_of(8, "random"))
+    study.finish(study.begin(None), 0.5, TrialRecord())
+    storage_of(study.stored).engine.dispose()
+    whole = file.read_bytes()
+    assert whole[start : start + size] != before
+    file.write_bytes(whole[:start] + before + whole[start + size :])
+    study_of_both = open_study(sqlite_url(file), "s", create=False)
+    with pytest.raises(EvomergeError, match=r"s\.db: the study in it is damaged \(row \d+ missing from index"):
+        storage_of(study_of_both).refuse_damage()
+
+
 def test_garbage_in_a_study_is_read_over_or_one_message(tmp_path: Path) -> None:
     file = tmp_path / "s.db"
     filled(file)

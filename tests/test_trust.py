@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
+import tracemalloc
 import zlib
 from base64 import b64encode
 from collections.abc import Sequence
@@ -25,11 +27,20 @@ from rich.text import Text
 from searches import ROOT, finished_search, run_cli, write_config
 from tokenizers import Tokenizer
 
+from evomerge.config.config_file import load_config
 from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
 from evomerge.evaluate.time_limit import TimeLimit, TooLong, try_tokenizer
-from evomerge.files import appending, new_folder, remove_unfinished, rename_folder, write_text
+from evomerge.files import (
+    TOKENIZER_BYTES,
+    appending,
+    new_folder,
+    read_json,
+    remove_unfinished,
+    rename_folder,
+    write_text,
+)
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.report.item_table import COLUMNS, without_formulas
 from evomerge.report.progress import Screen
@@ -181,11 +192,30 @@ def test_a_file_is_written_beside_a_link_with_its_temporary_name(tmp_path: Path)
     assert stat.S_ISREG((tmp_path / "state.json").lstat().st_mode)
 
 
+@pytest.mark.parametrize("name", [".", "..", "...", "a/b", "", "a\n"])
+def test_a_run_is_not_laid_out_in_another_folder_by_its_name(name: str, tiny_family: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvomergeError, match="name: "):
+        load_config(write_config(tmp_path, tiny_family, name=name))
+    assert load_config(write_config(tmp_path, tiny_family, name=".a..b")).name == ".a..b"
+
+
+def test_a_folder_in_the_place_of_kept_items_is_not_waited_for(run: Path) -> None:
+    kept = [file for file in (run / "cache" / "items").rglob("*") if file.is_file()]
+    assert kept
+    for file in kept:
+        file.unlink()
+        file.mkdir()
+    done = run_cli("resume", run, "--trials", "4")
+    assert done.returncode == 2, done.stderr
+    assert "not an ordinary file" in done.stderr or "Is a directory" in done.stderr
+
+
+CLOSED = "import os; os.close(1); os.close(2)"
 GONE = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 1); os.dup2(ends[1], 2)"
 HANG_UP = "import os, signal, threading; threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGHUP)).start()"
 
 
-@pytest.mark.parametrize("prelude", [GONE, HANG_UP])
+@pytest.mark.parametrize("prelude", [CLOSED, GONE, HANG_UP])
 def test_a_search_goes_on_without_its_terminal(prelude: str, tiny_family: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_family, budget={"trials": 3})
     done = run_cli("search", config, "--run", tmp_path / "run", prelude=prelude)
@@ -203,6 +233,39 @@ def test_a_limit_on_the_size_of_files_is_named(kilobytes: int, tiny_family: Path
     assert "ulimit -f" in done.stderr or "the disk cannot be read or written" in done.stderr
     assert "damaged" not in done.stderr
     assert run_cli("resume", tmp_path / "run").returncode == 0
+
+
+@pytest.mark.parametrize("megabytes", [0, 8])
+def test_a_limit_on_memory_is_named(megabytes: int, tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family)
+    now = "int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) << 10"
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (({now}) + ({megabytes} << 20),) * 2)"
+    done = run_cli("search", config, "--run", tmp_path / "run", prelude=limit)
+    assert done.returncode == 2, done.stderr
+    assert "error: this process gets no more memory" in done.stderr
+    assert "ulimit -v" in done.stderr
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_json(tmp_path / "tokenizer.json", TOKENIZER_BYTES) == {}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_a_worker_without_memory_says_so(tiny_family: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_family)
+    small = tmp_path / "python"
+    small.write_text(f'#!/bin/sh\nulimit -v 900000\nexec {sys.executable} "$@"\n')
+    small.chmod(0o755)
+    prelude = f"import sys; sys.executable = {str(small)!r}"
+    done = run_cli("search", config, "--run", tmp_path / "run", "--workers", "2", prelude=prelude)
+    assert done.returncode == 2, done.stderr
+    assert "no worker could be started; the last one ended with exit code 1 (MemoryError" in done.stderr
 
 
 def test_scores_that_unpack_to_gigabytes_are_refused() -> None:

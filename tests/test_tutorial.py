@@ -10,7 +10,7 @@ from searches import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 VARYING = re.compile(
-    r"(scoring|searching|trial|judging|task|all tasks|weights in|learning|used|\.\.\.|[┏┡└]|.*: \d+ of \d+ [a-z ]+$"
+    r"(scoring|searching|trial|judging|task|all tasks|weights in|learning|used|\.\.\.|[┏┡└]"
     r"|warning|  +give|\d+ warnings?$|nothing to warn of"
     r"|Better|No difference|Worse|Too little|The greedy soup|The smallest gain|next:)"
 )
@@ -33,8 +33,9 @@ tutorial = runpy.run_path(str(ROOT / "docs" / "run_tutorial.py"))
 
 
 def told(page: str) -> list[str]:
-    """The lines of the page's output without numbers, names of models, and what varies."""
-    lines = [line for block in tutorial["BLOCK"].finditer(page) for line in block["body"].splitlines()]
+    """The lines of the page's output without times, numbers, names of models, and what varies."""
+    bodies = [tutorial["without_times"](block["body"]) for block in tutorial["BLOCK"].finditer(page)]
+    lines = [line for body in bodies for line in body.splitlines()]
     names = "add|sort|base|uniform|task_arithmetic 0.8|greedy soup|winner|candidate"
     plain = (re.sub(rf"\b({names})\b|[-+]?\d[\d.,]*", "_", line) for line in lines if not VARYING.match(line))
     return sorted(re.sub(r"\s+", " ", line) for line in plain)

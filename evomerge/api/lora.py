@@ -9,6 +9,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import write_text
 from evomerge.merge.recipe.pinned_inputs import pin
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
+from evomerge.printable import say
 
 if TYPE_CHECKING:
     from evomerge.merge.output.lora.write import Lora, Rank
@@ -31,8 +32,7 @@ def write_adapter(
     from evomerge.merge.output.lora.card import adapter_card
     from evomerge.merge.output.lora.write import write_lora
     from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.printable import say
-from evomerge.report.progress import Bar
+    from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})
     where = resolve_device(device)

@@ -42,6 +42,7 @@ DISK_ERRORS = {  # words of an operating system or a library -> what they mean
     "os error 28": "the disk is full",
     "readonly database": "the disk has become read-only",
     "Read-only file system": "the disk has become read-only",
+    "Input/output error": "the disk cannot be read or written",
     "disk I/O error": "the disk cannot be read or written",
     "File too large": "a file would be larger than this shell's limit (ulimit -f)",
 }

@@ -308,7 +308,7 @@ class SearchConfig(Strict):
     hub: hub id -> `owner/name@commit`, the commit that the search began with; evomerge writes it.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # a folder; `..` would be another one
     base: str
     sources: list[SourceConfig] = Field(min_length=1)
     allow_differences: list[Allowed] = []

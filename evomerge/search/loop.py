@@ -13,6 +13,7 @@ One trial is in trial.py, the finals in verdict/finals.py.  A trial may fail, th
 """
 
 import asyncio
+import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from evomerge.search.models import open_config_models
 from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.opened import Opened
 from evomerge.search.run import Run, claim
-from evomerge.search.samplers.auto import CHOSEN, choose
+from evomerge.search.samplers.auto import CHOSEN, UNTIL, choose, front_trials
 from evomerge.search.samplers.registry import sampler_kind
 from evomerge.search.samplers.stages import stages_of
 from evomerge.search.space.baselines import Baseline, base_alone, baselines
@@ -49,9 +50,9 @@ from evomerge.search.space.choose_method import (
 from evomerge.search.space.greedy_soup import GreedySoup, greedy_soup
 from evomerge.search.space.space import build_space
 from evomerge.search.space.start_points import start_baselines
-from evomerge.search.storage.database import Retry, open_study
+from evomerge.search.storage.database import Retry, open_study, storage_of
 from evomerge.search.storage.method_choice import METHOD, DefaultRecipe, recorded_choice
-from evomerge.search.storage.study import SearchStudy, in_full, rank
+from evomerge.search.storage.study import SearchStudy, in_full, rank, trial_seconds
 from evomerge.search.storage.study_lease import acquire_lease
 from evomerge.search.storage.trial_record import LEARNED
 from evomerge.search.trial import Races, TrialRunner, next_baseline
@@ -113,6 +114,7 @@ async def open_and_search(
     retry = Retry(stop.check, run.log)
     monitor.phase("opening the study")
     stored = open_study(run.storage_url(config), config.name, create=not run.has_begun(), retry=retry)
+    storage_of(stored).refuse_damage()
     first = with_first_objectives(stored, config)
     if opened is None or first != config:
         monitor.phase("opening the tasks")
@@ -296,6 +298,11 @@ class Driver:
             learned = any(LEARNED in trial.user_attrs for trial in study.finished)
             coarser = bool(stages_of([*space.distributions], [space.pairs, space.ties], space.config.sampler.coarse))
             chosen = choose(len(space.distributions), left, self.pool.size, learned, coarser)
+            if learned and space.config.goals == "pareto":
+                scored = [trial_seconds(t) for t in study.complete if LEARNED in t.user_attrs]
+                seconds = statistics.median(scored) if scored else 0.0
+                first = front_trials(len(self.evaluations.scale.tasks), seconds, self.pool.size)
+                study.stored.set_user_attr(UNTIL, study.count + first)
             study.stored.set_user_attr(CHOSEN, chosen)
 
     async def prepare_search(self) -> None:

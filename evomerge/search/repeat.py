@@ -65,8 +65,8 @@ def repeat(run: Run, number: int) -> Repeated:
     else:
         race_setup = make_race_setup(study, known, evaluations)
         race = None
-        if race_setup is not None and WEIGHTS in trial.user_attrs:
-            race_setup = race_setup.weighted(trial.user_attrs[WEIGHTS])
+        if race_setup is not None and (weights := trial.user_attrs.get(WEIGHTS)):
+            race_setup = race_setup.weighted(weights)
         if race_setup is not None and (ran := record.race) is not None and ran.incumbent is not None:
             full = {t.number: t for t in study.complete}
             race = race_setup.race(

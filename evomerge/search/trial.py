@@ -52,10 +52,10 @@ class Races:
     def next(self, weights: Mapping[str, float] | None) -> tuple[Race | None, RaceSetup, RaceRecord]:
         """The race of the next candidate, its setup, and what its record says of it; no race if it does not race.
 
-        weights: of the tasks, by which the candidate is compared; None: the search's.
+        weights: of the tasks, by which the candidate is compared; None: the search's; empty: it is not compared.
         """
-        setup = self.setup if weights is None else self.setup.weighted(weights)
-        if not may_race(self.study, setup):
+        setup = self.setup.weighted(weights) if weights else self.setup
+        if weights == {} or not may_race(self.study, setup):
             return None, setup, RaceRecord(None)
 
         def value(trial: FrozenTrial) -> float:

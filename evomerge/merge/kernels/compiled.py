@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -234,8 +235,14 @@ def compiled_for(
 
 
 def compile_apart(variant: Variant, file: Path) -> None:
-    """Compile a variant in another process.  RuntimeError with the compiler's last line."""
-    run_compiler([sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)])
+    """Compile a variant in another process.  RuntimeError with the compiler's last line.
+
+    The compiler keeps what it generates under names that depend on the code alone.  Two compilations of one variant at
+    the same time would write the same files, and each could pack half of the other's, so each has a folder of its own.
+    """
+    with TemporaryDirectory(prefix="evomerge-compile-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)]
+        run_compiler(["env", f"TORCHINDUCTOR_CACHE_DIR={folder}", *command])
 
 
 def compile_to(variant: Variant, file: Path) -> None:

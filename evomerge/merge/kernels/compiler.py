@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-from evomerge.files import sha256, write_text, written_aside
+from evomerge.files import appending, sha256, written_aside
 
 # The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is
 # killed can run no code of its own, and only the group reaches the children of the compiler.
@@ -78,27 +78,29 @@ class FileCache:
         return self.wanted
 
     def file(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The file of this name; `make` writes it to the path that it is given if there is none that can be used."""
+        """The file of this name; `make` writes it to the path that it is given if there is none that can be used.
+
+        Several processes may make it at the same time; the last one's stays, and the SHA-256 of each is known.
+        """
         file = self.folder / name
         if not self.is_sound(file):
-            with suppress(FileNotFoundError):
-                file.unlink()
             with written_aside(file) as aside:
                 make(aside)
                 aside.chmod(0o700)
-                write_text(digest_of(file), sha256(aside) + "\n")
+                with appending(digest_of(file)) as digests:
+                    digests.write(sha256(aside).encode() + b"\n")
         return file
 
     def is_sound(self, file: Path) -> bool:
-        """Whether a file is there, belongs to this user, and has its SHA-256."""
+        """Whether a file is there, belongs to this user, and has a SHA-256 that is known."""
         try:
-            return is_own(file) and digest_of(file).read_text(encoding="ascii").strip() == sha256(file)
+            return is_own(file) and sha256(file) in digest_of(file).read_text(encoding="ascii").split()
         except (OSError, ValueError):
             return False
 
 
 def digest_of(file: Path) -> Path:
-    """The file that holds a file's SHA-256."""
+    """The file that holds the SHA-256 of every file that was made under a name, a line each."""
     return file.with_name(file.name + ".sha256")
 
 

@@ -6,6 +6,7 @@ the wrong hill, and its user has to know.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import mul
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
-from evomerge.search.evaluation.scale import SCALE, Scale
+from evomerge.search.evaluation.scale import SCALE, Line, Scale
 from evomerge.search.storage.item_scores import evaluation_records, unpack
 from evomerge.search.storage.study import in_full
 from evomerge.search.storage.trial_record import Packed, record_of
@@ -123,9 +124,16 @@ def scored_model(scale: Scale, name: str, trial: int | None, found: Sequence[Pac
         for task, metrics in scores.items():
             known = scale.tasks.get(task)
             if known is not None and known.objective.name in metrics and known.metric.name in metrics:
-                objective[task] = float(known.objective.of(unpack(metrics[known.objective.name])).mean())
-                metric[task] = float(unpack(metrics[known.metric.name]).mean())
+                objective[task] = scaled_mean(known.objective, metrics[known.objective.name])
+                metric[task] = scaled_mean(None, metrics[known.metric.name])
     return ScoredModel(name, trial, objective, metric)
+
+
+@lru_cache(maxsize=200_000)
+def scaled_mean(line: Line | None, packed: str) -> float:
+    """The mean of packed scores, scaled by `line` if it is given; a search asks for all trials' again and again."""
+    scores = unpack(packed)
+    return float((scores if line is None else line.of(scores)).mean())
 
 
 def agreements(models: Sequence[ScoredModel], attributes: Mapping[str, Any]) -> list[Agreement]:

@@ -2,7 +2,7 @@
 
 sampler_kind.py: what a sampler is made from, how it is seeded, and what a new one has to say about itself.
 registry.py: the samplers by name, with those that other packages bring.
-turns.py: with `goals: pareto`, a sampler by several task weights in turn.
+front.py: with `goals: pareto`, a sampler for several goals, then one by several task weights in turn.
 cmaes.py: CMA-ES, the default.
 stages.py: the coarser searches that it begins with.
 mixed_cma.py: its distribution where some parameters are choices.

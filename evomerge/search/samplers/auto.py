@@ -1,8 +1,9 @@
 """`auto` and `learned`: a learned start, and which sampler follows it.
 
 `learned` ends the search after the learned start.  `auto` goes on with the sampler that `choose` names; the choice is
-kept in the study, so that a resume with another budget does not change the sampler.  The numbers of the rule are those
-of the table of samplers in docs/explanation/search.md.
+kept in the study, so that a resume with another budget does not change the sampler.  With `goals: pareto` it is also
+kept how many trials a Gaussian process for several goals has before (`front_trials`).  The numbers of the rules are
+those of the tables in docs/explanation/search.md.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,14 @@ from evomerge.search.samplers.cmaes import make_cma_es
 from evomerge.search.samplers.sampler_kind import SamplerKind
 
 CHOSEN = "evomerge:sampler"  # study attribute: what `auto` chose
+UNTIL = "evomerge:front"  # study attribute: with `goals: pareto`, the number of the first trial that goes by turns
 SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
 GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES in all axes reaches with 100
 GP_AXES = 100  # not measured in more than 96; a proposal takes an eighth of a second there
+GP_FRONT = 30  # trials of a Gaussian process for several goals: they find what 60 trials of CMA-ES by turns find
+MOST_GOALS = 4  # of it: its time grows exponentially with them
+GP_SECONDS = {2: 0.2, 3: 0.3, 4: 0.5}  # of a proposal for so many goals after GP_FRONT trials, in 24 to 840 axes
+GP_SHARE = 0.2  # of the time of a trial that its proposal may take
 
 AUTO = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
 LEARNED = SamplerKind(make_cma_es, serves_all_trials=True, learned_start=True)
@@ -33,6 +39,16 @@ def choose(axes: int, trials: int | None, workers: int, learned: bool, coarser: 
     """
     few = trials is not None and trials <= GP_TRIALS
     return "gp" if few and workers == 1 and axes <= GP_AXES and not learned and not coarser else "cma-es"
+
+
+def front_trials(goals: int, seconds: float, workers: int) -> int:
+    """How many trials after a learned start a Gaussian process for several goals proposes, before turns begin.
+
+    goals: how many tasks.
+    seconds: that a trial takes.
+    workers: how many trials run at once; all wait for a proposal.
+    """
+    return GP_FRONT if goals <= MOST_GOALS and workers * GP_SECONDS[goals] <= GP_SHARE * seconds else 0
 
 
 def settled(attributes: Mapping[str, Any], config: SamplerConfig, learned: bool) -> SamplerConfig:

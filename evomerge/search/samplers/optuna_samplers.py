@@ -6,11 +6,15 @@ QMC alone has the study's seed, which makes the sequence; the trial's number is 
 from optuna.samplers import GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from evomerge.search.samplers.sampler_kind import SamplerKind
-from evomerge.search.storage.optuna_private import NumberedQMCSampler
+from evomerge.search.storage.optuna_private import NumberedQMCSampler, QuickGPSampler
 
 TPE = SamplerKind(lambda setup: TPESampler(seed=setup.seed))
 NSGA_II = SamplerKind(lambda setup: NSGAIISampler(seed=setup.seed), turns=False)  # each would need a population
-GP = SamplerKind(lambda setup: GPSampler(seed=setup.seed, deterministic_objective=True), requires=("scipy",))
+GP = SamplerKind(
+    lambda setup: GPSampler(seed=setup.seed, deterministic_objective=True),
+    requires=("scipy",),
+    several=lambda setup: QuickGPSampler(setup.seed),
+)
 QMC = SamplerKind(
     lambda setup: NumberedQMCSampler(setup.study_seed, setup.number, setup.seed), requires=("scipy",), turns=False
 )

@@ -9,6 +9,7 @@ point, which names a `SamplerKind`:
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import entry_points
 
@@ -36,9 +37,14 @@ BUILT_IN = {
 
 def make_sampler(setup: SamplerSetup) -> BaseSampler:
     """The sampler that a setup's configuration names.  EvomergeError as in `sampler_kind`."""
+    return made(sampler_kind(setup.config.name).make, setup)
+
+
+def made(make: Callable[[SamplerSetup], BaseSampler], setup: SamplerSetup) -> BaseSampler:
+    """The sampler of a setup, without Optuna's warnings of what may change in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return sampler_kind(setup.config.name).make(setup)
+        return make(setup)
 
 
 @lru_cache

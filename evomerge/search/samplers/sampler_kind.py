@@ -73,7 +73,8 @@ class SamplerKind:
     serves_all_trials: the sampler is made once a process and seeds itself anew for each trial by `trial_seed`; else it
         is made anew for each trial.
     learned_start: the search climbs along the gradient before the sampler's first trial, see search/learned/.
-    turns: with `goals: pareto` its trials go by several task weights in turn, see turns.py.
+    turns: with `goals: pareto` its trials go by several task weights in turn, see front.py.
+    several: makes the sampler that takes its place with `goals: pareto`, which is told one value a task, see front.py.
     """
 
     make: Callable[[SamplerSetup], BaseSampler]
@@ -81,6 +82,7 @@ class SamplerKind:
     serves_all_trials: bool = False
     learned_start: bool = False
     turns: bool = True
+    several: Callable[[SamplerSetup], BaseSampler] | None = None
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ from evomerge.config.database_url import masked, passwords
 from evomerge.errors import EvomergeError, first_line
 from evomerge.search.storage import sql_statements
 from evomerge.search.storage.optuna_private import DatabaseStorage, storage_behind
-from evomerge.search.storage.sqlite import create_file, file_of, is_damage, write_ahead
+from evomerge.search.storage.sqlite import create_file, disk_failed, file_of, is_damage, what_is_damaged, write_ahead
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -118,6 +118,16 @@ class Storage(DatabaseStorage):
             retry.check()
             time.sleep(0.1)
 
+    def refuse_damage(self) -> None:
+        """Read the whole file of an SQLite database; EvomergeError if a part of it does not fit the others."""
+
+        def look(again: bool) -> str | None:
+            with self.engine.connect() as connection:
+                return what_is_damaged(connection)
+
+        if self.in_file and (found := self.retried(look)) is not None:
+            raise damaged(self.url, EvomergeError(found))
+
     def refuse_writes_unless(self, check: Callable[[sqlalchemy.Connection], None] | None) -> None:
         """From now on call `check` inside every transaction that writes to a study, before it writes.
 
@@ -140,9 +150,13 @@ class Storage(DatabaseStorage):
 
         found = self.retried(attempt)
         if self.in_file:  # a commit in WAL mode survives the process; after a checkpoint also a power cut
-            with self.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            self.retried(lambda again: self.checkpoint())
         return found
+
+    def checkpoint(self) -> None:
+        """Write what is in SQLite's write-ahead log into the file, and both to the disk."""
+        with self.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
     def begin_trial(self, study_id: int, trial: FrozenTrial) -> int:
         """Store a running trial with all its parameters, at its number; returns the database's key of it."""
@@ -202,13 +216,18 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
 
 
 def damaged(url: str, error: BaseException) -> EvomergeError:
-    """The error for a study that cannot be read: a damaged file, or one that a limit of the shell does not let grow."""
+    """The error for a study that cannot be read: a damaged file, a limit of the shell for files, a disk that fails."""
     said = scrubbed(database_said(error), url)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if "disk I/O error" in said and limit != resource.RLIM_INFINITY:
         return EvomergeError(
             f"{file_of(url)}: cannot be written; this shell limits a file to {limit / 1e6:.1f} MB (ulimit -f). Nothing "
             "that was finished is lost; raise the limit and try again"
+        )
+    if (file := file_of(url)) is not None and disk_failed(file, error):
+        return EvomergeError(
+            f"{file}: cannot be read or written ({said}); nothing that was finished is lost. Mend the disk and "
+            "run the command again"
         )
     return EvomergeError(
         f"{file_of(url) or 'storage ' + masked(url)}: the study in it is damaged ({said}); "

@@ -5,6 +5,7 @@ This is a format, not a layer of the database.  `search/trial.py` packs the scor
 """
 
 import base64
+import binascii
 import hashlib
 import json
 import zlib
@@ -37,7 +38,7 @@ def unpack(text: str) -> NDArray[np.float64]:
     """The scores that `pack` was given, rounded to float32.  EvomergeError if the text is damaged."""
     try:
         opened = zlib.decompressobj()
-        content = opened.decompress(base64.b64decode(text), SCORE_BYTES)
+        content = opened.decompress(binascii.a2b_base64(text), SCORE_BYTES)
         if not opened.eof:  # a few kilobytes can unpack to gigabytes
             raise ValueError(f"they have no end within {SCORE_BYTES >> 20} MB")
         return np.frombuffer(content, dtype="<f4").astype(np.float64)

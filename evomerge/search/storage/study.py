@@ -19,10 +19,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Dtype
 from evomerge.search.evaluation.scale import SCALE, Scale
-from evomerge.search.samplers.auto import settled
+from evomerge.search.samplers.auto import UNTIL, settled
+from evomerge.search.samplers.front import FrontSampler, make_front_sampler
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
-from evomerge.search.samplers.turns import TurnsSampler
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
@@ -62,7 +62,7 @@ class Begun:
     params: the value of each parameter.
     baseline: the baseline's name, None if it is none.
     learned: after how many gradient steps its parameters were reached, None if they were not learned.
-    weights: the task weights that its parameters were chosen by; None: the search's.
+    weights: the task weights that its parameters were chosen by; None: the search's; empty: by every task for itself.
     """
 
     trial_id: int
@@ -211,10 +211,10 @@ class SearchStudy:
         chosen = settled(self.stored.user_attrs, self.space.config.sampler, learned)
         kind = sampler_kind(chosen.name)
 
-        def make(number: int) -> BaseSampler:
-            seed = self.space.config.seed
+        def setup(number: int) -> SamplerSetup:
             space = self.space
-            return make_sampler(SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs))
+            seed = space.config.seed
+            return SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs)
 
         if (
             self.space.config.goals == "pareto"
@@ -223,9 +223,10 @@ class SearchStudy:
             and not self.space.assembly
         ):
             scale = Scale.from_json(self.stored.user_attrs[SCALE])
-            self.kept_sampler = TurnsSampler(self.space.axes, scale, make, kind.serves_all_trials)
+            until = self.stored.user_attrs.get(UNTIL, 0)
+            self.kept_sampler = make_front_sampler(self.space.axes, scale, self.space.config.sampler.name, setup, until)
             return self.kept_sampler
-        sampler = make(number)
+        sampler = make_sampler(setup(number))
         if kind.serves_all_trials:
             self.kept_sampler = sampler
         return sampler
@@ -247,7 +248,7 @@ class SearchStudy:
             else:
                 asked.suggest_float(name, axis.low, axis.high)
         sampler = self.mirror.sampler
-        if isinstance(sampler, TurnsSampler) and (weights := sampler.weights(number, self.trials)):
+        if isinstance(sampler, FrontSampler) and (weights := sampler.weights(number, self.trials)) is not None:
             self.memory.set_trial_user_attr(number, WEIGHTS, weights)
         return self.memory.get_trial(number)
 

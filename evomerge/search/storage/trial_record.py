@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # usage.py imports this file
 
 RECORD = "record"  # the trial's user attribute
 LEARNED = "learned"  # trial attribute: after how many gradient steps its parameters were reached
-WEIGHTS = "weights"  # trial attribute: the task weights that its parameters were chosen by, if not the search's
+WEIGHTS = "weights"  # trial attribute: task weights, not the search's, that its parameters were chosen by; {}: none
 NUMBER = (int, float)
+NUMBERS, TEXTS = frozenset(NUMBER), frozenset([str])
 VERSION = 1  # written as `version`; a record without that key is of version 0, which had the same keys
 
 Packed = Mapping[str, Mapping[str, str]]
@@ -276,7 +277,7 @@ class Reader:
         if found is None:
             return None
         known = {name: found[name] for name in names_of(kind) if name in found}
-        if not all(type(number) in NUMBER for number in known.values()):
+        if not NUMBERS.issuperset(map(type, known.values())):
             raise damaged(key, "an object of numbers")
         return known
 
@@ -291,7 +292,7 @@ class Reader:
     def scores(self) -> Packed:
         found: Packed = self.take("scores", (dict,), "an object") or {}
         for metrics in found.values():
-            if type(metrics) is not dict or not all(type(text) is str for text in metrics.values()):
+            if type(metrics) is not dict or not TEXTS.issuperset(map(type, metrics.values())):
                 raise damaged("scores", "an object of texts by task and metric")
         return found
 

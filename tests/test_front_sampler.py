@@ -1,4 +1,4 @@
-"""With `goals: pareto` the sampler's trials go by several task weights in turn; and races by a trial's weights."""
+"""With `goals: pareto`: trials by a sampler for several goals, then by several task weights in turn; races of these."""
 
 import random
 import signal
@@ -7,35 +7,51 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 from searches import ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 from test_search import LOOKS_COST_NOTHING
 from test_storage import space_of
 
+from evomerge.evaluate.looks import Looks
+from evomerge.evaluate.racing import Order
+from evomerge.search.evaluation.guards import Guard, GuardScale
+from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
 from evomerge.search.run import open_run
-from evomerge.search.samplers.turns import FIRST, TurnsSampler, turns_of
+from evomerge.search.samplers.auto import CHOSEN, GP_FRONT, UNTIL, front_trials
+from evomerge.search.samplers.front import FIRST, SEVERAL, FrontSampler, turns_of
 from evomerge.search.space.space import Space
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import LEARNED, WEIGHTS, RaceRecord, TrialRecord, record_of
+from evomerge.search.trial import Races
+from evomerge.search.verdict.front import hypervolume
 
 SCALES = Scale({t: TaskScale(1.0, 0.0, Line("m"), Line("m")) for t in ("a", "b")})
 TURNS = turns_of(SCALES.weights)
+GUARDED = Scale(SCALES.tasks, {"g": GuardScale(Guard("g", {"a": "m"}, 0.1, "base"), -0.2, 0.1)})  # a may fall to -0.3
 OPTIMA = {"a": 0.2, "b": 0.8}  # of every coefficient
 
 
-def pareto_space(sampler: str) -> Space:
-    space = space_of(3, sampler)
+def pareto_space(sampler: str, axes: int = 3) -> Space:
+    space = space_of(axes, sampler)
     config = space.config.model_copy(update={"goals": "pareto"})
     return Space(config, space.layers, space.groups)
 
 
-def opened(url: str, sampler: str = "cma-es") -> SearchStudy:
-    """A study of two tasks, whose only learned trial is its first one."""
+def opened(
+    url: str, sampler: str = "cma-es", until: int = 0, axes: int = 3, scale: Scale = SCALES, workers: int = 1
+) -> SearchStudy:
+    """A study of two tasks, whose only learned trial is its first one.
+
+    until: what `auto` chose, which goes on with CMA-ES then.
+    """
     stored = open_study(url, "s", create=True)
-    stored.set_user_attr(SCALE, SCALES.to_json())
-    study = SearchStudy(stored, pareto_space(sampler))
+    stored.set_user_attr(SCALE, scale.to_json())
+    stored.set_user_attr(CHOSEN, "cma-es")
+    stored.set_user_attr(UNTIL, until)
+    study = SearchStudy(stored, pareto_space(sampler, axes), workers)
     if not study.size:
         finish(study, study.begin(None, LearnedPoint(3, dict.fromkeys(study.space.axes, 0.5))))
     return study
@@ -58,22 +74,30 @@ def finish(study: SearchStudy, begun: Begun, stop: float = 0.0) -> None:
         study.finish(begun, SCALES.value({t: {"m": [m, m]} for t, m in means.items()}), record)
 
 
-@pytest.mark.parametrize("sampler", ["cma-es", "tpe", "gp"])
-def test_a_resumed_study_for_the_front_proposes_what_the_uninterrupted_one_would(sampler: str, tmp_path: Path) -> None:
+def told(trial: FrozenTrial) -> TrialRecord:
+    """The record of a trial; an empty one while it runs."""
+    return record_of(trial) if trial.state.is_finished() else TrialRecord()
+
+
+@pytest.mark.parametrize(("sampler", "until"), [("cma-es", 0), ("tpe", 0), ("auto", 14)])
+def test_a_resumed_study_for_the_front_proposes_what_the_uninterrupted_one_would(
+    sampler: str, until: int, tmp_path: Path
+) -> None:
     points = []
     for name, ends in (("whole", ()), ("parts", (7, 19))):
         url = sqlite_url(tmp_path / f"{name}.db")
-        study = opened(url, sampler)
+        study = opened(url, sampler, until)
         for number in range(1, 30):
             if number in ends:
                 study.begin(None)  # a process dies while a trial runs
-                study = opened(url, sampler)
+                study = opened(url, sampler, until)
             begun = study.begin(None)
             assert begun.number == number
             finish(study, begun, stop=0.1)
         points.append([(t.params, t.value, t.user_attrs.get(WEIGHTS), t.system_attrs) for t in study.trials])
     assert points[0] == points[1]
-    assert [w for _, _, w, _ in points[0][1:]] == [TURNS[k % 5] if k % 5 else None for k in range(1, 30)]
+    turns = [TURNS[k % 5] if k % 5 else None for k in range(until, 30)]
+    assert [w for _, _, w, _ in points[0][1:]] == ([{}] * (until - 1) + turns)[:29] if until else turns[1:]
 
 
 def test_each_turn_of_cma_es_goes_to_the_best_of_its_weights(tmp_path: Path) -> None:
@@ -95,7 +119,7 @@ def test_a_turn_sees_the_trials_of_others_as_given_and_by_its_own_weights(tmp_pa
         if len(running) > 3:  # three workers' results come late
             finish(study, running.pop(0), stop=0.2)
     sampler = study.sampler(study.size)
-    assert isinstance(sampler, TurnsSampler)
+    assert isinstance(sampler, FrontSampler)
     for turn, weights in enumerate(TURNS):
         seen = sampler.view(study.mirror, turn, None).get_trials()
         assert [t.params for t in seen] == [t.params for t in study.trials]
@@ -107,6 +131,79 @@ def test_a_turn_sees_the_trials_of_others_as_given_and_by_its_own_weights(tmp_pa
                 assert known.value == pytest.approx(sum(weights[t] * means[t] for t in means), abs=1e-6)
             elif trial.state.is_finished():
                 assert known.value == (trial.value if mine else None)
+
+
+def test_a_sampler_for_several_goals_sees_the_value_of_every_task(tmp_path: Path) -> None:
+    """What runs, what failed, what broke and what breaks a guard included."""
+    study = opened(sqlite_url(tmp_path / "s.db"), "auto", until=40, scale=GUARDED, workers=3)
+    running = []
+    for number in range(1, 24):
+        running.append(study.begin(None))
+        if len(running) == 3:
+            begun = running.pop(0)
+            if number == 9:
+                study.finish(begun, study.penalty, TrialRecord(broken="weights are not finite"))
+            else:
+                finish(study, begun, stop=0.1)
+    sampler = study.sampler(study.size)
+    assert isinstance(sampler, FrontSampler)
+    seen = sampler.view(study.mirror, SEVERAL, None).get_trials()
+    means = {t.number: {k: float(m["m"].mean()) for k, m in trial_scores(t).items()} for t in study.complete}
+    lost = {n: max(0.0, -0.3 - m["a"]) / 0.1 for n, m in means.items()}
+    assert 0 < sum(x > 0 for x in lost.values()) < len(lost), "some break the guard"
+    values = {n: [m["a"] - lost[n], m["b"] - lost[n]] for n, m in means.items()}
+    for trial, known in zip(study.trials, seen, strict=True):
+        assert known.params == trial.params
+        assert known.state == (TrialState.FAIL if told(trial).partial else trial.state)
+        if trial.number in values:
+            assert known.values == pytest.approx(values[trial.number], abs=1e-6)
+        elif told(trial).broken:
+            assert known.values == pytest.approx(np.min(list(values.values()), axis=0), abs=1e-6)
+    assert [t.state for t in seen[-2:]] == [TrialState.RUNNING] * 2
+    points = [tuple(t.params.values()) for t in study.trials]
+    assert len(set(points)) == len(points), "a trial that runs is not proposed again"
+
+
+def test_the_sampler_gp_is_told_the_value_of_every_task_in_all_trials(tmp_path: Path) -> None:
+    sampler = opened(sqlite_url(tmp_path / "s.db"), "gp").sampler(1)
+    assert isinstance(sampler, FrontSampler)
+    assert sampler.weights(1000, []) == {}
+
+
+def test_a_sampler_for_several_goals_finds_more_of_the_front_than_turns_by_few_trials(tmp_path: Path) -> None:
+    volumes = {}
+    for until in (0, 25):
+        study = opened(sqlite_url(tmp_path / f"{until}.db"), "auto", until, axes=6)
+        while study.size < 25:
+            finish(study, study.begin(None))
+        means = [[m["m"].mean() for m in trial_scores(t).values()] for t in study.complete]
+        volumes[until] = hypervolume(np.array(means) + 2.0)
+    assert volumes[25] > volumes[0] + 0.15
+
+
+def test_a_trial_of_a_sampler_for_several_goals_does_not_race(tmp_path: Path) -> None:
+    quarter, looks = np.full(4, 0.25), Looks((2, 4), (0.5, 1.0))
+    order = Order(np.arange(4), quarter, quarter)
+    setup = RaceSetup("i", {"a": 2, "b": 2}, order, np.full(4, 4.0), 0.02, looks, SCALES)
+    races = Races(opened(sqlite_url(tmp_path / "s.db"), "auto", until=40), setup)
+    assert [races.next(weights)[0] is None for weights in ({}, TURNS[1], None)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("goals", "seconds", "workers", "count"),
+    [
+        (2, 1.1, 1, GP_FRONT),
+        (3, 1.6, 1, GP_FRONT),
+        (3, 1.4, 1, 0),
+        (3, 6.1, 4, GP_FRONT),
+        (3, 5.9, 4, 0),
+        (5, 9, 1, 0),
+    ],
+)
+def test_a_gaussian_process_begins_where_its_proposals_are_short_beside_a_trial(
+    goals: int, seconds: float, workers: int, count: int
+) -> None:
+    assert front_trials(goals, seconds, workers) == count
 
 
 @pytest.mark.parametrize("sampler", ["cma-es", "tpe"])
@@ -138,7 +235,7 @@ SMALL: dict[str, Any] = {
     "goals": "pareto",
     "budget": {"trials": 26},
 }
-AT_ONCE = LOOKS_COST_NOTHING + "import evomerge.search.samplers.turns as t\nt.FIRST = 0\n"
+AT_ONCE = LOOKS_COST_NOTHING + "import evomerge.search.samplers.front as t\nt.FIRST = 0\n"
 KILLED = """
 import os, signal
 import evomerge.search.trial as t
