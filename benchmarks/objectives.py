@@ -269,7 +269,7 @@ def learned(path: Path, objective: str, seed: int) -> dict[str, float]:
     """What the learned start of a search reaches by an objective of generation tasks."""
     CHOSEN["auto"]["generate_until"] = objective
     TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]  # generating takes long
-    family = Family(path, seed, 0.5, fine=False)
+    family = Family(path, seed, 0.5, fine=False, objective="auto")
     family.take_scale()
     return by_steps(family, Climber, RATE, STEPS)[""]
 

@@ -7,8 +7,8 @@ matrix    the learned start's steps (search/learned/steps.py), on mini-batches o
 adam      Adam (Kingma and Ba 2015) on the same mini-batches; the rate falls along half a cosine
 l-bfgs    SciPy's L-BFGS-B on all search items; the best point of its first 4, 8 and 12 gradients
 
-Every optimizer begins with all coefficients at `--start` and climbs the mean of `objective: auto`, not scaled.  The
-result of `matrix` and `adam` is the mean point of the last 30% of the steps.  Cost is counted in steps of 16 items.
+Every optimizer begins with all coefficients at `--start` and climbs the mean of `objective: auto_mean`, not scaled.
+The result of `matrix` and `adam` is the mean point of the last 30% of the steps.  Cost is counted in steps of 16 items.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class Family:
     seed: int
     start: float
     fine: bool
+    objective: str = "auto_mean"
     evaluator: Evaluator = field(init=False)
     units: dict[str, float] = field(init=False)
 
@@ -62,7 +63,7 @@ class Family:
         space = config.space.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         if self.fine:
             space = {k: v for k, v in space.items() if k != "knots"} | FINE
-        config = with_changes(config, seed=self.seed, objective="auto", space=space)
+        config = with_changes(config, seed=self.seed, objective=self.objective, space=space)
         models = open_config_models(config)
         self.space = build_space(config, models)
         self.task_set = open_task_set(config)

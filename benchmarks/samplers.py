@@ -13,10 +13,10 @@ the depth).  Smaller spaces tie parts together: all (4 coefficients), by kind (1
 Then it proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
 learned start in that space, by evomerge's steps on mini-batches.  A trial's value is half its objective and half its
-exact match, each scaled; the objective is half that of `auto` and half its weakest token.  After so many trials of the
-sampler, a search is worth what its best trial by then has on the holdout items, where 0 is the best baseline and 1 the
-end of CMA-ES by the holdout items themselves, after 1000 trials; in 240 coefficients the learned start is 1.  With
-workers, that many trials run at once.
+exact match, each scaled; the objective is that of `auto`.  After so many trials of the sampler, a search is worth what
+its best trial by then has on the holdout items, where 0 is the best baseline and 1 the end of CMA-ES by the holdout
+items themselves, after 1000 trials; in 240 coefficients the learned start is 1.  With workers, that many trials run at
+once.
 
 coarse       CMA-ES from coarse to fine, as evomerge begins without a learned start: all weights of a source at once,
              then by kind, then all; cma-es is without it

@@ -198,7 +198,7 @@ def test_a_baseline_that_breaks_a_guard_need_not_be_beaten_unless_all_do() -> No
 def write_guarded(folder: Path, family: Path, *guards: dict[str, Any], **changes: Any) -> Path:
     """A search for `rev` alone that must not lose other skills."""
     usual: dict[str, Any] = {
-        "tasks": [{"task": str(TINY / "rev.yaml")}],
+        "tasks": [tiny("rev")],
         "guards": list(guards),
         "space": {"weight": [0.0, 1.6]},
         "splits": {"search": 60, "selection": 60, "holdout": 300},
@@ -208,7 +208,7 @@ def write_guarded(folder: Path, family: Path, *guards: dict[str, Any], **changes
 
 
 def tiny(name: str, **options: Any) -> dict[str, Any]:
-    return {"task": str(TINY / f"{name}.yaml"), **options}
+    return {"task": str(TINY / f"{name}.yaml"), "objective": "auto_mean", **options}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_task_that_is_goal_and_guard_is_opened_once(tiny_family: Path, tmp_pat
     assert [t.name for t in task_set.tasks] == ["tiny_rev"] == [t.name for t in task_set.goals]
     assert task_set.guards == (Guard("tiny_rev", {"tiny_rev": "exact_match"}, 0.1, "base"),)
     (task,) = task_set.tasks
-    assert task_set.wanted(task, "search") == ("answer_weakest", "exact_match")
+    assert task_set.wanted(task, "search") == ("answer_logprob", "exact_match")
 
 
 def test_a_task_that_is_only_a_guard_has_no_weight(tiny_family: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_every_full_trial_is_scored_on_the_guard_and_pays_for_its_drop(guarded: 
     full = [t for t in study.get_trials() if in_full(t)]
     for trial in full:
         scores = trial_scores(trial)
-        assert list(scores["tiny_add"]) == ["answer_weakest", "exact_match"]
+        assert list(scores["tiny_add"]) == ["answer_logprob", "exact_match"]
         drop = known.level - scores["tiny_add"]["exact_match"].mean()
         assert trial.value == pytest.approx(scale.goals(scores) - max(0.0, drop - MOST) / known.unit, abs=1e-9)
     assert any(scale.penalty(trial_scores(t)) > 0 for t in full)

@@ -96,7 +96,10 @@ def answer_logprob_tensor(answer: TensorAnswer) -> "Tensor":
 
 
 def answer_weakest(answer: Answer) -> float:
-    """(mean + lowest) / 2 of the values whose mean is `answer_logprob`: a greedy answer is right if no token fails."""
+    """(mean + lowest) / 2 over the T tokens of the gold answer of log((p_t + e) / (1 + e)), see `answer_logprob`.
+
+    One wrong token makes an answer wrong, so the weakest one counts for half.
+    """
     values = [floored(x) for x in answer.token_logprobs]
     return (sum(values) / len(values) + min(values)) / 2
 
