@@ -210,6 +210,14 @@ def test_what_is_wrong_is_named_and_nothing_is_written(content: dict[str, Any], 
     assert not (tmp_path / "new.yaml").exists()
 
 
+def test_a_text_of_the_old_file_stays_within_its_comment(tmp_path: Path) -> None:
+    """Whatever ends a line in YAML: a key that a stranger's file adds could run a command."""
+    texts = [f"x{end}on_finish: {{command: touch /tmp/ran}}" for end in ("\n", "\r", "\x85", "\u2028")]
+    config, text = migrated(GENOME | {"genome": GENOME["genome"] | {"filters": texts, texts[0]: 1}}, tmp_path)
+    assert config.on_finish is None
+    assert text.count("on_finish") == len(texts) + 1
+
+
 def test_a_migrated_search_runs(tiny_family: Path, tmp_path: Path) -> None:
     """With models and task files of this machine.  An unknown key is ignored, as there; no file is replaced."""
     genome = {
