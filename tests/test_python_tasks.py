@@ -179,6 +179,8 @@ def f(model, items):
     assert len(set(found)) == 1, "each call begins with the same random numbers"
     assert torch.equal(torch.random.get_rng_state(), state)
     assert scored(tmp_path, code, block=2) == found
+    code = "import torch, numpy\ndef f(model, items): return [torch.tensor(0.5), numpy.float32(1), True]"
+    assert scored(tmp_path, code) == [0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,7 @@ def f(model, items):
         ("[i['y'] for i in items]", "failed on items 1 to 3 of 3: KeyError: 'y'\n  own.py, line 2, in f: return"),
         ("exit(0)", "failed on items 1 to 3 of 3: SystemExit"),
         ("None", "returned None"),
+        ("__import__('numpy').ones((3, 2))", r"returned \[1.0, 1.0\] for the item"),
     ],
 )
 def test_wrong_numbers_and_errors_are_one_clear_message(tmp_path: Path, returned: str, message: str) -> None:

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import random
 import sys
 import traceback
@@ -149,17 +150,26 @@ class PythonSource:
             raise TaskCodeFailed(f"{self.where} returned {len(values)} values for {len(docs)} items ({which})")
         numbers = []
         for value, doc in zip(values, docs, strict=True):
-            number = value.item() if hasattr(value, "item") and np.size(value) == 1 else value
-            if not isinstance(number, (bool, int, float)):
+            number = number_of(value)
+            if number is None:
                 raise TaskCodeFailed(
                     f"{self.where} returned {shown(value)} for the item {shown(doc)}; a number is needed"
                 )
-            if not np.isfinite(float(number)):
+            if not math.isfinite(number):
                 raise TaskCodeFailed(f"{self.where} returned {number} for the item {shown(doc)}", is_value=True)
             if self.given.metric in SHARES and not 0 <= number <= 1:
                 raise TaskCodeFailed(f"{self.where} returned {number}; {self.given.metric} lies between 0 and 1")
-            numbers.append(float(number))
+            numbers.append(number)
         return numbers
+
+
+def number_of(value: Any) -> float | None:
+    """A number of Python, NumPy or PyTorch; None for anything else."""
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        return float(plain) if isinstance(plain, (bool, int, float)) else None
+    except (ValueError, RuntimeError, OverflowError):  # several numbers in one; more than a float can hold
+        return None
 
 
 def check_metric(given: PythonTask) -> None:
