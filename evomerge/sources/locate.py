@@ -26,9 +26,15 @@ def absolute_model(text: str, folder: Path) -> str:
 
     Returns an absolute path, or a hub id unchanged.
     """
-    if looks_like_hub_id(text) and not os.path.isdir(folder / text):
+    here = folder / text
+    if looks_like_hub_id(text) and not os.path.isdir(here) and not is_model_file(here):
         return text
     return absolute_path(text, folder)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path is a file that is a model of its own, without a configuration."""
+    return path.suffix == ".safetensors" and os.path.isfile(path)
 
 
 def absolute_path(text: str, folder: Path) -> str:
@@ -50,7 +56,7 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     path = (relative_to or Path.cwd()) / os.path.expanduser(text)
     if os.path.isdir(path):
         return path.resolve()
-    if os.path.isfile(path) and path.suffix == ".safetensors":
+    if is_model_file(path):
         return path.resolve()
     if os.path.exists(path):
         raise EvomergeError(
