@@ -31,6 +31,14 @@ FAILED_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
 
 
+def absolute_path(text: str, folder: Path) -> str:
+    """The absolute path for a path that a file in `folder` names.  EvomergeError if it cannot be a path."""
+    try:
+        return str((folder / os.path.expanduser(text)).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
+        raise EvomergeError(f"{text!r:.200} is no path ({error})") from error
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -91,6 +92,7 @@ def evaluate(
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
     from evomerge.sources.locate import locate
+    from evomerge.sources.tokenizer import open_processor
 
     values = next((k for k in get_args(Dtype) if k == dtype), None)
     if values is None:
@@ -120,12 +122,13 @@ def evaluate(
     computed = str(live.dtype).removeprefix("torch.")
     if show:
         say(f"weights in {weights}, computed in {computed}")
+    processor = None if path is None else partial(open_processor, path)
     clock, steps = Clock(device=where), Steps("scoring") if show else None
     progress = steps.step if steps else lambda done, total: None
     modes = [(module, module.training) for module in live.modules()]
     live.eval()
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, path)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, processor)
     finally:
         for module, training in modes:
             module.training = training

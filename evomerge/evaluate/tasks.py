@@ -26,9 +26,8 @@ from evomerge.evaluate.metrics import (
 )
 from evomerge.evaluate.python_task import PYTHON, PythonSource
 from evomerge.evaluate.taskfile import ALLOW, load_file, load_named
-from evomerge.files import first_problem, read_text
+from evomerge.files import absolute_path, first_problem, read_text
 from evomerge.parse import TaskLoader, parse_yaml
-from evomerge.sources.locate import absolute_path
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt

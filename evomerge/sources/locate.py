@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
+from evomerge.files import absolute_path
 
 HUB_ID = re.compile(r"^(?!.*\.\.)(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?\Z")
 WILDCARD_PARTS = 3  # how many parts of a pattern's path may hold wildcards: each lists all folders of the last
@@ -35,14 +36,6 @@ def absolute_model(text: str, folder: Path) -> str:
 def is_model_file(path: Path) -> bool:
     """Whether a path is a file that is a model of its own, without a configuration."""
     return path.suffix == ".safetensors" and os.path.isfile(path)
-
-
-def absolute_path(text: str, folder: Path) -> str:
-    """The absolute path for a path that a file in `folder` names.  EvomergeError if it cannot be a path."""
-    try:
-        return str((folder / os.path.expanduser(text)).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
-        raise EvomergeError(f"{text!r:.200} is no path ({error})") from error
 
 
 def locate(text: str, relative_to: Path | None = None) -> Path:
