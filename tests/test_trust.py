@@ -443,7 +443,10 @@ def test_work_in_python_ends_at_its_limit_and_not_after_it() -> None:
         pass
 
 
-def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(tiny_family: Path) -> None:
+def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(
+    tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.evaluate.time_limit.TRIAL_SECONDS", 0.1)
     content = json.loads((tiny_family / "base" / "tokenizer.json").read_text())
     content["pre_tokenizer"]["pattern"]["Regex"] = "(?:a|a){19}b|."  # some hundredths of a second each
     tokenizer = Tokenizer.from_str(json.dumps(content))
