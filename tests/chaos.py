@@ -87,9 +87,9 @@ def main() -> None:
             for name, outcome in outcomes.items():
                 began = time.monotonic()
                 try:
-                    what = disturb(name, seed, arguments.family, Path(folder), long=seed == arguments.seed)
-                except AssertionError as error:
-                    what = f"WRONG: {str(error).strip().splitlines()[0][:300]}"
+                    what = disturb(name, seed, arguments.family, Path(folder), long=seed == 0)
+                except Exception as error:
+                    what = f"WRONG: {(str(error).strip() or type(error).__name__).splitlines()[0][:300]}"
                     print(error, file=sys.stderr, flush=True)
                     wrong += 1
                 outcome[what] += 1

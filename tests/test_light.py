@@ -53,6 +53,14 @@ def test_a_command_that_reads_results_imports_nothing_heavy(command: str, run: P
     assert imported == set()
 
 
+def test_migrate_imports_nothing_heavy(tmp_path: Path) -> None:
+    genome = {"models": ["a/one", "a/two"], "merge_method": "linear"}
+    (old := tmp_path / "genome.yml").write_text(yaml.safe_dump({"genome": genome, "tasks": ["any"]}), encoding="utf-8")
+    done, imported = fresh("migrate", old, "--out", tmp_path / "search.yaml")
+    assert done.returncode == 0, done.stderr
+    assert imported == set()
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [({"samplr": {}}, "samplr: unknown key"), ({"method": "tie"}, "'tie'"), ({"base": "/no/such/model"}, "/no/such")],

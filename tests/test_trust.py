@@ -115,6 +115,7 @@ def test_a_link_that_would_be_written_through_is_refused(name: str, run: Path, t
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, run: Path) -> None:
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
+    assert run_cli("status", run, "--watch").returncode == 0
     done = run_cli("resume", run, "--trials", "4")
     assert done.returncode == (0 if name == "state.json" else 2), done.stderr
     if done.returncode == 2:

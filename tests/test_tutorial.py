@@ -41,7 +41,7 @@ def told(page: str) -> list[str]:
     return sorted(re.sub(r"\s+", " ", line) for line in plain)
 
 
-@pytest.mark.slow  # `make test-more` runs it.  Numbers and verdict depend on the processor's kernels
+@pytest.mark.more  # Numbers and verdict depend on the processor's kernels
 def test_the_tutorial_shows_what_its_commands_print(
     tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

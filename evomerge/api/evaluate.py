@@ -108,12 +108,14 @@ def evaluate(
         use(where)
         opened = open_tasks(configs)
         folder = locate(str(base)) if base else None
-        live, tokenizer = open_live_model(locate(str(model)), folder, values, where, computing)
+        language = any(not task.is_python for task in opened)
+        path = locate(str(model))
+        live, tokenizer = open_live_model(path, folder, values, where, computing, language)
         weights = values
     else:
-        if tokenizer is None:
+        opened, live, where, path = open_tasks(configs), model, model.device, None
+        if tokenizer is None and any(not task.is_python for task in opened):
             raise EvomergeError("tokenizer: a model in memory needs its tokenizer beside it")
-        opened, live, where = open_tasks(configs), model, model.device
         weights = str(live.dtype).removeprefix("torch.")
     computed = str(live.dtype).removeprefix("torch.")
     if show:
@@ -123,7 +125,7 @@ def evaluate(
     modes = [(module, module.training) for module in live.modules()]
     live.eval()
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, path)
     finally:
         for module, training in modes:
             module.training = training
@@ -189,6 +191,8 @@ def gather_statistics(
     folder, below = locate(model), locate(base) if base else None
     where = resolve_device(device)
     use(where)
+    if asking := next((task for task in opened if task.is_python), None):
+        raise EvomergeError(f"task {asking.name}: a Python task has no gold answers, which statistics are gathered on")
     live = open_live_model(folder, below, "float32", where)
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:

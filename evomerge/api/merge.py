@@ -126,6 +126,7 @@ def write_model(
     from evomerge.merge.output.model_card import model_card
     from evomerge.merge.recipe.open_bank import open_bank
     from evomerge.report.progress import Bar
+    from evomerge.sources.safetensors_files import weights_name
 
     def log(line: str) -> None:
         if show:
@@ -141,11 +142,16 @@ def write_model(
     bank = open_bank(recipe, where, capacity=0, log=log)  # a merge reads every tensor once: nothing is worth holding
     for line in bank.models.compatibility.notes:
         note(line)
+    loading = bank.layout.config, weights_name(bank.models.base.path)
+
+    def card(signed: Recipe) -> str:
+        return model_card(signed, results, copy_of, *loading)
+
     started = time.monotonic()
     bar = Bar("merging", total_bytes(recipe, bank), "MB") if show else None
     progress: Callable[[int], None] = bar.update if bar else lambda done: None
     try:
-        signed = export(recipe, bank, out, lambda r: model_card(r, results, copy_of), progress, note=note)
+        signed = export(recipe, bank, out, card, progress, note=note)
     finally:
         if bar:
             bar.close()
@@ -189,10 +195,10 @@ def reproduce(recipe: Path, out: Path, check: Path | None, device: str) -> Repro
 
     Raises EvomergeError if the inputs are not those that the recipe records.
     """
-    from evomerge.merge.output.compare import model_differences
+    from evomerge.merge.output.compare import model_differences, only_file
 
     loaded = load_recipe(recipe)
-    if check is not None and not (check / "config.json").is_file():
+    if check is not None and not (check / "config.json").is_file() and only_file(check) is None:
         raise EvomergeError(f"{check}: not a model folder (it has no config.json)")
     check_fingerprints(loaded)
     made = write_model(loaded, out, device)

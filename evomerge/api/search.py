@@ -138,7 +138,12 @@ def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] =
     """
     from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.recipe.layout import build_layout
-    from evomerge.search.evaluation.task_set import check_chat_templates, check_statistics, open_task_set
+    from evomerge.search.evaluation.task_set import (
+        check_chat_templates,
+        check_language,
+        check_statistics,
+        open_task_set,
+    )
     from evomerge.search.models import open_config_models
     from evomerge.search.opened import Opened
     from evomerge.search.space.layer_assembly import build_assembly
@@ -151,6 +156,7 @@ def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] =
             say(f"note: {note}", error=True)
     stage("opening the tasks")
     task_set = open_task_set(config)
+    check_language(models, task_set)
     check_chat_templates(models, task_set)
     check_statistics(config, models, task_set)
     return Opened(config, models, task_set)

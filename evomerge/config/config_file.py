@@ -22,7 +22,7 @@ from evomerge.config.schema import (
     SpaceConfig,
     WorkersConfig,
 )
-from evomerge.config.tasks import GuardConfig, SplitsConfig, TaskConfig, TaskOptions
+from evomerge.config.tasks import GuardConfig, PythonTask, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.files import read_yaml, write_text
 from evomerge.merge.methods import METHODS
@@ -32,8 +32,8 @@ from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "": SearchConfig, "sources": SourceConfig, "tasks": TaskConfig, "guards": GuardConfig, "splits": SplitsConfig,
-    "sampler": SamplerConfig, "budget": BudgetConfig, "price": PriceConfig, "workers": WorkersConfig,
-    "racing": RacingConfig, "layers": LayersConfig,
+    "task": PythonTask, "sampler": SamplerConfig, "budget": BudgetConfig, "price": PriceConfig,
+    "workers": WorkersConfig, "racing": RacingConfig, "layers": LayersConfig,
 }  # fmt: skip
 """Where a key of the file stands -> the keys that may stand there."""
 
@@ -244,10 +244,11 @@ def of_file(file: Path, any_layers: bool) -> dict[str, Any]:
 
 def readable(error: dict[str, Any]) -> str:
     """One pydantic error as a line: the YAML path, the problem, the value."""
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
+    place = [part for part in error["loc"] if not str(part).startswith(("function-", "constrained-", "tagged-"))]
+    where = ".".join(map(str, place))
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        names = [part for part in error["loc"] if isinstance(part, str)]
+        names = [part for part in place if isinstance(part, str)]
         section = SECTIONS.get(names[-2] if len(names) > 1 else "")
         return f"{where}: unknown key" + did_you_mean(names[-1], section.model_fields if section else ())
     if error["type"] == "missing":

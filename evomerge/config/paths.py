@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config.schema import SearchConfig
-from evomerge.config.tasks import TaskOptions
+from evomerge.config.tasks import PythonTask, TaskOptions
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.pinned_inputs import pin as pin_recipe
 from evomerge.merge.recipe.recipe import load_recipe, models_on_disk, parse_recipe
@@ -29,6 +29,11 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         if not isinstance(text, str) or (looks_like_hub_id(text) and not os.path.exists(folder / text)):
             return text
         return absolute(text)
+
+    def task(given: object) -> object:
+        if isinstance(given, dict):
+            return given | {k: absolute(v) for k, v in given.items() if k in ("python", "items") and isinstance(v, str)}
+        return absolute(given) if isinstance(given, str) and given.endswith((".yaml", ".yml")) else given
 
     content = dict(content)
     if "base" in content:
@@ -56,10 +61,7 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("tasks", "guards"):
         if isinstance(content.get(key), list):
             content[key] = [
-                {**t, "task": absolute(t["task"])}
-                if isinstance(t, dict) and str(t.get("task", "")).endswith((".yaml", ".yml"))
-                else t
-                for t in content[key]
+                {**t, "task": task(t["task"])} if isinstance(t, dict) and "task" in t else t for t in content[key]
             ]
     return content
 
@@ -98,14 +100,19 @@ def path_problems(config: SearchConfig) -> list[str]:
     lists: dict[str, Sequence[TaskOptions]] = {"tasks": config.tasks, "guards": config.guards}
     for key, entries in lists.items():
         for i, task in enumerate(entries):
-            if task.is_file and not os.path.isfile(task.task):
+            if task.is_file and not os.path.isfile(str(task.task)):
                 problems.append(f"{key}.{i}.task: no such file: {task.task}")
+            if isinstance(task.task, PythonTask):
+                files = {"python": task.task.file, "items": task.task.items}
+                problems += [
+                    f"{key}.{i}.task.{k}: no such file: {f}" for k, f in files.items() if not os.path.isfile(f)
+                ]
     for i, recipe in enumerate(config.baselines):
         if not os.path.isfile(recipe):
             problems.append(f"baselines.{i}: no such file: {recipe}")
     for key, entries in lists.items():
         names = [task.task for task in entries]
-        problems += [f"{key}: {n} is listed twice" for n in sorted({n for n in names if names.count(n) > 1})]
+        problems += [f"{key}: {n} is listed twice" for n in sorted({str(n) for n in names if names.count(n) > 1})]
     return problems
 
 

@@ -2,15 +2,53 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from evomerge.config.strict import Strict
 
 
-class TaskOptions(Strict):
-    """One lm-eval task and how models are scored on it.
+class PythonTask(Strict):
+    """A task that is a Python function of the user's, see `evaluate/python_task.py`.
 
-    task: a YAML file or the name of one of lm-eval's own tasks.
+    python: `FILE.py:FUNCTION`.
+    items: a file of JSON lines, one object an item.
+    name: of the task; None is the function's.
+    metric: what the function's number is called.
+    higher_is_better: its direction.
+    block: the greatest number of items that the function gets at once.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    python: str = Field(pattern=r"\.py:[^\W\d]\w*$")
+    items: str
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    metric: str = Field(default="score", pattern=r"^[\w.@-]+$")
+    higher_is_better: bool = True
+    block: int = Field(default=64, ge=1)
+
+    @property
+    def file(self) -> str:
+        """The file of the function."""
+        return self.python.rpartition(":")[0]
+
+    def __str__(self) -> str:
+        return self.python
+
+
+def kind_of_task(value: object) -> str:
+    """Which of the two forms of `task` a value has; the names are those of the tags below."""
+    return "tagged-python" if isinstance(value, (dict, PythonTask)) else "tagged-name"
+
+
+TaskName = Annotated[
+    Annotated[str, Tag("tagged-name")] | Annotated[PythonTask, Tag("tagged-python")], Discriminator(kind_of_task)
+]
+
+
+class TaskOptions(Strict):
+    """One task and how models are scored on it.
+
+    task: a YAML file, the name of one of lm-eval's own tasks, or a Python function with its items.
     objective: what the search optimises: a metric that the task has per item, or one of `evaluate/metrics.py`; `auto`
         is a smooth one that fits the task, `entropy` one without labels.  It is checked when the task is opened, since
         only then its metrics are known.
@@ -22,7 +60,7 @@ class TaskOptions(Strict):
     allow_task_code: whether the task's file may run Python code.
     """
 
-    task: str
+    task: TaskName
     objective: str = "auto"
     metric: str | None = None
     gold: str | None = None
@@ -34,7 +72,19 @@ class TaskOptions(Strict):
 
     @property
     def is_file(self) -> bool:
-        return self.task.endswith((".yaml", ".yml"))
+        return isinstance(self.task, str) and self.task.endswith((".yaml", ".yml"))
+
+    @model_validator(mode="after")
+    def fit_the_task(self) -> "TaskOptions":
+        if isinstance(self.task, PythonTask):
+            given = {
+                "gold": self.gold,
+                "num_fewshot": self.num_fewshot,
+                "apply_chat_template": self.apply_chat_template,
+            }
+            if wrong := [name for name, value in given.items() if value]:
+                raise ValueError(f"{wrong[0]}: has no meaning for a Python task, whose function asks the model itself")
+        return self
 
 
 class TaskConfig(TaskOptions):

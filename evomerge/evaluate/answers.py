@@ -1,5 +1,6 @@
 """What a model was asked and what it answered, item by item, in words."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,8 +30,10 @@ class Answer:
 
 
 def answers_of(engine: Engine, work: Workload) -> list[Answer]:
-    """The answers to one task's workload, after `Engine.score` with all metrics."""
+    """The answers to one task's workload, after `Engine.score` with all metrics; of a Python task the items alone."""
     task = work.task
+    if task.is_python:
+        return [Answer(json.dumps(asked.item.doc, ensure_ascii=False), "", "", "", False) for asked in work.items]
     return [
         Answer(str(asked.instances[0].args[0]), gold_of(task, asked.item), *text_of(engine, task, asked))
         for asked in work.items

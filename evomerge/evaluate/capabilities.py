@@ -43,6 +43,9 @@ class Capabilities:
         return self.window is None or longest <= self.window
 
 
+NONE = Capabilities(packs=False, trunks=False, steps=False, window=None)
+
+
 def window_of(config: Any) -> int | None:
     """The smallest attention window of a model's layers in tokens, None if all layers attend to everything.
 

@@ -90,7 +90,10 @@ def forwards_of(model: Any, counts: Counts) -> Iterator[None]:
     """Within the context, the model's forwards are counted; for forwards that another library runs."""
 
     def count(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        tokens = options["input_ids"] if "input_ids" in options else inputs[0]  # (B, T)
+        tokens = options.get("input_ids", inputs[0] if inputs else None)  # (B, T); other models take no tokens
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+            counts.add(0, 0)
+            return
         mask = options.get("attention_mask")  # (B, tokens so far)
         real = int(mask[:, -tokens.shape[1] :].sum()) if mask is not None and mask.ndim == 2 else tokens.numel()
         counts.add(real, tokens.numel())

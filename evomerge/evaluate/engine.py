@@ -1,12 +1,14 @@
 """The engine: score a live model on workloads.  Everything but the model's forwards is prepared once."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from evomerge.errors import EvomergeError, without_panics
-from evomerge.evaluate.capabilities import probe
+from evomerge.evaluate.capabilities import NONE, probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.formulas import Answer
 from evomerge.evaluate.generation import Stops, generate, plan_generation
@@ -15,12 +17,14 @@ from evomerge.evaluate.kv_cache import KeysValues
 from evomerge.evaluate.loglikelihood import Plan, RowScore, plan_batches, score_batches
 from evomerge.evaluate.metrics import Metric
 from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
+from evomerge.evaluate.python_task import Helper
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.time_limit import ITEM_SECONDS, TimeLimit, TooLong, try_tokenizer
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
+from evomerge.sources.tokenizer import open_processor
 
 Trunks = dict[Tokens, KeysValues]
 """The keys and values of the trunks that one candidate has computed; they are wrong for every other candidate."""
@@ -29,11 +33,13 @@ Trunks = dict[Tokens, KeysValues]
 class Engine:
     """Scores one live model.  Tokenisation is that of lm-eval's HFLM, whose methods are called.
 
-    model: a causal language model of transformers.
-    tokenizer: its tokenizer.
+    model: a causal language model of transformers; any model, if there are only Python tasks.
+    tokenizer: its tokenizer; None only if there are only Python tasks.
     batch_tokens: padded tokens per forward; `auto` is what the device holds.  It is halved for the rest of the run
         when the memory does not suffice.
     log: gets one line for everything that the model cannot do.
+    language: whether there are tasks that ask a language model.
+    folder: of the model's processor, for Python tasks that want it; None gives them the tokenizer.
     """
 
     def __init__(
@@ -42,21 +48,59 @@ class Engine:
         tokenizer: Any,
         batch_tokens: int | Literal["auto"],
         log: Callable[[str], None] = lambda text: None,
+        language: bool = True,
+        folder: Path | None = None,
     ) -> None:
-        from lm_eval.models.huggingface import HFLM
-
         self.model = model
         self.tokenizer = tokenizer
         self.log = log
-        self.lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32")
-        try_tokenizer(self.lm.tok_encode)
-        self.requests = Requests(self.lm)
-        end = {self.lm.eot_token_id, *as_list(getattr(model.generation_config, "eos_token_id", None))}
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        self.stops = Stops(tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
-        self.batch_tokens = token_budget(batch_tokens, model)
-        self.capabilities = probe(model, self.vocabulary, log)
+        self.folder = folder
+        self.batch_tokens = token_budget(batch_tokens, model) if language else LEAST
+        self.capabilities = probe(model, self.vocabulary, log) if language else NONE
         self.unpacked: set[str] = set()  # tasks whose rows are longer than the model's window
+
+    # --- What a language model has ---
+
+    @cached_property
+    def lm(self) -> Any:
+        """lm-eval's HFLM on the model.  EvomergeError if its tokenizer takes too long."""
+        from lm_eval.models.huggingface import HFLM
+
+        lm = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=1, softmax_dtype="float32")
+        try_tokenizer(lm.tok_encode)
+        return lm
+
+    @cached_property
+    def requests(self) -> Requests:
+        """Builds the requests of items."""
+        return Requests(self.lm)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The number of rows of the embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def stops(self) -> Stops:
+        """Where a generated answer ends."""
+        end = {self.lm.eot_token_id, *as_list(getattr(self.model.generation_config, "eos_token_id", None))}
+        return Stops(self.tokenizer, self.vocabulary, {int(t) for t in end if t is not None})
+
+    # --- What Python tasks may ask for ---
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' processor in the model's folder: of images, sound and text, or the tokenizer alone."""
+        return self.tokenizer if self.folder is None else open_processor(self.folder)
+
+    def helper(self, kind: Helper) -> Any:
+        """The tokenizer or the processor.  EvomergeError if the model has none that can be opened."""
+        found = getattr(self, kind)
+        if found is None:
+            raise EvomergeError(f"a Python task asks for the {kind}, and the base model has none that can be opened")
+        return found
+
+    # --- Items ---
 
     def prepare(self, task: Task, items: Sequence[Item], everything: bool) -> Workload:
         """Build prompts, token ids and batches of a task's items; see `workload`."""
@@ -72,6 +116,8 @@ class Engine:
         EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
         examples do not fit its documents.
         """
+        if task.is_python:
+            return Workload(task, [ItemRequests(item, [], [], [], [], None, 0) for item in items], complete=True)
         task.lm.set_fewshot_seed(FEWSHOT_SEED)  # before each call: lm-eval draws examples one after another
         objective = task.own.get(task.objective)
         only_gold = not everything and objective is not None and objective.needs == "gold"
@@ -124,7 +170,11 @@ class Engine:
     def plan(self, work: Workload) -> None:
         """Make the batches of a workload for the present token budget."""
         work.budget = self.batch_tokens
-        too_long = [part for part in work.by_task if not self.capabilities.reaches(part.longest)]
+        for part in work.by_task:
+            part.calls = part.task.lm.blocks(len(part.items)) if part.task.is_python else []
+        if not work.asks:
+            return
+        too_long = [part for part in work.by_task if part.asks and not self.capabilities.reaches(part.longest)]
         work.packs = self.capabilities.packs and not too_long
         for part in too_long if self.capabilities.packs else []:
             if part.task.name not in self.unpacked:  # once, not for every chunk
@@ -175,13 +225,26 @@ class Engine:
         extras = {m.extra for part in work.by_task for m in computed(part.task) if m.extra}
         lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks, extras) if work.rows else []
         texts = self.texts(work, clock, trunks) if work.prompts else []
+        called = [self.called(part, clock) if part.task.is_python else None for part in work.by_task]
         found, row, prompt = [], 0, 0
         with clock.time("score"):
-            for part in work.by_task:
+            for part, own in zip(work.by_task, called, strict=True):
                 last_row, last_prompt = row + len(part.rows), prompt + len(part.prompts)
-                found.append(self.metrics(part, lls[row:last_row], texts[prompt:last_prompt]))
+                found.append(self.metrics(part, lls[row:last_row], texts[prompt:last_prompt]) if own is None else own)
                 row, prompt = last_row, last_prompt
         return found
+
+    def called(self, work: Workload, clock: Clock) -> ItemMetrics:
+        """The numbers of a Python task's function.  TaskCodeFailed if it does not give them."""
+        values: list[float] = []
+        docs = [asked.item.doc for asked in work.items]
+        for places in work.calls:
+            clock.check()
+            which = f"items {places.start + 1} to {places.stop} of {len(docs)}"
+            with clock.time("forward"), forwards_of(self.model, clock.counts):
+                values += work.task.lm.score(self.model, docs[places.start : places.stop], self.helper, which)
+            clock.batches.add()
+        return {work.task.metric: values}
 
     def metrics(self, work: Workload, lls: Sequence[RowScore], texts: Sequence[str]) -> ItemMetrics:
         """The metrics of one task.

@@ -18,6 +18,7 @@ from evomerge.evaluate.workload import Workload
 
 FORWARD, LOOK = 64.0, 32.0  # the fixed cost of a forward and of a look in tokens; rather too high than too low
 ON_ACCELERATOR = 1 / 16  # the fixed cost of a forward on an accelerator, as a share of the tokens that fill a batch
+PYTHON_ITEM = 64.0  # the assumed cost of an item of a Python task in tokens; nobody knows what its function does
 GROWTHS = (1.0, 1.4, 2.0)  # how much larger each chunk is than the one before: most stops come early
 CHUNKS = (40, 20, 10, 6, 4, 3, 2)
 SURVIVE, MEAN = 0.2, 0.3  # the share of candidates that are never stopped; the mean share of items seen by the others
@@ -46,6 +47,8 @@ def time_of(work: Workload, cost: Cost) -> float:
         width = made.inputs.shape[1]
         total += sum(cost.forward + len(made.owner[rows]) * (width - first) for rows, first in made.parts)
         total += made.limit * (cost.forward + math.ceil(0.75 * len(made.owner)))
+    for part in work.by_task:
+        total += sum(cost.forward + PYTHON_ITEM * len(places) for places in part.calls)
     return total
 
 

@@ -24,7 +24,12 @@ from evomerge.files import written_aside
 def prepared_workload(
     engine: Engine, task: Task, split: Split, items: Sequence[Item], everything: bool, folder: Path
 ) -> Workload:
-    """`engine.workload` for the items of a split; read from `folder` if its file is there, else built and written."""
+    """`engine.workload` for the items of a split; read from `folder` if its file is there, else built and written.
+
+    Of a Python task nothing is kept, because nothing is built.
+    """
+    if task.is_python:
+        return engine.workload(task, items, everything)
     what = "all" if everything else "objective"
     file = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', task.name)}-{split}-{what}.jsonl"
     key = items_key(engine, task, items, everything)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
@@ -37,16 +38,19 @@ def evaluate_model(
     limit: int | None,
     clock: Clock,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Path | None = None,
 ) -> list[TaskResult]:
     """Every metric of every task on the items that lm-eval evaluates.
 
     batch_tokens: see `Engine`.
     limit: the greatest number of items of a task, None for all.
     progress: called with the number of batches done and their total.
+    folder: of the model, if it is on disk.
 
     EvomergeError if a task cannot be scored.
     """
-    engine = Engine(model, tokenizer, batch_tokens)
+    language = any(not task.is_python for task in tasks)
+    engine = Engine(model, tokenizer, batch_tokens, language=language, folder=folder)
     prepared = []
     for task in tasks:
         items = items_of(task, task.docs)[:limit]

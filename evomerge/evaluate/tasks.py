@@ -1,4 +1,4 @@
-"""Open lm-eval tasks, check the metrics that a configuration names, and deal the documents to the three splits."""
+"""Open tasks, check the metrics that a configuration names, and deal the documents to the three splits."""
 
 import hashlib
 import json
@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from evomerge.config.tasks import GuardConfig, Share, SplitsConfig, TaskConfig, TaskOptions
+from pydantic import ValidationError
+
+from evomerge.config.tasks import GuardConfig, PythonTask, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.evaluate.metrics import (
     AUTO,
@@ -22,7 +24,11 @@ from evomerge.evaluate.metrics import (
     added_metric,
     added_names,
 )
-from evomerge.evaluate.taskfile import load_file, load_named
+from evomerge.evaluate.python_task import PYTHON, PythonSource
+from evomerge.evaluate.taskfile import ALLOW, load_file, load_named
+from evomerge.files import first_problem, read_text
+from evomerge.parse import TaskLoader, parse_yaml
+from evomerge.sources.locate import absolute_path
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt
@@ -44,18 +50,18 @@ class Item:
 
 @dataclass
 class Task:
-    """An lm-eval task with its settings in a configuration.
+    """A task with its settings in a configuration.
 
     name: lm-eval's name of the task.
     weight: the task's share in the score.
     objective: the metric that the search maximises (or minimises).
     metric: the metric that the verdict compares.
     gold: a Jinja template of the gold answer of a generation task, if it is not `doc_to_target`.
-    lm: lm-eval's own task object, which builds prompts, filters answers and scores them.
+    lm: lm-eval's own task object, which builds prompts, filters answers and scores them; or a `PythonSource`.
     chat: whether prompts go through the chat template.
     multiturn: whether the chat template gets few-shot examples as turns of their own.
     limit: the greatest number of documents, None for all.
-    code: whether the task's file runs its own Python code (the configuration allows it).
+    code: whether the task runs Python code of the user's (the configuration allows it).
     added: the metrics of other packages that the objective or the metric names.
     auto: whether the configuration leaves the choice of the objective to evomerge (`auto` or `auto_mean`).
     origin: the file or name that the configuration gives, of a group for each of its tasks.
@@ -77,8 +83,13 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """lm-eval's `output_type`: multiple_choice, generate_until, loglikelihood or loglikelihood_rolling."""
+        """lm-eval's `output_type`: multiple_choice, generate_until, loglikelihood, loglikelihood_rolling; or PYTHON."""
         return str(self.lm.OUTPUT_TYPE)
+
+    @property
+    def is_python(self) -> bool:
+        """Whether a Python function of the user's scores it, and not the answers to prompts."""
+        return self.kind == PYTHON
 
     @property
     def metrics(self) -> list[str]:
@@ -119,10 +130,7 @@ def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
     """
     opened: list[Task] = []
     for config in configs:
-        if config.is_file:
-            lm_tasks, code = load_file(Path(config.task), config.allow_task_code)
-        else:
-            lm_tasks, code = load_named(config.task), False
+        lm_tasks, code = load(config)
         if not lm_tasks:
             raise EvomergeError(f"{config.task}: lm-eval finds no task in it")
         for lm_task in lm_tasks:
@@ -130,11 +138,41 @@ def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
                 lm_task.set_config("num_fewshot", config.num_fewshot)
             lm_task.set_fewshot_seed(FEWSHOT_SEED)
             opened.append(check_task(lm_task, config, config.weight / len(lm_tasks)))
-            opened[-1].code, opened[-1].origin = code, config.task
+            opened[-1].code, opened[-1].origin = code, str(config.task)
     names = [task.name for task in opened]
     if twice := {name for name in names if names.count(name) > 1}:
         raise EvomergeError(f"tasks: two of them are called {min(twice)!r}; each needs a name of its own")
     return opened
+
+
+def load(config: TaskOptions) -> tuple[list[Any], bool]:
+    """The task objects that a configuration's task stands for, and whether they run Python code of the user's."""
+    if (given := python_task(config)) is not None:
+        return [PythonSource(given)], True
+    if config.is_file:
+        return load_file(Path(str(config.task)), config.allow_task_code)
+    return load_named(str(config.task)), False
+
+
+def python_task(config: TaskOptions) -> PythonTask | None:
+    """The Python task that a configuration gives, itself or in a task file of its own; None if it is another kind.
+
+    EvomergeError if the file is wrong, or may not run code.
+    """
+    if isinstance(config.task, PythonTask) or not config.is_file:
+        return config.task if isinstance(config.task, PythonTask) else None
+    file = Path(config.task)
+    content = parse_yaml(read_text(file), str(file), TaskLoader)
+    if not isinstance(content, dict) or "python" not in content:
+        return None
+    if not config.allow_task_code:
+        raise EvomergeError(f"{file}: runs Python code (`python`); {ALLOW}")
+    try:
+        given = PythonTask.model_validate(content)
+    except ValidationError as error:
+        raise EvomergeError(f"{file}: {first_problem(error)}") from error
+    paths = {key: absolute_path(str(getattr(given, key)), file.parent.resolve()) for key in ("python", "items")}
+    return given.model_copy(update=paths)
 
 
 def task_files(name: str) -> list[str]:

@@ -45,6 +45,7 @@ class Workload:
     budget: the padded tokens per forward that the batches are made for.
     packs: whether several sequences share a row.
     batches, generations: the forwards, empty before `Engine.plan`.
+    calls: of the functions of Python tasks, also of each part's: the places of the items that each call gets.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Workload:
     packs: bool = False
     batches: list[Batch] = field(default_factory=list)
     generations: list[GenerationBatch] = field(default_factory=list)
+    calls: list[range] = field(default_factory=list)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -70,7 +72,12 @@ class Workload:
     @property
     def steps(self) -> int:
         """The number of batches."""
-        return len(self.batches) + len(self.generations)
+        return len(self.batches) + len(self.generations) + sum(len(part.calls) for part in self.by_task)
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a sequence or a prompt, and not only calls."""
+        return bool(self.rows or self.prompts)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,7 @@
 """The live model: one model in memory whose weights every candidate overwrites in place."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,55 +14,77 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
-from evomerge.sources.architecture import known_config
+from evomerge.sources.architecture import is_language_model, known_config, named_architecture
 from evomerge.sources.checkpoint import open_weight_files, read_config
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
-from evomerge.sources.tokenizer import open_tokenizer, read_vocabulary
+from evomerge.sources.tokenizer import Vocabulary, open_tokenizer, optional_tokenizer, read_vocabulary
 
 # transformers 5 keeps the experts of a mixture in two stacked parameters; in a checkpoint each has three tensors.
 EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$")
 
 
-def load_live_model(path: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None) -> Any:
+def load_live_model(
+    path: Path, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None, language: bool = True
+) -> Any:
     """Load a model from a folder with transformers, on the device, ready to be scored or overwritten.
 
     dtype: the type to which its weights are rounded.
     compute: the type that holds them and computes, if it is another.
+    language: load a causal language model, else the class that the model's config.json names.
 
     EvomergeError if transformers cannot open it (unknown architecture, missing code).
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        kind = live_class(None if language else read_config(path))
+        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    except EvomergeError:
+        raise
     except Exception as error:  # a configuration may be wrong in any way; code in the model's folder is not run
         reason = first_line(error)
+        if language and (config := read_config(path)) and not is_language_model(config):
+            reason = f"{named_architecture(config)} is no causal language model; such models are scored by Python tasks"
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
         raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
     return ready(model, dtype, device, compute)
 
 
-def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None = None) -> Any:
+def live_class(config: Mapping[str, Any] | None) -> Any:
+    """transformers' class for a live model: the one that a config.json names, or that of causal language models.
+
+    config: None for a causal language model.
+    """
+    import transformers
+
+    if config is None:
+        return transformers.AutoModelForCausalLM
+    names = config.get("architectures")
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    return found if isinstance(found, type) and hasattr(found, "from_pretrained") else transformers.AutoModel
+
+
+def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None = None, language: bool = True) -> Any:
     """The live model for a bank's candidates: the base, or a model with the layout's own depth and width.
 
-    dtype, compute: see `load_live_model`.
+    dtype, compute, language: see `load_live_model`.
 
     EvomergeError if transformers cannot build it.
     """
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
-        return load_live_model(base, dtype, bank.device, compute)
-    from transformers import AutoModelForCausalLM, GenerationConfig
+        return load_live_model(base, dtype, bank.device, compute, language)
+    from transformers import GenerationConfig
 
     if (known := known_config(bank.layout.config)) is None:
         raise EvomergeError(f"{base}: transformers does not know its architecture")
     try:
-        model = AutoModelForCausalLM.from_config(known, dtype=dtype)
+        kind = live_class(None if language else bank.layout.config)
+        model = (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(known, dtype=dtype)
     except Exception as error:
         reason = first_line(error)
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
@@ -86,19 +109,26 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
     """
     parameters = {name: p.data for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
+    stored = {n: b for n, b in buffers.items() if n in model.state_dict() and b.is_floating_point()}
     prefix = getattr(model, "base_model_prefix", "") + "."
+    renamed = renaming_of(model)
     found: dict[str, torch.Tensor] = {}
+    covered = 0
     for name in bank.names:
         tensor = live_tensor(name, parameters, prefix)
+        if tensor is None and (other := renamed(name)) != name and other in parameters:
+            tensor = same_shape(parameters[other], bank.layout.tensors[name].shape)
         if tensor is not None:
             found[name] = tensor
+            covered += tensor.numel()
+        elif (statistic := live_tensor(name, stored, prefix)) is not None and not is_computed_buffer(name):
+            found[name] = statistic  # what a normalisation has measured in training is merged as weights are
         elif not (
             name in buffers or prefix + name in buffers or bank.merged_as(name) != name or is_computed_buffer(name)
         ):
             raise EvomergeError(
                 f"{bank.models.base.path}: transformers' {type(model).__name__} has no parameter for the tensor {name}"
             )
-    covered = sum(t.numel() for t in found.values())
     total = sum(p.numel() for p in parameters.values())
     if covered != total:
         raise EvomergeError(
@@ -106,6 +136,27 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
             f"transformers' {type(model).__name__}; the checkpoint is incomplete"
         )
     return found
+
+
+def renaming_of(model: Any) -> Callable[[str], str]:
+    """The names under which transformers keeps the tensors of a checkpoint, for classes that it has changed since.
+
+    Returns a function from a checkpoint's name to the live model's; what transformers joins or divides keeps its name.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [part for part in get_model_conversion_mapping(model) if isinstance(part, WeightRenaming)]
+        meta = model.state_dict()
+    except Exception:  # they are no public functions, and the model may not be transformers'
+        return lambda name: name
+    return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, meta)[0])
+
+
+def same_shape(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
+    """A tensor if it has this shape, else None."""
+    return tensor if tuple(tensor.shape) == tuple(shape) else None
 
 
 def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
@@ -135,12 +186,18 @@ def live_tensor(name: str, parameters: dict[str, torch.Tensor], prefix: str) -> 
 
 
 def open_live_model(
-    folder: Path, base: Path | None, dtype: Dtype, device: torch.device, wanted: Dtype | Literal["auto"] = "auto"
+    folder: Path,
+    base: Path | None,
+    dtype: Dtype,
+    device: torch.device,
+    wanted: Dtype | Literal["auto"] = "auto",
+    language: bool = True,
 ) -> tuple[Any, Any]:
     """Open a model to score, and its tokenizer.  An adapter is merged onto `base` like any recipe.
 
     dtype: the type to which its weights are rounded.
     wanted: the type to compute in; `auto` measures which is faster (`compute_dtype.py`).
+    language: whether it is a causal language model, see `load_live_model`; else it may have no tokenizer (None).
 
     EvomergeError if the folder is an adapter and no base is given, or transformers cannot open the model.
     """
@@ -156,12 +213,14 @@ def open_live_model(
         wanted = faster_type(dtype, measure(dtype, device.type, shapes))
     types = TORCH_DTYPES[dtype], TORCH_DTYPES[wanted]
     if not is_adapter:
-        return load_live_model(folder, types[0], device, types[1]), open_tokenizer(folder)
+        tokenizer = open_tokenizer(folder) if language else optional_tokenizer(Vocabulary({}, folder))
+        return load_live_model(folder, types[0], device, types[1], language), tokenizer
     vocabulary = "source" if read_vocabulary(folder) else None  # an adapter may have added tokens
     bank = Bank(open_models(whole, {"source": folder}, vocabulary=vocabulary), device)
-    model = candidate_model(bank, *types)
+    model = candidate_model(bank, *types, language)
     source = RecipeSource(name="source", path=str(folder))
     base_model = Model(path=str(whole))
     recipe = Recipe(method="linear", dtype=dtype, base=base_model, sources=[source], vocabulary=vocabulary)
     materialise(recipe, bank, destinations(model, bank))
-    return model, open_tokenizer(bank.models.tokenizer_folder)
+    where = bank.models.tokenizer_folder
+    return model, open_tokenizer(where) if language else optional_tokenizer(Vocabulary({}, where))

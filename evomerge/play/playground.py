@@ -262,8 +262,8 @@ class Playground:
         found = []
         end = self.engine.lm.tok_decode(self.engine.lm.eot_token_id, skip_special_tokens=False)
         for work in self.workloads(EXAMPLES):
-            if work.task.kind == "loglikelihood_rolling":
-                continue  # it scores a text and asks nothing
+            if work.task.is_python or work.task.kind == "loglikelihood_rolling":
+                continue  # it has no prompts
             for asked in work.items:
                 stop, limit = "\n", 32
                 if asked.prompts:
@@ -305,6 +305,8 @@ def open_playground(target: Path, log: Callable[[str], None] = print) -> Playgro
             if config.compute_dtype == "auto" and (computing := recorded_type(study.user_attrs)):
                 config = config.model_copy(update={"compute_dtype": computing})
     opened = open_inputs(config, show=True)
+    if all(task.is_python for task in opened.task_set.tasks):
+        raise EvomergeError(f"{target}: has Python tasks alone; the playground asks a language model")
     space = build_space(config, opened.models)
     presets = presets_of(space, run)
     evaluator = Evaluator(config, opened.models, opened.task_set, log=log, cache=run.folder / "cache" if run else None)

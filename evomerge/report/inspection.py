@@ -242,7 +242,7 @@ def inspect(
         config = load_config(Path(base))
         models = open_config_models(config, strict=False)
         if lines is None and not models.compatibility.problems:
-            lines = lines_of_tasks(open_task_set(config))
+            lines = lines_of_tasks(open_task_set(config)) or None
     else:
         raise EvomergeError("give a base and at least one source, or the configuration of a search")
     compatibility = models.compatibility

@@ -93,8 +93,12 @@ def results_section(verdict: dict[str, Any], model: str | None = None) -> str:
     counts = ", ".join(f"{name}: {t['metric']}, {t['items']['holdout']} items" for name, t in verdict["tasks"].items())
     note = f"{GAIN_MEANS}. 90% intervals have 5% on each side. Items that the search "
     note += in_markdown(f"never saw ({counts}). " + " ".join(remarks(verdict)))
-    if code := [name for name, t in verdict["tasks"].items() if t.get("code")]:
+    functions = {name: t["function"] for name, t in verdict["tasks"].items() if "function" in t}
+    if code := [name for name, t in verdict["tasks"].items() if t.get("code") and name not in functions]:
         note += f"\n\nThis result used Python code of the task {in_markdown(', '.join(code))} (`allow_task_code`)."
+    if functions:
+        listed = "; ".join(f"{name}: {function}" for name, function in functions.items())
+        note += f"\n\nPython functions gave the scores. {in_markdown(listed)}."
     recommended = model or verdict["recommended"]
     which = ""
     if recommended == copied_model(verdict):

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import PythonTask
 from evomerge.errors import EvomergeError
 from evomerge.files import write_text
 from evomerge.search.run import Run
@@ -42,8 +43,12 @@ def agree(what: list[str | None], folder: Path) -> None:
 
 
 def task_code(config: SearchConfig) -> list[str | None]:
-    """The task files whose Python code may run in a search, as something to agree to; empty if there are none."""
-    files = sorted(task.task for task in (*config.tasks, *config.guards) if task.allow_task_code)
+    """The files whose Python code may run in a search, as something to agree to; empty if there are none.
+
+    They are task files that may run code, and those of Python tasks with the names of their functions.
+    """
+    every = (*config.tasks, *config.guards)
+    files = sorted(str(task.task) for task in every if task.allow_task_code or isinstance(task.task, PythonTask))
     return ["allow_task_code", *files] if files else []
 
 

@@ -69,14 +69,15 @@ def without_paths(recipe: Recipe) -> dict[str, Any]:
 def item_fingerprints(task_set: TaskSet) -> dict[str, dict[str, str]]:
     """Task -> split -> a hash of its items: of their documents, whatever file they came from.
 
-    A task with few-shot examples has their hash as `few-shot`.
+    A task with few-shot examples has their hash as `few-shot`, a Python task that of its file as `code`.
     """
     found: dict[str, dict[str, str]] = {}
     for task in task_set.tasks:
         ids = {str(split): "".join(sorted(i.id for i in items)) for split, items in task_set.items[task.name].items()}
         if task.lm.config.num_fewshot:
             ids["few-shot"] = json.dumps(list(task.lm.fewshot_docs()), sort_keys=True, default=str)
-        found[task.name] = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
+        hashes = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in ids.items()}
+        found[task.name] = hashes | ({"code": task.lm.sha256} if task.is_python else {})
     return found
 
 
@@ -93,12 +94,17 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
         content["method"] = config.methods
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
-            entry[key] = ""
+            entry[key] = without_files(entry[key]) if isinstance(entry[key], dict) else ""
     for entry, source in zip(content["sources"], config.sources, strict=True):
         if source.recipe is not None:
             entry["recipe"] = without_paths(source.recipe)
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}
     return hashlib.sha256(json.dumps([content, known, items], sort_keys=True).encode()).hexdigest()
+
+
+def without_files(task: dict[str, Any]) -> dict[str, Any]:
+    """A Python task without the paths of its files, whose content counts; the name of the function stays."""
+    return task | {"python": task["python"].rpartition(":")[2], "items": ""}
 
 
 def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:
@@ -160,7 +166,9 @@ def check_unchanged(run: Run, accept: bool) -> SearchConfig:
     known: dict[str, dict[str, str]] = manifest.get("items", {})
     for task in sorted(items.keys() & known.keys()):
         lines += [
-            f"task {task}: its {s} items are others now" for s in items[task] if items[task][s] != known[task].get(s)
+            f"task {task}: its " + ("Python file is another one now" if s == "code" else f"{s} items are others now")
+            for s in items[task]
+            if items[task][s] != known[task].get(s)
         ]
     changed = lines
     if prints == recorded:  # the same files lie elsewhere now

@@ -25,6 +25,23 @@ def known_config(config: Mapping[str, Any]) -> Any | None:
             return None
 
 
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a causal language model; one that names no class is taken for one."""
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return "model_type" in config
+
+
+def named_architecture(config: Mapping[str, Any]) -> str:
+    """How messages call the architecture of a configuration."""
+    if not config:
+        return "architecture (there is no config.json)"
+    if "_class_name" in config:
+        return f"architecture {config['_class_name']!r:.60} of diffusers"
+    return f"architecture {config.get('model_type')!r}"
+
+
 def empty_model(config: Mapping[str, Any]) -> Any | None:
     """The model of a config.json on torch's `meta` device: modules and shapes, no memory for weights.
 

@@ -53,8 +53,8 @@ class TensorInfo:
 class Checkpoint:
     """A model on disk: its configuration and its tensors by name.
 
-    path: the folder.
-    config: the content of config.json.
+    path: the folder, or the file of a model without a configuration.
+    config: the content of config.json; empty without one.
     tensors: name -> TensorInfo, in file order.
     handles: the opened files.
     """
@@ -160,10 +160,12 @@ def config_ties_head(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's config.json.
+    """The content of a model's config.json; empty for a model that is one file.
 
     EvomergeError if it cannot be read, a key has a wrong type, or a file that a merge would copy is a stray link.
     """
+    if folder.is_file():
+        return {}
     file = folder / "config.json"
     for name in (file.name, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
         refuse_stray_link(folder / name)
@@ -200,7 +202,7 @@ def open_weight_files(folder: Path) -> tuple[dict[Path, Any], dict[str, tuple[Pa
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open the checkpoint in `folder` (Hugging Face layout).
+    """Open the checkpoint in `folder` (Hugging Face layout), or the .safetensors file of that name.
 
     EvomergeError says what is missing or broken, or how it is quantised: packed weights cannot be merged.
     """

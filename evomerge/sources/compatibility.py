@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 from evomerge.errors import some
 from evomerge.sources.adapter import Adapter
+from evomerge.sources.architecture import is_language_model, named_architecture
 from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.config_differences import LAYER_COUNTS, compare_configs, difference_line
 from evomerge.sources.declared_base import compare_declared_base
 from evomerge.sources.embedding_rows import row_count, vocabulary_tensors
 from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, layer_count, tensor_role
+from evomerge.sources.tokenizer import vocabulary_file
 
 
 @dataclass
@@ -44,7 +46,7 @@ def check_compatibility(
     model_type = base.config.get("model_type")
     if model_type not in KNOWN_MODEL_TYPES:
         found.notes.append(
-            f"base: unknown architecture {model_type!r}; layers are taken from the numbers in the tensor names "
+            f"base: unknown {named_architecture(base.config)}; layers are taken from the numbers in the tensor names "
             f"({layer_count(list(base.tensors))} found)"
         )
     for name, source in {"base": base, **sources}.items():
@@ -53,8 +55,10 @@ def check_compatibility(
                 f"{name}: its configuration names Python code of its own (`auto_map`), which is neither run nor copied"
             )
     vocabulary = base.vocabulary
-    if vocabulary is None:
+    if vocabulary is None and is_language_model(base.config):
         found.problems.append(f"base: no tokenizer in {base.path} (tokenizer.json, or vocab.json and merges.txt)")
+    elif vocabulary is None and (file := vocabulary_file(base.path)) is not None:
+        found.notes.append(f"base: its tokenizer cannot be read ({file}); it is not compared with the sources'")
     for name, source in sources.items():
         theirs = source.vocabulary
         equal = vocabulary is not None and (theirs is None or theirs.tokens == vocabulary.tokens)
@@ -66,7 +70,7 @@ def check_compatibility(
             changed = len(source.changes)
             found.notes.append(f"{name}: LoRA adapter, changes {changed} of {len(base.tensors)} tensors")
         compare_heads(name, base, source, found, relaxed, by_token)
-        if theirs is None and isinstance(source, Checkpoint):
+        if vocabulary is not None and theirs is None and isinstance(source, Checkpoint):
             found.notes.append(f"{name}: has no tokenizer; the base model's is used for it")
         elif theirs is not None and vocabulary is not None and not equal:
             line = f"{name}: another tokenizer: {vocabulary_difference(vocabulary.tokens, theirs.tokens)}"

@@ -4,13 +4,20 @@ from pathlib import Path
 
 from evomerge.files import sha256
 
+TOKENS = ("merges.txt", "vocab.txt")
+
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that decide what a model computes: weights, configurations, tokenizer, chat template."""
+    """The files that decide what a model computes: weights, configurations, tokenizer, chat template.
+
+    folder: of the model, or its only file.
+    """
+    if folder.is_file():
+        return [folder]
     return sorted(
         p
         for p in folder.iterdir()
-        if (p.is_file() and p.suffix in (".safetensors", ".json", ".jinja", ".model")) or p.name == "merges.txt"
+        if (p.is_file() and p.suffix in (".safetensors", ".json", ".jinja", ".model")) or p.name in TOKENS
     )
 
 

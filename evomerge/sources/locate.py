@@ -26,9 +26,15 @@ def absolute_model(text: str, folder: Path) -> str:
 
     Returns an absolute path, or a hub id unchanged.
     """
-    if looks_like_hub_id(text) and not os.path.isdir(folder / text):
+    here = folder / text
+    if looks_like_hub_id(text) and not os.path.isdir(here) and not is_model_file(here):
         return text
     return absolute_path(text, folder)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a path is a file that is a model of its own, without a configuration."""
+    return path.suffix == ".safetensors" and os.path.isfile(path)
 
 
 def absolute_path(text: str, folder: Path) -> str:
@@ -40,7 +46,7 @@ def absolute_path(text: str, folder: Path) -> str:
 
 
 def locate(text: str, relative_to: Path | None = None) -> Path:
-    """The folder of a model.
+    """The folder of a model, or the only file of one without a configuration.
 
     text: a path, relative to `relative_to` (by default the current folder); or a hub id `owner/name` or
         `owner/name@revision`, which is downloaded into the Hugging Face cache.
@@ -50,8 +56,12 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     path = (relative_to or Path.cwd()) / os.path.expanduser(text)
     if os.path.isdir(path):
         return path.resolve()
+    if is_model_file(path):
+        return path.resolve()
     if os.path.exists(path):
-        raise EvomergeError(f"{path}: is a file; a model is a folder with config.json or adapter_config.json")
+        raise EvomergeError(
+            f"{path}: is a file; a model is a folder with config.json or adapter_config.json, or a .safetensors file"
+        )
     match = HUB_ID.match(text)
     if not match or text.startswith("."):
         raise EvomergeError(f"{path}: no such folder")

@@ -16,6 +16,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import opened, read_json, refuse_stray_link
 from evomerge.parse import parse_json
 
+WEIGHTS = ("model", "diffusion_pytorch_model")
 HEADER_BYTES = 32 << 20  # 150 bytes a tensor; the largest models have 100,000
 NAME_LENGTH = 500
 DIMENSIONS = 8
@@ -23,13 +24,29 @@ ELEMENTS = 1 << 48
 FILES = 10_000
 
 
+def weights_name(folder: Path) -> str:
+    """The name of a model's weight files without what follows it: `model`, or the one that diffusers uses.
+
+    folder: of the model, or its only file.
+    """
+    if folder.is_file():
+        return folder.stem
+    ends = (".safetensors.index.json", ".safetensors")
+    return next((s for s in WEIGHTS if any((folder / f"{s}{end}").exists() for end in ends)), WEIGHTS[0])
+
+
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The safetensors files of a checkpoint folder, and the names of the tensors that its index lists.
+    """The safetensors files of a checkpoint, and the names of the tensors that its index lists.
+
+    folder: of the checkpoint, or its only file.
 
     The second list is empty if the folder has no index.  EvomergeError if there are no such files (the message says
     so if there is a GGUF file or a pickle), or the index names a file that is missing or outside the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    if folder.is_file():
+        return [folder], []
+    stem = weights_name(folder)
+    index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index, unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -42,8 +59,8 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         if missing := [name for name in names if not os.path.isfile(folder / name)]:
             raise EvomergeError(f"{index}: names {len(missing)} missing file(s): {', '.join(missing[:3])}")
         return [folder / name for name in names], list(weight_map)
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"], []
+    if (folder / f"{stem}.safetensors").exists():
+        return [folder / f"{stem}.safetensors"], []
     if packed := sorted(p.name for p in folder.glob("*.gguf")):
         raise EvomergeError(
             f"{folder}: holds a GGUF file ({packed[0]}), which cannot be merged. Merge the unquantised model that it "

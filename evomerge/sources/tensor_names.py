@@ -38,7 +38,7 @@ TOWER = re.compile(
     r"(?P<projector>\w*projector|mm_projector|connector|merger|resampler|perceiver|\w*aligner|qformer|query_tokens|abstractor"
     r"|(?:language|visual|vision|audio|text|image_to_text|multimodal)_projection|vision_adapter|embed_vision|embed_audio"
     r"|image_newline|view_seperator|view_separator|patch_merger)"
-    r"|(?P<vision>vision\w*|visual\w*|image_\w+|img_\w+|vqmodel|video_\w+|sam_\w+|high_res_\w+|vit\w*)"
+    r"|(?P<vision>vision\w*|visual\w*|image_\w+|img_\w+|vqmodel|video_\w+|sam_\w+|high_res_\w+|vit\w+|(?<=\.)vit)"
     r"|(?P<audio>audio\w*|speech_\w+|acoustic_\w+|semantic_\w+|codec_model|token2wav|code2wav|talker|word_timestamp_\w+)"
     r")(?:\.|$)"
 )

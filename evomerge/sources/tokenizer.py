@@ -20,11 +20,23 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
 )
-REPLACED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Those that hold the tokens; the first one that is there is read."""
+REPLACED = (*VOCABULARY_FILES, "added_tokens.json", "merges.txt")
 MAX_TOKEN_ID = 1 << 24  # sixty times the largest vocabulary
 
 
@@ -78,6 +90,11 @@ def chat_templates(folder: Path) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text]
 
 
+def vocabulary_file(folder: Path) -> Path | None:
+    """The file with the tokens of a model's tokenizer; None if the folder has no tokenizer."""
+    return next((folder / name for name in VOCABULARY_FILES if os.path.isfile(folder / name)), None)
+
+
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of the tokenizer in a model's folder; None if there is none that can be read.
 
@@ -85,10 +102,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     """
     from tokenizers import Tokenizer
 
-    file = next(
-        (folder / n for n in ("tokenizer.json", "vocab.json", "tokenizer.model") if os.path.isfile(folder / n)), None
-    )
-    if file is None:
+    if (file := vocabulary_file(folder)) is None:
         return None
     tokens: Mapping[str, Any]
     if file.name == "vocab.json":
@@ -127,6 +141,30 @@ def open_tokenizer(folder: Path) -> Any:
             raise
         reason = first_line(error)
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
+
+
+def open_processor(folder: Path) -> Any:
+    """What transformers' AutoProcessor makes of a model's folder: of images, of sound, of text, or of several.
+
+    Code that lies beside the model is never run.  EvomergeError if it cannot be opened.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with without_panics():
+            return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises any type of error
+        raise EvomergeError(f"{folder}: its processor cannot be opened ({first_line(error)})") from error
+
+
+def optional_tokenizer(vocabulary: Vocabulary) -> Any | None:
+    """`vocabulary_tokenizer`, or None if the folder has no tokenizer or it cannot be opened."""
+    if vocabulary_file(vocabulary.folder) is None:
+        return None
+    try:
+        return vocabulary_tokenizer(vocabulary)
+    except EvomergeError:
+        return None
 
 
 def vocabulary_tokenizer(vocabulary: Vocabulary) -> Any:

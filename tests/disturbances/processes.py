@@ -154,7 +154,7 @@ def _(search: Disturbed) -> str:
 COMPILES = """
 import os
 import evomerge.merge.kernels.compiled as c
-os.environ["XDG_CACHE_HOME"] = CACHE
+os.environ["XDG_CACHE_HOME"] = FOLDER
 c.WORTHWHILE = 1
 real = c.Compiled.kernel
 c.Compiled.kernel = lambda self, v: real(self, v) if KERNELS and (v in self.loaded or not self.loaded) else None
@@ -168,7 +168,7 @@ def _(search: Disturbed) -> str:
     cache = search.folder / "cache"
     search.changes = dict(TIES)
     kernels = search.suspended > 10
-    search.prelude = COMPILES.replace("CACHE", repr(str(cache))).replace("KERNELS", str(kernels))
+    search.prelude = COMPILES.replace("FOLDER", repr(str(cache))).replace("KERNELS", str(kernels))
     three = [search]
     for number in (1, 2):
         folder = search.folder / str(number)

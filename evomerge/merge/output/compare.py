@@ -20,7 +20,7 @@ class ModelDifference:
 
 def model_differences(first: Path, second: Path) -> list[ModelDifference]:
     """The differences between two model folders: every tensor, config.json, generation settings and tokenizer files."""
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    a, b = (open_checkpoint(only_file(folder) or folder) for folder in (first, second))
     found = [ModelDifference(name, f"only in {first}") for name in a.tensors.keys() - b.tensors.keys()]
     found += [ModelDifference(name, f"only in {second}") for name in b.tensors.keys() - a.tensors.keys()]
     for name in a.tensors.keys() & b.tensors.keys():
@@ -34,6 +34,12 @@ def model_differences(first: Path, second: Path) -> list[ModelDifference]:
         if here.exists() != there.exists() or (here.exists() and sha256(here) != sha256(there)):
             found.append(ModelDifference(name, "the files differ"))
     return sorted(found, key=lambda d: d.name)
+
+
+def only_file(folder: Path) -> Path | None:
+    """The weights in a folder that has them in one file and no configuration; None for any other folder."""
+    found = list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 and not (folder / "config.json").exists() else None
 
 
 def differing_bytes(x: torch.Tensor, y: torch.Tensor) -> int:

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +15,11 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.output.load_check import check_loads
 from evomerge.merge.output.shards import SHARD_BYTES, TensorSpec, open_writer, plan_shards, size_of
+from evomerge.merge.output.side_files import copy_side_files
 from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.sources.fingerprint import model_fingerprint
+from evomerge.sources.safetensors_files import weights_name
 from evomerge.sources.tokenizer import Vocabulary
 
 
@@ -47,8 +50,8 @@ def export(
 ) -> Recipe:
     """Write the merged model to a new folder and return the recipe with all SHA-256 sums.
 
-    The folder gets weights in shards, config.json, generation settings, tokenizer, chat template, README.md and
-    recipe.yaml.  It appears under its name when it is complete.
+    The folder gets weights in shards, config.json, generation settings, tokenizer, chat template, the settings of
+    processors, README.md and recipe.yaml, as far as the base has them.  It appears under its name when it is complete.
 
     card: makes the text of README.md from the recipe.
     progress: called with the number of bytes written so far.
@@ -63,7 +66,8 @@ def export(
         note(line)
     bank.statistics(recipe)  # raises if a statistics file is wrong, before anything is written
     tensors = output_specs(recipe, bank)
-    shards = plan_shards(tensors, shard_bytes)
+    stem = weights_name(bank.models.base.path)
+    shards = plan_shards(tensors, shard_bytes, stem)
     with new_folder(folder) as aside:
         total = 0
         for file, names in shards.items():
@@ -76,10 +80,12 @@ def export(
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        config = {k: v for k, v in bank.layout.config.items() if k not in ("torch_dtype", "auto_map")}
-        write_text(aside / "config.json", json.dumps(config | {"dtype": recipe.dtype}, indent=2) + "\n")
+            write_text(aside / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        if bank.layout.config:
+            write_config(bank.layout.config, recipe.dtype, aside / "config.json")
         copy_tokenizer(bank, aside)
+        for line in copy_side_files(bank.models.base.path, aside):
+            note(line)
         if recipe.chat_template is not None:
             set_template(aside, recipe.chat_template)
         full = with_fingerprints(recipe)
@@ -87,6 +93,12 @@ def export(
         write_text(aside / "README.md", card(full))
         write_text(aside / "recipe.yaml", dump_recipe(full))
     return full
+
+
+def write_config(config: Mapping[str, Any], dtype: str, file: Path) -> None:
+    """Write the output's config.json.  dtype: of its tensors; the configurations of diffusers have no key for it."""
+    kept = {k: v for k, v in config.items() if k not in ("torch_dtype", "auto_map")}
+    write_text(file, json.dumps(kept if "_class_name" in kept else kept | {"dtype": dtype}, indent=2) + "\n")
 
 
 def copy_tokenizer(bank: Bank, folder: Path) -> None:

@@ -13,7 +13,7 @@ from evomerge.errors import EvomergeError, some
 from evomerge.files import read_json, sha256
 from evomerge.merge.kernels.compiler import FileCache, user_cache
 from evomerge.merge.recipe.layout import Layout
-from evomerge.sources.architecture import empty_model
+from evomerge.sources.architecture import empty_model, named_architecture
 from evomerge.sources.checkpoint import Checkpoint, TensorInfo
 from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.transformers_load import LoadReport, load_report
@@ -35,7 +35,7 @@ def check_loads(layout: Layout, base: Checkpoint) -> list[str]:
         )
     found = cached_load_report(layout.config, layout.tensors)
     if found is None:
-        kind = f"architecture {layout.config.get('model_type')!r}"
+        kind = named_architecture(layout.config)
         if layout.config != base.config and empty_model(base.config) is not None:
             raise EvomergeError(f"transformers cannot build the {kind} with the layers of the slices")
         return [

@@ -5,11 +5,14 @@ machine.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from evomerge import __version__
+from evomerge.merge.output.how_to_load import how_to_load
 from evomerge.merge.output.licences import licence, licence_of_merge, licence_warnings
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource, dump_recipe, models_on_disk
@@ -17,34 +20,35 @@ from evomerge.printable import fenced, in_code, in_markdown
 from evomerge.sources.declared_base import front_matter
 from evomerge.sources.locate import HUB_ID, locate, looks_like_hub_id
 
+CAUSAL = {"architectures": ["ForCausalLM"]}
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")  # a folder in the cache of huggingface_hub
 
-USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-inputs = tokenizer("Your prompt", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```"""
-
-
-def model_card(recipe: Recipe, results: str = "", copy_of: str | None = None) -> str:
+def model_card(
+    recipe: Recipe,
+    results: str = "",
+    copy_of: str | None = None,
+    config: Mapping[str, Any] = CAUSAL,
+    weights: str = "model",
+) -> str:
     """The text of a model card: front matter and Markdown.
 
     results: a section with scores, if there are any.
     copy_of: the name of the only model that the recipe takes anything from; None if it merges several.
+    config, weights: of the folder, see `how_to_load`.
     """
     models = list(models_on_disk(recipe))
     licences = {name: licence(front_matter(locate(model.path))) for name, model in models}
     ids = [found for _, model in models if (found := hub_id(model.path)) is not None]
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mergekit", "merge", "evomerge"],
-        "license": licence_of_merge(licences),
-    } | ({"base_model": list(dict.fromkeys(ids))} if ids else {})
+    library, use = how_to_load(config, weights)
+    head = (
+        library
+        | {
+            "tags": ["mergekit", "merge", "evomerge"],
+            "license": licence_of_merge(licences),
+        }
+        | ({"base_model": list(dict.fromkeys(ids))} if ids else {})
+    )
     rows = [
         f"| {in_markdown(name)} | {in_markdown(shown(model.path))} | {in_markdown(licences[name])} |"
         for name, model in models
@@ -54,7 +58,7 @@ def model_card(recipe: Recipe, results: str = "", copy_of: str | None = None) ->
         "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "",
         f"# {title}", "",
         f"Made with evomerge {__version__}.", "",
-        "## Use", "", USE, "",
+        "## Use", "", use, "",
         *([results.rstrip(), ""] if results else []),
         "## Models", "",
         "| model | where | licence |", "|---|---|---|", *rows, "",

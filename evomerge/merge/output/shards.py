@@ -26,8 +26,13 @@ def size_of(spec: TensorSpec) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def plan_shards(tensors: Mapping[str, TensorSpec], limit: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in order.  A file has at most `limit` bytes, unless one tensor is larger."""
+def plan_shards(
+    tensors: Mapping[str, TensorSpec], limit: int = SHARD_BYTES, stem: str = "model"
+) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in order.  A file has at most `limit` bytes, unless one tensor is larger.
+
+    stem: what the names of files begin with.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in tensors.items():
@@ -37,8 +42,8 @@ def plan_shards(tensors: Mapping[str, TensorSpec], limit: int = SHARD_BYTES) -> 
         shards[-1].append(name)
         filled += size_of(spec)
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 class Writer:

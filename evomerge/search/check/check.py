@@ -113,7 +113,7 @@ def check_search(
     concerns += [concern for task in found.tasks for concern in task_concerns(task)]
     concerns += split_concerns(questions(task_set))
     templates = [n for n, m in {"base": models.base, **models.sources}.items() if chat_templates(m.path)]
-    plainly = [t.name for t in task_set.tasks if not t.chat and t.kind != "loglikelihood_rolling"]
+    plainly = [t.name for t in task_set.tasks if not (t.chat or t.is_python or t.kind == "loglikelihood_rolling")]
     concerns += chat_concerns(templates, plainly)
     holdout = {t.name: len(task_set.items[t.name]["holdout"]) for t in task_set.tasks}
     gain = least_gain(found.tasks, holdout, task_set.weights)

@@ -25,15 +25,17 @@ WORSE, DECLARED = 0.2, 0.05  # nats a token; where the tokenizer's settings say 
 
 def first_token_concerns(evaluator: Evaluator, base: Baseline) -> Iterator[Concern]:
     """Prompts without the token where it helps the base, or with two of it."""
-    tokenizer = evaluator.engine.tokenizer
+    tokenizer, tasks = evaluator.engine.tokenizer, [t for t in evaluator.task_set.tasks if not t.is_python]
+    if not tasks:
+        return
     token = beginning(evaluator.bank.models.base.config)
     token = tokenizer.bos_token_id if token is None else token
     if token is None:
         return
     rows: list[tuple[int, ...]] = []
     twice = set()
-    for task in evaluator.task_set.tasks:
-        items = evaluator.task_set.items[task.name]["search"][: max(2, ITEMS // len(evaluator.task_set.tasks))]
+    for task in tasks:
+        items = evaluator.task_set.items[task.name]["search"][: max(2, ITEMS // len(tasks))]
         work = evaluator.engine.workload(task, items, everything=True)
         found = [asked.rows[asked.gold or 0].tokens for asked in work.items if asked.rows]
         twice |= {task.name for tokens in found if tokens[:2] == (token, token)}

@@ -91,9 +91,8 @@ def lines_of_file(file: Any) -> list[Line]:
 
 def lines_of_tasks(task_set: TaskSet) -> list[Line]:
     """The gold answers of a few items of each task's search split, behind their prompts."""
-    each = [
-        [line_of(t, i.doc, gold_of(t, i)) for i in task_set.items[t.name]["search"][:LINES]] for t in task_set.tasks
-    ]
+    asking = [t for t in task_set.tasks if not t.is_python]
+    each = [[line_of(t, i.doc, gold_of(t, i)) for i in task_set.items[t.name]["search"][:LINES]] for t in asking]
     return [line for turn in zip_longest(*each) for line in turn if line is not None][:LINES]
 
 

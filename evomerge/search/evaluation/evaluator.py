@@ -30,10 +30,11 @@ from evomerge.evaluate.engine import Engine, Trunks
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.prepared_items import prepared_workload
+from evomerge.evaluate.python_task import TaskCodeFailed
 from evomerge.evaluate.racing import Race
 from evomerge.evaluate.signs import Signs
 from evomerge.evaluate.tasks import Item, Split, Task
-from evomerge.evaluate.token_budget import token_budget
+from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import Workload, join_workloads
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import Share
@@ -53,7 +54,7 @@ from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.search.space.layer_assembly import build_assembly
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import Vocabulary, vocabulary_tokenizer
+from evomerge.sources.tokenizer import Vocabulary, optional_tokenizer, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -103,12 +104,17 @@ class Evaluator:
             live = None
         coming = held if live is None else None
         self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=coming, share=share)
-        self.model = candidate_model(self.bank, dtype, held) if live is None else live
+        self.language = any(not task.is_python for task in task_set.tasks)
+        self.model = candidate_model(self.bank, dtype, held, self.language) if live is None else live
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
-        budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-        tokenizer = vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path))
-        self.engine = Engine(self.model, tokenizer, budget, log)
+        words = models.vocabulary or Vocabulary({}, models.base.path)
+        if self.language:
+            budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
+            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, folder=words.folder)
+        else:
+            tokenizer = optional_tokenizer(words)
+            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, folder=words.folder)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None
@@ -141,7 +147,11 @@ class Evaluator:
         return replace(result, used=meter.used)
 
     def attempt(self, job: Job) -> Result:
-        """Do a job of any kind; errors of the candidate become a `Failure`."""
+        """Do a job of any kind; errors of the candidate become a `Failure`.
+
+        An error in the function of a Python task fails a trial.  It ends the search where base, parents or finalists
+        are scored: there it is hardly the model that is wrong.
+        """
         try:
             if isinstance(job, TrialJob):
                 return self.score_trial(job.recipe, job.normal, job.race_setup, job.race)
@@ -152,6 +162,10 @@ class Evaluator:
             everything = job.everything or job.split != "search"  # generating answers takes long
             only = self.items_with_ids(job.split, job.only)
             return self.evaluate(job.recipe, job.split, everything, only, job.canary)
+        except TaskCodeFailed as error:
+            if not isinstance(job, TrialJob):
+                raise
+            return Failure(reason(error), error.is_value, traceback="" if error.is_value else str(error))
         except EvomergeError:
             raise
         except (NotFinite, NotFiniteScore, Broken) as error:
@@ -252,8 +266,13 @@ class Evaluator:
         with clock.time("merge"):
             materialise(recipe, *self.live.fit(recipe.slices), self.check)
 
-    def seen_by_canary(self, normal: Signs | None, clock: Clock) -> Signs:
-        """The signs of the candidate in the live model.  Broken if they are not healthy beside the normal ones."""
+    def seen_by_canary(self, normal: Signs | None, clock: Clock) -> Signs | None:
+        """The signs of the candidate in the live model; None if no task asks a language model.
+
+        Broken if they are not healthy beside the normal ones.
+        """
+        if not self.language:
+            return None
         if self.prompts is None:
             self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.device)
         with clock.time("canary"), forwards_of(self.model, self.counts):

@@ -104,8 +104,8 @@ def guards_of(config: SearchConfig, tasks: Sequence[Task]) -> tuple[Guard, ...]:
     """The guards of a configuration.  tasks: its tasks, opened."""
     found = []
     for guard in config.guards:
-        metrics = {t.name: t.metric for t in tasks if t.origin == guard.task}
-        name = next(iter(metrics)) if len(metrics) == 1 else guard.task
+        metrics = {t.name: t.metric for t in tasks if t.origin == str(guard.task)}
+        name = next(iter(metrics)) if len(metrics) == 1 else str(guard.task)
         found.append(Guard(name, metrics, guard.max_drop, guard.of))
     return tuple(found)
 
@@ -123,6 +123,17 @@ def check_chat_templates(models: Models, task_set: TaskSet) -> None:
         )
     if problem := next(filter(None, map(problem_of, templates)), None):
         raise EvomergeError(f"{models.base.path}: its chat template {problem} for a chat of three short messages")
+
+
+def check_language(models: Models, task_set: TaskSet) -> None:
+    """EvomergeError if a task asks a language model, and the base is none or has no tokenizer."""
+    asking = next((task for task in task_set.tasks if not task.is_python), None)
+    if asking is None or models.vocabulary is not None:
+        return
+    raise EvomergeError(
+        f"task {asking.name}: asks a language model, and {models.base.path} has no tokenizer; models of other kinds "
+        "are scored by Python tasks"
+    )
 
 
 def check_statistics(config: SearchConfig, models: Models, task_set: TaskSet) -> None:

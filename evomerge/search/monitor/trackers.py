@@ -226,7 +226,7 @@ class Trackers:
         settings = {
             "method": config.method,
             "sources": ", ".join(s.name for s in config.sources),
-            "tasks": ", ".join(t.task for t in config.tasks),
+            "tasks": ", ".join(str(t.task) for t in config.tasks),
             "sampler": config.sampler.name,
             "seed": config.seed,
             "run": str(run.folder.resolve()),
