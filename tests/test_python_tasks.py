@@ -94,7 +94,7 @@ def test_the_function_s_file_is_recorded_and_named_in_the_card(run: Path, tmp_pa
     assert json.loads((run / "run.json").read_text())["items"]["sea"]["code"] == digest
     evomerge.Run(run).export(tmp_path / "out", show=False)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"sea: `accuracy` of `scores.py`, SHA-256 {digest}" in card
+    assert f"sea: accuracy of scores.py, SHA-256 {digest}" in card
     assert "from transformers import BertForSequenceClassification" in card
 
 

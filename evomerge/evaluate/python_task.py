@@ -81,7 +81,7 @@ class PythonSource:
     @property
     def described(self) -> str:
         """The function as a verdict and a model card name it."""
-        return f"`{self.name}` of `{Path(self.file).name}`, SHA-256 {self.sha256}"
+        return f"{self.name} of {Path(self.file).name}, SHA-256 {self.sha256}"
 
     # --- What lm-eval's task object has ---
 

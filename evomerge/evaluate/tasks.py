@@ -161,6 +161,8 @@ def python_task(config: TaskOptions) -> PythonTask | None:
     if isinstance(config.task, PythonTask) or not config.is_file:
         return config.task if isinstance(config.task, PythonTask) else None
     file = Path(config.task)
+    if not file.is_file():
+        return None  # which is told where lm-eval's files are read
     content = parse_yaml(read_text(file), str(file), TaskLoader)
     if not isinstance(content, dict) or "python" not in content:
         return None
