@@ -38,7 +38,9 @@ def fresh(*arguments: str | Path) -> tuple[Done, set[str]]:
     return Done(done.returncode, done.stdout, said), set(json.loads(last))
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"], ["--show-completion", "bash"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done, imported = fresh(*arguments)
     assert done.returncode == 0, done.stderr

@@ -176,7 +176,7 @@ def gather_statistics(
     Raises EvomergeError if an argument is wrong or a model or task cannot be opened.
     """
     from evomerge.config.config_file import load_config
-    from evomerge.device import resolve_device, use
+    from evomerge.device import merging_device, resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
     from evomerge.merge.methods.method import Statistics
@@ -196,7 +196,7 @@ def gather_statistics(
     use(where)
     if asking := next((task for task in opened if task.is_python), None):
         raise EvomergeError(f"task {asking.name}: a Python task has no gold answers, which statistics are gathered on")
-    live = open_live_model(folder, below, "float32", where)
+    live = open_live_model(folder, below, "float32", merging_device(where))
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
         gather(wanted, folder, below, live, opened, chosen, out, bar.update)

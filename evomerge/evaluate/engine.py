@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from evomerge.device import free_memory
 from evomerge.errors import EvomergeError, without_panics
 from evomerge.evaluate.capabilities import NONE, probe
 from evomerge.evaluate.clock import Clock, forwards_of
@@ -215,8 +216,7 @@ class Engine:
                     raise
             self.batch_tokens = max(LEAST, self.batch_tokens // 2)
             self.log(f"note: out of memory; from now on {self.batch_tokens} tokens a batch")
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self.model.device)
 
     def score_planned(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[ItemMetrics]:
         """Run the batches of a workload and compute the metrics of each task."""

@@ -77,7 +77,7 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
     """
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
-        return load_live_model(base, dtype, bank.device, compute, language)
+        return load_live_model(base, dtype, bank.live_device, compute, language)
     from transformers import GenerationConfig
 
     if (known := known_config(bank.layout.config)) is None:
@@ -90,7 +90,7 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return ready(model, dtype, bank.device, compute)
+    return ready(model, dtype, bank.live_device, compute)
 
 
 def ready(model: Any, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None) -> Any:
