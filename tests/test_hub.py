@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
-from hub import Hub, running_hub
+from hub import Hub, forget, running_hub
 from models import write_llama
 
 from evomerge.cli import main
@@ -15,12 +16,13 @@ from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.report.inspection import inspect
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.inputs import check_unchanged, create_run
 from evomerge.search.models import open_config_models
 from evomerge.search.space.baselines import given_recipe
 from evomerge.search.space.space import build_space
-from evomerge.sources.locate import locate, pinned, snapshot
+from evomerge.sources.locate import fetch, locate, pinned
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def command(*words: str) -> int:
     """A command as in a new process, whose memory of the hub is empty."""
-    snapshot.cache_clear()
+    forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["evomerge", *words])
         try:
@@ -51,7 +53,7 @@ def test_a_hub_id_is_resolved_once_in_a_command(hub: Hub, tmp_path: Path):
     assert locate("me/model") == folder
     assert pinned("me/model", {}) == f"me/model@{first}"
     assert len(hub.asked) == asked
-    snapshot.cache_clear()
+    forget()
     assert locate("me/model") != folder
 
 
@@ -112,7 +114,7 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
     assert kept["hub"] == {"me/base": f"me/base@{base}", "me/one": f"me/one@{one}"}
     for name in ("base", "one"):
         hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
-    snapshot.cache_clear()
+    forget()
     config = check_unchanged(run, accept=False)
     assert config == run.config()
     space = build_space(config, open_config_models(config))
@@ -135,3 +137,61 @@ def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, mon
     accepted = check_unchanged(run, accept=True)
     assert accepted.hub.keys() == {"me/base", "me/one", "me/two"}
     assert json.loads(run.manifest_file.read_text())["inputs"].keys() == {"base", "a"}
+
+
+def test_models_that_do_not_fit_are_refused_before_any_weight_is_downloaded(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("evomerge.sources.hub.FIRST_BYTES", 1000)  # less than these headers have
+    hub.push("me/base", write_llama(tmp_path / "base"))
+    deep = hub.push("me/deep", write_llama(tmp_path / "deep", 1, layers=3))
+    recipe = {"method": "linear", "base": {"path": "me/base"}, "sources": [{"name": "deep", "path": "me/deep"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert command("merge", "r.yaml", "--out", "merged") == 2
+    said = capsys.readouterr().err
+    assert "deep: has " in said
+    assert "tensor(s) that the base model lacks" in said
+    assert "evomerge-headers" not in said
+    weights = (tmp_path / "deep" / "model.safetensors").stat().st_size
+    assert 1000 < hub.sent["model.safetensors"] < weights / 2
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    (tmp_path / "deep" / "tokenizer.json").unlink()
+    assert not inspect("me/base", "me/deep").mergeable
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    (tmp_path / "deep" / "model.safetensors").rename(tmp_path / "deep" / "pytorch_model.bin")
+    pickled = hub.push("me/deep", tmp_path / "deep")
+    forget()
+    with pytest.raises(EvomergeError, match=f"me/deep@{pickled}: holds a pickle checkpoint"):
+        inspect("me/base", "me/deep")
+    assert deep != pickled
+
+
+def test_only_weights_that_are_read_are_downloaded(hub: Hub, tmp_path: Path):
+    folder = write_llama(tmp_path / "base")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights under other names")
+    hub.push("me/base", folder)
+    told: list[tuple[int, int]] = []
+    fetch(["me/base"], lambda done, total: told.append((done, total)))
+    here = locate("me/base")
+    assert (here / "model.safetensors").is_file()
+    assert not (here / "consolidated.safetensors").exists()
+    size = (folder / "model.safetensors").stat().st_size
+    assert told[-1] == (size, size)
+
+
+def test_a_full_disk_is_told_before_the_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.push("me/base", write_llama(tmp_path / "base"))
+    monkeypatch.setattr("evomerge.sources.hub.SPARE_BYTES", 1 << 60)
+    with pytest.raises(EvomergeError, match=r"GB are to be downloaded \(me/base@\w+\)"):
+        fetch(["me/base"])
+    assert hub.sent["model.safetensors"] == 0
+
+
+def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commit = hub.push("me/base", write_llama(tmp_path / "base"))
+    folder = locate("me/base")
+    forget()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert locate("me/base") == locate(f"me/base@{commit}") == folder
+    assert pinned("me/base", {}) == f"me/base@{commit}"

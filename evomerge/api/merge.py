@@ -123,9 +123,10 @@ def write_model(
     """Merge a recipe into a new folder; returns the recipe with all SHA-256 sums."""
     from evomerge.device import resolve_device, use
     from evomerge.merge.output.export import export, total_bytes
+    from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.output.model_card import model_card
     from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar
+    from evomerge.report.progress import Bar, Stages
     from evomerge.sources.safetensors_files import weights_name
 
     def log(line: str) -> None:
@@ -139,7 +140,15 @@ def write_model(
     recipe = pin(recipe, {})
     where = resolve_device(device)
     use(where)
-    bank = open_bank(recipe, where, capacity=0, log=log)  # a merge reads every tensor once: nothing is worth holding
+    with Stages(show) as stages:
+        bank = open_bank(
+            recipe,
+            where,
+            capacity=0,  # a merge reads every tensor once: nothing is worth holding
+            log=log,
+            progress=stages.download,
+            check=lambda bank: check_loads(bank.layout, bank.models.base),
+        )
     for line in bank.models.compatibility.notes:
         note(line)
     loading = bank.layout.config, weights_name(bank.models.base.path)
