@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import yaml
-from hub import Hub, forget, running_hub
+from hub import TOKEN, Hub, forget, running_hub
 from models import write_llama
 
 from evomerge.cli import main
@@ -195,3 +195,77 @@ def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path, monkeypatch:
     huggingface_hub.close_session()
     assert locate("me/base") == locate(f"me/base@{commit}") == folder
     assert pinned("me/base", {}) == f"me/base@{commit}"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two models of this machine; one of them must not be used commercially."""
+    one = write_llama(tmp_path / "one", 1)
+    (one / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    models = {"base": {"path": str(write_llama(tmp_path / "base"))}, "sources": [{"name": "one", "path": str(one)}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"method": "linear", **models}))
+    return tmp_path / "r.yaml"
+
+
+def test_an_upload_is_refused_before_any_work(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):
+    for words, told in (
+        (["--push", "me"], "'me' is no name of a repository; give OWNER/NAME"),
+        (["--push", "me/a//b"], "is no name of a repository"),
+        (["--out", "x", "--dry-run"], "--dry-run: say where to upload with --push OWNER/NAME"),
+        (["--push", "me/new"], "no token of the Hugging Face hub is stored; log in with `hf auth login`"),
+    ):
+        assert command("merge", str(recipe), *words) == 2
+        assert told in capsys.readouterr().err
+    log_in()
+    hub.add("me/old", {".gitattributes": b"", "model.safetensors": b""})
+    assert command("merge", str(recipe), "--push", "me/old") == 2
+    assert "me/old: has files on the hub already (model.safetensors)" in capsys.readouterr().err
+    assert not [f for f in recipe.parent.iterdir() if f.name.startswith("push-")]
+    assert hub.received == 0
+
+
+def log_in() -> None:
+    file = Path(huggingface_hub.constants.HF_TOKEN_PATH)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(TOKEN)
+
+
+def test_a_merge_is_uploaded_and_an_upload_that_broke_is_repeated(
+    hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    log_in()
+    hub.broken = True
+    assert command("merge", str(recipe), "--push", "me/merged", "--private") == 2
+    said = capsys.readouterr().err
+    assert "one (cc-by-nc-4.0): so the merge must not be used commercially either" in said
+    assert "me/merged: the upload failed; run the command again" in said
+    sent = hub.received
+    hub.broken = False
+    assert command("merge", str(recipe), "--push", "me/merged", "--private") == 0
+    shown = capsys.readouterr()
+    assert hub.received == sent  # the weights had arrived
+    assert hub.private == {"me/merged"}
+    assert TOKEN not in shown.out + shown.err
+    assert not [f for f in recipe.parent.iterdir() if f.name.startswith("push-")]
+    files = hub.newest("me/merged")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "recipe.yaml"} <= files.keys()
+    for name in ("README.md", "recipe.yaml"):
+        assert str(recipe.parent) not in files[name].decode()
+        assert TOKEN not in files[name].decode()
+    card = files["README.md"].decode()
+    assert "license: cc-by-nc-4.0" in card or "license: other" in card
+    assert 'from_pretrained("me/merged")' in card
+    assert yaml.safe_load(files["recipe.yaml"])["outputs"]["model.safetensors"] in hub.objects
+    (recipe.parent / "cache" / "token").unlink()
+    here = locate("me/merged")
+    assert (here / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_a_dry_run_asks_the_hub_nothing(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert command("merge", str(recipe), "--push", "me/merged", "--dry-run", "--out", "merged") == 0
+    said = capsys.readouterr().out
+    size = Path("merged/model.safetensors").stat().st_size
+    assert f"{size:,} bytes  model.safetensors" in said
+    assert "bytes  README.md" in said
+    assert "nothing was sent" in said
+    assert hub.asked == []

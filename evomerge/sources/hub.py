@@ -142,7 +142,7 @@ def headers(models: Mapping[str, HubModel]) -> Iterator[Headers]:
     with TemporaryDirectory(prefix="evomerge-headers-", ignore_cleanup_errors=True) as top:
         found = Headers({}, {})
         for text, model in models.items():
-            if model.missing:
+            if model.missing or (model.sizes and not model.weights):  # without weights, opening tells what is wrong
                 folder = Path(top).resolve() / model.folder.relative_to(model.folder.parents[2])
                 if str(folder) not in found.names:
                     write_headers(model, folder)

@@ -112,6 +112,11 @@ def pinned(text: str, known: Mapping[str, str]) -> str:
     return f"{match['repo']}@{asked(small_files, match, Path(text)).name}"
 
 
+def folder_of_card(text: str) -> Path:
+    """The folder that has the card of a model; of one on the hub nothing but its small files is downloaded."""
+    return locate(text) if (match := on_hub(text)) is None else asked(small_files, match, Path(text))
+
+
 def on_hub(text: str) -> re.Match[str] | None:
     """The parts of a hub id; None if the text is none, or there is a folder or a file of that name."""
     return HUB_ID.match(text) if looks_like_hub_id(text) and not os.path.exists(os.path.expanduser(text)) else None
