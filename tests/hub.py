@@ -138,7 +138,7 @@ class Answer(BaseHTTPRequestHandler):
     def create(self, asked: dict[str, str]) -> None:
         repository = f"{asked['organization']}/{asked['name']}"
         if repository in self.hub.commits:
-            self.answer(409, b"", {})
+            self.answer_json({"error": "exists", "url": f"{constants.ENDPOINT}/{repository}"}, 409)
             return
         if asked.get("visibility") == "private" or asked.get("private"):
             self.hub.private.add(repository)
@@ -184,8 +184,8 @@ class Answer(BaseHTTPRequestHandler):
         self.rfile.readline()
         return found
 
-    def answer_json(self, content: object) -> None:
-        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def answer_json(self, content: object, status: int = 200) -> None:
+        self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

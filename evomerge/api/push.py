@@ -115,8 +115,10 @@ def finish(push: Push, folder: Path, show: bool) -> None:
     if push.dry_run:
         for name, content in contents.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            say(f"{size:>15,} bytes  {name}")
-        say(f"a dry run: nothing was sent; this would be {push.repository}")
+            if show:
+                say(f"{size:>15,} bytes  {name}")
+        if show:
+            say(f"a dry run: nothing was sent; this would be {push.repository}")
         return
     if show:
         say(f"uploading {sum(file.stat().st_size for file in files) / 1e6:,.0f} MB to {push.repository} ...")

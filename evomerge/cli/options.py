@@ -78,7 +78,7 @@ PushTo = Annotated[
     typer.Option(
         "--push",
         metavar="OWNER/NAME",
-        help="Upload the result to a new repository of the Hugging Face hub; --out is not needed then.",
+        help="Upload the result to a new repository of the hub; --out is not needed then.",
     ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="With --push: only its owner sees the new repository.")]
