@@ -74,15 +74,14 @@ def prepare(push: Push, recipe: Recipe, show: bool) -> None:
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     from evomerge.merge.output.licences import licence, licence_warnings
     from evomerge.sources.declared_base import front_matter
-    from evomerge.sources.hub import hub_errors
+    from evomerge.sources.hub import client, hub_errors
     from evomerge.sources.locate import folder_of_card
 
     try:
-        validate_repo_id(push.repository)
+        client().validate_repo_id(push.repository)
     except HFValidationError as error:
         raise EvomergeError(f"--push: {push.repository!r} is no name of a repository ({error})") from error
     if push.repository.count("/") != 1:

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from functools import cache, cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from evomerge.errors import EvomergeError, first_line
 from evomerge.parse import parse_json
@@ -200,18 +201,17 @@ def integer_parts(header: bytes) -> list[tuple[int, int]]:
 
 def content(model: HubModel, name: str, first: int, last: int) -> bytes:
     """The bytes of a file from `first` up to and without `last`."""
-    from huggingface_hub import hf_hub_url, utils
+    from huggingface_hub import hf_hub_url
 
     if first >= last:
         return b""
     url = hf_hub_url(model.repository, name, revision=model.folder.name)
     with hub_errors(f"{model.name}: the hub did not give the header of {name}"):
-        asked = utils.build_hf_headers() | {"range": f"bytes={first}-{last - 1}"}
-        answer = utils.get_session().get(url, headers=asked, timeout=30)
-        utils.hf_raise_for_status(answer)
-    if answer.status_code != 206 and len(answer.content) > last - first:  # the whole file came
-        return answer.content[first:last]
-    return answer.content
+        asked = client().build_hf_headers() | {"range": f"bytes={first}-{last - 1}"}
+        answer = client().get_session().get(url, headers=asked, timeout=30)
+        client().hf_raise_for_status(answer)
+    body: bytes = answer.content
+    return body[first:last] if answer.status_code != 206 else body  # else the whole file came
 
 
 def download(models: Iterable[HubModel], progress: Progress | None = None) -> None:
@@ -308,16 +308,21 @@ def hub_errors(what: str, revision: str | None = None, kind: type[EvomergeError]
         raise kind(f"{what} ({reason})") from error
 
 
+def client() -> Any:
+    """The functions of huggingface_hub for requests; mypy does not see that they are exported."""
+    from huggingface_hub import utils
+
+    return utils
+
+
 @contextmanager
 def bars(show: bool) -> Iterator[None]:
     """Within the context, huggingface_hub shows progress bars or does not; without a terminal they fill a log."""
-    from huggingface_hub import utils
-
-    change = not show and not utils.are_progress_bars_disabled()
+    change = not show and not client().are_progress_bars_disabled()
     if change:
-        utils.disable_progress_bars()
+        client().disable_progress_bars()
     try:
         yield
     finally:
         if change:
-            utils.enable_progress_bars()
+            client().enable_progress_bars()
