@@ -6,9 +6,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from hub import TOKEN, Hub, forget, running_hub
-from models import write_llama
+from models import write_adapter, write_llama
+from safetensors.torch import load_file, save_file
 
 from evomerge.cli import main
 from evomerge.config.config_file import load_config
@@ -22,7 +24,8 @@ from evomerge.search.inputs import check_unchanged, create_run
 from evomerge.search.models import open_config_models
 from evomerge.search.space.baselines import given_recipe
 from evomerge.search.space.space import build_space
-from evomerge.sources.locate import fetch, locate, pinned
+from evomerge.sources.locate import before_download, fetch, locate, pinned
+from evomerge.sources.open_models import open_models, open_named, stored_tensors
 
 
 @pytest.fixture
@@ -166,6 +169,32 @@ def test_models_that_do_not_fit_are_refused_before_any_weight_is_downloaded(
     assert deep != pickled
 
 
+def test_headers_alone_tell_what_whole_files_tell(hub: Hub, tmp_path: Path):
+    """Also where values count: tensors of integers, an adapter's base, a head that equals the embedding."""
+    base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
+    for folder, seed in ((base, 0), (one, 1)):
+        weights = load_file(folder / "model.safetensors")
+        head = weights["model.embed_tokens.weight"].clone() + seed  # the source's is another matrix
+        numbers = torch.arange(5)
+        save_file(weights | {"lm_head.weight": head, "model.expert_numbers": numbers}, folder / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora", base)
+    names = {"base": base, "me/one": one, "me/lora": lora, "me/base": base}
+    for name in ("me/one", "me/lora", "me/base"):
+        hub.push(name, names[name])
+    sources = {"one": one, "lora": lora}
+    local = open_models(base, sources, strict=False).compatibility
+    assert not local.problems
+    for asked in (str(base), "me/base"):
+        ids = {name: f"me/{name}" for name in sources}
+        with before_download([asked, *ids.values()]) as headers:
+            assert len(headers.folders) == (3 if asked == "me/base" else 2)
+            here = {name: locate(headers.stand_in(text)) for name, text in ids.items()}
+            found = open_models(locate(headers.stand_in(asked)), here, strict=False).compatibility
+        assert found.problems == []
+    assert open_named("me/base", ids).compatibility.notes == local.notes
+    assert stored_tensors("me/one").keys() == load_file(one / "model.safetensors").keys()
+
+
 def test_only_weights_that_are_read_are_downloaded(hub: Hub, tmp_path: Path):
     folder = write_llama(tmp_path / "base")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights under other names")
@@ -195,6 +224,12 @@ def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path, monkeypatch:
     huggingface_hub.close_session()
     assert locate("me/base") == locate(f"me/base@{commit}") == folder
     assert pinned("me/base", {}) == f"me/base@{commit}"
+    (folder / "model.safetensors").unlink()
+    forget()
+    with pytest.raises(
+        EvomergeError, match=f"me/base@{commit}: its weights are not in the cache, and the hub does not"
+    ):
+        locate("me/base")
 
 
 @pytest.fixture

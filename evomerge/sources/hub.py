@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evomerge.errors import EvomergeError, first_line
+from evomerge.files import disk_errors
 from evomerge.parse import parse_json
 from evomerge.sources.quantised import INTEGERS
 from evomerge.sources.safetensors_files import HEADER_BYTES, weight_files
@@ -27,7 +28,7 @@ SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "README.md"]
 REFUSED = ("*.bin", "*.pt", "*.pth", "*.gguf")  # never fetched; that they are there makes the message clearer
 BELOW = ["*/*"]  # files in folders of the repository
 FIRST_BYTES = 100_000  # the header of nearly every file, with its length (huggingface_hub takes as many)
-INTEGER_BYTES = 64 << 20  # tensors of integers are compared before the download, unless there are more of them
+INTEGER_TENSORS, INTEGER_BYTES = 200, 64 << 20  # they are compared before the download, unless there are more of them
 SPARE_BYTES = 1 << 30  # of the disk, left free
 Progress = Callable[[int, int], None]
 
@@ -94,7 +95,12 @@ def hub_model(repository: str, revision: str | None) -> HubModel:
     folder = small_files(repository, revision)
     try:
         info = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
-    except Exception:  # the hub is not reachable, whatever the HTTP client raises then; the cache may have it all
+    except Exception as error:  # the HTTP client, and with it its errors, differs between versions
+        if not any(folder.glob("*.safetensors")):
+            raise EvomergeError(
+                f"{repository}@{folder.name}: its weights are not in the cache, and the hub does not answer "
+                f"({first_line(error)})"
+            ) from error
         return HubModel(repository, folder, {})
     return HubModel(
         repository, folder, {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
@@ -175,7 +181,7 @@ def write_header(model: HubModel, name: str, path: Path) -> None:
     end = 8 + int.from_bytes(begin[:8], "little")
     if len(begin) < end <= min(size, HEADER_BYTES):
         begin += content(model, name, len(begin), end)
-    with path.open("wb") as file:
+    with disk_errors(path), path.open("wb") as file:
         file.write(begin[:size])
         file.truncate(size)
         for first, last in integer_parts(begin[8:end]):
@@ -196,7 +202,8 @@ def integer_parts(header: bytes) -> list[tuple[int, int]]:
     except (EvomergeError, AttributeError, KeyError, TypeError, ValueError):
         return []
     parts = [(first, last) for first, last in found if 0 <= first < last]
-    return parts if sum(last - first for first, last in parts) <= INTEGER_BYTES else []
+    few = len(parts) <= INTEGER_TENSORS and sum(last - first for first, last in parts) <= INTEGER_BYTES
+    return parts if few else []
 
 
 def content(model: HubModel, name: str, first: int, last: int) -> bytes:

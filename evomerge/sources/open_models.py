@@ -8,7 +8,7 @@ from pathlib import Path
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.buffers import drop_unshared_buffers, integer_problems
-from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, with_untied_head
+from evomerge.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint, with_untied_head
 from evomerge.sources.compatibility import Compatibility, check_compatibility
 from evomerge.sources.embedding_rows import align_vocabularies, tokens_without_row
 from evomerge.sources.hub import Progress
@@ -96,6 +96,12 @@ def open_named(base: str, sources: Mapping[str, str], strict: bool = True, progr
                 return found
     fetch(names, progress)
     return open_models(locate(base), {name: locate(path) for name, path in sources.items()}, strict)
+
+
+def stored_tensors(model: str) -> dict[str, TensorInfo]:
+    """The tensors of a model by name, for which nothing but headers is downloaded.  model: a folder or a hub id."""
+    with before_download([model]) as headers:
+        return open_checkpoint(locate(headers.stand_in(model))).tensors
 
 
 def with_head_if_needed(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:

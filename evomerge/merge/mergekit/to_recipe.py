@@ -20,8 +20,8 @@ from evomerge.merge.mergekit.mergekit_methods import BOUNDS, MERGEKIT, Scalar, i
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.checkpoint import TensorInfo, open_checkpoint
 from evomerge.sources.locate import before_download, locate
+from evomerge.sources.open_models import stored_tensors
 from evomerge.sources.tensor_names import layer_count
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -37,7 +37,7 @@ def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None 
     express.
     """
     conversion = Conversion(file, made or {})
-    stored = tensors_of(conversion.base)
+    stored = stored_tensors(conversion.base)
     tensors = list(output_tensors(conversion.slices, list(stored)))
     shared, each = conversion.recipe_parameters(tensors)
     vocabulary, template = conversion.recipe_vocabulary(), conversion.chat_template()
@@ -302,16 +302,10 @@ def source_names(models: list[ModelReference]) -> list[str]:
     return names
 
 
-def tensors_of(model: str) -> dict[str, TensorInfo]:
-    """The tensors of a model, for which nothing but headers is downloaded.  model: a folder or a hub id."""
-    with before_download([model]) as headers:
-        return open_checkpoint(locate(headers.stand_in(model))).tensors
-
-
 def stored_dtype(path: str) -> str:
     """The floating-point type of most numbers in a model."""
     sizes: Counter[str] = Counter()
-    for info in tensors_of(path).values():
+    for info in stored_tensors(path).values():
         if info.dtype.is_floating_point:
             sizes[str(info.dtype).removeprefix("torch.")] += info.bytes // info.dtype.itemsize
     most = sizes.most_common(1)[0][0] if sizes else "float32"
