@@ -155,7 +155,10 @@ def test_a_run_tells_its_verdict_trials_and_recipe(searched: SimpleNamespace, tm
     table = run.trials_dataframe()
     assert list(table["number"]) == list(range(10))
     assert list(table["params_weight.rev.depth0"]) == [t.params["weight.rev.depth0"] for t in run.trials]
-    recipe = run.export(tmp_path / "exported", show=False)
+    before = sorted(run.folder.iterdir())
+    recipe = run.export(push="me/merged", dry_run=True, show=False)
+    assert sorted(run.folder.iterdir()) == before
+    assert recipe.outputs == run.export(tmp_path / "exported", show=False).outputs
     assert run_cli("export", searched.command, "--out", tmp_path / "by-command").returncode == 0
     for name in ("model.safetensors", "recipe.yaml"):
         assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "by-command" / name).read_bytes()

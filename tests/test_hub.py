@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 import yaml
-from hub import Hub, running_hub
-from models import write_llama
+from hub import TOKEN, Hub, forget, running_hub
+from models import write_adapter, write_llama
+from safetensors.torch import load_file, save_file
 
 from evomerge.cli import main
 from evomerge.config.config_file import load_config
@@ -15,12 +18,14 @@ from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.report.inspection import inspect
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.inputs import check_unchanged, create_run
 from evomerge.search.models import open_config_models
 from evomerge.search.space.baselines import given_recipe
 from evomerge.search.space.space import build_space
-from evomerge.sources.locate import locate, pinned, snapshot
+from evomerge.sources.locate import before_download, fetch, locate, pinned
+from evomerge.sources.open_models import open_models, open_named, stored_tensors
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def command(*words: str) -> int:
     """A command as in a new process, whose memory of the hub is empty."""
-    snapshot.cache_clear()
+    forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["evomerge", *words])
         try:
@@ -51,7 +56,7 @@ def test_a_hub_id_is_resolved_once_in_a_command(hub: Hub, tmp_path: Path):
     assert locate("me/model") == folder
     assert pinned("me/model", {}) == f"me/model@{first}"
     assert len(hub.asked) == asked
-    snapshot.cache_clear()
+    forget()
     assert locate("me/model") != folder
 
 
@@ -112,7 +117,7 @@ def test_a_run_keeps_its_commits_when_the_hub_moves_on(hub: Hub, tmp_path: Path,
     assert kept["hub"] == {"me/base": f"me/base@{base}", "me/one": f"me/one@{one}"}
     for name in ("base", "one"):
         hub.push(f"me/{name}", write_llama(tmp_path / f"new {name}", 5))
-    snapshot.cache_clear()
+    forget()
     config = check_unchanged(run, accept=False)
     assert config == run.config()
     space = build_space(config, open_config_models(config))
@@ -135,3 +140,167 @@ def test_another_model_in_the_file_is_a_difference(hub: Hub, tmp_path: Path, mon
     accepted = check_unchanged(run, accept=True)
     assert accepted.hub.keys() == {"me/base", "me/one", "me/two"}
     assert json.loads(run.manifest_file.read_text())["inputs"].keys() == {"base", "a"}
+
+
+def test_models_that_do_not_fit_are_refused_before_any_weight_is_downloaded(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("evomerge.sources.hub.FIRST_BYTES", 1000)  # less than these headers have
+    hub.push("me/base", write_llama(tmp_path / "base"))
+    deep = hub.push("me/deep", write_llama(tmp_path / "deep", 1, layers=3))
+    recipe = {"method": "linear", "base": {"path": "me/base"}, "sources": [{"name": "deep", "path": "me/deep"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert command("merge", "r.yaml", "--out", "merged") == 2
+    said = capsys.readouterr().err
+    assert "deep: has " in said
+    assert "tensor(s) that the base model lacks" in said
+    assert "evomerge-headers" not in said
+    weights = (tmp_path / "deep" / "model.safetensors").stat().st_size
+    assert 1000 < hub.sent["model.safetensors"] < weights / 2
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    (tmp_path / "deep" / "tokenizer.json").unlink()
+    assert not inspect("me/base", "me/deep").mergeable
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    (tmp_path / "deep" / "model.safetensors").rename(tmp_path / "deep" / "pytorch_model.bin")
+    pickled = hub.push("me/deep", tmp_path / "deep")
+    forget()
+    with pytest.raises(EvomergeError, match=f"me/deep@{pickled}: holds a pickle checkpoint"):
+        inspect("me/base", "me/deep")
+    assert deep != pickled
+
+
+def test_headers_alone_tell_what_whole_files_tell(hub: Hub, tmp_path: Path):
+    """Also where values count: tensors of integers, an adapter's base, a head that equals the embedding."""
+    base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
+    for folder, seed in ((base, 0), (one, 1)):
+        weights = load_file(folder / "model.safetensors")
+        head = weights["model.embed_tokens.weight"].clone() + seed  # the source's is another matrix
+        numbers = torch.arange(5)
+        save_file(weights | {"lm_head.weight": head, "model.expert_numbers": numbers}, folder / "model.safetensors")
+    lora = write_adapter(tmp_path / "lora", base)
+    names = {"base": base, "me/one": one, "me/lora": lora, "me/base": base}
+    for name in ("me/one", "me/lora", "me/base"):
+        hub.push(name, names[name])
+    sources = {"one": one, "lora": lora}
+    local = open_models(base, sources, strict=False).compatibility
+    assert not local.problems
+    for asked in (str(base), "me/base"):
+        ids = {name: f"me/{name}" for name in sources}
+        with before_download([asked, *ids.values()]) as headers:
+            assert len(headers.folders) == (3 if asked == "me/base" else 2)
+            here = {name: locate(headers.stand_in(text)) for name, text in ids.items()}
+            found = open_models(locate(headers.stand_in(asked)), here, strict=False).compatibility
+        assert found.problems == []
+    assert open_named("me/base", ids).compatibility.notes == local.notes
+    assert stored_tensors("me/one").keys() == load_file(one / "model.safetensors").keys()
+
+
+def test_only_weights_that_are_read_are_downloaded(hub: Hub, tmp_path: Path):
+    folder = write_llama(tmp_path / "base")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights under other names")
+    hub.push("me/base", folder)
+    told: list[tuple[int, int]] = []
+    fetch(["me/base"], lambda done, total: told.append((done, total)))
+    here = locate("me/base")
+    assert (here / "model.safetensors").is_file()
+    assert not (here / "consolidated.safetensors").exists()
+    size = (folder / "model.safetensors").stat().st_size
+    assert told[-1] == (size, size)
+
+
+def test_a_full_disk_is_told_before_the_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.push("me/base", write_llama(tmp_path / "base"))
+    monkeypatch.setattr("evomerge.sources.hub.SPARE_BYTES", 1 << 60)
+    with pytest.raises(EvomergeError, match=r"GB are to be downloaded \(me/base@\w+\)"):
+        fetch(["me/base"])
+    assert hub.sent["model.safetensors"] == 0
+
+
+def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    commit = hub.push("me/base", write_llama(tmp_path / "base"))
+    folder = locate("me/base")
+    forget()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert locate("me/base") == locate(f"me/base@{commit}") == folder
+    assert pinned("me/base", {}) == f"me/base@{commit}"
+    (folder / "model.safetensors").unlink()
+    forget()
+    with pytest.raises(
+        EvomergeError, match=f"me/base@{commit}: its weights are not in the cache, and the hub does not"
+    ):
+        locate("me/base")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two models of this machine; one of them must not be used commercially."""
+    one = write_llama(tmp_path / "one", 1)
+    (one / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    models = {"base": {"path": str(write_llama(tmp_path / "base"))}, "sources": [{"name": "one", "path": str(one)}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"method": "linear", **models}))
+    return tmp_path / "r.yaml"
+
+
+def test_an_upload_is_refused_before_any_work(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):
+    for words, told in (
+        (["--push", "me"], "'me' is no name of a repository; give OWNER/NAME"),
+        (["--push", "me/a//b"], "is no name of a repository"),
+        (["--out", "x", "--dry-run"], "--dry-run: say where to upload with --push OWNER/NAME"),
+        (["--push", "me/new"], "no token of the Hugging Face hub is stored; log in with `hf auth login`"),
+    ):
+        assert command("merge", str(recipe), *words) == 2
+        assert told in capsys.readouterr().err
+    log_in()
+    hub.add("me/old", {".gitattributes": b"", "model.safetensors": b""})
+    assert command("merge", str(recipe), "--push", "me/old") == 2
+    assert "me/old: has files on the hub already (model.safetensors)" in capsys.readouterr().err
+    assert not [f for f in recipe.parent.iterdir() if f.name.startswith("push-")]
+    assert hub.received == 0
+
+
+def log_in() -> None:
+    file = Path(huggingface_hub.constants.HF_TOKEN_PATH)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(TOKEN)
+
+
+def test_a_merge_is_uploaded_and_an_upload_that_broke_is_repeated(
+    hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    log_in()
+    hub.broken = True
+    assert command("merge", str(recipe), "--push", "me/merged", "--private") == 2
+    said = capsys.readouterr().err
+    assert "one (cc-by-nc-4.0): so the merge must not be used commercially either" in said
+    assert "me/merged: the upload failed; run the command again" in said
+    sent = hub.received
+    hub.broken = False
+    assert command("merge", str(recipe), "--push", "me/merged", "--private") == 0
+    shown = capsys.readouterr()
+    assert hub.received == sent  # the weights had arrived
+    assert hub.private == {"me/merged"}
+    assert TOKEN not in shown.out + shown.err
+    assert not [f for f in recipe.parent.iterdir() if f.name.startswith("push-")]
+    files = hub.newest("me/merged")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "recipe.yaml"} <= files.keys()
+    for name in ("README.md", "recipe.yaml"):
+        assert str(recipe.parent) not in files[name].decode()
+        assert TOKEN not in files[name].decode()
+    card = files["README.md"].decode()
+    assert "license: cc-by-nc-4.0" in card or "license: other" in card
+    assert 'from_pretrained("me/merged")' in card
+    assert yaml.safe_load(files["recipe.yaml"])["outputs"]["model.safetensors"] in hub.objects
+    (recipe.parent / "cache" / "token").unlink()
+    here = locate("me/merged")
+    assert (here / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_a_dry_run_asks_the_hub_nothing(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert command("merge", str(recipe), "--push", "me/merged", "--dry-run", "--out", "merged") == 0
+    said = capsys.readouterr().out
+    size = Path("merged/model.safetensors").stat().st_size
+    assert f"{size:,} bytes  model.safetensors" in said
+    assert "bytes  README.md" in said
+    assert "nothing was sent" in said
+    assert hub.asked == []

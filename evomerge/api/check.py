@@ -43,7 +43,7 @@ def check(
         from evomerge.report.check_text import check_text
         from evomerge.search.check.check import check_search
 
-        opened = open_inputs(loaded, show, stages.stage)
+        opened = open_inputs(loaded, show, stages.stage, stages.download)
         stages.stage("preparing the items")
         found = check_search(opened, items, stages.log, planned, limits)
     if show:

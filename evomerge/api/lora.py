@@ -32,12 +32,13 @@ def write_adapter(
     from evomerge.merge.output.lora.card import adapter_card
     from evomerge.merge.output.lora.write import write_lora
     from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar
+    from evomerge.report.progress import Bar, Stages
 
     recipe = pin(recipe, {})
     where = resolve_device(device)
     use(where)
-    bank = open_bank(recipe, where, capacity=0)
+    with Stages(show) as stages:
+        bank = open_bank(recipe, where, capacity=0, progress=stages.download)
     if show:
         for note in bank.models.compatibility.notes:
             say(f"note: {note}", error=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.api.push import push_of, pushed
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.pinned_inputs import check_fingerprints, pin
 from evomerge.merge.recipe.recipe import Recipe, load_recipe, parse_recipe
@@ -22,6 +23,9 @@ def merge(
     model: "PreTrainedModel | None" = None,
     mergekit: str | Path | None = None,
     lora: int | str | None = None,
+    push: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
     device: str = "auto",
     show: bool = True,
 ) -> Recipe:
@@ -35,6 +39,10 @@ def merge(
     mergekit: a file to write the merge to as a mergekit configuration.
     lora: write a LoRA adapter of the base to `out` instead of the model.  "exact", if all sources are adapters and the
         method is linear in them; or the largest rank of a matrix, to approximate any merge.
+    push: `owner/name`: upload the folder to this new repository of the Hugging Face hub; without `out` a temporary
+        folder is written and removed.
+    private: whether only its owner sees the new repository.
+    dry_run: print the names and sizes of what would be uploaded; the hub is not asked.
     device: where to compute a folder: auto, cpu, cuda, cuda:1, ...; a live model is merged on its own device.
     show: whether to print progress and notes.
 
@@ -44,9 +52,11 @@ def merge(
     loaded, notes = read_merge(recipe)
     for note in notes if show else ():
         say(f"note: {note}", error=True)
+    upload = push_of(push, private, dry_run)
     if model is None:
-        return write_merge(loaded, out, mergekit, device, show, lora=lora)
-    if out is not None or mergekit is not None or lora is not None:
+        with pushed(upload, loaded, out, Path.cwd(), show) as folder:
+            return write_merge(loaded, folder, mergekit, device, show, lora=lora)
+    if out is not None or mergekit is not None or lora is not None or upload is not None:
         raise EvomergeError("give `model` alone: it is overwritten in memory, nothing is written to files")
     from evomerge.merge.into_model import merge_into_model
 
@@ -123,9 +133,10 @@ def write_model(
     """Merge a recipe into a new folder; returns the recipe with all SHA-256 sums."""
     from evomerge.device import resolve_device, use
     from evomerge.merge.output.export import export, total_bytes
+    from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.output.model_card import model_card
     from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar
+    from evomerge.report.progress import Bar, Stages
     from evomerge.sources.safetensors_files import weights_name
 
     def log(line: str) -> None:
@@ -139,7 +150,15 @@ def write_model(
     recipe = pin(recipe, {})
     where = resolve_device(device)
     use(where)
-    bank = open_bank(recipe, where, capacity=0, log=log)  # a merge reads every tensor once: nothing is worth holding
+    with Stages(show) as stages:
+        bank = open_bank(
+            recipe,
+            where,
+            capacity=0,  # a merge reads every tensor once: nothing is worth holding
+            log=log,
+            progress=stages.download,
+            check=lambda bank: check_loads(bank.layout, bank.models.base),
+        )
     for line in bank.models.compatibility.notes:
         note(line)
     loading = bank.layout.config, weights_name(bank.models.base.path)

@@ -151,6 +151,9 @@ class Run:
         *,
         mergekit: str | Path | None = None,
         lora: int | str | None = None,
+        push: str | None = None,
+        private: bool = False,
+        dry_run: bool = False,
         trial: int | None = None,
         prefer: Mapping[str, float] | None = None,
         knee: bool = False,
@@ -162,6 +165,10 @@ class Run:
         mergekit: a file to write the merge to as a mergekit configuration, instead of the model or beside it.
         lora: write a LoRA adapter of the base instead of the model: "exact" or the largest rank, as for `merge`.  With
             a rank, adapter and model are scored on the selection split.
+        push: `owner/name`: upload the folder to this new repository of the Hugging Face hub; without `out` a temporary
+            folder is written and removed.
+        private: whether only its owner sees the new repository.
+        dry_run: print the names and sizes of what would be uploaded; the hub is not asked.
         trial: the number of a finished trial to export instead.
         prefer: export instead the finalist with the highest mean metric on the selection split by these weights of
             tasks, for instance {"math": 0.7, "chat": 0.3}; a task without a weight does not count.
@@ -173,6 +180,7 @@ class Run:
         Raises EvomergeError if there is no verdict, no such trial or task, or the model cannot be written.
         """
         from evomerge.api.merge import write_merge
+        from evomerge.api.push import push_of, pushed
         from evomerge.report.status import read_status
         from evomerge.report.usage_text import usage_section
         from evomerge.report.verdict_text import copied_model, results_section
@@ -201,15 +209,16 @@ class Run:
             results, copy_of = results_section(verdict), copied_model(verdict)
             with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
                 results += usage_section(read_status(self.files))
-        written = write_merge(recipe, out, mergekit, self.config.device, show, results, copy_of, lora)
-        if out is not None and lora not in (None, "exact"):
-            from evomerge.api.lora import add_results
-            from evomerge.search.verdict.adapter_loss import adapter_loss
+        with pushed(push_of(push, private, dry_run), recipe, out, self.folder, show) as folder:
+            written = write_merge(recipe, folder, mergekit, self.config.device, show, results, copy_of, lora)
+            if folder is not None and lora not in (None, "exact"):
+                from evomerge.api.lora import add_results
+                from evomerge.search.verdict.adapter_loss import adapter_loss
 
-            lines = adapter_loss(self.files, recipe, Path(out)).lines()
-            add_results(Path(out), "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
-            if show:
-                say("\n".join(lines))
+                lines = adapter_loss(self.files, recipe, folder).lines()
+                add_results(folder, "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
+                if show:
+                    say("\n".join(lines))
         return written
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from evomerge.report.terminal import SearchView
     from evomerge.search.monitor.snapshot import Snapshot
     from evomerge.search.opened import Opened
+    from evomerge.sources.open_models import Models
 
 LOADING = "loading PyTorch and transformers"
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def search(
         from evomerge.search.space.start_points import read_start, refuse_seen_items
 
         loaded = pin(loaded, {})
-        opened = open_inputs(loaded, show, stages.stage)
+        opened = open_inputs(loaded, show, stages.stage, stages.download)
         if loaded.start_from is not None:
             stages.stage("opening what the search starts from")
             read_start(loaded)
@@ -128,11 +129,16 @@ def search(
         return search_in(created, limits, worker_options, out, on_trial, show, opened)
 
 
-def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] = lambda text: None) -> "Opened":
+def open_inputs(
+    config: SearchConfig,
+    show: bool,
+    stage: Callable[[str], None] = lambda text: None,
+    download: Callable[[int, int], None] | None = None,
+) -> "Opened":
     """The models and tasks of a search, opened and checked.
 
     config: with the versions of its models pinned.  show: whether to print what to know about the models.
-    stage: told what happens now.
+    stage: told what happens now.  download: told how many bytes of a download have come, and of how many.
 
     Raises EvomergeError for whatever a search cannot use.
     """
@@ -148,10 +154,13 @@ def open_inputs(config: SearchConfig, show: bool, stage: Callable[[str], None] =
     from evomerge.search.opened import Opened
     from evomerge.search.space.layer_assembly import build_assembly
 
+    def check(models: "Models") -> list[str]:
+        build_assembly(config, models)
+        return check_loads(build_layout(models), models.base)
+
     stage("opening the models")
-    models = open_config_models(config)
-    build_assembly(config, models)
-    for note in check_loads(build_layout(models), models.base):
+    models = open_config_models(config, progress=download, check=check)
+    for note in check(models):
         if show:
             say(f"note: {note}", error=True)
     stage("opening the tasks")

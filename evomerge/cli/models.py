@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import Chat, Device, Fewshot, Lora, Mergekit, Multiturn, Out, TaskCode, app, refuse_nothing
+from evomerge.cli.options import (
+    Chat,
+    Device,
+    DryRun,
+    Fewshot,
+    Lora,
+    Mergekit,
+    Multiturn,
+    Out,
+    Private,
+    PushTo,
+    TaskCode,
+    app,
+    refuse_nothing,
+)
 from evomerge.printable import say
 
 
@@ -16,13 +30,18 @@ def merge(
     out: Annotated[Path | None, typer.Option(help="The folder to write; it must be new or empty.")] = None,
     mergekit: Mergekit = None,
     lora: Lora = None,
+    push: PushTo = None,
+    private: Private = False,
+    dry_run: DryRun = False,
     device: Device = "auto",
 ) -> None:
     """Merge models as a recipe says, and write the result as a model folder."""
     from evomerge.api.merge import merge as merge_models
 
-    refuse_nothing(out, mergekit)
-    merge_models(recipe, out=out, mergekit=mergekit, lora=lora, device=device)
+    refuse_nothing(out, mergekit, push)
+    merge_models(
+        recipe, out=out, mergekit=mergekit, lora=lora, push=push, private=private, dry_run=dry_run, device=device
+    )
 
 
 @app.command(

@@ -73,6 +73,19 @@ Lora = Annotated[
         "best one of at most this rank.",
     ),
 ]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Upload the result to a new repository of the hub; --out is not needed then.",
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="With --push: only its owner sees the new repository.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="With --push: print the names and sizes of the files; the hub is not asked."),
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
@@ -83,7 +96,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-def refuse_nothing(out: Path | None, mergekit: Path | None) -> None:
-    """EvomergeError if a command is to write neither a model nor a file for mergekit."""
-    if out is None and mergekit is None:
-        raise EvomergeError("say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit")
+def refuse_nothing(out: Path | None, mergekit: Path | None, push: str | None) -> None:
+    """EvomergeError if a command is to write neither a model nor a file for mergekit, nor to upload anything."""
+    if out is None and mergekit is None and push is None:
+        raise EvomergeError(
+            "say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit, --push OWNER/NAME "
+            "to upload the model"
+        )

@@ -7,10 +7,13 @@ import typer
 
 from evomerge.cli.lost_terminal import terminal_may_go
 from evomerge.cli.options import (
+    DryRun,
     ExportTo,
     Lora,
     Mergekit,
     Patience,
+    Private,
+    PushTo,
     Ray,
     RunFolder,
     Simplify,
@@ -276,18 +279,31 @@ def export(
     ] = False,
     mergekit: Mergekit = None,
     lora: Lora = None,
+    push: PushTo = None,
+    private: Private = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Write what the verdict recommends as a Hugging Face model folder with its recipe."""
     from evomerge.api.run import open_run
 
     opened = open_run(run)
-    refuse_nothing(out, mergekit)
+    refuse_nothing(out, mergekit, push)
     weights = None
     if prefer is not None:
         from evomerge.search.verdict.choices import parse_weights
 
         weights = parse_weights(prefer)
-    opened.export(out, mergekit=mergekit, lora=lora, trial=trial, prefer=weights, knee=knee)
+    opened.export(
+        out,
+        mergekit=mergekit,
+        lora=lora,
+        push=push,
+        private=private,
+        dry_run=dry_run,
+        trial=trial,
+        prefer=weights,
+        knee=knee,
+    )
 
 
 @app.command(epilog="Example: evomerge repeat runs/quickstart --trial 17")

@@ -14,10 +14,9 @@ from rich.text import Text
 from evomerge.errors import EvomergeError
 from evomerge.merge.measure.distances import ALL, EXACT, LARGEST, SAMPLE, Differences, measure, strangers
 from evomerge.report.advice import advice_on
-from evomerge.report.progress import Screen, Steps
+from evomerge.report.progress import Screen, Stages, Steps
 from evomerge.search.check.paths import Line, Paths, lines_of_file, lines_of_tasks, measure_paths, points
-from evomerge.sources.locate import locate
-from evomerge.sources.open_models import Models, open_models
+from evomerge.sources.open_models import Models, open_named
 from evomerge.sources.tensor_names import layer_count
 
 WIDTH = 80  # characters of the text form
@@ -230,17 +229,19 @@ def inspect(
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
     lines = None if text is None else lines_of_file(Path(text))
     if given:
-        folders = {Path(s).name: locate(str(s)) for s in given}
-        if len(folders) < len(given):
+        named = {Path(s).name: str(s) for s in given}
+        if len(named) < len(given):
             raise EvomergeError("two of the sources have the same folder name; give each its own")
-        models = open_models(locate(str(base)), folders, strict=False)
+        with Stages(show) as stages:
+            models = open_named(str(base), named, strict=False, progress=stages.download)
     elif Path(base).suffix in (".yaml", ".yml"):
         from evomerge.config.config_file import load_config
         from evomerge.search.evaluation.task_set import open_task_set
         from evomerge.search.models import open_config_models
 
         config = load_config(Path(base))
-        models = open_config_models(config, strict=False)
+        with Stages(show) as stages:
+            models = open_config_models(config, strict=False, progress=stages.download)
         if lines is None and not models.compatibility.problems:
             lines = lines_of_tasks(open_task_set(config)) or None
     else:

@@ -67,6 +67,7 @@ class Stages:
     def __init__(self, show: bool = True) -> None:
         self.show = show
         self.status: Progress | None = None
+        self.steps: Steps | None = None
 
     def __enter__(self) -> "Stages":
         return self
@@ -96,11 +97,22 @@ class Stages:
         else:
             self.stage(text)
 
+    def download(self, done: int, total: int) -> None:
+        """Show how many bytes of a download have come."""
+        if self.show:
+            if self.steps is None:
+                self.close()  # a terminal shows one thing that moves
+                self.steps = Steps("downloading", "MB")
+            self.steps.step(done, total)
+
     def close(self) -> None:
         """The stage has ended."""
         if self.status is not None:
             self.status.stop()
             self.status = None
+        if self.steps is not None:
+            self.steps.close()
+            self.steps = None
 
 
 class Bar:

@@ -1,35 +1,77 @@
 """The models of a configuration: where their files lie, how they are opened, and whether the files have changed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import models_on_disk
 from evomerge.sources.fingerprint import file_stamps
-from evomerge.sources.locate import locate
+from evomerge.sources.hub import Headers, Progress
+from evomerge.sources.locate import before_download, fetch, locate
 from evomerge.sources.open_models import Models, open_models
 
 
-def model_folders(config: SearchConfig) -> dict[str, Path]:
-    """The folders of the base (`base`) and of each source on this machine, by name.
+def model_names(config: SearchConfig) -> dict[str, str]:
+    """The base (`base`) and each source, folders or hub ids, by name.
 
     The models of a source that is a recipe are called `source/name`.
     """
-    found = {"base": locate(config.base)}
+    found = {"base": config.base}
     for source in config.sources:
         if source.recipe is None:
-            found[source.name] = locate(source.path)
+            found[source.name] = source.path
         else:
-            found |= {name: locate(m.path) for name, m in models_on_disk(source.recipe, f"{source.name}/")}
+            found |= {name: m.path for name, m in models_on_disk(source.recipe, f"{source.name}/")}
     return found
 
 
-def open_config_models(config: SearchConfig, strict: bool = True) -> Models:
-    """Open and check the models of a configuration.
+def model_folders(config: SearchConfig) -> dict[str, Path]:
+    """The folders of all models of a configuration on this machine, see `model_names`."""
+    return {name: locate(path) for name, path in model_names(config).items()}
 
-    EvomergeError lists all that does not fit together; it is kept in the result's `compatibility` if not `strict`.
+
+def open_config_models(
+    config: SearchConfig,
+    strict: bool = True,
+    progress: Progress | None = None,
+    check: Callable[[Models], object] = lambda models: None,
+) -> Models:
+    """Open and check the models of a configuration; those of the hub before their weights are downloaded.
+
+    progress: of the download.
+    check: called before it, with models of which only the headers are there.
+
+    EvomergeError lists all that does not fit together; it is kept in the result's `compatibility` if not `strict`, and
+    then nothing is downloaded.
     """
+    names = model_names(config)
+    with before_download(names.values()) as headers:
+        if headers.folders:
+            found = open_located(with_stand_ins(config, headers), strict)
+            if problems := found.compatibility.problems:
+                problems[:] = map(headers.named, problems)
+                return found
+            check(found)
+    fetch(names.values(), progress)
+    return open_located(config, strict)
+
+
+def with_stand_ins(config: SearchConfig, headers: Headers) -> SearchConfig:
+    """The configuration with folders of headers instead of the models that are not downloaded yet."""
+    from evomerge.merge.recipe.open_bank import with_stand_ins as recipe_with_stand_ins
+
+    sources = [
+        s.model_copy(update={"recipe": recipe_with_stand_ins(s.recipe, headers)})
+        if s.recipe
+        else s.model_copy(update={"path": headers.stand_in(s.path)})
+        for s in config.sources
+    ]
+    return config.model_copy(update={"base": headers.stand_in(config.base), "sources": sources})
+
+
+def open_located(config: SearchConfig, strict: bool) -> Models:
+    """Open and check the models of a configuration, see `open_config_models`."""
     from evomerge.merge.recipe.open_bank import open_nested
 
     sources = {

@@ -1,6 +1,7 @@
 """The models that a merge is made of: found, opened by memory map, checked against each other.
 
     locate.py               a path, a pattern or a hub id becomes a folder on this machine
+    hub.py                  models of the hub: commits, headers before weights, downloads
     open_models.py          opens base and sources together
     checkpoint.py           one checkpoint: its configuration, its tensors, whether head and embedding are tied
     safetensors_files.py    the weight files of a folder and their headers

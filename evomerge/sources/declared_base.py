@@ -129,5 +129,7 @@ def distance_to(declared: str, base: Checkpoint, names: Sequence[str]) -> float 
         if name not in other.tensors or other.tensors[name].shape != base.tensors[name].shape:
             return float("inf")
         ours = base.read(name).float()
-        found = max(found, float((other.read(name).float() - ours).norm() / ours.norm().clamp_min(1e-30)))
+        if not ours.any():  # zeros, or the weights are not downloaded yet
+            continue
+        found = max(found, float((other.read(name).float() - ours).norm() / ours.norm()))
     return found

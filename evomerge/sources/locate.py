@@ -3,18 +3,30 @@
 import glob
 import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from evomerge.errors import EvomergeError
 from evomerge.files import absolute_path
+from evomerge.sources.hub import (
+    Headers,
+    HubModel,
+    NoSuchModel,
+    Progress,
+    download,
+    headers,
+    hub_model,
+    small_files,
+    snapshot,
+)
 
 HUB_ID = re.compile(r"^(?!.*\.\.)(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?\Z")
 WILDCARD_PARTS = 3  # how many parts of a pattern's path may hold wildcards: each lists all folders of the last
 MATCHES = 10_000
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md"]
+Found = TypeVar("Found")
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -58,7 +70,7 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     match = HUB_ID.match(text)
     if not match or text.startswith("."):
         raise EvomergeError(f"{path}: no such folder")
-    return download(match["repo"], match["revision"], path)
+    return asked(snapshot, match, path)
 
 
 def matching_models(pattern: str, relative_to: Path) -> list[Path]:
@@ -94,36 +106,42 @@ def pinned(text: str, known: Mapping[str, str]) -> str:
     """
     if text in known:
         return known[text]
-    match = HUB_ID.match(text)
-    if not match or text.startswith(".") or os.path.exists(os.path.expanduser(text)):
+    if (match := on_hub(text)) is None:
         return text
-    folder = locate(text)  # .../models--owner--name/snapshots/<commit>
-    return f"{match['repo']}@{folder.name}" if folder.parent.name == "snapshots" else text
+    return f"{match['repo']}@{asked(small_files, match, Path(text)).name}"
 
 
-@cache
-def snapshot(repository: str, revision: str | None) -> Path:
-    """The folder of a model in the Hugging Face cache.
+def folder_of_card(text: str) -> Path:
+    """The folder that has the card of a model; of one on the hub nothing but its small files is downloaded."""
+    return locate(text) if (match := on_hub(text)) is None else asked(small_files, match, Path(text))
 
-    The hub is asked once in a process, so a branch that moves while it runs is not followed.
+
+def on_hub(text: str) -> re.Match[str] | None:
+    """The parts of a hub id; None if the text is none, or there is a folder or a file of that name."""
+    return HUB_ID.match(text) if looks_like_hub_id(text) and not os.path.exists(os.path.expanduser(text)) else None
+
+
+def hub_models(texts: Iterable[str]) -> dict[str, HubModel]:
+    """The models of the hub among some models.  EvomergeError if the hub does not have one."""
+    return {text: asked(hub_model, match, Path(text)) for text in texts if (match := on_hub(text)) is not None}
+
+
+def asked(ask: Callable[[str, str | None], Found], match: re.Match[str], path: Path) -> Found:
+    """What a function of hub.py gives for a hub id.
+
+    match: the parts of the id.  path: the folder that it could also mean, for the message.
     """
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
-
-
-def download(repository: str, revision: str | None, path: Path) -> Path:
-    """Fetch a model from the hub and return its folder.
-
-    path: the folder that the text could also mean, for the message.
-    EvomergeError if the hub does not have the model, or cannot be reached.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return snapshot(repository, revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvomergeError(
-            f"{repository}: there is no folder {path}, and the hub did not give a model of that name ({reason})"
-        ) from error
+        return ask(match["repo"], match["revision"])
+    except NoSuchModel as error:
+        raise EvomergeError(f"{match['repo']}: there is no folder {path.absolute()}, and {error}") from error
+
+
+def before_download(texts: Iterable[str]) -> AbstractContextManager[Headers]:
+    """Within the context, what stands in for the models of the hub whose weights are not here yet (see `headers`)."""
+    return headers(hub_models(texts))
+
+
+def fetch(texts: Iterable[str], progress: Progress | None = None) -> None:
+    """Download the models of the hub among some models, see `download`."""
+    download(hub_models(texts).values(), progress)

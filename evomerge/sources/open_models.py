@@ -8,9 +8,11 @@ from pathlib import Path
 from evomerge.errors import EvomergeError
 from evomerge.sources.adapter import Adapter, open_adapter
 from evomerge.sources.buffers import drop_unshared_buffers, integer_problems
-from evomerge.sources.checkpoint import Checkpoint, open_checkpoint, with_untied_head
+from evomerge.sources.checkpoint import Checkpoint, TensorInfo, open_checkpoint, with_untied_head
 from evomerge.sources.compatibility import Compatibility, check_compatibility
 from evomerge.sources.embedding_rows import align_vocabularies, tokens_without_row
+from evomerge.sources.hub import Progress
+from evomerge.sources.locate import before_download, fetch, locate
 from evomerge.sources.tokenizer import Vocabulary
 
 
@@ -76,6 +78,30 @@ def open_models(
         hint *= any(": another tokenizer: " in line for line in found.problems)
         raise EvomergeError("these models cannot be merged:\n  " + "\n  ".join(found.problems) + hint)
     return Models(base_model, opened, found, vocabulary, base_model.vocabulary)
+
+
+def open_named(base: str, sources: Mapping[str, str], strict: bool = True, progress: Progress | None = None) -> Models:
+    """Open models by their folders or hub ids; those of the hub are compared before their weights are downloaded.
+
+    progress: see `download`.  The other arguments, the result and the errors are those of `open_models`.  If not
+    `strict`, models that do not fit are not downloaded.
+    """
+    names = (base, *sources.values())
+    with before_download(names) as headers:
+        if headers.folders:
+            here = {name: locate(headers.stand_in(path)) for name, path in sources.items()}
+            found = open_models(locate(headers.stand_in(base)), here, strict)
+            if problems := found.compatibility.problems:
+                problems[:] = map(headers.named, problems)
+                return found
+    fetch(names, progress)
+    return open_models(locate(base), {name: locate(path) for name, path in sources.items()}, strict)
+
+
+def stored_tensors(model: str) -> dict[str, TensorInfo]:
+    """The tensors of a model by name, for which nothing but headers is downloaded.  model: a folder or a hub id."""
+    with before_download([model]) as headers:
+        return open_checkpoint(locate(headers.stand_in(model))).tensors
 
 
 def with_head_if_needed(base: Checkpoint, sources: Mapping[str, Checkpoint | Adapter]) -> Checkpoint:

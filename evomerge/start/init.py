@@ -8,8 +8,7 @@ from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import write_text
-from evomerge.sources.locate import locate
-from evomerge.sources.open_models import open_models
+from evomerge.sources.open_models import open_named
 from evomerge.sources.tensor_names import PARTS, tensor_role
 from evomerge.start.yaml_text import named_source, plain, relative
 
@@ -54,7 +53,7 @@ def init_config(file: Path, base: str, sources: Sequence[str], tasks: Sequence[s
     named = dict(map(named_source, sources))
     if len(named) < len(sources):
         raise EvomergeError("--source: two have the same name; write NAME=PATH")
-    models = open_models(locate(base), {name: locate(path) for name, path in named.items()})
+    models = open_named(base, named)
     opened = open_tasks([TaskConfig(task=task) for task in tasks])
     parts = {tensor_role(name).part for name in models.base.tensors}
     found = [part for part in PARTS if part in parts]

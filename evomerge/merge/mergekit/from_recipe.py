@@ -12,8 +12,8 @@ from evomerge.merge.mergekit.mergekit_methods import MERGEKIT, MergekitMethod
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, filtered_values, numbers_and_lists, value_at
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource
-from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.locate import locate
+from evomerge.sources.locate import folder_of_card
+from evomerge.sources.open_models import stored_tensors
 from evomerge.sources.tensor_names import layer_count, name_in_layer, tensor_role
 
 # Parts of names that tell the components apart; norms before attention, because names of norms may contain `attention`.
@@ -57,7 +57,7 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
     if nested := [s.name for s in recipe.sources if s.recipe]:
         raise EvomergeError(f"mergekit cannot merge merges: {nested[0]} has a recipe of its own; merge it first")
     method, problems = MERGEKIT[recipe.method], []
-    names = list(open_checkpoint(locate(recipe.base.path)).tensors)
+    names = list(stored_tensors(recipe.base.path))
     runs = output_runs(recipe, names)
     layers = sum(run.length for run in runs)
     base: str | None = recipe.base.path
@@ -194,7 +194,7 @@ def uses_task_vectors(recipe: Recipe) -> bool:
 
 def model_reference(source: RecipeSource, base: str) -> Any:
     """A source in mergekit's format; an adapter is written as one on the base."""
-    folder = locate(source.path)
+    folder = folder_of_card(source.path)
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     model, lora = (base, source.path) if is_adapter else (source.path, None)
     if any("+" in path for path in (model, lora or "")):

@@ -20,8 +20,8 @@ from evomerge.merge.mergekit.mergekit_methods import BOUNDS, MERGEKIT, Scalar, i
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
-from evomerge.sources.checkpoint import open_checkpoint
-from evomerge.sources.locate import locate
+from evomerge.sources.locate import before_download, locate
+from evomerge.sources.open_models import stored_tensors
 from evomerge.sources.tensor_names import layer_count
 
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -37,8 +37,8 @@ def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None 
     express.
     """
     conversion = Conversion(file, made or {})
-    base = open_checkpoint(locate(conversion.base))
-    tensors = list(output_tensors(conversion.slices, list(base.tensors)))
+    stored = stored_tensors(conversion.base)
+    tensors = list(output_tensors(conversion.slices, list(stored)))
     shared, each = conversion.recipe_parameters(tensors)
     vocabulary, template = conversion.recipe_vocabulary(), conversion.chat_template()
     if conversion.problems:
@@ -52,7 +52,7 @@ def to_recipe(file: MergekitFile, path: Path, made: Mapping[str, Recipe] | None 
             "parameters": shared,
             "vocabulary": vocabulary,
             "chat_template": template,
-            "slices": conversion.recipe_slices(layer_count(list(base.tensors))),
+            "slices": conversion.recipe_slices(layer_count(list(stored))),
         }
         return Recipe(**content), conversion.notes()
     except ValidationError as error:
@@ -266,7 +266,8 @@ class Conversion:
             return self.made[self.config_model.model].chat_template if self.config_model.merged else None
         models = dict.fromkeys([self.base, *(m.model for m in self.sources if not m.merged)])
         try:
-            return template_text(self.file.chat_template, map(locate, models))
+            with before_download(models) as headers:
+                return template_text(self.file.chat_template, [locate(headers.stand_in(m)) for m in models])
         except EvomergeError as error:
             self.problems.append(str(error))
             return None
@@ -304,7 +305,7 @@ def source_names(models: list[ModelReference]) -> list[str]:
 def stored_dtype(path: str) -> str:
     """The floating-point type of most numbers in a model."""
     sizes: Counter[str] = Counter()
-    for info in open_checkpoint(locate(path)).tensors.values():
+    for info in stored_tensors(path).values():
         if info.dtype.is_floating_point:
             sizes[str(info.dtype).removeprefix("torch.")] += info.bytes // info.dtype.itemsize
     most = sizes.most_common(1)[0][0] if sizes else "float32"

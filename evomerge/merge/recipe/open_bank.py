@@ -9,8 +9,9 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels.compiled import compiled_for
 from evomerge.merge.materialise import check_fits
 from evomerge.merge.recipe.nested import NestedMerge, nested_model
-from evomerge.merge.recipe.recipe import Recipe
-from evomerge.sources.locate import locate
+from evomerge.merge.recipe.recipe import Recipe, models_on_disk
+from evomerge.sources.hub import Headers, Progress
+from evomerge.sources.locate import before_download, fetch, locate
 from evomerge.sources.open_models import open_models
 
 Log = Callable[[str], None]
@@ -21,15 +22,26 @@ def open_bank(
     device: torch.device | str = "cpu",
     capacity: int | None = None,
     log: Log | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Bank], object] = lambda bank: None,
 ) -> Bank:
     """Open all models of a recipe, check that they fit together, and return the bank that reads them.
+
+    Models of the hub are opened and checked before their weights are downloaded.
 
     device: where the merge is computed.
     capacity: the bytes that the bank may hold (see `Bank`); None: what the device has free.
     log: gets a line about compiled kernels, which large models then use; without it no kernel is compiled.
+    progress: of the download.
+    check: called before it, with a bank that knows the headers of the weights only.
 
     EvomergeError if a model is not found, or the models do not fit together or to the recipe's slices and lists.
     """
+    names = [model.path for _, model in models_on_disk(recipe)]
+    with before_download(names) as headers:
+        if headers.folders:
+            check(open_bank(with_stand_ins(recipe, headers), capacity=0))
+    fetch(names, progress)
     sources = {
         s.name: open_nested(s.name, s.recipe, device, log) if s.recipe else locate(s.path) for s in recipe.sources
     }
@@ -48,6 +60,14 @@ def open_bank(
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
     return bank
+
+
+def with_stand_ins(recipe: Recipe, headers: Headers) -> Recipe:
+    """The recipe with folders of headers instead of the models that are not downloaded yet."""
+    copy = recipe.model_copy(deep=True)
+    for _, model in models_on_disk(copy):
+        model.path = headers.stand_in(model.path)
+    return copy
 
 
 def open_nested(name: str, recipe: Recipe, device: torch.device | str, log: Log | None) -> NestedMerge:
