@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -90,6 +91,7 @@ def evaluate(
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
     from evomerge.sources.locate import locate
+    from evomerge.sources.tokenizer import open_processor
 
     values = next((k for k in get_args(Dtype) if k == dtype), None)
     if values is None:
@@ -110,9 +112,10 @@ def evaluate(
         language = any(not task.is_python for task in opened)
         path = locate(str(model))
         live, tokenizer = open_live_model(path, folder, values, where, computing, language)
+        processor = partial(open_processor, path)
         weights = values
     else:
-        opened, live, where, path = open_tasks(configs), model, model.device, None
+        opened, live, where, processor = open_tasks(configs), model, model.device, None
         if tokenizer is None and any(not task.is_python for task in opened):
             raise EvomergeError("tokenizer: a model in memory needs its tokenizer beside it")
         weights = str(live.dtype).removeprefix("torch.")
@@ -124,7 +127,7 @@ def evaluate(
     modes = [(module, module.training) for module in live.modules()]
     live.eval()
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, path)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, processor)
     finally:
         for module, training in modes:
             module.training = training

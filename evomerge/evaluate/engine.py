@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,6 @@ from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
-from evomerge.sources.tokenizer import open_processor
 
 Trunks = dict[Tokens, KeysValues]
 """The keys and values of the trunks that one candidate has computed; they are wrong for every other candidate."""
@@ -38,7 +36,8 @@ class Engine:
         when the memory does not suffice.
     log: gets one line for everything that the model cannot do.
     language: whether there are tasks that ask a language model.
-    folder: of the model's processor, for Python tasks that want it; None gives them the tokenizer.
+    open_processor: opens transformers' processor of the model, for Python tasks that want it; None gives them the
+        tokenizer.
     """
 
     def __init__(
@@ -48,12 +47,12 @@ class Engine:
         batch_tokens: int | Literal["auto"],
         log: Callable[[str], None] = lambda text: None,
         language: bool = True,
-        folder: Path | None = None,
+        open_processor: Callable[[], Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.log = log
-        self.folder = folder
+        self.open_processor = open_processor
         self.batch_tokens = token_budget(batch_tokens, model) if language else LEAST
         self.capabilities = probe(model, self.vocabulary, log) if language else NONE
         self.unpacked: set[str] = set()  # tasks whose rows are longer than the model's window
@@ -87,8 +86,8 @@ class Engine:
 
     @cached_property
     def processor(self) -> Any:
-        """transformers' processor in the model's folder: of images, sound and text, or the tokenizer alone."""
-        return self.tokenizer if self.folder is None else open_processor(self.folder)
+        """transformers' processor of the model: of images, sound and text, or the tokenizer alone."""
+        return self.tokenizer if self.open_processor is None else self.open_processor()
 
     def helper(self, kind: Helper) -> Any:
         """The tokenizer or the processor.  EvomergeError if the model has none that can be opened."""

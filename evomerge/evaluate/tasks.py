@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,6 @@ from evomerge.evaluate.python_task import PYTHON, PythonSource
 from evomerge.evaluate.taskfile import ALLOW, load_file, load_named
 from evomerge.files import first_problem, read_text
 from evomerge.parse import TaskLoader, parse_yaml
-from evomerge.sources.locate import absolute_path
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt
@@ -163,7 +163,8 @@ def python_task(config: TaskOptions) -> PythonTask | None:
         given = PythonTask.model_validate(content)
     except ValidationError as error:
         raise EvomergeError(f"{file}: {first_problem(error)}") from error
-    paths = {key: absolute_path(str(getattr(given, key)), file.parent.resolve()) for key in ("python", "items")}
+    names = {key: os.path.expanduser(getattr(given, key)) for key in ("python", "items")}
+    paths = {key: os.path.abspath(os.path.join(file.parent, name)) for key, name in names.items()}
     return given.model_copy(update=paths)
 
 

@@ -13,6 +13,7 @@ Whatever goes wrong with the candidate on the way becomes the job's `Failure`.
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.search.space.layer_assembly import build_assembly
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import Vocabulary, optional_tokenizer, vocabulary_tokenizer
+from evomerge.sources.tokenizer import Vocabulary, open_processor, optional_tokenizer, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -109,12 +110,13 @@ class Evaluator:
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         words = models.vocabulary or Vocabulary({}, models.base.path)
+        processor = partial(open_processor, words.folder)
         if self.language:
             budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, folder=words.folder)
+            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, open_processor=processor)
         else:
             tokenizer = optional_tokenizer(words)
-            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, folder=words.folder)
+            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, open_processor=processor)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None
