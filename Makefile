@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test docs test-more test-slow test-mergekit test-ray chaos fuzz gpu gpu-dry-run lint clean
+.PHONY: demo test docs test-more test-slow test-mergekit test-ray build chaos fuzz gpu gpu-dry-run lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evomerge needs Python 3.11 or newer; name one with: make PYTHON=python3.12")'
@@ -51,6 +51,15 @@ ROUNDS ?= 5
 chaos: $(READY)
 	$(BIN)/python tests/chaos.py --rounds $(ROUNDS)
 
+# sdist and wheel, in build/dist; the wheel is installed in an environment of its own and used there without a compiler.
+WHEEL := .cache/wheel
+build: $(READY)
+	rm -rf build/dist build/lib $(WHEEL)
+	$(BIN)/python -m build --outdir build/dist
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt build/dist/*.whl
+	$(BIN)/python tests/installed.py $(WHEEL)/bin/python
+
 # Ray is 240 MB, so it is not part of the default environment.
 test-ray: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev,ray]"
@@ -78,6 +87,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 clean:
 	rm -rf $(VENV) .cache build runs/tiny runs/quickstart runs/merged runs/again

@@ -28,6 +28,7 @@ from evomerge.search.storage.item_scores import pack, unpack
 from evomerge.search.storage.optuna_private import key_of_study
 from evomerge.search.storage.trial_record import RECORD, TrialRecord, record_of
 
+HIGH = 2.0  # bound of a weight
 FIRST = 40  # trials of the real search
 
 
@@ -74,10 +75,7 @@ def lengthen(folder: Path, trials: int) -> None:
 
 def another(like: FrozenTrial, number: int, rng: np.random.Generator) -> tuple[FrozenTrial, TrialRecord, float]:
     """A trial near another one, its record and its value, which is a little worse."""
-    params = {
-        name: float(np.clip(value + rng.normal(0, 0.05), like.distributions[name].low, like.distributions[name].high))
-        for name, value in like.params.items()
-    }
+    params = {name: float(np.clip(x + rng.normal(0, 0.05), 0.0, HIGH)) for name, x in like.params.items()}
     trial = create_trial(
         state=TrialState.RUNNING, params=params, distributions=like.distributions, system_attrs=like.system_attrs
     )

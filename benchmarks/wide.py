@@ -33,7 +33,7 @@ BUDGETS = (100, 300, 1000)
 RESUMED = 1000  # trials
 
 
-class Fast(CMA):
+class Fast(CMA):  # type: ignore[misc]
     """`cmaes.CMA`, which draws the same points, but multiplies its factors once a generation and not once a draw."""
 
     made_of: Vector | None = None

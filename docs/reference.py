@@ -78,7 +78,7 @@ def key_rows(schema: dict[str, Any], part: dict[str, Any], above: str = "") -> I
 
 def values_of(schema: dict[str, Any], field: dict[str, Any]) -> Iterator[str]:
     """What a key may be, each kind in words."""
-    for kind in field.get("anyOf", [field]):
+    for kind in field.get("anyOf", field.get("oneOf", [field])):
         while "$ref" in kind:
             kind = schema["$defs"][kind["$ref"].rsplit("/", 1)[1]]
         bounds = " and ".join(f"{sign} {kind[bound]}" for bound, sign in NUMBERS.items() if bound in kind)
@@ -99,7 +99,7 @@ def values_of(schema: dict[str, Any], field: dict[str, Any]) -> Iterator[str]:
 
 def objects_in(schema: dict[str, Any], field: dict[str, Any], mark: str = "") -> Iterator[tuple[dict[str, Any], str]]:
     """The objects with keys of their own that a key may hold, each with what follows the key on the way there."""
-    for kind in field.get("anyOf", [field]):
+    for kind in field.get("anyOf", field.get("oneOf", [field])):
         while "$ref" in kind:
             kind = schema["$defs"][kind["$ref"].rsplit("/", 1)[1]]
         if "properties" in kind:

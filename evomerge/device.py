@@ -1,6 +1,7 @@
 """The device that computes, and torch's types by their names in configurations."""
 
 import torch
+from torch import Tensor
 
 from evomerge.errors import EvomergeError
 
@@ -13,9 +14,13 @@ def resolve_device(wanted: str) -> torch.device:
     EvomergeError if this machine does not have the device.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise EvomergeError(f"device: {wanted!r} was asked for, but torch finds no CUDA device here")
+    if wanted.startswith("mps") and not torch.backends.mps.is_available():
+        raise EvomergeError(f"device: {wanted!r} was asked for, but torch finds no Apple GPU here")
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -35,3 +40,27 @@ def synchronise(device: torch.device) -> None:
     """Wait until a device has finished its work; a clock that is read earlier measures only the time to start it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give the memory back that torch keeps on a device for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def merging_device(device: torch.device) -> torch.device:
+    """The device that merges for live models on a device.
+
+    An Apple GPU has no float64, which measurements and derivatives are computed in; the CPU, whose memory it shares,
+    merges for it.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def double(x: Tensor) -> Tensor:
+    """A tensor in float64: on its device, or on the CPU if that is an Apple GPU."""
+    return x.to(merging_device(x.device)).double()

@@ -5,7 +5,6 @@ link that lies where evomerge writes: in a folder from a stranger it could lead 
 """
 
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -21,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from evomerge.errors import EvomergeError
 from evomerge.parse import parse_json, parse_yaml, parse_yaml_documents
+from evomerge.system import POSIX, flags, lock
 
 YAML_BYTES = 4 << 20
 JSON_BYTES = 32 << 20
@@ -29,6 +29,14 @@ Content = TypeVar("Content")
 HASH = re.compile(r"[0-9a-f]{30}")  # of a file in a cache of the hub, of DVC, of git-annex
 FAILED_DISK = (errno.EIO, errno.ESTALE, errno.ENODEV)
 UNFINISHED = ".unfinished"  # is in every temporary folder, locked by the process that fills it
+
+
+def absolute_path(text: str, folder: Path) -> str:
+    """The absolute path for a path that a file in `folder` names.  EvomergeError if it cannot be a path."""
+    try:
+        return str((folder / os.path.expanduser(text)).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
+        raise EvomergeError(f"{text!r:.200} is no path ({error})") from error
 
 
 def sha256(path: Path) -> str:
@@ -44,7 +52,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     EvomergeError if it is missing, cannot be read or is not an ordinary file: a pipe may block, a device may never end.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | flags("O_NONBLOCK", "O_CLOEXEC"))
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise EvomergeError(f"{path}: cannot be read (not an ordinary file)")
@@ -145,7 +153,9 @@ def first_problem(error: ValidationError) -> str:
 
 def sync(path: Path) -> None:
     """Write a file's or a folder's content from the system's memory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if not POSIX and path.is_dir():
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDONLY if POSIX else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -158,7 +168,7 @@ def locked(path: Path) -> Iterator[None]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with appending(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             yield
 
 
@@ -168,9 +178,9 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
     EvomergeError if it is a symbolic link, or something else than an ordinary file: a pipe may block.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
     try:
-        handle = os.open(path, flags, 0o666)
+        handle = os.open(path, how, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise EvomergeError(f"{path}: cannot write there (not an ordinary file)") from error
@@ -228,7 +238,7 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
 def new_file(path: Path, mode: int = 0o666) -> BinaryIO:
     """Open a new file for writing; what has the name is removed first, a symbolic link and not what it leads to."""
     path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags("O_CLOEXEC"), mode), "wb")
 
 
 @contextmanager
@@ -277,11 +287,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise EvomergeError(f"{path}: this process is writing there already; choose another name") from error
         try:
             with appending(aside / UNFINISHED) as mark:
-                fcntl.flock(mark, fcntl.LOCK_EX)
+                lock(mark)
                 yield aside
                 for file in sorted(aside.rglob("*")):
                     sync(file)
                 sync(aside)
+                if not POSIX:
+                    mark.close()  # Windows renames no folder with an open file
                 rename_folder(aside, path)
                 (path / UNFINISHED).unlink()  # not before: what a process killed meanwhile leaves could not be told
             sync(path)
@@ -296,18 +308,22 @@ def remove_unfinished(folder: Path) -> None:
     if not (folder / UNFINISHED).is_file() or folder.is_symlink():
         return
     with appending(folder / UNFINISHED) as mark, suppress(OSError):
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(mark, wait=False)
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != UNFINISHED:
                 path.unlink(missing_ok=True)
+        if not POSIX:
+            mark.close()  # Windows removes no open file
         shutil.rmtree(folder, ignore_errors=True)  # the mark last, for this process may be killed too
 
 
 def rename_folder(aside: Path, path: Path) -> None:
     """Give a folder its name, which may be that of an empty folder.  EvomergeError if another process took it."""
     try:
+        if not POSIX and path.exists():
+            path.rmdir()  # Windows renames nothing to a name that is taken
         aside.rename(path)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

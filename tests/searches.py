@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -141,8 +142,9 @@ def start_cli(*arguments: str | Path, prelude: str = "", terminal: int | None = 
             traceback.print_exc()
             code = 1
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):  # a test may have closed it
+                    stream.flush()
             os._exit(code)
     return Started(child, out, err)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -337,8 +338,8 @@ def test_a_winner_is_written_as_an_adapter_beside_what_that_loses(finished: Path
     done = run_cli("export", finished, "--out", tmp_path / "lora", "--lora", "8")
     assert done.returncode == 0, done.stderr
     assert "of the change's energy" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("tiny_rev, exact_match on the selection"))
-    assert " as adapter, " in line
+    line = next(line for line in done.stdout.splitlines() if line.startswith("tiny_rev on the selection"))
+    assert re.search(r": exact_match \S+ as adapter, \S+ as model; gold_logprob -\S+ as adapter, ", line)
     assert f"- {line}" in (tmp_path / "lora" / "README.md").read_text()
     refuses(
         run_cli("export", finished, "--out", tmp_path / "none", "--lora", "none"),

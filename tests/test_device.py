@@ -341,3 +341,26 @@ def test_ranks_by_scatter_are_those_by_sorting(shape: tuple[int, ...]):
     rows = (source.float() - base.float()).abs().reshape(1 if len(shape) == 1 else shape[0], -1)
     found = ranks.levels_by_scatter(rows, torch.int32, 16).reshape(shape)
     assert torch.equal(found, ranks.rank_levels(source, base))
+
+
+def test_auto_finds_an_apple_gpu_and_the_cpu_merges_for_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without such a GPU: what the choice depends on is set, and no tensor is made on it."""
+    with pytest.raises(EvomergeError, match="no Apple GPU"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = resolve_device("auto")
+    assert device.type == ("cuda" if torch.cuda.is_available() else "mps")
+    bank = Bank(open_models(folders["base"], {n: folders[n] for n in NAMES}), "mps")
+    assert (bank.live_device.type, bank.device.type) == ("mps", "cpu")
+
+
+def test_a_live_model_on_another_device_than_the_bank_is_merged_on_the_bank_s(folders: dict[str, Path]) -> None:
+    bank = bank_of(folders, mapped=True)
+    recipe = recipe_of(folders, "ties", [0.3, 0.4, 0.3])
+    places = {n: torch.empty(t.shape, dtype=torch.bfloat16, device="meta") for n, t in bank.layout.tensors.items()}
+    materialise(recipe, bank, places)  # a kernel that was given a tensor of the meta device would make no number
+    places["model.norm.weight"] = torch.empty(bank.layout.tensors["model.norm.weight"].shape, dtype=torch.bfloat16)
+    materialise(recipe, bank, places)
+    assert torch.equal(places["model.norm.weight"], merged(bank_of(folders), recipe)["model.norm.weight"])

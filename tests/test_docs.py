@@ -406,3 +406,12 @@ def test_troubleshooting_quotes_messages_that_the_program_has() -> None:
     parts = [part.strip(" :") for message in quoted for part in re.split(r"\b[A-Z][A-Z_]*\b", message)]
     assert len(quoted) >= 25
     assert [part for part in parts if part and part not in known] == []
+
+
+def test_the_citation_file_names_this_version() -> None:
+    """Its keys are those that the schema asks for: https://github.com/citation-file-format/citation-file-format."""
+    content = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= content.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (content["title"], content["version"]) == (project["name"], project["version"])
+    assert (content["license"], content["abstract"]) == (project["license"], project["description"] + ".")

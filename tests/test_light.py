@@ -38,7 +38,9 @@ def fresh(*arguments: str | Path) -> tuple[Done, set[str]]:
     return Done(done.returncode, done.stdout, said), set(json.loads(last))
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"], ["--show-completion", "bash"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done, imported = fresh(*arguments)
     assert done.returncode == 0, done.stderr
@@ -49,6 +51,14 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 def test_a_command_that_reads_results_imports_nothing_heavy(command: str, run: Path, tmp_path: Path) -> None:
     options = {"studies": ["--storage", run], "items": [run, "--out", tmp_path / "items.csv"]}
     done, imported = fresh(command, *options.get(command, [run]))
+    assert done.returncode == 0, done.stderr
+    assert imported == set()
+
+
+def test_migrate_imports_nothing_heavy(tmp_path: Path) -> None:
+    genome = {"models": ["a/one", "a/two"], "merge_method": "linear"}
+    (old := tmp_path / "genome.yml").write_text(yaml.safe_dump({"genome": genome, "tasks": ["any"]}), encoding="utf-8")
+    done, imported = fresh("migrate", old, "--out", tmp_path / "search.yaml")
     assert done.returncode == 0, done.stderr
     assert imported == set()
 

@@ -50,6 +50,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "an embedding": ("llama", {"target_modules": ["embed_tokens", "o_proj"]}, SOME, {}),
     "a tied embedding": ("llama", {"target_modules": ["embed_tokens"]}, SOME, {"tie_word_embeddings": True}),
     "whole modules": ("llama", SOME | {"modules_to_save": ["lm_head", "norm"]}, {"target_modules": ["up_proj"]}, {}),
+    "attention of a mixture": ("qwen3_moe", {"target_modules": ["q_proj"]}, {"target_modules": ["o_proj"]}, {}),
     "trained tokens": ("llama", SOME | {"trainable_token_indices": [4, 7]}, SOME | {"r": 1}, {}),
 }
 

@@ -10,7 +10,9 @@ from searches import ROOT, finished_search, run_cli, verdict_of
 
 from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
+from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.tasks import open_tasks
 from evomerge.start.migrate.migrate import migrate
 
 TASKS = ROOT / "evals" / "tiny"
@@ -208,6 +210,21 @@ def test_what_is_wrong_is_named_and_nothing_is_written(content: dict[str, Any], 
         migrated(content, tmp_path)
     assert message in str(error.value)
     assert not (tmp_path / "new.yaml").exists()
+
+
+def test_a_text_of_the_old_file_stays_within_its_comment(tmp_path: Path) -> None:
+    """Whatever ends a line in YAML: a key that a stranger's file adds could run a command."""
+    texts = [f"x{end}on_finish: {{command: touch /tmp/ran}}" for end in ("\n", "\r", "\x85", "\u2028")]
+    config, text = migrated(GENOME | {"genome": GENOME["genome"] | {"filters": texts, texts[0]: 1}}, tmp_path)
+    assert config.on_finish is None
+    assert text.count("on_finish") == len(texts) + 1
+
+
+def test_a_metric_may_be_named_with_the_filter_that_lm_eval_adds() -> None:
+    (task,) = open_tasks([TaskConfig(task=str(TASKS / "rev.yaml"), metric="exact_match,none")])
+    assert task.metric == "exact_match"
+    with pytest.raises(EvomergeError, match="metric 'exact_match,strict' is not one of its metrics"):
+        open_tasks([TaskConfig(task=str(TASKS / "rev.yaml"), metric="exact_match,strict")])
 
 
 def test_a_migrated_search_runs(tiny_family: Path, tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from small_models import KINDS, model_class, write_small
 
 import evomerge
-from evomerge.api.merge import reproduce
+from evomerge.api.merge import read_merge, reproduce
 from evomerge.errors import EvomergeError
+from evomerge.merge.live import candidate_model, destinations
+from evomerge.merge.materialise import materialise
+from evomerge.merge.recipe.open_bank import open_bank
 
 
 def mean_of(folder: Path, ending: str = "") -> dict[str, Any]:
@@ -36,6 +39,37 @@ def test_a_merge_has_the_mean_of_every_tensor_and_transformers_loads_it(kind: st
     for name, tensor in found.state_dict().items():
         assert torch.allclose(tensor, (one[name] + two[name]) / 2 if tensor.is_floating_point() else one[name]), name
     assert f"import {KINDS[kind][0]}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "vit", "resnet", "wav2vec2"])
+def test_the_live_model_is_the_exported_one(kind: str, tmp_path: Path) -> None:
+    """transformers keeps the tensors of a ViT under other names; those of a ResNet include statistics."""
+    write_small(tmp_path, kind)
+    recipe, _ = read_merge(mean_of(tmp_path))
+    bank = open_bank(recipe)
+    live = candidate_model(bank, torch.float32, language=False)
+    assert type(live) is model_class(kind)
+    materialise(recipe, bank, destinations(live, bank))
+    exported = model_class(kind).from_pretrained(merged(tmp_path)).state_dict()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in live.state_dict().items())
+
+
+def test_an_adapter_of_a_classifier_merges_as_peft_merges_it(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    write_small(tmp_path, "bert")
+    given = LoraConfig(
+        r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"], init_lora_weights=False
+    )
+    trained = get_peft_model(model_class("bert").from_pretrained(tmp_path / "base"), given)
+    with torch.no_grad():
+        trained.base_model.model.classifier.modules_to_save["default"].weight.add_(0.1)
+    trained.save_pretrained(tmp_path / "lora")
+    found = model_class("bert").from_pretrained(tmp_path / "base")
+    expected = PeftModel.from_pretrained(found, tmp_path / "lora").merge_and_unload().state_dict()
+    evomerge.merge(mean_of(tmp_path) | {"sources": [{"name": "it", "path": tmp_path / "lora"}]}, out=tmp_path / "out")
+    for name, tensor in model_class("bert").from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
 def write_beside(folder: Path) -> None:
@@ -67,6 +101,16 @@ def write_tensors(file: Path, seed: int) -> None:
     shapes = {"unet.down_blocks.0.conv.weight": (4, 3), "unet.bias": (5,)}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, file)
+
+
+def test_a_plain_file_is_found_beside_its_recipe(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "one")):
+        write_tensors(tmp_path / "plain" / f"{name}.safetensors", seed)
+    content = {"method": "linear", "base": {"path": "plain/base.safetensors"}, "recipe": 1}
+    content["sources"] = [{"name": "one", "path": "plain/one.safetensors"}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    evomerge.merge(tmp_path / "recipe.yaml", out=tmp_path / "out", show=False)
+    assert (tmp_path / "out" / "base.safetensors").is_file()
 
 
 def test_plain_files_and_components_of_a_pipeline_keep_their_names(tmp_path: Path) -> None:

@@ -23,8 +23,13 @@ from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.python_task import PythonSource
 from evomerge.evaluate.tasks import deal, items_of, open_tasks
+from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search import agreements
 from evomerge.search.agreements import refuse_task_code
+from evomerge.search.evaluation.evaluator import Evaluator
+from evomerge.search.evaluation.jobs import EvaluationJob, Failure, TrialJob
+from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import trial_scores
 
@@ -89,7 +94,7 @@ def test_the_function_s_file_is_recorded_and_named_in_the_card(run: Path, tmp_pa
     assert json.loads((run / "run.json").read_text())["items"]["sea"]["code"] == digest
     evomerge.Run(run).export(tmp_path / "out", show=False)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"sea: `accuracy` of `scores.py`, SHA-256 {digest}" in card
+    assert f"sea: accuracy of scores.py, SHA-256 {digest}" in card
     assert "from transformers import BertForSequenceClassification" in card
 
 
@@ -174,6 +179,8 @@ def f(model, items):
     assert len(set(found)) == 1, "each call begins with the same random numbers"
     assert torch.equal(torch.random.get_rng_state(), state)
     assert scored(tmp_path, code, block=2) == found
+    code = "import torch, numpy\ndef f(model, items): return [torch.tensor(0.5), numpy.float32(1), True]"
+    assert scored(tmp_path, code) == [0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,7 @@ def f(model, items):
         ("[i['y'] for i in items]", "failed on items 1 to 3 of 3: KeyError: 'y'\n  own.py, line 2, in f: return"),
         ("exit(0)", "failed on items 1 to 3 of 3: SystemExit"),
         ("None", "returned None"),
+        ("__import__('numpy').ones((3, 2))", r"returned \[1.0, 1.0\] for the item"),
     ],
 )
 def test_wrong_numbers_and_errors_are_one_clear_message(tmp_path: Path, returned: str, message: str) -> None:
@@ -248,6 +256,22 @@ def test_an_error_in_the_function_ends_a_search_where_the_base_is_scored(run: Pa
         evomerge.search(content, run=tmp_path / "run", show=False)
 
 
+def test_an_error_in_a_trial_fails_that_trial(run: Path) -> None:
+    """An error of the function, or a number that is not finite, which a broken candidate may cause."""
+    config = load_config(run / "config.yaml")
+    evaluator = Evaluator(config, open_config_models(config), open_task_set(config), log=lambda text: None)
+    recipe = load_recipe(run / "winner.yaml")
+    source = evaluator.task_set.tasks[0].lm
+    for value, broken in ((float("nan"), True), ("high", False)):
+        source.function = lambda model, items, tokenizer, value=value: [value] * len(items)
+        found = evaluator.run(TrialJob(recipe, None))
+        assert isinstance(found, Failure)
+        assert found.broken is broken
+        assert f"accuracy of scores.py returned {value!r} for the item" in found.reason
+        with pytest.raises(EvomergeError, match="returned"):
+            evaluator.run(EvaluationJob(recipe, "selection"))
+
+
 # The other examples
 
 
@@ -261,7 +285,7 @@ def test_an_embedding_model_is_searched_by_retrieval(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_t5_is_searched_by_what_it_writes_in_processes(tmp_path: Path) -> None:
-    config = write_example(tmp_path, "translation", device="cpu")
+    config = write_example(tmp_path, "translation", 200, device="cpu")
     evomerge.search(config, run=tmp_path / "run", workers=2, show=False)
     holdout = verdict_of(tmp_path / "run")["holdout"]
     mean = {name: np.mean([t["value"] for t in tasks.values()]) for name, tasks in holdout.items()}
@@ -277,5 +301,5 @@ def test_a_search_may_have_tasks_of_both_kinds(tiny_family: Path, tmp_path: Path
     splits = {"search": 8, "selection": 6, "holdout": 7}
     config = write_config(tmp_path, tiny_family, tasks=[rev, own], splits=splits, budget={"trials": 7})
     evomerge.search(config, run=tmp_path / "run", show=False)
-    assert set(verdict_of(tmp_path / "run")["tasks"]) == {"rev", "starts"}
+    assert set(verdict_of(tmp_path / "run")["tasks"]) == {"tiny_rev", "starts"}
     assert len(trials_of(tmp_path / "run")) == 7

@@ -399,3 +399,13 @@ def test_a_database_without_studies_is_not_written_to(server: Server) -> None:
         open_study(server.url.replace("/studies", "/strangers"), "s", create=False)
     with psycopg.connect(server.connection("strangers")) as connection:
         assert connection.execute("select count(*) from pg_tables where schemaname = 'public'").fetchone() == (0,)
+
+
+def test_trials_that_are_read_share_their_axes(tmp_path: Path) -> None:
+    """In 3,000 dimensions they would take as much memory as all else."""
+    url = sqlite_url(tmp_path / "s.db")
+    study = opened(url, sampler="random")
+    points = [study.begin(None).params for _ in range(2)]
+    first, second = open_study(url, "s", create=False).get_trials(deepcopy=False)
+    assert first.distributions is second.distributions
+    assert [first.params, second.params] == points

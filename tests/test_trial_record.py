@@ -139,3 +139,10 @@ def test_what_is_written_has_the_keys_and_values_of_before(text: str) -> None:
 def test_a_damaged_record_is_one_message_with_the_trial_and_the_key(content: Any, said: str) -> None:
     with pytest.raises(EvomergeError, match=f"^trial -1: the study holds .*{said}"):
         record_of(create_trial(value=0.0, user_attrs={RECORD: content}))
+
+
+def test_a_trials_record_is_read_once() -> None:
+    trial = create_trial(value=0.0, user_attrs={RECORD: TrialRecord(order=3).to_json()})
+    first = record_of(trial)
+    assert first.order == 3
+    assert record_of(trial) is first

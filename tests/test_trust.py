@@ -115,6 +115,7 @@ def test_a_link_that_would_be_written_through_is_refused(name: str, run: Path, t
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, run: Path) -> None:
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
+    assert run_cli("status", run, "--watch").returncode == 0
     done = run_cli("resume", run, "--trials", "4")
     assert done.returncode == (0 if name == "state.json" else 2), done.stderr
     if done.returncode == 2:
@@ -442,7 +443,10 @@ def test_work_in_python_ends_at_its_limit_and_not_after_it() -> None:
         pass
 
 
-def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(tiny_family: Path) -> None:
+def test_a_tokenizer_that_takes_long_is_refused_by_short_texts(
+    tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.evaluate.time_limit.TRIAL_SECONDS", 0.1)
     content = json.loads((tiny_family / "base" / "tokenizer.json").read_text())
     content["pre_tokenizer"]["pattern"]["Regex"] = "(?:a|a){19}b|."  # some hundredths of a second each
     tokenizer = Tokenizer.from_str(json.dumps(content))

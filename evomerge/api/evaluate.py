@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -91,6 +92,7 @@ def evaluate(
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
     from evomerge.sources.locate import locate
+    from evomerge.sources.tokenizer import open_processor
 
     values = next((k for k in get_args(Dtype) if k == dtype), None)
     if values is None:
@@ -120,12 +122,13 @@ def evaluate(
     computed = str(live.dtype).removeprefix("torch.")
     if show:
         say(f"weights in {weights}, computed in {computed}")
+    processor = None if path is None else partial(open_processor, path)
     clock, steps = Clock(device=where), Steps("scoring") if show else None
     progress = steps.step if steps else lambda done, total: None
     modes = [(module, module.training) for module in live.modules()]
     live.eval()
     try:
-        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, path)
+        results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, processor)
     finally:
         for module, training in modes:
             module.training = training
@@ -173,7 +176,7 @@ def gather_statistics(
     Raises EvomergeError if an argument is wrong or a model or task cannot be opened.
     """
     from evomerge.config.config_file import load_config
-    from evomerge.device import resolve_device, use
+    from evomerge.device import merging_device, resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import open_live_model
     from evomerge.merge.methods.method import Statistics
@@ -193,7 +196,7 @@ def gather_statistics(
     use(where)
     if asking := next((task for task in opened if task.is_python), None):
         raise EvomergeError(f"task {asking.name}: a Python task has no gold answers, which statistics are gathered on")
-    live = open_live_model(folder, below, "float32", where)
+    live = open_live_model(folder, below, "float32", merging_device(where))
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
         gather(wanted, folder, below, live, opened, chosen, out, bar.update)

@@ -8,7 +8,6 @@ import base64
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 import urllib.error
@@ -24,6 +23,7 @@ from evomerge.errors import EvomergeError
 from evomerge.printable import say
 from evomerge.search.agreements import agreed
 from evomerge.search.run import Run
+from evomerge.system import kill_process_group
 
 COMMAND_SECONDS = 60.0  # after that the command is killed
 WEBHOOK_SECONDS = 10.0  # of one attempt
@@ -143,8 +143,7 @@ def run_command(command: str, ending: Ending) -> str:
         return "command killed, it did not end"
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_process_group(process.pid)
             process.wait()
     return f"command ended with exit code {code}"
 

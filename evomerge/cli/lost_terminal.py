@@ -45,13 +45,16 @@ class Output:
 @contextlib.contextmanager
 def terminal_may_go() -> Iterator[None]:
     """Within the context, output that nobody can read is dropped, and the end of the terminal (SIGHUP) ends nothing."""
-    before = sys.stdout, sys.stderr, signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    sys.stdout, sys.stderr = (s and Output(s) for s in before[:2])
+    before = sys.stdout, sys.stderr
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    handler = hangup and signal.signal(hangup, signal.SIG_IGN)
+    sys.stdout, sys.stderr = (s and Output(s) for s in before)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        sys.stdout, sys.stderr = before[:2]
-        signal.signal(signal.SIGHUP, before[2])
+        sys.stdout, sys.stderr = before
+        if hangup is not None:
+            signal.signal(hangup, handler)

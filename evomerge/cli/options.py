@@ -11,9 +11,9 @@ from evomerge.errors import EvomergeError
 from evomerge.printable import say
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # the CPU computes what torch cannot on an Apple GPU
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -60,7 +60,7 @@ ExportTo = Annotated[
     Path | None,
     typer.Option("--out", help="At the end write the recommended model into this folder; it must be new or empty."),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps, ...")]
 Mergekit = Annotated[
     Path | None, typer.Option("--mergekit", help="The file to write the merge to as a mergekit configuration (YAML).")
 ]

@@ -172,7 +172,7 @@ def status(
     if watch:
         watch_run(opened)
     elif as_json:
-        print(json.dumps(read_status(opened).as_dict(), indent=2))
+        say(json.dumps(read_status(opened).as_dict(), indent=2))
     else:
         shown = read_status(opened)
         print_status(shown, timing)

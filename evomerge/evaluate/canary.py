@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.device import double
 from evomerge.evaluate.signs import Signs
 
 WIDTH = 48  # the last tokens of a prompt that are used
@@ -64,7 +65,7 @@ def measure_signs(model: Any, tokens: Tensor, normal: Signs | None) -> Signs:
 def entropies(logits: Tensor) -> Tensor:
     """The entropies in nats, (T,) float64, of the distributions with logits (T, V)."""
     logprob = logits.float().log_softmax(-1)
-    return -(logprob.exp() * logprob).sum(-1).double()
+    return double(-(logprob.exp() * logprob).sum(-1))
 
 
 def endless(tokens: Sequence[int], longest: int = 4) -> bool:

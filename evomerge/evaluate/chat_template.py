@@ -40,14 +40,15 @@ def problem_of(template: str, seconds: int = SECONDS) -> str | None:
 
 def main() -> None:
     """Render the template on standard input, in at most so much processor time as the first argument says."""
-    import resource
-
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     seconds = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform != "win32":  # which has no such limits; the caller's limit of time is left there
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     source = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", sys.stdin.read())  # a tag of transformers
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]

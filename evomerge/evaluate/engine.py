@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from evomerge.device import free_memory
 from evomerge.errors import EvomergeError, without_panics
 from evomerge.evaluate.capabilities import NONE, probe
 from evomerge.evaluate.clock import Clock, forwards_of
@@ -24,7 +24,6 @@ from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
 from evomerge.evaluate.time_limit import ITEM_SECONDS, TimeLimit, TooLong, try_tokenizer
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
-from evomerge.sources.tokenizer import open_processor
 
 Trunks = dict[Tokens, KeysValues]
 """The keys and values of the trunks that one candidate has computed; they are wrong for every other candidate."""
@@ -39,7 +38,7 @@ class Engine:
         when the memory does not suffice.
     log: gets one line for everything that the model cannot do.
     language: whether there are tasks that ask a language model.
-    folder: of the model's processor, for Python tasks that want it; None gives them the tokenizer.
+    open_processor: opens the model's processor, for Python tasks that want it; None gives them the tokenizer.
     """
 
     def __init__(
@@ -49,12 +48,12 @@ class Engine:
         batch_tokens: int | Literal["auto"],
         log: Callable[[str], None] = lambda text: None,
         language: bool = True,
-        folder: Path | None = None,
+        open_processor: Callable[[], Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.log = log
-        self.folder = folder
+        self.open_processor = open_processor
         self.batch_tokens = token_budget(batch_tokens, model) if language else LEAST
         self.capabilities = probe(model, self.vocabulary, log) if language else NONE
         self.unpacked: set[str] = set()  # tasks whose rows are longer than the model's window
@@ -91,7 +90,7 @@ class Engine:
     @cached_property
     def processor(self) -> Any:
         """transformers' processor in the model's folder: of images, sound and text, or the tokenizer alone."""
-        return self.tokenizer if self.folder is None else open_processor(self.folder)
+        return self.tokenizer if self.open_processor is None else self.open_processor()
 
     def helper(self, kind: Helper) -> Any:
         """The tokenizer or the processor.  EvomergeError if the model has none that can be opened."""
@@ -217,8 +216,7 @@ class Engine:
                     raise
             self.batch_tokens = max(LEAST, self.batch_tokens // 2)
             self.log(f"note: out of memory; from now on {self.batch_tokens} tokens a batch")
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self.model.device)
 
     def score_planned(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[ItemMetrics]:
         """Run the batches of a workload and compute the metrics of each task."""

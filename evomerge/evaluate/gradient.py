@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from evomerge.device import double, free_memory
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine, choices_of
 from evomerge.evaluate.formulas import TensorAnswer
@@ -148,8 +149,7 @@ def backward(
             f"note: out of memory; from now on {memory.tokens} tokens a batch for gradients"
             + (", activations are computed a second time" if memory.checkpointed else "")
         )
-        if engine.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(engine.model.device)
         restart()
 
 
@@ -173,14 +173,15 @@ def row_tensors(logits: Tensor, batch: Batch, items: Sequence[ItemObjective]) ->
     NotFiniteScore if a log-probability is NaN or infinite.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logprob = (logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]).double()  # (M,)
+    logprob = double(logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node])  # (M,)
     if not bool(logprob.detach().isfinite().all()):
         raise NotFiniteScore("a log-probability is not finite")
-    in_order = batch.owner.argsort(stable=True)  # row by row; `make_batch` has the tokens of a row in their order
+    # Row by row; `make_batch` has the tokens of a row in their order.
+    in_order = batch.owner.to(logprob.device).argsort(stable=True)
     lengths = [row.scored for item in items for row in item.rows]
     columns: list[Sequence[Tensor | None]] = [torch.split(logprob[in_order], lengths), [None] * len(lengths)]
     if any(item.extra == "entropies" for item in items):
-        columns[1] = torch.split(entropies(logits)[batch.node].double()[in_order], lengths)
+        columns[1] = torch.split(double(entropies(logits)[batch.node])[in_order], lengths)
     return list(map(RowTensors, *columns))
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evomerge.device import double, merging_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.kv_cache import KeysValues, empty_cache, trunk_cache
 from evomerge.evaluate.metrics import Extra
@@ -198,7 +199,7 @@ def score_batches(
     """
     device = model.device
     trunks = {} if trunks is None else trunks
-    total = torch.zeros(requests, dtype=torch.float64, device=device)
+    total = torch.zeros(requests, dtype=torch.float64, device=merging_device(device))
     wrong = torch.zeros(requests, dtype=torch.long, device=device)
     tokens = TokenValues()
     for batch in batches:
@@ -212,7 +213,7 @@ def score_batches(
         with clock.time("score"):
             logits = logits.float()
             logprob = logits[batch.node, batch.target] - logits.logsumexp(1)[batch.node]  # (M,)
-            total.index_add_(0, batch.owner, logprob.double())
+            total.index_add_(0, batch.owner.to(total.device), double(logprob))
             wrong.index_add_(0, batch.owner, (logits.argmax(1)[batch.node] != batch.target).long())
             tokens.owner.append(batch.owner)
             tokens.logprob.append(logprob)

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import random
 import sys
 import traceback
@@ -22,7 +23,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from evomerge.config.tasks import PythonTask
 from evomerge.errors import EvomergeError, did_you_mean, first_line
@@ -34,6 +34,7 @@ PYTHON = "python"  # the kind of these tasks, beside lm-eval's `output_type`
 Helper = Literal["tokenizer", "processor"]
 HELPERS: tuple[Helper, ...] = ("tokenizer", "processor")
 SHARES = ("acc", "exact_match")  # metrics of lm-eval whose names a task may use for the same: from 0 to 1
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 FRAMES = 3  # lines of the user's file that an error shows
 ITEMS_BYTES = 1 << 30
 SHOWN = 80  # characters of a value in a message
@@ -80,7 +81,7 @@ class PythonSource:
     @property
     def described(self) -> str:
         """The function as a verdict and a model card name it."""
-        return f"`{self.name}` of `{Path(self.file).name}`, SHA-256 {self.sha256}"
+        return f"{self.name} of {Path(self.file).name}, SHA-256 {self.sha256}"
 
     # --- What lm-eval's task object has ---
 
@@ -127,6 +128,8 @@ class PythonSource:
         Random numbers of Python, NumPy and PyTorch are seeded before the call, so that a model's scores do not depend
         on what was scored before.  TaskCodeFailed if the function raises an error or its numbers are wrong.
         """
+        import torch  # status and refused configurations import this file, and need no torch
+
         given = [model, copy.deepcopy(list(docs)), *([helper(self.helper)] if self.helper else [])]
         model.eval()
         with torch.no_grad(), seeded(model):
@@ -147,17 +150,26 @@ class PythonSource:
             raise TaskCodeFailed(f"{self.where} returned {len(values)} values for {len(docs)} items ({which})")
         numbers = []
         for value, doc in zip(values, docs, strict=True):
-            number = value.item() if hasattr(value, "item") and np.size(value) == 1 else value
-            if not isinstance(number, (bool, int, float)):
+            number = number_of(value)
+            if number is None:
                 raise TaskCodeFailed(
                     f"{self.where} returned {shown(value)} for the item {shown(doc)}; a number is needed"
                 )
-            if not np.isfinite(float(number)):
+            if not math.isfinite(number):
                 raise TaskCodeFailed(f"{self.where} returned {number} for the item {shown(doc)}", is_value=True)
             if self.given.metric in SHARES and not 0 <= number <= 1:
                 raise TaskCodeFailed(f"{self.where} returned {number}; {self.given.metric} lies between 0 and 1")
-            numbers.append(float(number))
+            numbers.append(number)
         return numbers
+
+
+def number_of(value: Any) -> float | None:
+    """A number of Python, NumPy or PyTorch; None for anything else."""
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        return float(plain) if isinstance(plain, (bool, int, float)) else None
+    except (ValueError, RuntimeError, OverflowError):  # several numbers in one; more than a float can hold
+        return None
 
 
 def check_metric(given: PythonTask) -> None:
@@ -192,14 +204,18 @@ def find_function(module: ModuleType, file: str, name: str) -> tuple[Callable[..
         names = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
         listed = f"; it has {', '.join(names)}" if names else ""
         raise EvomergeError(f"{file}: has no function {name!r}{did_you_mean(name, names) or listed}")
-    needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    extra = next((h for h in HELPERS if needed[2:] == [h]), None)
-    if len(needed) < 2 or (len(needed) > 2 and extra is None):
+    try:
+        taken = [p for p in inspect.signature(function).parameters.values() if p.kind in POSITIONAL]
+    except ValueError:  # a function of a compiled module does not tell
+        taken = []
+    names = [p.name for p in taken]
+    helper = next((h for h in HELPERS if names[2:3] == [h]), None)
+    if len(names) < 2 or any(p.default is p.empty and p.name != helper for p in taken[2:]):
         raise EvomergeError(
-            f"{file}: {name}({', '.join(needed)}) must take (model, items), (model, items, tokenizer) or "
+            f"{file}: {name}({', '.join(names)}) must take (model, items), (model, items, tokenizer) or "
             "(model, items, processor)"
         )
-    return function, extra
+    return function, helper
 
 
 def read_docs(file: Path) -> list[dict[str, Any]]:
@@ -219,6 +235,8 @@ def read_docs(file: Path) -> list[dict[str, Any]]:
 @contextmanager
 def seeded(model: Any) -> Iterator[None]:
     """Within the context, the generators of random numbers start from the same state; afterwards they are as before."""
+    import torch
+
     states = random.getstate(), np.random.get_state()
     device = getattr(model, "device", torch.device("cpu"))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
@@ -38,19 +37,19 @@ def evaluate_model(
     limit: int | None,
     clock: Clock,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    folder: Path | None = None,
+    open_processor: Callable[[], Any] | None = None,
 ) -> list[TaskResult]:
     """Every metric of every task on the items that lm-eval evaluates.
 
     batch_tokens: see `Engine`.
     limit: the greatest number of items of a task, None for all.
     progress: called with the number of batches done and their total.
-    folder: of the model, if it is on disk.
+    open_processor: see `Engine`.
 
     EvomergeError if a task cannot be scored.
     """
     language = any(not task.is_python for task in tasks)
-    engine = Engine(model, tokenizer, batch_tokens, language=language, folder=folder)
+    engine = Engine(model, tokenizer, batch_tokens, language=language, open_processor=open_processor)
     prepared = []
     for task in tasks:
         items = items_of(task, task.docs)[:limit]

@@ -26,9 +26,8 @@ from evomerge.evaluate.metrics import (
 )
 from evomerge.evaluate.python_task import PYTHON, PythonSource
 from evomerge.evaluate.taskfile import ALLOW, load_file, load_named
-from evomerge.files import first_problem, read_text
+from evomerge.files import absolute_path, first_problem, read_text
 from evomerge.parse import TaskLoader, parse_yaml
-from evomerge.sources.locate import absolute_path
 
 Split = Literal["search", "selection", "holdout"]
 SPLITS: tuple[Split, ...] = ("holdout", "selection", "search")  # in the order in which they are dealt
@@ -162,6 +161,8 @@ def python_task(config: TaskOptions) -> PythonTask | None:
     if isinstance(config.task, PythonTask) or not config.is_file:
         return config.task if isinstance(config.task, PythonTask) else None
     file = Path(config.task)
+    if not file.is_file():
+        return None  # which is told where lm-eval's files are read
     content = parse_yaml(read_text(file), str(file), TaskLoader)
     if not isinstance(content, dict) or "python" not in content:
         return None

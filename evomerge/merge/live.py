@@ -46,9 +46,8 @@ def load_live_model(
         raise
     except Exception as error:  # a configuration may be wrong in any way; code in the model's folder is not run
         reason = first_line(error)
-        if language and not is_language_model(config := read_config(path)):
-            name = config.get("architectures") or [named_architecture(config)]
-            reason = f"it is no causal language model but a {name[0]}; such a model is scored by Python tasks"
+        if language and (config := read_config(path)) and not is_language_model(config):
+            reason = f"{named_architecture(config)} is no causal language model; such models are scored by Python tasks"
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
         raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
@@ -78,7 +77,7 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
     """
     base = bank.models.base.path
     if bank.layout.config == read_json(base / "config.json"):
-        return load_live_model(base, dtype, bank.device, compute, language)
+        return load_live_model(base, dtype, bank.live_device, compute, language)
     from transformers import GenerationConfig
 
     if (known := known_config(bank.layout.config)) is None:
@@ -91,7 +90,7 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return ready(model, dtype, bank.device, compute)
+    return ready(model, dtype, bank.live_device, compute)
 
 
 def ready(model: Any, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None) -> Any:

@@ -159,7 +159,10 @@ def materialise(
             while sent < len(names) and bank.prefetch(names[sent], read_by(recipe, bank, names[sent])):
                 sent += 1
             live = destinations[name]
-            out = torch.empty_like(live, dtype=dtype) if live.is_floating_point() and live.dtype != dtype else live
+            kept = dtype if live.is_floating_point() else live.dtype
+            out = live
+            if (live.dtype, live.device.type) != (kept, bank.device.type):
+                out = torch.empty_like(live, dtype=kept, device=bank.device)
             if batch is not None:
                 batch.add(name, out)
             else:

@@ -21,6 +21,7 @@ import torch
 from evomerge.api.search import open_inputs
 from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin
+from evomerge.device import free_memory
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import gold_of
 from evomerge.evaluate.clock import Clock
@@ -34,7 +35,7 @@ from evomerge.play.answer import answer, in_chat, prompt_of
 from evomerge.play.presets import Presets, presets_of
 from evomerge.play.sliders import SHOWN, Moves, Slider, moved, shown_methods, shown_value, sliders, with_method
 from evomerge.search.agreements import refuse_task_code
-from evomerge.search.evaluation.evaluator import Evaluator, free_memory
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.scale import with_first_objectives
 from evomerge.search.evaluation.score_checks import finite_scores
 from evomerge.search.run import open_run
@@ -202,13 +203,13 @@ class Playground:
                 started = time.perf_counter()
                 if new := self.held != name:
                     self.held = None
-                    self.evaluator.materialise(recipe, Clock(self.check, device=self.evaluator.bank.device))
+                    self.evaluator.materialise(recipe, Clock(self.check, device=self.evaluator.bank.live_device))
                     self.held = name
                 yield Merged(name, time.perf_counter() - started if new else 0.0)
             except (NotFinite, NotFiniteScore, MetricFailed) as error:
                 raise EvomergeError(f"this recipe gives no usable model: {error}") from error
             except (torch.OutOfMemoryError, MemoryError) as error:
-                free_memory(self.evaluator.bank.device)
+                free_memory(self.evaluator.bank.live_device)
                 raise EvomergeError("out of memory; close other programs, or set `device: cpu`") from error
 
     def merge(self, recipe: Recipe) -> Merged:
@@ -239,7 +240,7 @@ class Playground:
             return known
         found = []
         with self.live(recipe):
-            clock = Clock(self.check, device=self.evaluator.bank.device)
+            clock = Clock(self.check, device=self.evaluator.bank.live_device)
             for work in self.workloads(items):
                 task, values = work.task, self.engine.score(work, clock)
                 means = (float(np.mean(finite_scores(task, m, values))) for m in (task.objective, task.metric))

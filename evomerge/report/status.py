@@ -16,6 +16,7 @@ from evomerge.search.monitor.monitor import price_of
 from evomerge.search.monitor.snapshot import TaskScore
 from evomerge.search.run import Run
 from evomerge.search.storage.method_choice import MethodChoice, recorded_choice
+from evomerge.search.storage.sql_statements import without_collector
 from evomerge.search.storage.step_record import StepRecord, steps_by_climb
 from evomerge.search.storage.study import FINISHED, in_full, rank, recorded_type, trial_seconds
 from evomerge.search.storage.trial_record import Seconds, record_of
@@ -139,6 +140,7 @@ class Status:
         }
 
 
+@without_collector()
 def read_status(run: Run) -> Status:
     """Read the status of a run.  EvomergeError if its study cannot be read."""
     config = run.config()

@@ -36,7 +36,6 @@ PACKAGES = (
 )
 
 
-WITHOUT_PATHS = {"python": "", "items": ""}  # of a Python task; their content is hashed
 PATHS = re.compile(r"(?:base|sources\.\d+\.(?:path|statistics)): ")
 
 
@@ -95,12 +94,17 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
         content["method"] = config.methods
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
-            entry[key] = entry[key] | WITHOUT_PATHS if isinstance(entry[key], dict) else ""
+            entry[key] = without_files(entry[key]) if isinstance(entry[key], dict) else ""
     for entry, source in zip(content["sources"], config.sources, strict=True):
         if source.recipe is not None:
             entry["recipe"] = without_paths(source.recipe)
     known = {name: sorted(prints.values()) for name, prints in inputs.items()}
     return hashlib.sha256(json.dumps([content, known, items], sort_keys=True).encode()).hexdigest()
+
+
+def without_files(task: dict[str, Any]) -> dict[str, Any]:
+    """A Python task without the paths of its files, whose content counts; the name of the function stays."""
+    return task | {"python": task["python"].rpartition(":")[2], "items": ""}
 
 
 def create_run(config: SearchConfig, task_set: TaskSet, origin: Path, folder: Path) -> Run:

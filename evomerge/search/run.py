@@ -24,7 +24,6 @@ landscape.json      scores between the candidate and its parents, if asked for (
 report.html         the report; also written now and then during the search
 """
 
-import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from evomerge.printable import printable
 from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.verdict.verdict_file import present_outcome, what_is_wrong
+from evomerge.system import lock
 
 KEY = "evomerge:key"  # study attribute: a hash of what its results depend on, see inputs.py
 
@@ -197,7 +197,7 @@ def only_driver(run: Run) -> Iterator[None]:
     refuse_links(run.folder)
     with disk_errors(run.folder), appending(run.folder / "lock") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except OSError:
             raise EvomergeError(f"{run.folder}: another evomerge process is working on this run") from None
         yield

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evomerge.errors import EvomergeError
+from evomerge.files import absolute_path
 from evomerge.sources.hub import (
     Headers,
     HubModel,
@@ -38,17 +39,15 @@ def absolute_model(text: str, folder: Path) -> str:
 
     Returns an absolute path, or a hub id unchanged.
     """
-    if looks_like_hub_id(text) and not os.path.isdir(folder / text):
+    here = folder / text
+    if looks_like_hub_id(text) and not os.path.isdir(here) and not is_model_file(here):
         return text
     return absolute_path(text, folder)
 
 
-def absolute_path(text: str, folder: Path) -> str:
-    """The absolute path for a path that a file in `folder` names.  EvomergeError if it cannot be a path."""
-    try:
-        return str((folder / os.path.expanduser(text)).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a zero byte
-        raise EvomergeError(f"{text!r:.200} is no path ({error})") from error
+def is_model_file(path: Path) -> bool:
+    """Whether a path is a file that is a model of its own, without a configuration."""
+    return path.suffix == ".safetensors" and os.path.isfile(path)
 
 
 def locate(text: str, relative_to: Path | None = None) -> Path:
@@ -62,7 +61,7 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     path = (relative_to or Path.cwd()) / os.path.expanduser(text)
     if os.path.isdir(path):
         return path.resolve()
-    if os.path.isfile(path) and path.suffix == ".safetensors":
+    if is_model_file(path):
         return path.resolve()
     if os.path.exists(path):
         raise EvomergeError(

@@ -140,6 +140,7 @@ def wait(started: Started, what: str = "the search", patience: float = PATIENCE)
 
 def study_of(run: Path) -> Any:
     """The study of a run; None if it has none yet."""
+    from evomerge.errors import EvomergeError
     from evomerge.search.run import open_run
 
     opened = run / "config.yaml"
@@ -147,7 +148,12 @@ def study_of(run: Path) -> Any:
         return None
     if open_run(run).config().storage is None and not (run / "study.db").exists():
         return None
-    return open_run(run).study()
+    try:
+        return open_run(run).study()
+    except EvomergeError as error:
+        if "holds no study" not in str(error) or open_run(run).has_begun():
+            raise
+        return None  # the file is made first, then the study in it
 
 
 def finished(run: Path) -> dict[int, Any]:

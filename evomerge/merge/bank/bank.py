@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evomerge.device import merging_device
 from evomerge.merge.bank.derived_tensors import DerivedTensors
 from evomerge.merge.bank.device_cache import DeviceCache, Key
 from evomerge.merge.bank.memory import Room, Share, default_capacity, host_memory, pinned_capacity
@@ -55,6 +56,7 @@ class Bank:
         mapped: bool | None = None,
     ) -> None:
         """
+        device: of the live models; tensors are on it or, for an Apple GPU, on the CPU.
         capacity: bytes that may stay on the device; by default what is free there, less what others need.
         compiled: the compiled kernels, if there are.
         slices: layers of the models that are stacked; without them every tensor is merged of its namesakes.
@@ -68,7 +70,8 @@ class Bank:
         self.slices = list(slices)
         self.layout = build_layout(models, slices)
         self.compiled = compiled
-        self.device = torch.device(device)
+        self.live_device = torch.device(device)
+        self.device = merging_device(self.live_device)
         self.launcher = compiled.launcher if compiled is not None and self.device.type == "cuda" else None
         self.names = list(self.layout.tensors)
         self.layers = self.layout.layers

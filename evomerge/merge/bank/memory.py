@@ -1,12 +1,13 @@
 """How many bytes a bank may use, on the device and on the host, and exact counters of bytes (`Room`)."""
 
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from evomerge.system import physical_memory
 
 HELD_BYTES = 4 << 30  # on a CPU, for computed tensors (adapters, nested recipes); beyond, they are computed when needed
 EVALUATION = 0.15  # share of a device for activations, keys and values, logits
@@ -73,7 +74,7 @@ def pinned_capacity(memory: int, processes: int) -> int:
 
 def host_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or the smallest limit of its control groups."""
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *group_limits()])
+    return min([physical_memory(), *group_limits()])
 
 
 def group_limits(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

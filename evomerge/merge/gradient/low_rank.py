@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.device import double, merging_device
 from evomerge.sources.adapter.tensor_change import LowRank
 
 
@@ -25,8 +26,9 @@ class LowRankTap:
         self.right = torch.cat([c.right.float().to(device) for _, c in present])  # (R, in)
         self.left = torch.cat([c.left.float().to(device) * c.scale for _, c in present], 1)  # (out, R)
         owner = [i for i, c in present for _ in range(c.right.shape[0])]
-        self.owner = torch.tensor(owner, device=device)  # (R,) the source of each column
-        self.inner = torch.zeros(len(changes) + 1, dtype=torch.float64, device=device)
+        summing = merging_device(device)
+        self.owner = torch.tensor(owner, device=summing)  # (R,) the source of each column
+        self.inner = torch.zeros(len(changes) + 1, dtype=torch.float64, device=summing)
 
     def hook(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         """A forward hook: the output, connected with this tap."""
@@ -52,5 +54,5 @@ class Tap(torch.autograd.Function):
         (projected,) = ctx.saved_tensors
         tap: LowRankTap = ctx.tap
         back = gradient.reshape(-1, gradient.shape[-1]).float() @ tap.left  # (T, R)
-        tap.inner.index_add_(0, tap.owner, (back * projected).sum(0).double())
+        tap.inner.index_add_(0, tap.owner, double((back * projected).sum(0)))
         return None, gradient, None

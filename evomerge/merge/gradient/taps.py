@@ -237,6 +237,7 @@ class KnobTaps:
     def inner(self, recipe_inputs: RecipeInputs, inputs: TensorInputs, tap: TensorTap, gradient: Tensor) -> Tensor:
         """The derivative by the plan's numbers, (n,), from the gradient of the merged tensor."""
         plan, bank, measured = tap.derivative.plan, self.bank, inputs.measured
+        gradient = gradient.to(bank.device)
         if isinstance(plan, Blend):
             changes: list[Change] = []
             for i, source in enumerate(inputs.names):

@@ -1,16 +1,15 @@
 """Run a compiler as a child that ends with this process, and keep compiled files that only this user can write."""
 
 import os
-import signal
 import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from evomerge.files import appending, sha256, written_aside
+from evomerge.system import POSIX, kill_process_group
 
 # The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is
 # killed can run no code of its own, and only the group reaches the children of the compiler.
@@ -24,7 +23,12 @@ def user_cache(part: str) -> Path:
 
 
 def run_compiler(command: Sequence[str]) -> None:
-    """Run a command; it and its children end with this process.  RuntimeError with its last line if it fails."""
+    """Run a command; it and its children end with this process.
+
+    RuntimeError with its last line if it fails, and on a system without a POSIX shell.
+    """
+    if not POSIX:
+        raise RuntimeError("no kernels are compiled on this system")
     process = subprocess.Popen(
         ["/bin/sh", "-c", GUARDED, "sh", *command],
         stdin=subprocess.PIPE,
@@ -38,8 +42,7 @@ def run_compiler(command: Sequence[str]) -> None:
         lines = process.stderr.read().strip().splitlines()
         code = process.wait()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the shell that waits for the pipe, and what an interrupt left
+        kill_process_group(process.pid)  # the shell that waits for the pipe, and what an interrupt left
         process.wait()
         for pipe in (process.stdin, process.stderr):
             if pipe is not None:
@@ -107,13 +110,15 @@ def digest_of(file: Path) -> Path:
 def is_own(path: Path) -> bool:
     """Whether a path belongs to this user or root and no other user may write to it.  OSError if there is none."""
     found = path.lstat()
+    if not POSIX:
+        return True  # files have no such owner and rights there; a home folder belongs to its user
     return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def close_to_others(folder: Path) -> None:
     """Take other users' right to write to a folder of this user.  PermissionError if it belongs to another user."""
     found = folder.lstat()
-    if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
+    if POSIX and found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
         folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     if not stat.S_ISDIR(folder.lstat().st_mode) or not is_own(folder):
         raise PermissionError(f"{folder} is no folder of this user alone")

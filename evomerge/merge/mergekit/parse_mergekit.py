@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
+from evomerge.files import absolute_path
 from evomerge.merge.mergekit.mergekit_file import (
     ConditionalParameter,
     InputModel,
@@ -17,7 +18,7 @@ from evomerge.merge.mergekit.mergekit_file import (
     Parameters,
 )
 from evomerge.merge.mergekit.mergekit_methods import KNOWN_PARAMETERS, MERGEKIT, ParameterKind, Scalar, parameter_kind
-from evomerge.sources.locate import absolute_model, absolute_path
+from evomerge.sources.locate import absolute_model
 
 TOP_KEYS = """models slices modules merge_method base_model dtype out_dtype tokenizer_source tokenizer chat_template
     parameters""".split()

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
+from evomerge.files import absolute_path, read_yaml
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
 from evomerge.merge.methods.method import Method
@@ -21,7 +21,7 @@ from evomerge.merge.recipe.coefficients import (
 )
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.config_differences import Allowed
-from evomerge.sources.locate import absolute_model, absolute_path, matching_models
+from evomerge.sources.locate import absolute_model, matching_models
 from evomerge.sources.tensor_names import TensorRole
 from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 

@@ -1,15 +1,13 @@
 """Measures what one job takes, in the worker that does it: time, forwards, tokens, memory, energy."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from evomerge import system
 from evomerge.device import synchronise
 from evomerge.evaluate.clock import Counts
 from evomerge.search.budget.usage import Usage
@@ -60,13 +58,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes in use: of an accelerator since its peak was reset, else of the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # ru_maxrss would include the process from which this one was started
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return system.peak_memory()
 
 
 Joules = Callable[[], float | None]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import resolve_device
+from evomerge.device import free_memory, resolve_device
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.item_values import MetricFailed
 from evomerge.evaluate.loglikelihood import NotFiniteScore
@@ -33,7 +33,7 @@ from evomerge.search.check.first_token import first_token_concerns
 from evomerge.search.check.forecast import Forecast, forecast
 from evomerge.search.check.memory import Memory, measure_memory, memory_concerns
 from evomerge.search.check.probe import Probe, probe, questions
-from evomerge.search.evaluation.evaluator import Evaluator, free_memory
+from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.models import shapes_of
 from evomerge.search.opened import Opened
 from evomerge.search.space.baselines import base_alone, baselines
@@ -122,7 +122,7 @@ def check_search(
     concerns += forecast_concerns(plan)
     if keep and config.space.layers is None:  # a search for layers takes some out of the model
         opened.live = evaluator.model
-    device = evaluator.bank.device
+    device = evaluator.bank.live_device
     del evaluator
     free_memory(device)
     return Check(found, concerns, plan, memory, gain)

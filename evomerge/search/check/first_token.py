@@ -46,7 +46,7 @@ def first_token_concerns(evaluator: Evaluator, base: Baseline) -> Iterator[Conce
         yield Concern(what, "take it out of the chat template or of `doc_to_text`; the tokenizer adds it")
     if len(rows) < 2:
         return
-    evaluator.materialise(base.recipe, Clock(evaluator.check, device=evaluator.bank.device))
+    evaluator.materialise(base.recipe, Clock(evaluator.check, device=evaluator.bank.live_device))
     model, pairs = evaluator.model, []
     for tokens in rows:
         ids = list(tokens[-TOKENS:])

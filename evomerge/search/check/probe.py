@@ -107,7 +107,7 @@ def probe(
     seconds, merge = {t.name: 0.0 for t in tasks}, 0.0
     for model in models:
         progress(f"{model.name} answers {count} items of each task")
-        clock = Clock(evaluator.check, counts=evaluator.counts, device=evaluator.bank.device)
+        clock = Clock(evaluator.check, counts=evaluator.counts, device=evaluator.bank.live_device)
         started = time.perf_counter()
         evaluator.materialise(model.recipe, clock)
         merge = time.perf_counter() - started

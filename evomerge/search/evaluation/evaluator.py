@@ -13,6 +13,7 @@ Whatever goes wrong with the candidate on the way becomes the job's `Failure`.
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import TORCH_DTYPES, resolve_device, use
+from evomerge.device import TORCH_DTYPES, free_memory, resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
@@ -54,7 +55,7 @@ from evomerge.search.evaluation.task_set import Scores, TaskSet
 from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
 from evomerge.search.space.layer_assembly import build_assembly
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import Vocabulary, optional_tokenizer, vocabulary_tokenizer
+from evomerge.sources.tokenizer import Vocabulary, open_processor, optional_tokenizer, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -109,12 +110,13 @@ class Evaluator:
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         words = models.vocabulary or Vocabulary({}, models.base.path)
+        processor = partial(open_processor, words.folder)
         if self.language:
             budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, folder=words.folder)
+            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, open_processor=processor)
         else:
             tokenizer = optional_tokenizer(words)
-            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, folder=words.folder)
+            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, open_processor=processor)
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None
@@ -141,7 +143,7 @@ class Evaluator:
         then hold half of the old file and half of the new one.
         """
         refuse_changed(self.stamps, model_stamps(self.folders))
-        with Meter(self.counts, self.bank.device) as meter:
+        with Meter(self.counts, self.bank.live_device) as meter:
             result = self.attempt(job)
         refuse_changed(self.stamps, model_stamps(self.folders))
         return replace(result, used=meter.used)
@@ -171,7 +173,7 @@ class Evaluator:
         except (NotFinite, NotFiniteScore, Broken) as error:
             return Failure(reason(error), broken=True)
         except Exception as error:  # any bug of any library may cost this candidate, not the run
-            free_memory(self.bank.device)
+            free_memory(self.bank.live_device)
             return Failure(reason(error), traceback=traceback.format_exc())
 
     # --- The kinds of jobs ---
@@ -184,7 +186,7 @@ class Evaluator:
         NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
         work = self.prepared("search", everything=False)
-        clock = Clock(self.check, counts=self.counts, device=self.bank.device)
+        clock = Clock(self.check, counts=self.counts, device=self.bank.live_device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(normal, clock)
         if race_setup is None or race is None:
@@ -210,7 +212,7 @@ class Evaluator:
         else:
             tasks = [t for t in self.task_set.tasks if t.name in only]
             work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
-        clock = Clock(self.check, Batches(work.steps, self.progress), self.counts, self.bank.device)
+        clock = Clock(self.check, Batches(work.steps, self.progress), self.counts, self.bank.live_device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(None, clock) if canary else None
         found = zip(work.by_task, self.engine.score_parts(work, clock), strict=True)
@@ -237,7 +239,7 @@ class Evaluator:
             for part in self.prepared("search", everything=False).by_task
             if part.task.name in wanted
         ]
-        clock = Clock(self.check, counts=self.counts, device=self.bank.device)
+        clock = Clock(self.check, counts=self.counts, device=self.bank.live_device)
         self.materialise(job.recipe, clock)
         weights = {work.task.name: [job.weights[work.task.name]] * len(work.items) for work in works}
         if self.gradient_memory is None:
@@ -274,7 +276,7 @@ class Evaluator:
         if not self.language:
             return None
         if self.prompts is None:
-            self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.device)
+            self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.live_device)
         with clock.time("canary"), forwards_of(self.model, self.counts):
             seen = measure_signs(self.model, self.prompts, normal)
             check_signs(seen, normal)
@@ -364,12 +366,6 @@ def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:
     """Token ids before the answers of items: those of each task's first item, of each task's second item, and so on."""
     each = [[r.tokens[: -r.scored] for r in w.rows] or [p.context for p in w.prompts] for w in work]
     return [context for row in zip_longest(*each) for context in row if context]
-
-
-def free_memory(device: torch.device) -> None:
-    """Free cached memory after an error, so that the next trial starts with all of it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def reason(error: Exception) -> str:

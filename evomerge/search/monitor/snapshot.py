@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 
 from evomerge.errors import EvomergeError
 from evomerge.files import new_file, read_json, validated
+from evomerge.system import process_exists
 
 STATE = "state.json"
 SILENT = 30.0  # seconds without a new snapshot after which a search on another host counts as ended
@@ -202,14 +203,3 @@ def why_ended(snapshot: Snapshot, now: float) -> str | None:
     if age > SILENT:
         return f"not running: no news from {snapshot.host} for {age:.0f} s"
     return None
-
-
-def process_exists(pid: int) -> bool:
-    """Whether a process of this host has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -6,7 +6,6 @@ functions of `sql_statements.py` write the rows.
 
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from evomerge.errors import EvomergeError, first_line
 from evomerge.search.storage import sql_statements
 from evomerge.search.storage.optuna_private import DatabaseStorage, storage_behind
 from evomerge.search.storage.sqlite import create_file, disk_failed, file_of, is_damage, what_is_damaged, write_ahead
+from evomerge.system import limit_of_a_file
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -218,8 +218,8 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
 def damaged(url: str, error: BaseException) -> EvomergeError:
     """The error for a study that cannot be read: a damaged file, a limit of the shell for files, a disk that fails."""
     said = scrubbed(database_said(error), url)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if "disk I/O error" in said and limit != resource.RLIM_INFINITY:
+    limit = limit_of_a_file()
+    if "disk I/O error" in said and limit is not None:
         return EvomergeError(
             f"{file_of(url)}: cannot be written; this shell limits a file to {limit / 1e6:.1f} MB (ulimit -f). Nothing "
             "that was finished is lost; raise the limit and try again"

@@ -26,6 +26,7 @@ from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
+from evomerge.search.storage.sql_statements import without_collector
 from evomerge.search.storage.trial_record import LEARNED, RECORD, WEIGHTS, TrialRecord, place_in_order, record_of
 
 COMPUTE = "evomerge:compute"  # study attribute: the type of forwards, and what was measured to choose it
@@ -100,6 +101,7 @@ class SearchStudy:
     seconds: that all finished trials took together.
     """
 
+    @without_collector()
     def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
         """stored: the study in its database, of `open_study`.  workers: how many trials may run at once; CMA-ES
         sizes its population by it at its first proposal.

@@ -1,6 +1,5 @@
 """What a merge loses as an adapter of low rank: both are scored on the selection split of the run that found it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,25 +20,24 @@ from evomerge.search.storage.study import recorded_type
 NAME = "written-adapter"  # of the adapter as a source
 
 
+Means = dict[str, dict[str, float]]
+"""Task -> metric -> the mean over the items, first the metric of the verdict, then the search's objective."""
+
+
 @dataclass(frozen=True)
 class AdapterLoss:
-    """Mean metrics on the selection split.
+    """Means on the selection split of the model and of the adapter."""
 
-    model, adapter: by task.
-    metrics: task -> the name of its metric.
-    """
-
-    model: Mapping[str, float]
-    adapter: Mapping[str, float]
-    metrics: Mapping[str, str]
+    model: Means
+    adapter: Means
 
     def lines(self) -> list[str]:
         """What was measured, a line a task."""
-        return [
-            f"{task}, {self.metrics[task]} on the selection split: {self.adapter[task]:.4g} as adapter, "
-            f"{self.model[task]:.4g} as model"
-            for task in self.model
-        ]
+        found = []
+        for task, means in self.model.items():
+            parts = [f"{m} {self.adapter[task][m]:.4g} as adapter, {mean:.4g} as model" for m, mean in means.items()]
+            found.append(f"{task} on the selection split: {'; '.join(parts)}")
+        return found
 
 
 def adapter_loss(run: Run, recipe: Recipe, adapter: Path) -> AdapterLoss:
@@ -61,11 +59,13 @@ def adapter_loss(run: Run, recipe: Recipe, adapter: Path) -> AdapterLoss:
     )
     source = RecipeSource(name=NAME, path=str(adapter.resolve()))
     alone = Recipe(method="passthrough", dtype=recipe.dtype, base=recipe.base, sources=[source])
-    tasks = {task.name: task.metric for task in evaluator.task_set.tasks}
-    means: list[dict[str, float]] = []
+    means: list[Means] = []
     for what, candidate in (("model", recipe), ("adapter", alone)):
         found = evaluator.run(EvaluationJob(candidate, "selection"))
         if isinstance(found, Failure):
             raise EvomergeError(f"the {what} cannot be scored: {found.reason}")
-        means.append({task: float(np.mean(found.scores[task][metric])) for task, metric in tasks.items()})
-    return AdapterLoss(means[0], means[1], tasks)
+        wanted = {task.name: dict.fromkeys((task.metric, task.objective)) for task in evaluator.task_set.tasks}
+        means.append(
+            {task: {m: float(np.mean(found.scores[task][m])) for m in metrics} for task, metrics in wanted.items()}
+        )
+    return AdapterLoss(*means)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from evomerge.files import first_problem
 from evomerge.search.verdict.guards import GuardResult
@@ -27,6 +27,13 @@ EARLIER = {
 def present_outcome(value: Any) -> Any:
     """The present name of an outcome."""
     return EARLIER.get(value, value) if isinstance(value, str) else value
+
+
+def have_names(finalists: list[Any]) -> list[Any]:
+    """ValueError if a finalist has no name; entries of other kinds, of older versions, are left alone."""
+    if any(not isinstance(f.get("name"), str) for f in finalists if isinstance(f, dict)):
+        raise ValueError("a finalist has no name")
+    return finalists
 
 
 class JudgedBy(BaseModel):
@@ -63,7 +70,7 @@ class VerdictFile(BaseModel):
     guards: list[GuardResult] = []
     next: str = ""
     chosen: dict[str, Any]
-    finalists: list[Any]
+    finalists: Annotated[list[Any], AfterValidator(have_names)]
     holdout: dict[str, dict[str, Interval]]
     holdout_uses: int
     greedy_soup: str = ""

@@ -14,7 +14,8 @@ import time
 from typing import Any, BinaryIO
 
 from evomerge.errors import EvomergeError
-from evomerge.search.workers.process_worker import encode_message, kill_process_group
+from evomerge.search.workers.process_worker import encode_message
+from evomerge.system import kill_own_group
 
 HEARTBEAT = 1.0  # seconds between two heartbeats, at least
 
@@ -60,8 +61,7 @@ class DriverConnection:
 
 def exit_with_children() -> None:
     """End this process at once, and its children if it leads a process group."""
-    if os.getpgrp() == os.getpid():
-        kill_process_group(os.getpid())
+    kill_own_group()
     os._exit(0)
 
 

@@ -5,7 +5,6 @@ process group of its own, so that Ctrl-C reaches the driver alone and killing th
 """
 
 import asyncio
-import contextlib
 import os
 import pickle
 import signal
@@ -20,6 +19,7 @@ from evomerge.errors import EvomergeError
 from evomerge.files import appending
 from evomerge.search.evaluation.jobs import Job, Result
 from evomerge.search.workers.worker import BatchProgress, WorkerDied, WorkerSetup
+from evomerge.system import kill_process_group
 
 
 class ProcessWorker:
@@ -132,9 +132,3 @@ def encode_message(message: Any) -> bytes:
     """A message between driver and worker: its length in eight bytes, then the pickled content."""
     content = pickle.dumps(message)
     return struct.pack("<Q", len(content)) + content
-
-
-def kill_process_group(leader: int) -> None:
-    """Kill the process that leads a process group, and its children.  leader: its process id."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)

@@ -31,13 +31,16 @@ class Draft(YamlReader):
     def __init__(self, old: Path, new: Path, program: str, task_folders: Iterable[Path]) -> None:
         super().__init__(old.parent)
         self.old, self.new, self.program, self.task_folders = old, new, program, list(task_folders)
-        self.lines = [f"# Made by `evomerge migrate` from {old.name}, a file of {program}.  Comments say what differs."]
+        self.lines = [
+            f"# Made by `evomerge migrate` from {one_line(old.name)}, a file of {program}.  Comments say what differs."
+        ]
         self.left_out: list[str] = []
         self.count = 0
 
     def add(self, line: str, *differences: str) -> None:
         """Add a line, with its differences as comments: behind it if that is short, else before it."""
         self.count += len(differences)
+        differences = tuple(map(one_line, differences))
         indent = line[: len(line) - len(line.lstrip())]
         if len(differences) == 1 and len(behind := f"{line}  # {differences[0]}") <= WIDTH and "\n" not in line:
             self.lines.append(behind)
@@ -48,7 +51,7 @@ class Draft(YamlReader):
 
     def leave_out(self, key: str, why: str) -> None:
         """Note that a key of the old file has no counterpart."""
-        self.left_out.append(f"{key}: {why}")
+        self.left_out.append(one_line(f"{key}: {why}"))
 
     def text_of_file(self) -> str:
         """The new file.  EvomergeError lists everything that is wrong with the old one."""
@@ -74,7 +77,8 @@ class Draft(YamlReader):
         if found is None or not os.path.isabs(found):
             return found
         from_here = Path.cwd() / os.path.relpath(found, self.folder.resolve())
-        return relative(str(from_here) if from_here.is_dir() and not os.path.isdir(found) else found, self.new)
+        is_here = os.path.isdir(from_here) and not os.path.isdir(found)
+        return relative(str(from_here) if is_here else found, self.new)
 
     def whole(self, where: str, value: Any, least: int = 1) -> int | None:
         """A whole number that is not below `least`."""
@@ -108,6 +112,11 @@ class Draft(YamlReader):
             differences.append(f"{name}: no file of the task folder has it, so it must be one of lm-eval's own tasks")
         given = {k: v for k, v in options.items() if v is not None}
         return f"- {{task: {plain(name)}{''.join(f', {k}: {scalar(v)}' for k, v in given.items())}}}", differences
+
+
+def one_line(text: str) -> str:
+    """A text that stays within its comment, whatever an old file has in it."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def scalar(value: Any) -> str:

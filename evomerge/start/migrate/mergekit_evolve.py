@@ -55,7 +55,7 @@ def write(content: dict[str, Any], draft: Draft) -> None:
     """Write the lines of the configuration for a file's content; problems are collected in the draft."""
     top = draft.mapping("", content, TOP)
     given = draft.mapping("genome", top.get("genome"), GENOME)
-    draft.add(f"name: {study_name(Path(draft.old.name).stem)}")
+    draft.add(f"name: {plain(study_name(draft.old.stem))}")
     genome = write_models(given, draft)
     if genome is not None:
         write_space(given, genome, draft)
@@ -116,10 +116,10 @@ def write_models(given: dict[str, Any], draft: Draft) -> Genome | None:
 def source(name: str, model: ModelReference, base: ModelReference) -> str:
     """A model as a source: a path, or a merge of an adapter into another model than the base."""
     if model.lora is None or model.model == base.model:
-        return f"{{name: {name}, path: {plain(model.lora or model.model)}}}"
-    inner = f"{{name: {name}, path: {plain(model.lora)}}}"
+        return f"{{name: {plain(name)}, path: {plain(model.lora or model.model)}}}"
+    inner = f"{{name: {plain(name)}, path: {plain(model.lora)}}}"
     return (
-        f"{{name: {name}, recipe: {{method: passthrough, dtype: bfloat16, base: {{path: {plain(model.model)}}}, "
+        f"{{name: {plain(name)}, recipe: {{method: passthrough, dtype: bfloat16, base: {{path: {plain(model.model)}}}, "
         f"sources: [{inner}]}}}}"
     )
 
@@ -137,7 +137,7 @@ def write_vocabulary(
     model = draft.reference("genome.tokenizer_source", str(wanted).removeprefix("model:"))
     found = "base" if model == base else next((name for name, m in sources.items() if m == model), None)
     if found:
-        draft.add(f"vocabulary: {found}")
+        draft.add(f"vocabulary: {plain(found)}")
     else:
         draft.add_problem("genome.tokenizer_source", f"{short_repr(wanted)} is not base, union or one of the models")
 
@@ -218,7 +218,7 @@ def write_depth(given: dict[str, Any], genome: Genome, draft: Draft) -> None:
 def layers_of(model: str, folder: Path) -> int | None:
     """The number of layers in a model's config.json, here or in the hub's cache; None if it is not there."""
     file: Any = (folder / model) / "config.json"
-    if not file.is_file() and looks_like_hub_id(model):
+    if not os.path.isfile(file) and looks_like_hub_id(model):
         from huggingface_hub import try_to_load_from_cache
 
         repository, _, revision = model.partition("@")
@@ -269,6 +269,8 @@ def write_tasks(top: dict[str, Any], draft: Draft) -> None:
     seen: set[str] = set()
     for number, given in enumerate(draft.read_list("tasks", top.get("tasks"), lambda where, item: item)):
         write_task(f"tasks.{number}", {"name": given} if isinstance(given, str) else given, options, seen, draft)
+    if not seen and not draft.problems:
+        draft.add_problem("tasks", "there is none whose weight is not 0")
     if limit is None:
         draft.add(
             "splits: {search: 0.4, selection: 0.2, holdout: 0.4}",

@@ -4,6 +4,7 @@ Its method is not in the file: mergenetic's own scripts take slerp for one langu
 tasks in a list.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ def write(content: dict[str, Any], draft: Draft) -> None:
         if top.get(key) is not None:
             draft.leave_out(key, why)
     add_task_folder(top, draft)
-    draft.add(f"name: {study_name(str(top.get('run_id') or draft.old.stem))}")
-    tasks = tasks_of(top, draft)
-    write_models(top, len(tasks), draft)
+    draft.add(f"name: {plain(study_name(str(top.get('run_id') or draft.old.stem)))}")
+    langs = draft.read_list("langs", top["langs"], draft.text) if top.get("langs") is not None else None
+    tasks = tasks_of(top, langs, draft)
+    write_models(top, langs, len(tasks), draft)
     write_tasks(top, tasks, draft)
     write_rest(top, len(tasks), draft)
 
@@ -47,14 +49,14 @@ def add_task_folder(top: dict[str, Any], draft: Draft) -> None:
     text = top.get("additional_templates_folder")
     if text is None or draft.text("additional_templates_folder", text) is None:
         return
-    found = [folder / text for folder in (draft.old.parent, Path.cwd()) if (folder / text).is_dir()]
+    found = [folder / text for folder in (draft.old.parent, Path.cwd()) if os.path.isdir(folder / text)]
     if found:
         draft.task_folders.append(found[0])
     elif not draft.task_folders:
         draft.leave_out("additional_templates_folder", f"no folder {text} here; give it with --task-search-path")
 
 
-def tasks_of(top: dict[str, Any], draft: Draft) -> dict[str, str]:
+def tasks_of(top: dict[str, Any], langs: list[str] | None, draft: Draft) -> dict[str, str]:
     """Language or number -> the task that candidates are scored on, or the data file of a task that is to be made."""
     if isinstance(top.get("tasks"), list):
         return {str(number): task for number, task in enumerate(draft.read_list("tasks", top["tasks"], draft.text))}
@@ -66,8 +68,8 @@ def tasks_of(top: dict[str, Any], draft: Draft) -> dict[str, str]:
         return {}
     if key == "datasets":
         draft.task_folders.clear()
-    langs = top["langs"] if isinstance(top.get("langs"), list) else [lang for lang in given if lang != "base"]
-    found = {str(lang): draft.text(f"{where}.{lang}", given.get(lang)) for lang in langs}
+    wanted = [lang for lang in given if lang != "base"] if langs is None else langs
+    found = {str(lang): draft.text(f"{where}.{lang}", given.get(lang)) for lang in wanted}
     test = top["tasks"].get("test") if key == "tasks" else None
     for lang, task in found.items():
         if isinstance(test, dict) and test.get(lang) not in (None, task):
@@ -78,7 +80,7 @@ def tasks_of(top: dict[str, Any], draft: Draft) -> dict[str, str]:
     return {lang: task for lang, task in found.items() if task is not None}
 
 
-def write_models(top: dict[str, Any], tasks: int, draft: Draft) -> None:
+def write_models(top: dict[str, Any], langs: list[str] | None, tasks: int, draft: Draft) -> None:
     """Write base, sources, method and space."""
     base = draft.path("base_model", top.get("base_model"))
     given = top.get("models")
@@ -86,9 +88,9 @@ def write_models(top: dict[str, Any], tasks: int, draft: Draft) -> None:
         listed = draft.read_list("models", given, draft.path)
         models = dict(zip(source_names(listed), listed, strict=True))
     elif isinstance(given, dict):
-        langs = [lang for lang in top["langs"] if lang in given] if isinstance(top.get("langs"), list) else list(given)
-        paths = {lang: draft.path(f"models.{lang}", given[lang]) for lang in langs}
-        models = {n: p for n, p in zip(source_names(map(str, langs)), paths.values(), strict=True) if p}
+        wanted = list(given) if langs is None else [lang for lang in langs if lang in given]
+        paths = [draft.path(f"models.{lang}", given[lang]) for lang in wanted]
+        models = {n: p for n, p in zip(source_names(map(str, wanted)), paths, strict=True) if p}
     else:
         draft.add_problem("models", f"expected a mapping from language to model, found {short_repr(given)}")
         return
@@ -101,7 +103,7 @@ def write_models(top: dict[str, Any], tasks: int, draft: Draft) -> None:
     lost = "without the base model, whose difference from itself is zero: its weight had no effect"
     draft.add("sources:", *([lost] if len(others) < len(models) else []))
     for name, path in others.items():
-        draft.add(f"- {{name: {name}, path: {plain(path)}}}")
+        draft.add(f"- {{name: {plain(name)}, path: {plain(path)}}}")
     if single:
         draft.add("method: slerp", "mergenetic's script for one language")
         draft.add("space:")
@@ -133,7 +135,7 @@ def write_tasks(top: dict[str, Any], tasks: dict[str, str], draft: Draft) -> Non
     draft.add("tasks:", *differences)
     for task in dict.fromkeys(tasks.values()):
         if has_data:
-            data = next((f for f in (draft.old.parent / task, Path(task)) if f.is_file()), Path(task))
+            data = next((f for f in (draft.old.parent / task, Path(task)) if os.path.isfile(f)), Path(task))
             made = data.with_suffix(".yaml")
             draft.add(f"- {{task: {plain(relative_file(made, draft))}}}", f"evomerge new-task {task}")
         else:
@@ -166,7 +168,10 @@ def write_rest(top: dict[str, Any], tasks: int, draft: Draft) -> None:
             f"n_iter {count} times pop_size {size}, baselines included; evomerge has no generations to set, unless "
             f"`sampler: {{name: cma-es, population: {max(4, size)}}}`",
         )
-    draft.add(f"seed: {draft.whole('seed', top.get('seed', 420), 0)}")
+    seed = draft.whole("seed", top.get("seed", 420), 0)
+    if seed is not None and seed >= 2**31:
+        draft.add_problem("seed", f"{seed} is above {2**31 - 1}, the largest one")
+    draft.add(f"seed: {seed}")
     device = draft.text("device", top["device"]) if top.get("device") is not None else None
     if device not in (None, "cuda"):
         draft.add(f"device: {plain(str(device))}")
