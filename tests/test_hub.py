@@ -169,6 +169,21 @@ def test_models_that_do_not_fit_are_refused_before_any_weight_is_downloaded(
     assert deep != pickled
 
 
+def test_a_search_opens_its_models_before_it_downloads_them(hub: Hub, tmp_path: Path):
+    hub.push("me/base", write_llama(tmp_path / "base"))
+    hub.push("me/one", write_llama(tmp_path / "deep", 1, layers=3))
+    config, here = pin(load_config(write_search(tmp_path)), {}), tmp_path / "cache"
+    with pytest.raises(EvomergeError, match="a: has 9 tensor.s. that the base model lacks"):
+        open_config_models(config)
+    assert not list(here.rglob("model.safetensors"))
+    hub.push("me/one", write_llama(tmp_path / "one", 1))
+    forget()
+    told: list[int] = []
+    open_config_models(pin(load_config(tmp_path / "search.yaml"), {}), progress=lambda done, total: told.append(total))
+    assert told[-1] == sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "one"))
+    assert len(list(here.rglob("model.safetensors"))) == 2
+
+
 def test_headers_alone_tell_what_whole_files_tell(hub: Hub, tmp_path: Path):
     """Also where values count: tensors of integers, an adapter's base, a head that equals the embedding."""
     base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
@@ -226,9 +241,7 @@ def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path, monkeypatch:
     assert pinned("me/base", {}) == f"me/base@{commit}"
     (folder / "model.safetensors").unlink()
     forget()
-    with pytest.raises(
-        EvomergeError, match=f"me/base@{commit}: its weights are not in the cache, and the hub does not"
-    ):
+    with pytest.raises(EvomergeError, match=f"me/base@{commit}: its weights are not in the cache"):
         locate("me/base")
 
 
