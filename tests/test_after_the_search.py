@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_adapter
+from models import write_adapter, write_llama
 from searches import ROOT
 
 from evomerge.api.merge import merge
@@ -32,19 +32,20 @@ def recipe_of(base: Path, source: Path) -> Recipe:
 @pytest.mark.more
 @pytest.mark.filterwarnings("ignore")
 def test_the_python_of_the_page_loads_the_model_and_the_adapter(
-    tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(tiny_family / "base", write_adapter(tmp_path / "lora", tiny_family / "base"))
+    base = write_llama(tmp_path / "base", 0)
+    recipe = recipe_of(base, write_adapter(tmp_path / "lora", base))
     merge(recipe, out=tmp_path / "merged", show=False)
     merge(recipe, out=tmp_path / "adapter", lora="exact", show=False)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"base": str(tiny_family / "base")}
+    names: dict[str, Any] = {"base": str(base)}
     logits = []
     for block in blocks[:2]:  # the third one needs a file of llama.cpp
         exec(block, names)
         with torch.no_grad():
-            logits.append(names["model"](**names["tokenizer"]("add 1+1=", return_tensors="pt")).logits)
+            logits.append(names["model"](**names["tokenizer"]("a = 12", return_tensors="pt")).logits)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
 
 
