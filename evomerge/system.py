@@ -65,6 +65,11 @@ def flags(*names: str) -> int:
     return sum(getattr(os, name, 0) for name in names)
 
 
+def user_id() -> int | None:
+    """The number of the user that this process runs as; None on Windows, where files have no owners by number."""
+    return os.geteuid() if hasattr(os, "geteuid") else None
+
+
 def limit_of_a_file() -> int | None:
     """The most bytes that this process may write into a file (ulimit -f); None without a limit."""
     if resource is None:

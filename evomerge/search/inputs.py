@@ -94,7 +94,8 @@ def study_key(config: SearchConfig, inputs: Mapping[str, Any], items: Mapping[st
         content["method"] = config.methods
     for part, key in (("sources", "path"), ("sources", "statistics"), ("tasks", "task"), ("guards", "task")):
         for entry in content[part]:
-            entry[key] = without_files(entry[key]) if isinstance(entry[key], dict) else ""
+            given = entry.get(key)
+            entry[key] = without_files(given) if isinstance(given, dict) else ""
     for entry, source in zip(content["sources"], config.sources, strict=True):
         if source.recipe is not None:
             entry["recipe"] = without_paths(source.recipe)

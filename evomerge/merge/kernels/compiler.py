@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evomerge.files import appending, sha256, written_aside
-from evomerge.system import POSIX, kill_process_group
+from evomerge.system import POSIX, kill_process_group, user_id
 
 # The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is
 # killed can run no code of its own, and only the group reaches the children of the compiler.
@@ -109,16 +109,14 @@ def digest_of(file: Path) -> Path:
 
 def is_own(path: Path) -> bool:
     """Whether a path belongs to this user or root and no other user may write to it.  OSError if there is none."""
-    found = path.lstat()
-    if not POSIX:
-        return True  # files have no such owner and rights there; a home folder belongs to its user
-    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    found, user = path.lstat(), user_id()
+    return user is None or (found.st_uid in (user, 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def close_to_others(folder: Path) -> None:
     """Take other users' right to write to a folder of this user.  PermissionError if it belongs to another user."""
     found = folder.lstat()
-    if POSIX and found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
+    if found.st_uid == user_id() and stat.S_ISDIR(found.st_mode):
         folder.chmod(stat.S_IMODE(found.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     if not stat.S_ISDIR(folder.lstat().st_mode) or not is_own(folder):
         raise PermissionError(f"{folder} is no folder of this user alone")
