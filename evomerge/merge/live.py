@@ -14,7 +14,7 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
-from evomerge.sources.architecture import is_multimodal, is_language_model, known_config, named_architecture
+from evomerge.sources.architecture import is_language_model, is_multimodal, known_config, named_architecture
 from evomerge.sources.checkpoint import open_weight_files, read_config
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
