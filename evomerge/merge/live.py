@@ -14,7 +14,7 @@ from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
-from evomerge.sources.architecture import is_language_model, known_config, named_architecture
+from evomerge.sources.architecture import is_language_model, is_multimodal, known_config, named_architecture
 from evomerge.sources.checkpoint import open_weight_files, read_config
 from evomerge.sources.open_models import open_models
 from evomerge.sources.tensor_names import is_computed_buffer
@@ -40,7 +40,7 @@ def load_live_model(
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        kind = live_class(None if language else read_config(path))
+        kind = live_class(read_config(path), language)
         model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     except EvomergeError:
         raise
@@ -54,17 +54,21 @@ def load_live_model(
     return ready(model, dtype, device, compute)
 
 
-def live_class(config: Mapping[str, Any] | None) -> Any:
-    """transformers' class for a live model: the one that a config.json names, or that of causal language models.
+def live_class(config: Mapping[str, Any], language: bool) -> Any:
+    """transformers' class for a live model.
 
-    config: None for a causal language model.
+    A causal language model has the class of its kind.  A language model with towers has the one that its config.json
+    names, because it keeps the towers; any other model too.
+
+    config: the content of config.json.  language: whether the model has to write text.
     """
     import transformers
 
-    if config is None:
-        return transformers.AutoModelForCausalLM
     names = config.get("architectures")
-    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    if language and not is_multimodal(config, name):
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, name, None)
     return found if isinstance(found, type) and hasattr(found, "from_pretrained") else transformers.AutoModel
 
 
@@ -83,7 +87,7 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
     if (known := known_config(bank.layout.config)) is None:
         raise EvomergeError(f"{base}: transformers does not know its architecture")
     try:
-        kind = live_class(None if language else bank.layout.config)
+        kind = live_class(bank.layout.config, language)
         model = (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(known, dtype=dtype)
     except Exception as error:
         reason = first_line(error)

@@ -18,7 +18,7 @@ from evomerge.merge.kernels.launch import Launcher
 from evomerge.merge.kernels.operands import Operands
 from evomerge.merge.methods.plan import Blend, Plan, SparseBlend
 from evomerge.merge.recipe.recipe import Recipe, check_layers
-from evomerge.merge.tensor_plan import RecipeInputs, plan_tensor, remembered_knobs
+from evomerge.merge.tensor_plan import RecipeInputs, plan_tensor, remembered_knobs, sources_of
 from evomerge.sources.tensor_names import tensor_role
 
 STREAMED = 64 << 20  # bytes of operands that do not stay on the device, after which a launch follows
@@ -183,7 +183,7 @@ def materialise(
 
 def read_by(recipe: Recipe, bank: Bank, name: str) -> list[str]:
     """The sources that will be read for a tensor, as far as weights tell: one of weight 0 is mostly not read."""
-    names = bank.taking_part(name, [s.name for s in recipe.sources])
+    names = sources_of(recipe, bank, name)
     if not names:
         return []
     weights = recipe.knobs(tensor_role(name), bank.layers, names).each.get("weight", [1.0] * len(names))

@@ -34,7 +34,7 @@ class RecipeInputs:
         self.recipe, self.bank = recipe, bank
         self.kept: dict[str, TensorInputs] = {}
         if METHODS[recipe.method].statistics is None:  # statistics belong to one recipe
-            key = tuple(s.name for s in recipe.sources), recipe.seed
+            key = tuple(s.name for s in recipe.sources), recipe.seed, frozenset(recipe.keep)
             if key not in bank.kept_inputs and len(bank.kept_inputs) >= MOST_KEPT:
                 bank.kept_inputs.clear()
             self.kept = bank.kept_inputs.setdefault(key, self.kept)
@@ -45,7 +45,7 @@ class RecipeInputs:
             return kept
         recipe, bank = self.recipe, self.bank
         merged = bank.merged_as(name)
-        names = tuple(bank.taking_part(merged, [s.name for s in recipe.sources]))
+        names = tuple(sources_of(recipe, bank, merged))
         statistics = bank.statistics(recipe, names)
         measured = bank.measurements(merged, names, recipe.seed, statistics)
         stored = [bank.is_stored(s, merged) for s in names]
@@ -58,6 +58,13 @@ class RecipeInputs:
             return
         inputs.sources = [inputs.measured.source(i) for i in range(len(inputs.names))]
         self.kept[name] = inputs
+
+
+def sources_of(recipe: Recipe, bank: Bank, name: str) -> list[str]:
+    """The sources that a recipe merges the tensor `name` of; none where the base's is kept."""
+    if recipe.keep and tensor_role(name).component in recipe.keep:
+        return []
+    return bank.taking_part(name, [s.name for s in recipe.sources])
 
 
 def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt) -> tuple[Plan, Operands] | None:
@@ -76,7 +83,7 @@ def plan_tensor(recipe: Recipe, bank: Bank, inputs: TensorInputs, knobs: KnobsAt
     if inputs.names:
         plan = method.plan(knobs(inputs.where, bank.layers, inputs.names), measured)
     else:
-        plan = Blend((), base=1.0)  # a slice of the base alone
+        plan = Blend((), base=1.0)  # a slice of the base alone, or a component that is kept
     sources: Sequence[Tensor]
     if isinstance(plan, Derived):
         sources = bank.derived(plan, inputs.name, inputs.names, inputs.statistics)

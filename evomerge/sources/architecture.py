@@ -33,6 +33,16 @@ def is_language_model(config: Mapping[str, Any]) -> bool:
     return "model_type" in config
 
 
+def is_multimodal(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a class is transformers' for the language model and the towers of a configuration.
+
+    name: of the class.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as classes
+
+    return bool(name) and classes.get(config.get("model_type")) == name
+
+
 def named_architecture(config: Mapping[str, Any]) -> str:
     """How messages call the architecture of a configuration."""
     if not config:

@@ -10,7 +10,7 @@ from evomerge.sources.checkpoint import Checkpoint, is_head
 from evomerge.sources.config_differences import LAYER_COUNTS, compare_configs, difference_line
 from evomerge.sources.declared_base import compare_declared_base
 from evomerge.sources.embedding_rows import row_count, vocabulary_tensors
-from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, layer_count, tensor_role
+from evomerge.sources.tensor_names import KNOWN_MODEL_TYPES, layer_count, tensor_role, towers_beside_decoder
 from evomerge.sources.tokenizer import vocabulary_file
 
 
@@ -48,6 +48,11 @@ def check_compatibility(
         found.notes.append(
             f"base: unknown {named_architecture(base.config)}; layers are taken from the numbers in the tensor names "
             f"({layer_count(list(base.tensors))} found)"
+        )
+    if towers := towers_beside_decoder(base.tensors):
+        found.notes.append(
+            f"base: has {', '.join(towers)} beside its language model; a search leaves them at the base unless "
+            "`components` names them, `merge` merges them unless the recipe's `keep` names them"
         )
     for name, source in {"base": base, **sources}.items():
         if source.config.get("auto_map"):

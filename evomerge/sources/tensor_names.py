@@ -1,7 +1,7 @@
 """From the name of a tensor to its layer and its component (attention, mlp, norm, ...): `tensor_role`."""
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, get_args
@@ -20,11 +20,13 @@ KNOWN_MODEL_TYPES = frozenset(
     """
     llama mistral qwen2 qwen3 gemma gemma2 gemma3 gemma3_text gpt2 gpt_neox phi phi3 mixtral qwen2_moe qwen3_moe
     olmo olmo2 stablelm smollm3
+    qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_next jamba bamba falcon_h1 granitemoehybrid lfm2
     """.split()
 )
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
-BEFORE_THE_LAYERS = ("embedding", "vision", "audio", "projector")
+TOWERS: tuple[Component, ...] = ("vision", "audio", "projector")
+BEFORE_THE_LAYERS = ("embedding", *TOWERS)
 ANY_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 # The encoder of an encoder-decoder.  BERT's only stack is called `encoder.layer`, CPM-Ant's `cpmant.encoder.layers`.
 ENCODER = re.compile(r"(?:^|\.)(?<!cpmant\.)(?:text_)?encoder\.(?:text_model\.)?(?:layers|block)\.(\d+)\.")
@@ -128,6 +130,17 @@ def layer_count(names: list[str]) -> int:
     roles = [tensor_role(name) for name in names]
     decoder = [role.layer for role in roles if role.layer is not None]
     return 1 + max(decoder or [r.encoder_layer for r in roles if r.encoder_layer is not None], default=-1)
+
+
+def towers_beside_decoder(names: Iterable[str]) -> list[Component]:
+    """The components of a checkpoint that lie outside its language model; none if it has no decoder.
+
+    names: of the checkpoint's tensors.
+    """
+    roles = [tensor_role(name) for name in names]
+    if all(role.layer is None for role in roles):
+        return []
+    return [c for c in TOWERS if any(role.component == c for role in roles)]
 
 
 def name_in_layer(name: str, layer: int) -> str:

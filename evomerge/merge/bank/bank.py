@@ -91,7 +91,7 @@ class Bank:
         self.derived_tensors = DerivedTensors(self.device, self.room, None if cache is None else cache / "derived")
         self.statistics_files = StatisticsFiles(models)
         self.measurement_cache: MeasurementCache = {}
-        self.kept_inputs: dict[tuple[tuple[str, ...], int], dict[str, TensorInputs]] = {}
+        self.kept_inputs: dict[tuple[tuple[str, ...], int, frozenset[str]], dict[str, TensorInputs]] = {}
         """(sources, seed) -> the inputs of the tensors that stay in memory (`tensor_plan.py`)."""
         self.planes_stay = True
 

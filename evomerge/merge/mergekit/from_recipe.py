@@ -56,6 +56,8 @@ def dump_mergekit(recipe: Recipe) -> tuple[str, list[str]]:
         raise EvomergeError(f"mergekit has no method {recipe.method!r}; it has {', '.join(MERGEKIT)}")
     if nested := [s.name for s in recipe.sources if s.recipe]:
         raise EvomergeError(f"mergekit cannot merge merges: {nested[0]} has a recipe of its own; merge it first")
+    if recipe.keep:
+        raise EvomergeError(f"mergekit cannot leave components at the base; this recipe keeps {', '.join(recipe.keep)}")
     method, problems = MERGEKIT[recipe.method], []
     names = list(stored_tensors(recipe.base.path))
     runs = output_runs(recipe, names)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.sources.architecture import is_language_model
+from evomerge.sources.architecture import is_language_model, is_multimodal
 
 GENERATE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +18,12 @@ LOAD = """```python
 from {library} import {name}
 
 model = {name}.from_pretrained("path/to/this/folder")
+```"""
+SEE = """```python
+from transformers import AutoProcessor, {name}
+
+model = {name}.from_pretrained("path/to/this/folder")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
 ```"""
 TENSORS = """```python
 from safetensors.torch import load_file
@@ -40,4 +46,5 @@ def how_to_load(config: Mapping[str, Any], weights: str) -> tuple[dict[str, str]
     library = "diffusers" if "_class_name" in config else "transformers"
     if not name.isidentifier():  # the file may be a stranger's
         return {}, TENSORS.format(weights=weights)
-    return {"library_name": library}, LOAD.format(library=library, name=name)
+    lines = SEE if is_multimodal(config, name) else LOAD
+    return {"library_name": library}, lines.format(library=library, name=name)

@@ -58,6 +58,7 @@ def model_card(
         "---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "",
         f"# {title}", "",
         f"Made with evomerge {__version__}.", "",
+        *([f"Not merged, but the base's: {', '.join(recipe.keep)}.", ""] if recipe.keep else []),
         "## Use", "", use, "",
         *([results.rstrip(), ""] if results else []),
         "## Models", "",

@@ -22,7 +22,7 @@ from evomerge.merge.recipe.coefficients import (
 from evomerge.merge.recipe.slices import BASE, Slice
 from evomerge.sources.config_differences import Allowed
 from evomerge.sources.locate import absolute_model, matching_models
-from evomerge.sources.tensor_names import TensorRole
+from evomerge.sources.tensor_names import Component, TensorRole
 from evomerge.sources.tokenizer import VOCABULARY_CHOICES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -73,6 +73,7 @@ class Recipe(BaseModel):
     vocabulary: the tokenizer of the output if those of the models differ: `base`, `union` or a source's name.  Rows of
         embedding and head are then merged by token.  None: the tokenizers must be equal.
     chat_template: of the output, as Jinja.  None: the one of its tokenizer.
+    keep: components that are the base's, whatever the coefficients say; for example the vision tower.
     allow_differences: in what the models' configurations may differ (`rope_theta`, `rope_scaling`); the output has
         the base's configuration.
     outputs: file of the exported model -> SHA-256, once it is exported.
@@ -92,6 +93,7 @@ class Recipe(BaseModel):
     parameters: dict[str, Coefficient] = {}
     slices: list[Slice] = []
     vocabulary: str | None = None
+    keep: list[Component] = []
     allow_differences: list[Allowed] = []
     chat_template: str | None = None
     outputs: dict[str, str] = {}
@@ -172,6 +174,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         problems += slice_problems(recipe, method)
     else:
         problems += count_problems("sources", method, len(names))
+    if recipe.keep and recipe.slices:
+        problems.append("keep: has no meaning beside `slices`; leave out one of them")
     if len(set(names)) < len(names):
         problems.append("sources: two have the same name")
     if (

@@ -91,6 +91,8 @@ def check_search(
     """
     config, models, task_set = opened.config, opened.models, opened.task_set
     space = build_space(config, models)
+    if space.keep:
+        log(f"note: {', '.join(space.keep)}: every candidate has the base's; `components` under `space` searches them")
     config = config.model_copy(update={"compute_dtype": computing(config, models)})
     memory = measure_memory(config, models, workers)
     concerns = list(memory_concerns(memory))

@@ -137,7 +137,7 @@ def model_key(recipe: Recipe, layers: int) -> object:
         rest = 1.0 - sum(per_model.values()) if recipe.method == "task_arithmetic" else 0.0
         per_model[recipe.base.path] = round(per_model.get(recipe.base.path, 0.0) + rest, 9)
         counts.append(frozenset((path, amount) for path, amount in per_model.items() if amount))
-    return tuple(counts)
+    return frozenset(recipe.keep), *counts
 
 
 def given_recipe(config: SearchConfig, path: Path) -> Recipe:
@@ -213,4 +213,4 @@ def plain_recipe(space: Space, method: str, weights: dict[str, float], density: 
             parameters["density"] = density
         sources.append(config_source(source.model_copy(update={"statistics": None}), parameters))
     sources = [s for s in sources if weights[s.name] != 0.0] or sources[:1]  # a recipe has at least one
-    return config_recipe(space.config, sources, method=method)
+    return config_recipe(space.config, sources, method=method, keep=space.keep)

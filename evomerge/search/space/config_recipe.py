@@ -7,6 +7,7 @@ from evomerge.merge.recipe.coefficients import Coefficient
 from evomerge.merge.recipe.pinned_inputs import without_fingerprints
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.merge.recipe.slices import Slice
+from evomerge.sources.tensor_names import Component
 
 
 def config_recipe(
@@ -15,8 +16,9 @@ def config_recipe(
     parameters: Mapping[str, Coefficient] | None = None,
     method: str | None = None,
     slices: Sequence[Slice] = (),
+    keep: Sequence[Component] = (),
 ) -> Recipe:
-    """A recipe of some of a search's sources.  method: None is the search's."""
+    """A recipe of some of a search's sources.  method: None is the search's.  keep: components that are the base's."""
     return Recipe(
         method=method or config.method,
         dtype=config.dtype,
@@ -26,6 +28,7 @@ def config_recipe(
         parameters=dict(parameters or {}),
         slices=list(slices),
         vocabulary=config.vocabulary,
+        keep=list(keep),
         allow_differences=config.allow_differences,
     )
 

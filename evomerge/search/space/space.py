@@ -26,7 +26,15 @@ from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.space import order
 from evomerge.search.space.config_recipe import config_recipe, config_source
 from evomerge.search.space.layer_assembly import Assembly, AxisDistribution, build_assembly
-from evomerge.sources.tensor_names import Component, Part, TensorRole, coefficient_key, layer_count, tensor_role
+from evomerge.sources.tensor_names import (
+    Component,
+    Part,
+    TensorRole,
+    coefficient_key,
+    layer_count,
+    tensor_role,
+    towers_beside_decoder,
+)
 
 if TYPE_CHECKING:
     from evomerge.sources.open_models import Models
@@ -77,6 +85,7 @@ class Space:
     tensors: names of the base model's tensors.
     reach: source -> the parts, or components without parts, that it can change; empty: all sources change all of them.
     assembly: where layers are chosen; there are no groups then.
+    keep: components that every candidate takes from the base (`kept_towers`).
     """
 
     config: SearchConfig
@@ -85,6 +94,7 @@ class Space:
     tensors: tuple[str, ...] = ()
     reach: Mapping[str, frozenset[str]] = field(default_factory=dict)
     assembly: Assembly | None = None
+    keep: tuple[Component, ...] = ()
 
     @property
     def axes(self) -> dict[str, FloatDistribution]:
@@ -140,7 +150,8 @@ class Space:
             (per_source[source] if source else shared)[knob] = value
         by_name = {s.name: s for s in self.config.sources}
         names = order.order_at(point, list(by_name)) if self.given_order else by_name
-        return config_recipe(self.config, [config_source(by_name[n], per_source[n]) for n in names], shared)
+        sources = [config_source(by_name[n], per_source[n]) for n in names]
+        return config_recipe(self.config, sources, shared, keep=self.keep)
 
     def gradient(self, by_knob: KnobGradient) -> Point:
         """The derivative by each axis, from the derivatives by the knobs at every layer and component (chain rule).
@@ -207,15 +218,28 @@ def changed_components(models: "Models") -> dict[str, set[Finest]]:
     return found
 
 
+def kept_towers(config: SearchConfig, names: Sequence[str]) -> tuple[Component, ...]:
+    """The towers beside a language model, without those that the configuration names under `components`.
+
+    names: of the base's tensors.
+    """
+    given = config.space.axes(METHODS[config.method]).values()
+    axes = [*given, *(axis for source in config.space.sources.values() for axis in source.values())]
+    named = {*config.space.components, *(c for axis in axes for c in axis.components or ())}
+    return tuple(c for c in towers_beside_decoder(names) if c not in named)
+
+
 def build_space(config: SearchConfig, models: "Models") -> Space:
     """The search space of a configuration.
 
-    An axis that would change nothing (a component that an adapter leaves alone) is fixed at its lower bound.
+    The towers of a model that sees or hears are the base's, unless the configuration names them.  An axis that would
+    change nothing (a component that an adapter leaves alone) is fixed at its lower bound.
     """
     layers = layer_count(list(models.base.tensors))
     if (assembly := build_assembly(config, models)) is not None:
         return Space(config, layers, (), tuple(models.base.tensors), assembly=assembly)
-    changed = changed_components(models)
+    keep = kept_towers(config, list(models.base.tensors))
+    changed = {name: parts.difference(keep) for name, parts in changed_components(models).items()}
     method = METHODS[config.method]
     given = config.space.axes(method)
     groups: list[Group] = []
@@ -230,7 +254,7 @@ def build_space(config: SearchConfig, models: "Models") -> Space:
             reach = changed[source] if source else set().union(*changed.values())
             groups += component_groups(knob_name, source, axis, config.space, layers, reach)
     found = {name: frozenset[str](components) for name, components in changed.items()}
-    return Space(config, layers, tuple(groups), tuple(models.base.tensors), found)
+    return Space(config, layers, tuple(groups), tuple(models.base.tensors), found, keep=keep)
 
 
 def component_groups(

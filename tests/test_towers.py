@@ -1,0 +1,119 @@
+"""Language models with vision towers, and hybrids with layers that keep a state: merged, scored, searched, exported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import write_family, write_tokenizer
+from safetensors.torch import load_file
+from searches import write_config
+from small_models import HYBRID, SEEING, model_class, write_small
+
+import evomerge
+from evomerge.api.merge import read_merge, reproduce
+from evomerge.errors import EvomergeError
+from evomerge.evaluate.capabilities import Capabilities, logprobs, probe
+from evomerge.evaluate.loglikelihood import Row
+from evomerge.merge.live import candidate_model, destinations
+from evomerge.merge.materialise import materialise
+from evomerge.merge.mergekit.from_recipe import dump_mergekit
+from evomerge.merge.recipe.open_bank import open_bank
+from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.sources.tensor_names import tensor_role, towers_beside_decoder
+
+OFTEN = ("gemma3", "qwen2_vl", "qwen3_next")
+KINDS = [pytest.param(k, marks=[] if k in OFTEN else pytest.mark.slow) for k in (*SEEING, *HYBRID)]
+
+
+def write_beside(folder: Path) -> None:
+    write_tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 16}')
+
+
+def mean_of(folder: Path, **more: Any) -> dict[str, Any]:
+    """The recipe of the mean of folder/one and folder/two."""
+    sources = [{"name": n, "path": folder / n} for n in ("one", "two")]
+    return {"method": "linear", "dtype": "float32", "base": {"path": folder / "base"}, "sources": sources} | more
+
+
+def plain(model: Any, row: Row) -> torch.Tensor:
+    """The log-probabilities of a row's scored tokens, (M,), by a forward of the row alone."""
+    tokens = torch.tensor([row.tokens])
+    found = model(tokens, use_cache=False).logits[0].float().log_softmax(1)[:-1]
+    return found.gather(1, tokens[0, 1:, None])[-row.scored :, 0]
+
+
+def rows() -> list[Row]:
+    """Rows of different lengths behind a common prefix."""
+    drawn = torch.randint(3, 40, (6, 14), generator=torch.Generator().manual_seed(1)).tolist()
+    return [Row((1, 5, 6, 7, *tokens[: 5 + k]), 2 + k % 3) for k, tokens in enumerate(drawn)]
+
+
+@torch.inference_mode()
+def check_scores(model: Any, found: Capabilities) -> None:
+    expected = torch.cat([plain(model, row) for row in rows()])
+    trunks = [rows()[0].tokens[:4]] if found.trunks else []
+    for kept in ([], trunks):  # the second time, the model has seen other sequences before
+        scores = logprobs(model, rows(), packs=found.packs, trunks=kept)
+        assert torch.allclose(scores, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) -> None:
+    write_small(tmp_path, kind, beside=write_beside)
+    given = mean_of(tmp_path, keep=["vision", "projector"])
+    recipe, _ = read_merge(given)
+    bank = open_bank(recipe)
+    live = candidate_model(bank, torch.float32)
+    assert type(live) is model_class(kind)
+    materialise(recipe, bank, destinations(live, bank))
+    out = evomerge.merge(given, out=tmp_path / "out", show=False) and tmp_path / "out"
+    exported, info = model_class(kind).from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(tensor, exported.state_dict()[n]) for n, tensor in live.state_dict().items())
+    base, one, two, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "one", "two", "out"))
+    assert base.keys() == merged.keys()
+    for name, tensor in merged.items():
+        kept = tensor_role(name).component in ("vision", "projector")
+        assert torch.allclose(tensor, base[name] if kept else (one[name] + two[name]) / 2, atol=1e-7), name
+        assert tensor_role(name).component != "other", name
+    assert (out / "preprocessor_config.json").is_file()
+    assert reproduce(out / "recipe.yaml", tmp_path / "again", out, "cpu").is_same
+    found = probe(live, 40)
+    assert found.packs == (kind in SEEING and kind != "qwen3_5")
+    check_scores(live, found)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(("kind", "components"), [("gemma3", []), ("qwen2_vl", ["vision"]), ("qwen3_next", ["mlp"])])
+def test_a_search_leaves_the_tower_alone_unless_it_is_named(kind: str, components: list[str], tmp_path: Path) -> None:
+    write_small(tmp_path, kind, ("rev", "add"), beside=write_tokenizer)
+    space = {"weight": [0.2, 0.8], "components": components}
+    config = write_config(tmp_path, tmp_path, budget={"trials": 6}, space=space)
+    evomerge.search(config, run=tmp_path / "run", show=False)
+    run = evomerge.Run(tmp_path / "run")
+    run.export(tmp_path / "out", trial=5, show=False)
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.keep == {"gemma3": ["vision", "projector"], "qwen2_vl": [], "qwen3_next": []}[kind]
+    base, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "out"))
+    for name, tensor in merged.items():
+        kept = tensor_role(name).component in recipe.keep
+        assert torch.equal(tensor, base[name]) == kept, name
+    model_class(kind).from_pretrained(tmp_path / "out")
+
+
+def test_only_a_model_with_a_decoder_has_towers_beside_it() -> None:
+    assert towers_beside_decoder(["model.visual.blocks.0.a.weight", "model.layers.0.mlp.up_proj.weight"]) == ["vision"]
+    assert towers_beside_decoder(["vision_model.encoder.layers.0.a.weight", "text_model.encoder.layers.0.b.bias"]) == []
+
+
+def test_keep_has_no_meaning_beside_slices_and_in_mergekit(tmp_path: Path) -> None:
+    write_family(tmp_path)
+    recipe, _ = read_merge(mean_of(tmp_path, keep=["mlp"]))
+    with pytest.raises(EvomergeError, match="mergekit cannot leave components at the base; this recipe keeps mlp"):
+        dump_mergekit(recipe)
+    slices = [{"layers": {"one": [0, 2], "two": [0, 2]}}]
+    with pytest.raises(EvomergeError, match="keep: has no meaning beside `slices`"):
+        read_merge(mean_of(tmp_path, keep=["mlp"], slices=slices))
