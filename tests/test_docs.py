@@ -96,6 +96,8 @@ def problem_of(command: list[str], is_mention: bool) -> str | None:
     """Why the command line does not take these words; None if it does.  A mention need not be complete."""
     program, first, *rest = command
     root = typer.main.get_command(app)
+    if first.endswith("-completion"):  # taken at once, this would change the files of a shell
+        return None if any(first in p.opts for p in root.params) else f"{program} has no option {first}"
     if first.startswith("-"):
         parser, arguments = root, [first, *rest]
     elif first in root.commands:  # type: ignore[attr-defined]
