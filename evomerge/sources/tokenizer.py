@@ -38,6 +38,7 @@ VOCABULARY_FILES = (
 """Those that hold the tokens; the first one that is there is read."""
 REPLACED = (*VOCABULARY_FILES, "added_tokens.json", "merges.txt")
 MAX_TOKEN_ID = 1 << 24  # sixty times the largest vocabulary
+OWN_CODE = "it needs Python code of its own, `auto_map` in its files, which evomerge never runs"
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def open_tokenizer(folder: Path) -> Any:
         if lacks_memory(error):
             raise
         reason = first_line(error)
+        if "custom code" in str(error):
+            reason = OWN_CODE
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
 
 
