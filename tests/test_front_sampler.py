@@ -254,6 +254,7 @@ def raced(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_search(write_config(tmp_path_factory.mktemp("turns"), tiny_family, **SMALL), AT_ONCE)
 
 
+@pytest.mark.more
 def test_a_candidate_races_against_the_best_by_its_own_weights(raced: Path) -> None:
     trials = open_run(raced).study().get_trials()
     scale = Scale.from_json(open_run(raced).study().user_attrs[SCALE])
@@ -277,6 +278,7 @@ def test_a_candidate_races_against_the_best_by_its_own_weights(raced: Path) -> N
     assert differ, "no incumbent differs from that of the search's weights"
 
 
+@pytest.mark.more
 def test_a_raced_trial_of_other_weights_can_be_repeated(raced: Path) -> None:
     trials = open_run(raced).study().get_trials()
     stopped = next(t for t in trials if WEIGHTS in t.user_attrs and record_of(t).partial)
@@ -284,6 +286,7 @@ def test_a_raced_trial_of_other_weights_can_be_repeated(raced: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.more
 def test_a_killed_search_by_turns_goes_on_to_the_same_bits(raced: Path, tiny_family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = write_config(tmp_path, tiny_family, **SMALL)

@@ -371,6 +371,7 @@ metric_list: [{metric: bits_per_byte, higher_is_better: false}]
 """
 
 
+@pytest.mark.more
 def test_a_killed_learned_start_with_a_perplexity_guard_resumes_with_the_same_bits(
     tiny_family: Path, tmp_path: Path
 ) -> None:

@@ -320,6 +320,7 @@ BEFORE_THE_FIRST_TRIAL = KILL + "\nimport evomerge.search.loop as l\nl.Driver.se
         pytest.param(BEFORE_THE_FIRST_TRIAL, False, id="trial"),
     ],
 )
+@pytest.mark.more
 def test_a_search_killed_around_its_choice_resumes_to_the_same_trials_and_winner(
     prelude: str, again: bool, finished: Path, tiny_family: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +370,7 @@ def test_default_recipes_that_fall_behind_are_stopped_and_the_rest_is_scored_in_
     assert int(share[1]) < 90
 
 
+@pytest.mark.more
 def test_a_search_killed_in_the_race_resumes_to_the_same_choice(raced: Path, tiny_family: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     prelude = LOOKS_COST_NOTHING + DURING_THE_CHOICE.replace("DEATH", "16")

@@ -119,6 +119,7 @@ def test_status_and_report_show_the_front(pareto: Path) -> None:
 
 
 @pytest.mark.parametrize("prelude", [pytest.param(IN_THE_THIRD_CLIMB, id="step"), pytest.param(AT_ITS_LOOK, id="look")])
+@pytest.mark.more
 def test_a_killed_search_for_the_front_goes_on_to_the_same_bits(
     prelude: str, pareto: Path, tiny_family: Path, tmp_path: Path
 ) -> None:

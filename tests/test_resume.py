@@ -94,12 +94,12 @@ def undisturbed(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     "prelude",
     [
-        pytest.param(DURING_A_MERGE, id="merge"),
+        pytest.param(DURING_A_MERGE, id="merge", marks=pytest.mark.more),
         pytest.param(DURING_AN_EVALUATION, id="evaluation"),
-        pytest.param(BEFORE_THE_PARAMETERS_ARE_STORED, id="parameters"),
+        pytest.param(BEFORE_THE_PARAMETERS_ARE_STORED, id="parameters", marks=pytest.mark.more),
         pytest.param(BETWEEN_RESULT_AND_END, id="result"),
         pytest.param(DURING_THE_HOLDOUT, id="holdout"),
-        pytest.param(BEFORE_THE_SCALE_IS_STORED, id="scale"),
+        pytest.param(BEFORE_THE_SCALE_IS_STORED, id="scale", marks=pytest.mark.more),
     ],
 )
 def test_a_killed_search_resumes_to_the_same_trials_and_winner(

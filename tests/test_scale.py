@@ -275,6 +275,7 @@ def test_status_and_report_say_what_values_mean_and_whether_objective_and_metric
     assert "(0: base, 1: best parent)" in report
 
 
+@pytest.mark.more
 def test_a_killed_search_by_objective_and_metric_resumes_to_the_same_trials(
     finished: Path, tiny_family: Path, tmp_path: Path
 ) -> None:

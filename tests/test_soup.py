@@ -213,6 +213,7 @@ s.Evaluator.materialise = counted
 """
 
 
+@pytest.mark.more
 def test_a_search_killed_before_every_soup_resumes_to_the_same_trials_and_winner(
     finished: Path, family: Path, tmp_path: Path
 ) -> None:
