@@ -16,6 +16,7 @@ SHOWS = f"""
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr))
 from evomerge.cli import main
+sys.argv[0] = "evomerge"
 main()
 """
 
@@ -38,13 +39,19 @@ def fresh(*arguments: str | Path) -> tuple[Done, set[str]]:
     return Done(done.returncode, done.stdout, said), set(json.loads(last))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"], ["--show-completion", "bash"]]
-)
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["search", "--help"], ["play", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done, imported = fresh(*arguments)
     assert done.returncode == 0, done.stderr
     assert imported == set()
+
+
+def test_completing_a_command_imports_nothing_heavy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_EVOMERGE_COMPLETE", "complete_bash")  # as the script of `--install-completion` asks
+    monkeypatch.setenv("COMP_WORDS", "evomerge sear")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done, imported = fresh()
+    assert (done.stdout.split(), imported) == (["search"], set())
 
 
 @pytest.mark.parametrize("command", ["status", "studies", "items", "report"])
