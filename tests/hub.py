@@ -79,7 +79,7 @@ class Answer(BaseHTTPRequestHandler):
                 self.answer_json(self.information(*parts[2:]))
             else:
                 self.answer_file("/".join(parts[:2]), parts[3], parts[4])
-        except KeyError:
+        except (KeyError, IndexError):
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
