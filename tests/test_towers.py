@@ -81,6 +81,9 @@ def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) 
         assert torch.allclose(tensor, base[name] if kept else (one[name] + two[name]) / 2, atol=1e-7), name
         assert tensor_role(name).component != "other", name
     assert (out / "preprocessor_config.json").is_file()
+    card = (out / "README.md").read_text()
+    assert ("AutoProcessor" in card) == (kind in SEEING)
+    assert "Not merged, but the base's: vision, projector." in card
     assert reproduce(out / "recipe.yaml", tmp_path / "again", out, "cpu").is_same
     torch.manual_seed(0)
     with torch.no_grad():
@@ -98,6 +101,8 @@ def test_a_search_leaves_the_tower_alone_unless_it_is_named(kind: str, component
     space = {"weight": [0.2, 0.8], "components": components}
     config = write_config(tmp_path, tmp_path, budget={"trials": 6}, space=space)
     evomerge.search(config, run=tmp_path / "run", show=False)
+    said = "a search leaves them at the base unless `components` names them" in (tmp_path / "run/log.txt").read_text()
+    assert said == (kind in SEEING)
     run = evomerge.Run(tmp_path / "run")
     run.export(tmp_path / "out", trial=5, show=False)
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")

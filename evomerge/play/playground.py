@@ -133,7 +133,7 @@ class Playground:
         self.places = [(tensor_role(n), math.prod(t.shape)) for n, t in tensors if t.dtype.is_floating_point]
         self.layers = evaluator.bank.layers
         changed = changed_components(evaluator.bank.models)
-        self.reach = {name: {part.split(".")[0] for part in parts} for name, parts in changed.items()}
+        self.reach = {n: {part.split(".")[0] for part in parts} - {*space.keep} for n, parts in changed.items()}
         self.lock = threading.RLock()
         self.held: str | None = None
         self.replies: dict[tuple[object, ...], Reply] = {}
