@@ -33,12 +33,12 @@ tutorial = runpy.run_path(str(ROOT / "docs" / "run_tutorial.py"))
 
 
 def told(page: str) -> list[str]:
-    """The lines of the page's output without times, numbers, names of models, and what varies."""
+    """The different lines of the page's output without times, numbers, names of models, and what varies."""
     bodies = [tutorial["without_times"](block["body"]) for block in tutorial["BLOCK"].finditer(page)]
     lines = [line for body in bodies for line in body.splitlines()]
     names = "add|sort|base|uniform|task_arithmetic 0.8|greedy soup|winner|candidate"
     plain = (re.sub(rf"\b({names})\b|[-+]?\d[\d.,]*", "_", line) for line in lines if not VARYING.match(line))
-    return sorted(re.sub(r"\s+", " ", line) for line in plain)
+    return sorted({re.sub(r"\s+", " ", line) for line in plain})
 
 
 @pytest.mark.more  # Numbers and verdict depend on the processor's kernels
