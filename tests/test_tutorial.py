@@ -24,7 +24,9 @@ def run_here(command: str, folder: Path) -> str:
         printed: str = tutorial["output_of"](command, folder)
         return printed
     check = ["--check"] * (words[0] == "search")
-    done = run_cli(*words, *check, prelude=f"import os; os.chdir({str(folder)!r}); os.dup2(1, 2)")
+    # This process may have made the console before it knew the width of the page.
+    wide = f"from evomerge.report.progress import console; console.width = {tutorial['COLUMNS']}"
+    done = run_cli(*words, *check, prelude=f"import os; os.chdir({str(folder)!r}); os.dup2(1, 2); {wide}")
     assert done.returncode == 0, f"{command}: {done.stdout}"
     return done.stdout
 
