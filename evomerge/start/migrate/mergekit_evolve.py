@@ -74,7 +74,8 @@ def write_models(given: dict[str, Any], draft: Draft) -> Genome | None:
     method = given.get("merge_method")
     if method not in METHODS:
         hint = did_you_mean(str(method), METHODS) or f"; it has {', '.join(METHODS)}"
-        draft.add_problem("genome.merge_method", f"mergekit-evolve has no {short_repr(method)}{hint}")
+        fault = "missing" if method is None else f"mergekit-evolve has no {short_repr(method)}"
+        draft.add_problem("genome.merge_method", f"{fault}{hint}")
         return None
     models = draft.read_list("genome.models", given.get("models"), draft.reference)
     base = draft.reference("genome.base_model", given["base_model"]) if given.get("base_model") else None
