@@ -39,14 +39,13 @@ def load_live_model(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    config = read_config(path)
     try:
-        kind = live_class(read_config(path), language)
+        kind = live_class(config, language)
         model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    except EvomergeError:
-        raise
     except Exception as error:  # a configuration may be wrong in any way; code in the model's folder is not run
         reason = first_line(error)
-        if language and (config := read_config(path)) and not is_language_model(config):
+        if language and config and not is_language_model(config):
             reason = f"{named_architecture(config)} is no causal language model; such models are scored by Python tasks"
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
@@ -113,7 +112,8 @@ def destinations(model: Any, bank: Bank) -> dict[str, torch.Tensor]:
     """
     parameters = {name: p.data for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    stored = {n: b for n, b in buffers.items() if n in model.state_dict() and b.is_floating_point()}
+    saved = model.state_dict()
+    stored = {n: b for n, b in buffers.items() if n in saved and b.is_floating_point()}
     prefix = getattr(model, "base_model_prefix", "") + "."
     renamed = renaming_of(model)
     found: dict[str, torch.Tensor] = {}
@@ -217,8 +217,7 @@ def open_live_model(
         wanted = faster_type(dtype, measure(dtype, device.type, shapes))
     types = TORCH_DTYPES[dtype], TORCH_DTYPES[wanted]
     if not is_adapter:
-        tokenizer = open_tokenizer(folder) if language else optional_tokenizer(Vocabulary({}, folder))
-        return load_live_model(folder, types[0], device, types[1], language), tokenizer
+        return load_live_model(folder, types[0], device, types[1], language), tokenizer_in(folder, language)
     vocabulary = "source" if read_vocabulary(folder) else None  # an adapter may have added tokens
     bank = Bank(open_models(whole, {"source": folder}, vocabulary=vocabulary), device)
     model = candidate_model(bank, *types, language)
@@ -226,5 +225,9 @@ def open_live_model(
     base_model = Model(path=str(whole))
     recipe = Recipe(method="linear", dtype=dtype, base=base_model, sources=[source], vocabulary=vocabulary)
     materialise(recipe, bank, destinations(model, bank))
-    where = bank.models.tokenizer_folder
-    return model, open_tokenizer(where) if language else optional_tokenizer(Vocabulary({}, where))
+    return model, tokenizer_in(bank.models.tokenizer_folder, language)
+
+
+def tokenizer_in(folder: Path, language: bool) -> Any:
+    """The tokenizer in a folder; only a model that is no language model may have none (None)."""
+    return open_tokenizer(folder) if language else optional_tokenizer(Vocabulary({}, folder))

@@ -111,8 +111,7 @@ def hub_model(repository: str, revision: str | None) -> HubModel:
 def snapshot(repository: str, revision: str | None) -> Path:
     """The folder of a model in the cache, downloaded if it is not there.  EvomergeError if it cannot be had."""
     model = hub_model(repository, revision)
-    refuse_small_disk([model])
-    fetch_weights(model, sys.stderr.isatty())
+    download([model])
     return model.folder
 
 
@@ -288,9 +287,11 @@ def refuse_small_disk(models: Iterable[HubModel]) -> None:
     from huggingface_hub import constants
 
     wanted = {model.name: sum(model.missing.values()) for model in models if model.missing}
+    if not wanted:
+        return
     folder = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free if wanted else 0
-    if (needed := sum(wanted.values())) + SPARE_BYTES > free and wanted:
+    free = shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+    if (needed := sum(wanted.values())) + SPARE_BYTES > free:
         raise EvomergeError(
             f"{folder}: {needed / 1e9:.1f} GB are to be downloaded ({', '.join(wanted)}) and 1 GB to be left, but only "
             f"{free / 1e9:.1f} GB are free; make room, or set HF_HOME to a folder on another disk"

@@ -59,9 +59,7 @@ def locate(text: str, relative_to: Path | None = None) -> Path:
     EvomergeError if it is neither.
     """
     path = (relative_to or Path.cwd()) / os.path.expanduser(text)
-    if os.path.isdir(path):
-        return path.resolve()
-    if is_model_file(path):
+    if os.path.isdir(path) or is_model_file(path):
         return path.resolve()
     if os.path.exists(path):
         raise EvomergeError(

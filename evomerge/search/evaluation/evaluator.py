@@ -110,13 +110,10 @@ class Evaluator:
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
         words = models.vocabulary or Vocabulary({}, models.base.path)
-        processor = partial(open_processor, words.folder)
+        tokenizer, budget = vocabulary_tokenizer(words) if self.language else optional_tokenizer(words), LEAST
         if self.language:
             budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-            self.engine = Engine(self.model, vocabulary_tokenizer(words), budget, log, open_processor=processor)
-        else:
-            tokenizer = optional_tokenizer(words)
-            self.engine = Engine(self.model, tokenizer, LEAST, log, language=False, open_processor=processor)
+        self.engine = Engine(self.model, tokenizer, budget, log, self.language, partial(open_processor, words.folder))
         self.workloads: dict[tuple[Split, bool], Workload] = {}
         self.race_chunks: dict[str, list[RaceChunk]] = {}
         self.guard_work: Workload | None = None

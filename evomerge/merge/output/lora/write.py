@@ -98,16 +98,17 @@ def write_lora(
     lora = Lora(recipe, rank)
     places = find_places(bank.models.base)
     check_shapes(recipe, bank)
-    inputs = RecipeInputs(recipe, bank)
+    inputs, unrounded = RecipeInputs(recipe, bank), in_float32(recipe)
     with new_folder(folder) as aside:
         for done, name in enumerate(bank.names, 1):
             bank.begin(name)
-            try:
-                change = exact_change(recipe, bank, inputs, name) if rank == "exact" else True
-            except NotLinear as error:
-                raise EvomergeError(f"no exact adapter: {error}; give a rank instead of `exact`") from error
-            if change is True and rank != "exact":
-                change = approximated(recipe, bank, name, places.get(name, []), int(rank), embed_lora)
+            if rank != "exact":
+                change = approximated(unrounded, bank, name, places.get(name, []), rank, embed_lora)
+            else:
+                try:
+                    change = exact_change(recipe, bank, inputs, name)
+                except NotLinear as error:
+                    raise EvomergeError(f"no exact adapter: {error}; give a rank instead of `exact`") from error
             if change is not False:
                 add(lora, bank, name, places.get(name, []), change)
             bank.end()
@@ -138,11 +139,14 @@ def check_shapes(recipe: Recipe, bank: Bank) -> None:
 def approximated(
     recipe: Recipe, bank: Bank, name: str, places: list[Place], rank: int, embed_lora: bool
 ) -> Factors | bool:
-    """The change of a tensor: factors of a matrix, True for what is stored whole, False if there is no change."""
+    """The change of a tensor: factors of a matrix, True for what is stored whole, False if there is no change.
+
+    recipe: whose result is not rounded to a narrower type.
+    """
     base = bank.base(name)
     if not base.is_floating_point():
         return False
-    merged = merge_to_host(in_float32(recipe), bank, name, (torch.float32, tuple(base.shape)))
+    merged = merge_to_host(recipe, bank, name, (torch.float32, tuple(base.shape)))
     original = base.float().cpu()
     change = merged - original
     size = float(original.norm())
