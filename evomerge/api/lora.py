@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evomerge.api.merge import open_to_write
 from evomerge.errors import EvomergeError
 from evomerge.files import write_text
 from evomerge.merge.recipe.pinned_inputs import pin
@@ -28,20 +29,12 @@ def write_adapter(
     recipe: Recipe, out: Path, rank: "Rank", device: str, show: bool = True, embed_lora: bool = False
 ) -> "Lora":
     """Write a merge as an adapter of its base into a new folder, see `merge/output/lora/write.py`."""
-    from evomerge.device import resolve_device, use
     from evomerge.merge.output.lora.card import adapter_card
     from evomerge.merge.output.lora.write import write_lora
-    from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar, Stages
+    from evomerge.report.progress import Bar
 
     recipe = pin(recipe, {})
-    where = resolve_device(device)
-    use(where)
-    with Stages(show) as stages:
-        bank = open_bank(recipe, where, capacity=0, progress=stages.download)
-    if show:
-        for note in bank.models.compatibility.notes:
-            say(f"note: {note}", error=True)
+    bank = open_to_write(recipe, device, show)
     started = time.monotonic()
     bar = Bar("adapter", len(bank.names), "tensors") if show else None
     try:

@@ -15,6 +15,8 @@ from evomerge.printable import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from evomerge.merge.bank.bank import Bank
+
 
 def merge(
     recipe: Recipe | Mapping[str, Any] | str | Path,
@@ -61,7 +63,7 @@ def merge(
     from evomerge.merge.into_model import merge_into_model
 
     loaded = pin(loaded, {})
-    merge_into_model(loaded, model, print if show else None)
+    merge_into_model(loaded, model, say if show else None)
     return loaded
 
 
@@ -131,12 +133,10 @@ def write_model(
     recipe: Recipe, out: Path, device: str, show: bool = True, results: str = "", copy_of: str | None = None
 ) -> Recipe:
     """Merge a recipe into a new folder; returns the recipe with all SHA-256 sums."""
-    from evomerge.device import resolve_device, use
     from evomerge.merge.output.export import export, total_bytes
     from evomerge.merge.output.load_check import check_loads
     from evomerge.merge.output.model_card import model_card
-    from evomerge.merge.recipe.open_bank import open_bank
-    from evomerge.report.progress import Bar, Stages
+    from evomerge.report.progress import Bar
     from evomerge.sources.safetensors_files import weights_name
 
     def log(line: str) -> None:
@@ -148,19 +148,7 @@ def write_model(
             say(f"note: {line}", error=True)
 
     recipe = pin(recipe, {})
-    where = resolve_device(device)
-    use(where)
-    with Stages(show) as stages:
-        bank = open_bank(
-            recipe,
-            where,
-            capacity=0,  # a merge reads every tensor once: nothing is worth holding
-            log=log,
-            progress=stages.download,
-            check=lambda bank: check_loads(bank.layout, bank.models.base),
-        )
-    for line in bank.models.compatibility.notes:
-        note(line)
+    bank = open_to_write(recipe, device, show, log, lambda bank: check_loads(bank.layout, bank.models.base))
     loading = bank.layout.config, weights_name(bank.models.base.path)
 
     def card(signed: Recipe) -> str:
@@ -176,6 +164,30 @@ def write_model(
             bar.close()
     log(f"wrote {out} in {time.monotonic() - started:.1f} s")
     return signed
+
+
+def open_to_write(
+    recipe: Recipe,
+    device: str,
+    show: bool,
+    log: Callable[[str], None] | None = None,
+    check: Callable[["Bank"], object] = lambda bank: None,
+) -> "Bank":
+    """The bank of a recipe whose result is written once.
+
+    show: whether to print the progress of a download, and notes on the models.  log, check: as in `open_bank`.
+    """
+    from evomerge.device import resolve_device, use
+    from evomerge.merge.recipe.open_bank import open_bank
+    from evomerge.report.progress import Stages
+
+    where = resolve_device(device)
+    use(where)
+    with Stages(show) as stages:  # every tensor is read once: nothing is worth holding
+        bank = open_bank(recipe, where, capacity=0, log=log, progress=stages.download, check=check)
+    for note in bank.models.compatibility.notes if show else ():
+        say(f"note: {note}", error=True)
+    return bank
 
 
 @dataclass(frozen=True)
