@@ -116,9 +116,10 @@ def _(search: Disturbed) -> str:
     gone = threading.Event()
 
     def read() -> None:
-        while not gone.is_set():
-            if select.select([ours], [], [], 0.05)[0]:
-                os.read(ours, 1 << 16)
+        with contextlib.suppress(OSError):  # the search ended before
+            while not gone.is_set():
+                if select.select([ours], [], [], 0.05)[0]:
+                    os.read(ours, 1 << 16)
 
     reader = threading.Thread(target=read)
     reader.start()
