@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --out results --only bits bank       some of the steps
 
 Each step is a process of its own with a time limit: what fails, hangs or breaks the device's state costs only itself.
-The most valuable steps come first.  results.json and results.md in --out are written anew after every step; the exit
+Whole searches come first.  results.json and results.md in --out are written anew after every step; the exit
 code is 1 if anything was wrong.  Missing packages are named at once; where one of them is needed, only the first step
 runs.
 """
@@ -46,16 +46,16 @@ class Step:
 
 STEPS = [
     Step(FIRST, "machine.environment", 60, "Environment"),
+    Step("search", "search.searched", 110, "A search, and trials repeated"),
+    Step("workers", "search.killed", 120, "Two workers on one device, one killed"),
+    Step("tests", "kernels.suite", 100, "The suite's own tests of an accelerator"),
+    Step("generating", "generating.generating", 110, "Ways to generate"),
+    Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
     Step("kernels", "kernels.compiled_kernels", 100, "One kernel of each kind"),
     Step("bits", "kernels.same_bits", 80, "Bits of the CPU"),
-    Step("tests", "kernels.suite", 60, "The suite's own tests of an accelerator"),
     Step("bank", "memory.capacities", 80, "The bank's bits and memory"),
-    Step("search", "search.searched", 110, "A search, and trials repeated"),
-    Step("large", "large.large", 130, "1.5B and 7B, four sources"),
+    Step("large", "large.large", 150, "1.5B and 7B, four sources"),
     Step("floor", "floor.floor", 100, "Candidates against a copy of their bytes"),
-    Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
-    Step("generating", "generating.generating", 110, "Ways to generate"),
-    Step("workers", "search.killed", 120, "Two workers on one device, one killed"),
 ]
 
 
