@@ -1,7 +1,8 @@
 """The search configuration: one YAML file, checked as a whole before anything is loaded.
 
-- `schema.py`: the keys, their types and defaults, and the checks of single values
-- `tasks.py`: the same of tasks, guards and splits; `strict.py`: the base of all these classes
+- `schema.py`: all keys, their types and defaults, and the checks of single values; of the sections:
+  `space.py`: what is searched; `tasks.py`: tasks, guards and splits; `running.py`: how the search runs
+- `strict.py`: the base of all these classes
 - `config_file.py`: read the file, check what depends on several keys, write it
 - `paths.py`: paths are made absolute, checked, and pinned to commits of the hub
 - `database_url.py`: passwords in database URLs

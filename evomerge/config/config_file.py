@@ -11,17 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from evomerge.config.database_url import has_password, masked
 from evomerge.config.paths import absolute_paths, path_problems
-from evomerge.config.schema import (
-    BudgetConfig,
-    LayersConfig,
-    PriceConfig,
-    RacingConfig,
-    SamplerConfig,
-    SearchConfig,
-    SourceConfig,
-    SpaceConfig,
-    WorkersConfig,
-)
+from evomerge.config.running import BudgetConfig, PriceConfig, RacingConfig, SamplerConfig, WorkersConfig
+from evomerge.config.schema import SearchConfig, SourceConfig
+from evomerge.config.space import LayersConfig, SpaceConfig
 from evomerge.config.tasks import GuardConfig, PythonTask, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError, did_you_mean
 from evomerge.files import read_yaml, write_text
