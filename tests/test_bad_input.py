@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from searches import import_what_commands_need, run_cli, write_config
 
 import evomerge
-from evomerge.config.config_file import config_differences, load_config, parse_config
+from evomerge.config.config_file import load_config, parse_config
 from evomerge.config.config_file import write_config as store
 from evomerge.config.database_url import expanded, has_password, masked
+from evomerge.config.differences import config_differences
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError

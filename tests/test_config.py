@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import dump_config, load_config, parse_config
+from evomerge.config.differences import config_differences
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import __version__
-from evomerge.config.config_file import config_differences, load_config, write_config
+from evomerge.config.config_file import load_config, write_config
+from evomerge.config.differences import config_differences
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
