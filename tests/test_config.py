@@ -394,3 +394,10 @@ def test_a_source_is_not_called_as_another_model_of_the_tables(folder: Path, nam
     sources = [{"name": name, "path": str(folder / "a")}]
     with pytest.raises(EvomergeError, match=f"sources.0.name: '{name}' is the name of another model in tables"):
         parsed(folder, sources=sources)
+
+
+def test_a_search_that_starts_from_its_own_folder_is_refused(folder: Path) -> None:
+    own = folder / "config.yaml"
+    own.write_text(yaml.safe_dump(written(base=DEFAULT, start_from=".")))
+    with pytest.raises(EvomergeError, match=r"is no run folder \(its config.yaml lacks base\)"):
+        load_config(own)

@@ -40,7 +40,7 @@ def parse_config(content: Any, origin: Path, more: Problems = no_more, files: bo
     """
     if not isinstance(content, dict):
         raise EvomergeError(f"{origin}: expected a mapping of keys to values, found {type(content).__name__}")
-    content = with_start(absolute_paths(content, origin.parent.resolve()), load_config)
+    content = with_start(absolute_paths(content, origin.parent.resolve()), parse_config)
     try:
         config = SearchConfig.model_validate(content)
         problems = problems_of(config, files)

@@ -8,33 +8,42 @@ from typing import Any
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.files import read_yaml
 
-TAKEN = ("base", "sources", "method", "allow_differences", "vocabulary")
+NEEDED = ("base", "sources", "method")
+TAKEN = (*NEEDED, "allow_differences", "vocabulary")
+
+Parse = Callable[[Any, Path], SearchConfig]
+"""Checks parsed YAML as a configuration; the path is its file."""
 
 
-def with_start(content: dict[str, Any], load: Callable[[Path], SearchConfig]) -> dict[str, Any]:
+def with_start(content: dict[str, Any], parse: Parse) -> dict[str, Any]:
     """The content with the base, the sources and the method of `start_from` where it does not give them itself.
 
-    content: of a configuration file, with absolute paths.  load: reads the configuration of an earlier run.
+    content: of a configuration file, with absolute paths.  parse: for the configuration of an earlier run.
 
     EvomergeError if that is no recipe, mergekit file or run folder, or if a search cannot start from it.
     """
     start = content.get("start_from")
-    if not isinstance(start, str) or {"base", "sources", "method"} <= content.keys():
+    if not isinstance(start, str) or {*NEEDED} <= content.keys():
         return content
     if os.path.isdir(start):
-        return of_run(Path(start), load) | content
+        return of_run(Path(start), parse) | content
     space = content.get("space")
     any_layers = isinstance(space, dict) and bool(space.get("layers"))
     return of_file(Path(start), any_layers) | content
 
 
-def of_run(folder: Path, load: Callable[[Path], SearchConfig]) -> dict[str, Any]:
+def of_run(folder: Path, parse: Parse) -> dict[str, Any]:
     """The base, the sources and the method of an earlier run, as a configuration has them."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise EvomergeError(f"start_from: {folder} is no run folder (it has no config.yaml)")
-    earlier = load(file).model_dump(by_alias=True, exclude_none=True)
+    content = read_yaml(file)
+    if isinstance(content, dict) and (missing := [key for key in NEEDED if key not in content]):
+        # It may itself take them from a folder, even from its own.
+        raise EvomergeError(f"start_from: {folder} is no run folder (its config.yaml lacks {', '.join(missing)})")
+    earlier = parse(content, file).model_dump(by_alias=True, exclude_none=True)
     return {key: earlier[key] for key in TAKEN if key in earlier}
 
 
