@@ -401,3 +401,8 @@ def test_a_search_that_starts_from_its_own_folder_is_refused(folder: Path) -> No
     own.write_text(yaml.safe_dump(written(base=DEFAULT, start_from=".")))
     with pytest.raises(EvomergeError, match=r"is no run folder \(its config.yaml lacks base\)"):
         load_config(own)
+
+
+def test_links_in_a_circle_are_no_folder(folder: Path) -> None:
+    (folder / "circle").symlink_to("circle")
+    assert problems(folder, base="./circle") == ["base: no such folder: ./circle"]

@@ -43,7 +43,7 @@ def absolute(text: str, folder: Path) -> str:
     """The absolute path for a path that is relative to a folder."""
     try:
         return str((folder / os.path.expanduser(text)).resolve())
-    except ValueError:  # a zero byte: no file can have that name, which `path_problems` reports
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a zero byte: `path_problems` finds no such file
         return text
 
 
