@@ -30,7 +30,7 @@ from evomerge.printable import say
 
 if TYPE_CHECKING:
     from evomerge.api.run import Run
-    from evomerge.api.search import SearchStopped
+    from evomerge.api.search_in_run import SearchStopped
 
 
 @app.command(epilog="Example: evomerge search configs/quickstart.yaml --trials 60")
@@ -51,8 +51,8 @@ def search(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look at the search: see evomerge check.")] = False,
 ) -> None:
     """Start a search: propose, merge, score, and judge the winner at the end."""
-    from evomerge.api.search import SearchStopped
     from evomerge.api.search import search as start
+    from evomerge.api.search_in_run import SearchStopped
 
     if dry_run:
         from evomerge.api.check import check as look
@@ -107,8 +107,8 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a search after Ctrl-C, a crash or a reboot; with a larger budget also after its end."""
-    from evomerge.api.search import SearchStopped
     from evomerge.api.search import resume as go_on
+    from evomerge.api.search_in_run import SearchStopped
 
     try:
         found = go_on(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evomerge.api.search import open_inputs
+from evomerge.api.open_inputs import open_inputs
 from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin
 from evomerge.device import free_memory
