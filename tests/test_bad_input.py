@@ -30,7 +30,8 @@ from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.prepared_items import read
 from evomerge.evaluate.standalone import evaluate_model
 from evomerge.evaluate.tasks import open_tasks
-from evomerge.files import read_json, read_text, read_yaml, write_text
+from evomerge.files.read import read_json, read_text, read_yaml
+from evomerge.files.write import write_text
 from evomerge.merge.live import load_live_model
 from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import load_recipe

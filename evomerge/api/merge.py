@@ -112,7 +112,7 @@ def write_merge(
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
     if mergekit is not None:
-        from evomerge.files import write_text
+        from evomerge.files.write import write_text
         from evomerge.merge.mergekit.from_recipe import dump_mergekit
 
         text, notes = dump_mergekit(recipe)

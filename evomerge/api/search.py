@@ -14,7 +14,7 @@ from evomerge.config.config_file import write_config
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import refuse_full
+from evomerge.files.new_folder import refuse_full
 from evomerge.printable import say
 from evomerge.report.progress import Stages
 from evomerge.search.agreements import agree, task_code

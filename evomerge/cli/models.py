@@ -143,7 +143,7 @@ def evaluate(
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from evomerge.api.evaluate import evaluate as score
-    from evomerge.files import write_text
+    from evomerge.files.write import write_text
     from evomerge.report.terminal import print_answers
 
     found = score(

@@ -15,7 +15,8 @@ from evomerge.config.problems import problems_of
 from evomerge.config.schema import SearchConfig
 from evomerge.config.start_from import with_start
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml, write_text
+from evomerge.files.read import read_yaml
+from evomerge.files.write import write_text
 
 
 class Problems(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml
+from evomerge.files.read import read_yaml
 
 NEEDED = ("base", "sources", "method")
 TAKEN = (*NEEDED, "allow_differences", "vocabulary")

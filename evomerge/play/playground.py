@@ -15,7 +15,7 @@ from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.workload import Workload
-from evomerge.files import disk_errors
+from evomerge.files.write import disk_errors
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.play.answer import answer, prompt_of
 from evomerge.play.controls import Controls

@@ -24,7 +24,8 @@ from evomerge.config.database_url import masked
 from evomerge.config.running import Tracker
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, write_text
+from evomerge.files.read import read_json
+from evomerge.files.write import write_text
 from evomerge.search.monitor.snapshot import Coefficients
 from evomerge.search.run import Run
 
