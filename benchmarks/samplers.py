@@ -40,7 +40,7 @@ from optuna.distributions import FloatDistribution
 from results import ROOT, Results, command_line, interval
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import COARSE, SamplerConfig
+from evomerge.config.running import COARSE, SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.learned.steps import Climber, average

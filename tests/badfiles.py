@@ -18,7 +18,8 @@ from lm_eval_tasks import metrics, write_lines
 from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 
-from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import dump_config, load_config, parse_config
+from evomerge.config.differences import config_differences
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock

@@ -15,7 +15,7 @@ from models import write_family
 from searches import Done, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import BudgetConfig
+from evomerge.config.running import BudgetConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import SPLITS
 from evomerge.search.budget.limits import Deadline, Limits, Moment, SearchProgress, deadline_of, limits_of

@@ -88,7 +88,7 @@ def test_a_trial_is_repeated_bit_by_bit(run: Path) -> None:
 
 
 def test_the_function_s_file_is_recorded_and_named_in_the_card(run: Path, tmp_path: Path) -> None:
-    from evomerge.files import sha256
+    from evomerge.files.read import sha256
 
     digest = sha256(run.parent / "scores.py")
     assert json.loads((run / "run.json").read_text())["items"]["sea"]["code"] == digest

@@ -11,7 +11,8 @@ from searches import write_config
 from small_models import HYBRID, SEEING, model_class, write_small
 
 import evomerge
-from evomerge.api.merge import read_merge, reproduce
+from evomerge.api.merge import read_merge
+from evomerge.api.reproduce import reproduce
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.capabilities import Capabilities, logprobs, probe
 from evomerge.evaluate.loglikelihood import Row

@@ -32,15 +32,9 @@ from evomerge.config.database_url import has_password, masked, passwords
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
 from evomerge.evaluate.time_limit import TimeLimit, TooLong, try_tokenizer
-from evomerge.files import (
-    TOKENIZER_BYTES,
-    appending,
-    new_folder,
-    read_json,
-    remove_unfinished,
-    rename_folder,
-    write_text,
-)
+from evomerge.files.new_folder import new_folder, remove_unfinished, rename_folder
+from evomerge.files.read import TOKENIZER_BYTES, read_json
+from evomerge.files.write import appending, write_text
 from evomerge.merge.mergekit.load_merge import load_merge
 from evomerge.report.item_table import COLUMNS, without_formulas
 from evomerge.report.progress import Screen

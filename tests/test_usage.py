@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searches import ROOT, finished_search, run_cli, write_config
 
-from evomerge.config.schema import PriceConfig
+from evomerge.config.running import PriceConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock, Counts, forwards_of
 from evomerge.evaluate.engine import Engine

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 
 from evomerge import __version__
 from evomerge.errors import EvomergeError, some
-from evomerge.files import read_text, refuse_full
+from evomerge.files.new_folder import refuse_full
+from evomerge.files.read import read_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, load_recipe, models_on_disk
 from evomerge.printable import say
 

@@ -73,7 +73,7 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.api.merge import reproduce as make_again
+    from evomerge.api.reproduce import reproduce as make_again
 
     found = make_again(recipe, out, check, device)
     for line in found.lines(out, check):
@@ -143,7 +143,7 @@ def evaluate(
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from evomerge.api.evaluate import evaluate as score
-    from evomerge.files import write_text
+    from evomerge.files.write import write_text
     from evomerge.report.terminal import print_answers
 
     found = score(
@@ -185,7 +185,8 @@ def statistics(
     device: Device = "auto",
 ) -> None:
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
-    from evomerge.api.evaluate import gather_statistics, task_configs
+    from evomerge.api.evaluate import task_configs
+    from evomerge.api.statistics import gather_statistics
 
     configs = task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
     gather_statistics(kind, model, out, configs, base, items, search, device)

@@ -27,7 +27,7 @@ import numpy as np
 from evomerge.config.tasks import PythonTask
 from evomerge.errors import EvomergeError, did_you_mean, first_line
 from evomerge.evaluate.metrics import CHOSEN, METRICS
-from evomerge.files import opened, read_text
+from evomerge.files.read import opened, read_text
 from evomerge.parse import parse_json
 
 PYTHON = "python"  # the kind of these tasks, beside lm-eval's `output_type`

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, did_you_mean, first_line
-from evomerge.files import read_text
+from evomerge.files.read import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
 ALLOW = "read it; if it may run, set `allow_task_code: true` beside the task (on the command line --allow-task-code)"

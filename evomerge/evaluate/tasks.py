@@ -26,7 +26,7 @@ from evomerge.evaluate.metrics import (
 )
 from evomerge.evaluate.python_task import PYTHON, PythonSource
 from evomerge.evaluate.taskfile import ALLOW, load_file, load_named
-from evomerge.files import absolute_path, first_problem, read_text
+from evomerge.files.read import absolute_path, first_problem, read_text
 from evomerge.parse import TaskLoader, parse_yaml
 
 Split = Literal["search", "selection", "holdout"]

@@ -9,7 +9,7 @@ import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError, first_line
-from evomerge.files import read_json
+from evomerge.files.read import read_json
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise

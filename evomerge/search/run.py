@@ -37,7 +37,8 @@ from evomerge.config.config_file import load_config
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import appending, disk_errors, opened, read_json
+from evomerge.files.read import opened, read_json
+from evomerge.files.write import appending, disk_errors
 from evomerge.printable import printable
 from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evomerge.errors import EvomergeError, first_line, lacks_memory, without_panics
-from evomerge.files import TOKENIZER_BYTES, copy_model_file, read_json, read_text
+from evomerge.files.read import TOKENIZER_BYTES, copy_model_file, read_json, read_text
 
 VOCABULARY_CHOICES = BASE, UNION = "base", "union"
 """The words that a recipe's `vocabulary` may hold besides the name of a source."""

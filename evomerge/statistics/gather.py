@@ -18,7 +18,7 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches
 from evomerge.evaluate.tasks import Item, Task, deal, items_of
-from evomerge.files import sync, written_aside
+from evomerge.files.write import sync, written_aside
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor

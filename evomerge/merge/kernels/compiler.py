@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from evomerge.files import appending, sha256, written_aside
+from evomerge.files.read import sha256
+from evomerge.files.write import appending, written_aside
 from evomerge.system import POSIX, kill_process_group, user_id
 
 # The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is

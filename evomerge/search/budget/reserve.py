@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.tasks import SPLITS, Split
-from evomerge.files import disk_errors
+from evomerge.files.write import disk_errors
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.evaluation.stored_evaluations import digest
 from evomerge.search.models import model_folders

@@ -16,7 +16,7 @@ from evomerge.device import resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import gold_of
 from evomerge.evaluate.tasks import Task
-from evomerge.files import read_text
+from evomerge.files.read import read_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type
 from evomerge.merge.compute_dtype import measure as measure_products

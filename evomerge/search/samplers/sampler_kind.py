@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 
 
 def trial_seed(seed: int, number: int) -> int:

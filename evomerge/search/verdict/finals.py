@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import Split
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.search.evaluation.agreement import scored_models
 from evomerge.search.evaluation.scale import SCALE, Scale

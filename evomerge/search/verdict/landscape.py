@@ -9,7 +9,8 @@ trial.  A point is written when it is known; what was broken off goes on where i
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_model, write_text
+from evomerge.files.read import read_model
+from evomerge.files.write import write_text
 from evomerge.search.run import Run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)

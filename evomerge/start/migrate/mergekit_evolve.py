@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.files import read_json
+from evomerge.files.read import read_json
 from evomerge.merge.mergekit.mergekit_file import ModelReference
 from evomerge.merge.mergekit.parse_mergekit import read_scalar, short_repr
 from evomerge.sources.locate import looks_like_hub_id

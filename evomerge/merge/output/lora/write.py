@@ -13,7 +13,8 @@ from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError, some
-from evomerge.files import new_folder, write_text
+from evomerge.files.new_folder import new_folder
+from evomerge.files.write import write_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import check_fits
 from evomerge.merge.output.export import merge_to_host
