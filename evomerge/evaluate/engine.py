@@ -145,6 +145,12 @@ class Engine:
                 found.append(self.requests.of_item(task, item, only_gold, with_gold))
         return found
 
+    def join(self, works: Sequence[Workload]) -> Workload:
+        """Workloads of single tasks as one, with its batches."""
+        whole = join_workloads(works)
+        self.plan(whole)
+        return whole
+
     def in_chunks(self, works: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
         """Workloads of tasks as one planned workload for each chunk of items; all tasks of a chunk share batches.
 

@@ -2,7 +2,7 @@
 
 `race_setup.py` has what all races of a search share.  A candidate races against the incumbent, as long as races have
 not made the whole search clearly slower than scoring every candidate on all items.  The test itself is
-`evaluate/racing.py`; `Evaluator.trial_scores_in_race` (`evaluator.py`) asks it after each chunk.
+`evaluate/racing.py`; `TrialScorer.score_in_race` (`trial_scorer.py`) asks it after each chunk.
 """
 
 from collections.abc import Callable, Mapping
