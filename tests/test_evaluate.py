@@ -15,7 +15,8 @@ from models import VOCABULARY, write_llama
 from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Batches, Clock
-from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.item_values import scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore, score_batches
 from evomerge.evaluate.metrics import Extra
 from evomerge.evaluate.standalone import TaskResult, evaluate_model

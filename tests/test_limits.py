@@ -26,7 +26,7 @@ from evomerge.search.space.space import build_space
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.study import LearnedPoint, SearchStudy
 from evomerge.search.storage.trial_record import TrialRecord, record_of
-from evomerge.search.verdict.finals import FINALISTS
+from evomerge.search.verdict.finalists import FINALISTS
 
 QUICK = {"search": 12, "selection": 4, "holdout": 8}  # items of a search whose verdict is not the point
 START = Moment(1_000_000.0, 500.0)

@@ -18,9 +18,9 @@ from torch import Tensor
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.formulas import Answer, TensorAnswer
-from evomerge.evaluate.item_values import MetricFailed
+from evomerge.evaluate.item_values import MetricFailed, scores_of
 from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
 from evomerge.evaluate.racing import ceiling
 from evomerge.evaluate.tasks import Task, items_of, open_tasks

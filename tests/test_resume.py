@@ -28,7 +28,7 @@ m.materialise_tensor = counted
 DURING_AN_EVALUATION = (
     KILL
     + """
-import evomerge.search.evaluation.evaluator as s
+import evomerge.evaluate.engine as s
 calls, real = [0], s.Engine.score_parts
 def counted(*a):
     calls[0] += 1

@@ -59,7 +59,7 @@ def search_in(
         stages.stage("loading the search")
         from evomerge.report.page import write_report
         from evomerge.report.terminal import SearchView, print_status
-        from evomerge.search.loop import search as search_loop
+        from evomerge.search.session import search as search_loop
         from evomerge.search.monitor.monitor import Monitor
 
     view, stop = SearchView() if show else None, Stop()

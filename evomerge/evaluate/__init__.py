@@ -17,6 +17,7 @@ for a run; a candidate costs only its forwards and the scores.
     metrics.py          the table of metrics
     formulas.py         their formulas: the value of one item from what the model answered
     item_values.py      from answers to the values of metrics and to item scores
+    answer_metrics.py   from what the forwards gave to answers, and to all metrics of a task
     engine.py           `Engine`: the chain for one live model
     gradient.py         the gradient of the objective: forwards that keep their graph, and their backward passes
     standalone.py       score one model on whole tasks (`evomerge evaluate`)

@@ -8,19 +8,15 @@ store               the trial's value and record, in the database and in the sam
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import normal_signs
-from evomerge.evaluate.racing import Race, Vector
 from evomerge.evaluate.signs import Signs
 from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
-from evomerge.search.evaluation.race_policy import may_race, rivals
-from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.race_policy import Races
 from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
@@ -34,51 +30,6 @@ from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
 from evomerge.search.workers.pool import Pool
-
-
-class Races:
-    """The races of a search: a candidate runs against the incumbent of the moment at which it begins.
-
-    study: its trials evaluated in full are the incumbent and the candidates that predict differences.
-    setup: the order of the items and where a race looks.
-    """
-
-    def __init__(self, study: SearchStudy, setup: RaceSetup) -> None:
-        self.study = study
-        self.setup = setup
-        self.vectors: dict[int, Vector] = {}  # trial number -> the values of its items (N,)
-        self.penalties: dict[int, float] = {}  # trial number -> its penalty
-
-    def next(self, weights: Mapping[str, float] | None) -> tuple[Race | None, RaceSetup, RaceRecord]:
-        """The race of the next candidate, its setup, and what its record says of it; no race if it does not race.
-
-        weights: of the tasks, by which the candidate is compared; None: the search's; empty: it is not compared.
-        """
-        setup = self.setup.weighted(weights) if weights else self.setup
-        if weights == {} or not may_race(self.study, setup):
-            return None, setup, RaceRecord(None)
-
-        def value(trial: FrozenTrial) -> float:
-            return float(setup.order.weights @ self.vector(trial)) - self.penalty(trial)
-
-        incumbent, others = rivals(self.study, setup.items, None if weights is None else value)
-        if incumbent is None:
-            return None, setup, RaceRecord(None)
-        record = RaceRecord(incumbent.number, tuple(t.number for t in others))
-        race = setup.race(self.vector(incumbent), [self.vector(t) for t in others], self.penalty(incumbent))
-        return race, setup, record
-
-    def vector(self, trial: FrozenTrial) -> Vector:
-        """A trial's item scores, (N,)."""
-        if trial.number not in self.vectors:
-            self.vectors[trial.number] = self.setup.vector(trial)
-        return self.vectors[trial.number]
-
-    def penalty(self, trial: FrozenTrial) -> float:
-        """The penalties of a trial's guards."""
-        if trial.number not in self.penalties:
-            self.penalties[trial.number] = self.setup.scale.penalty(trial_scores(trial))
-        return self.penalties[trial.number]
 
 
 class TrialRunner:

@@ -74,7 +74,7 @@ def measure_landscape(run: Run) -> Landscape:
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
     chosen = {t.name: task_set.items[t.name]["search"][:ITEMS] for t in task_set.goals}
     works = [evaluator.engine.workload(task, chosen[task.name], True) for task in task_set.goals]
-    work, clock = evaluator.join(works), Clock(evaluator.check)
+    work, clock = evaluator.engine.join(works), Clock(evaluator.check)
     live = evaluator.live.fitted[1]
 
     def weights_of(recipe: Recipe) -> dict[str, torch.Tensor]:
