@@ -309,6 +309,17 @@ def test_a_merge_is_uploaded_and_an_upload_that_broke_is_repeated(
     assert (here / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
+def test_an_adapter_is_uploaded_without_the_path_of_its_base(hub: Hub, recipe: Path):
+    log_in()
+    content = yaml.safe_load(recipe.read_text())
+    content["sources"] = [{"name": "it", "path": str(write_adapter(recipe.parent / "it", recipe.parent / "base"))}]
+    recipe.write_text(yaml.safe_dump(content))
+    assert command("merge", str(recipe), "--push", "me/adapter", "--lora", "exact") == 0
+    files = hub.newest("me/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert not [name for name, data in files.items() if str(recipe.parent).encode() in data]
+
+
 def test_a_dry_run_asks_the_hub_nothing(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):
     assert command("merge", str(recipe), "--push", "me/merged", "--dry-run", "--out", "merged") == 0
     said = capsys.readouterr().out

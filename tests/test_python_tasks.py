@@ -14,14 +14,16 @@ import yaml
 from models import write_llama
 from searches import ROOT, trials_of, verdict_of, write_config
 from small_models import new_model
+from typer.testing import CliRunner
 
 import evomerge
+from evomerge.cli import app
 from evomerge.config.config_file import load_config
 from evomerge.config.tasks import PythonTask, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.python_task import PythonSource
+from evomerge.evaluate.python_task import PythonSource, TaskCodeFailed, read_docs
 from evomerge.evaluate.tasks import deal, items_of, open_tasks
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search import agreements
@@ -181,6 +183,37 @@ def f(model, items):
     assert scored(tmp_path, code, block=2) == found
     code = "import torch, numpy\ndef f(model, items): return [torch.tensor(0.5), numpy.float32(1), True]"
     assert scored(tmp_path, code) == [0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("change", ["model.double()", "[p.mul_(2) for p in model.parameters()]"])
+def test_a_function_that_changes_the_model_is_refused(tmp_path: Path, change: str) -> None:
+    """All later candidates would be scored with what it left."""
+    with pytest.raises(EvomergeError, match="changed the model's weights, or their type or device") as caught:
+        scored(tmp_path, f"def f(model, items):\n    {change}\n    return [1] * len(items)\n")
+    assert not isinstance(caught.value, TaskCodeFailed), "which would fail one trial alone"
+
+
+def test_mode_and_working_folder_are_as_before_after_a_call(tmp_path: Path) -> None:
+    model, before = new_model("vit"), Path.cwd()
+    task = source(tmp_path, "import os\ndef f(model, items): model.train(), os.chdir('/'); return [1] * len(items)")
+    task.score(model, task.eval_docs, lambda kind: None, "all")
+    assert not model.training
+    assert Path.cwd() == before
+
+
+def test_items_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"x": 1}\r\n{"x": 2}\r\n', encoding="utf-8-sig", newline="")
+    assert read_docs(tmp_path / "items.jsonl") == [{"x": 1}, {"x": 2}]
+
+
+def test_what_a_function_prints_is_not_in_the_json_of_check(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def f(model, items):\n    print('here')\n    return [0.5] * len(items)\n")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["tasks"] = [{"task": {"python": str(tmp_path / "own.py:f"), "items": str(run.parent / "sea.jsonl")}}]
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(content))
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "search.yaml"), "--json", "--items", "2"])
+    assert "here" in done.stderr
+    assert json.loads(done.stdout)["tasks"][0]["name"] == "f"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_family, write_tokenizer
+from models import write_family, write_llama, write_tokenizer
 from safetensors.torch import load_file
 from searches import write_config
 from small_models import HYBRID, SEEING, model_class, write_small
@@ -20,7 +20,7 @@ from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
 from evomerge.merge.recipe.open_bank import open_bank
-from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
 from evomerge.sources.tensor_names import tensor_role, towers_beside_decoder
 
 SELDOM = ("qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
@@ -128,3 +128,16 @@ def test_keep_has_no_meaning_beside_slices_and_in_mergekit(tmp_path: Path) -> No
     slices = [{"layers": {"one": [0, 2], "two": [0, 2]}}]
     with pytest.raises(EvomergeError, match="keep: has no meaning beside `slices`"):
         read_merge(mean_of(tmp_path, keep=["mlp"], slices=slices))
+
+
+def test_a_component_that_the_models_do_not_have_is_told(tmp_path: Path) -> None:
+    """The head of a tied model is its embedding: to keep it, that has to be named."""
+    base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
+    for keep, told in (
+        (["head"], ["keep: the models have no head of their own; it is their embedding, which is not kept"]),
+        (["vision"], ["keep: the models have no vision of their own"]),
+        (["head", "embedding"], []),
+    ):
+        source = RecipeSource(name="one", path=str(one))
+        recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source], keep=keep)
+        assert open_bank(recipe).models.compatibility.notes == told

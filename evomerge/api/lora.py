@@ -43,7 +43,7 @@ def write_adapter(
             bank,
             out,
             rank,
-            lambda lora: adapter_card(lora.recipe, str(rank), lora.lines()),
+            lambda lora: adapter_card(lora.recipe, str(rank), bank.models.base.config, lora.lines()),
             embed_lora,
             bar.update if bar else lambda done: None,
         )

@@ -59,15 +59,15 @@ def search_in(
         stages.stage("loading the search")
         from evomerge.report.page import write_report
         from evomerge.report.terminal import SearchView, print_status
-        from evomerge.search.session import search as search_loop
         from evomerge.search.monitor.monitor import Monitor
+        from evomerge.search.session import search as run_session
 
     view, stop = SearchView() if show else None, Stop()
     where = None if out is None else Path(out)
 
     def work() -> "Status":
         with Monitor(run, run.config(), limits, SearchListener(run, view, on_trial)) as monitor:
-            search_loop(run, monitor, stop, workers, where, opened)
+            run_session(run, monitor, stop, workers, where, opened)
             monitor.phase("report")
             keep_conflicts(run, None if opened is None else opened.models)
             return write_report(run)

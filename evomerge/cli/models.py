@@ -19,6 +19,7 @@ from evomerge.cli.options import (
     PushTo,
     TaskCode,
     app,
+    json_alone,
     refuse_nothing,
 )
 from evomerge.printable import say
@@ -103,7 +104,8 @@ def inspect(
     from evomerge.report.inspection import inspect as inspect_models
     from evomerge.report.progress import console
 
-    found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
+    with json_alone(as_json):
+        found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
     if as_json:
         say(found.to_json())
     else:

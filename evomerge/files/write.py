@@ -56,7 +56,7 @@ def appending(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within the context, a disk that is full, forbidden or fails becomes an EvomergeError; other errors stay."""
+    """Within the context, a disk that is full, forbidden or fails, or a missing folder, becomes an EvomergeError."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: would be larger than this shell's limit for a file (ulimit -f); nothing that was finished is "
                 "lost. Raise the limit and try again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
         if error.errno in FAILED_DISK:
             raise EvomergeError(
