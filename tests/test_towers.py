@@ -1,8 +1,10 @@
 """Language models with vision towers, and hybrids with layers that keep a state: merged, scored, searched, exported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import write_family, write_tokenizer
@@ -112,6 +114,51 @@ def test_a_search_leaves_the_tower_alone_unless_it_is_named(kind: str, component
         kept = tensor_role(name).component in recipe.keep
         assert torch.equal(tensor, base[name]) == kept, name
     model_class(kind).from_pretrained(tmp_path / "out")
+
+
+LOOKS = """
+import numpy, torch
+from PIL import Image
+
+def says_five(model, items):
+    seen = numpy.stack([numpy.asarray(Image.open(i["image"])) for i in items])  # (items, 16, 16, 3)
+    pixels = torch.from_numpy(seen).permute(0, 3, 1, 2) / 255
+    tokens = torch.tensor([[1, 10, 10, 10, 10, 6]] * len(items))  # 10: the place of a part of the image
+    return model(input_ids=tokens, pixel_values=pixels).logits[:, -1].float().log_softmax(1)[:, 5]
+"""
+
+
+@pytest.mark.more
+def test_a_task_that_looks_at_images_searches_the_tower(tmp_path: Path) -> None:
+    images = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+    def name_the_token(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | {"image_token_index": 10, "image_token_id": 10}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    write_small(tmp_path, "gemma3", beside=name_the_token)
+    drawn = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    lines = [json.dumps({"image": str(tmp_path / f"{k}.png")}) for k in range(len(drawn))]
+    for k, pixels in enumerate(drawn):
+        images.fromarray(pixels).save(tmp_path / f"{k}.png")
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    (tmp_path / "looks.py").write_text(LOOKS)
+    task = {"python": str(tmp_path / "looks.py:says_five"), "items": str(tmp_path / "items.jsonl")}
+    space = {"weight": [0.0, 2.0], "components": ["vision", "projector"]}
+    content = {"name": "looks", "base": str(tmp_path / "base"), "method": "task_arithmetic", "space": space}
+    content |= {"sources": [{"name": n, "path": str(tmp_path / n)} for n in ("one", "two")], "tasks": [{"task": task}]}
+    content |= {"splits": {"search": 8, "selection": 6, "holdout": 6}, "budget": {"trials": 6}, "dtype": "float32"}
+    evomerge.search(content, run=tmp_path / "run", show=False)
+    run = evomerge.Run(tmp_path / "run")
+    run.export(tmp_path / "out", trial=5, show=False)
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").keep == []
+    base, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "out"))
+    changed = {tensor_role(n).component for n, tensor in merged.items() if not torch.equal(tensor, base[n])}
+    assert {"vision", "projector"} <= changed
+    (tmp_path / "looks.yaml").write_text(json.dumps(task))
+    found = evomerge.evaluate(tmp_path / "out", tmp_path / "looks.yaml", allow_task_code=True, show=False)
+    values = found.tasks["says_five"].raw["score"]
+    assert len(set(values)) == len(values), "every image has a score of its own"
 
 
 def test_only_a_model_with_a_decoder_has_towers_beside_it() -> None:
