@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import write_family, write_tokenizer
 from safetensors.torch import load_file
-from searches import write_config
+from searches import ROOT, write_config
 from small_models import HYBRID, SEEING, model_class, write_small
 
 import evomerge
@@ -24,7 +24,7 @@ from evomerge.merge.recipe.open_bank import open_bank
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.sources.tensor_names import tensor_role, towers_beside_decoder
 
-SELDOM = ("qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
+SELDOM = ("llava", "qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
 MODELS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SELDOM)) for kind in (*SEEING, *HYBRID)]
 
 
@@ -116,49 +116,48 @@ def test_a_search_leaves_the_tower_alone_unless_it_is_named(kind: str, component
     model_class(kind).from_pretrained(tmp_path / "out")
 
 
-LOOKS = """
-import numpy, torch
-from PIL import Image
+def write_llava(folder: Path) -> None:
+    """A base and two sources of LLaVA, whose processor takes images and a chat template."""
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-def says_five(model, items):
-    seen = numpy.stack([numpy.asarray(Image.open(i["image"])) for i in items])  # (items, 16, 16, 3)
-    pixels = torch.from_numpy(seen).permute(0, 3, 1, 2) / 255
-    tokens = torch.tensor([[1, 10, 10, 10, 10, 6]] * len(items))  # 10: the place of a part of the image
-    return model(input_ids=tokens, pixel_values=pixels).logits[:, -1].float().log_softmax(1)[:, 5]
-"""
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # 40, see small_models.py
+    size = {"height": 16, "width": 16}
+    each = "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size), tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", image_token="<image>",
+        chat_template="{% for m in messages %}{% for c in m.content %}" + each + "{% endfor %}{% endfor %}",
+    )  # fmt: skip
+    write_small(folder, "llava", beside=processor.save_pretrained)
 
 
 @pytest.mark.more
-def test_a_task_that_looks_at_images_searches_the_tower(tmp_path: Path) -> None:
+def test_the_function_of_the_page_searches_the_towers(tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-
-    def name_the_token(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | {"image_token_index": 10, "image_token_id": 10}
-        (folder / "config.json").write_text(json.dumps(config))
-
-    write_small(tmp_path, "gemma3", beside=name_the_token)
+    write_llava(tmp_path)
     drawn = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
-    lines = [json.dumps({"image": str(tmp_path / f"{k}.png")}) for k in range(len(drawn))]
-    for k, pixels in enumerate(drawn):
-        images.fromarray(pixels).save(tmp_path / f"{k}.png")
-    (tmp_path / "items.jsonl").write_text("\n".join(lines))
-    (tmp_path / "looks.py").write_text(LOOKS)
-    task = {"python": str(tmp_path / "looks.py:says_five"), "items": str(tmp_path / "items.jsonl")}
-    space = {"weight": [0.0, 2.0], "components": ["vision", "projector"]}
+    items = [{"image": str(tmp_path / f"{k}.png"), "question": "5 = ", "answer": "5"} for k in range(len(drawn))]
+    for item, pixels in zip(items, drawn, strict=True):
+        images.fromarray(pixels).save(item["image"])
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    page = (ROOT / "docs" / "how-to" / "vision-and-hybrid-models.md").read_text(encoding="utf-8")
+    (tmp_path / "looks.py").write_text(page.split("```python\n")[1].split("```")[0])
+    task = {"python": str(tmp_path / "looks.py:answer_prob"), "items": str(tmp_path / "items.jsonl")}
+    space = {"weight": [0.2, 2.0], "components": ["vision", "projector"]}
     content = {"name": "looks", "base": str(tmp_path / "base"), "method": "task_arithmetic", "space": space}
     content |= {"sources": [{"name": n, "path": str(tmp_path / n)} for n in ("one", "two")], "tasks": [{"task": task}]}
     content |= {"splits": {"search": 8, "selection": 6, "holdout": 6}, "budget": {"trials": 6}, "dtype": "float32"}
     evomerge.search(content, run=tmp_path / "run", show=False)
-    run = evomerge.Run(tmp_path / "run")
-    run.export(tmp_path / "out", trial=5, show=False)
-    assert load_recipe(tmp_path / "out" / "recipe.yaml").keep == []
+    evomerge.Run(tmp_path / "run").export(tmp_path / "out", trial=5, show=False)
     base, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "out"))
     changed = {tensor_role(n).component for n, tensor in merged.items() if not torch.equal(tensor, base[n])}
     assert {"vision", "projector"} <= changed
     (tmp_path / "looks.yaml").write_text(json.dumps(task))
     found = evomerge.evaluate(tmp_path / "out", tmp_path / "looks.yaml", allow_task_code=True, show=False)
-    values = found.tasks["says_five"].raw["score"]
-    assert len(set(values)) == len(values), "every image has a score of its own"
+    values = found.tasks["answer_prob"].raw["score"]
+    assert len(set(values)) > 10, "the items differ only in their images"
 
 
 def test_only_a_model_with_a_decoder_has_towers_beside_it() -> None:
