@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import evomerge
 from evomerge.api.merge import read_merge, reproduce
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.capabilities import Capabilities, logprobs, probe
-from evomerge.evaluate.loglikelihood import Row
+from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.generation import Prompt, Stops, generate, plan_generation
+from evomerge.evaluate.loglikelihood import Plan, Row
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
@@ -25,6 +28,7 @@ from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.sources.tensor_names import tensor_role, towers_beside_decoder
 
 SELDOM = ("llava", "qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
+ENDS = range(3, 16)  # tokens that end an answer in these tests
 MODELS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SELDOM)) for kind in (*SEEING, *HYBRID)]
 
 
@@ -61,6 +65,26 @@ def check_scores(model: Any, found: Capabilities) -> None:
         assert torch.allclose(scores, expected, atol=2e-5)
 
 
+@torch.inference_mode()
+def check_answers(model: Any, found: Capabilities) -> None:
+    """Answers that are written in batches, of which some rows end early, are those that the model writes alone."""
+    prompts = [Prompt(row.tokens, ("</s>",), limit) for row, limit in zip(rows(), (9, 9, 3, 9, 9, 3), strict=True)]
+
+    def alone(prompt: Prompt) -> list[int]:
+        tokens = torch.tensor([prompt.context])
+        written = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=prompt.limit, do_sample=False,
+            eos_token_id=list(ENDS),
+        )  # fmt: skip
+        return written[0, tokens.shape[1] :].tolist()
+
+    stops = Stops(SimpleNamespace(decode=lambda tokens, **options: "?"), 40, set(ENDS))
+    batches = plan_generation(prompts, 0, Plan(4096, model.device, 1, found.packs, None))
+    assert len(batches) == 2
+    answers = generate(model, batches, len(prompts), stops, Clock(), found.packs)
+    assert answers == [alone(prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) -> None:
     write_small(tmp_path, kind, beside=write_beside)
@@ -94,6 +118,8 @@ def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) 
     found = probe(live, 40)
     assert found.packs == (kind in SEEING and kind != "qwen3_5")
     check_scores(live, found)
+    assert found.steps
+    check_answers(live, found)
 
 
 @pytest.mark.more
