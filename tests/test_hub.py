@@ -12,10 +12,12 @@ from hub import TOKEN, Hub, forget, running_hub
 from models import write_adapter, write_llama
 from safetensors.torch import load_file, save_file
 
+from evomerge.api.evaluate import gather_statistics
 from evomerge.cli import main
 from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
+from evomerge.merge.live import locate_live_model
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.report.inspection import inspect
@@ -182,6 +184,30 @@ def test_a_search_opens_its_models_before_it_downloads_them(hub: Hub, tmp_path: 
     open_config_models(pin(load_config(tmp_path / "search.yaml"), {}), progress=lambda done, total: told.append(total))
     assert told[-1] == sum((tmp_path / name / "model.safetensors").stat().st_size for name in ("base", "one"))
     assert len(list(here.rglob("model.safetensors"))) == 2
+
+
+def test_a_model_to_score_is_opened_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path):
+    one, base = write_llama(tmp_path / "one"), write_llama(tmp_path / "base")
+    hub.push("me/base", base)
+    hub.push("me/short", write_llama(tmp_path / "short", layers=1))
+    hub.push("me/lora", write_adapter(tmp_path / "lora", base))
+    (one / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    own = hub.push("me/own", one)
+    for model, below, reason in (
+        ("me/own", None, f"me/own@{own}: transformers cannot open it"),
+        ("me/lora", None, "is an adapter; name its base model with --base"),
+        ("me/lora", "me/short", "model.layers.1"),
+    ):
+        with pytest.raises(EvomergeError, match=reason):
+            locate_live_model(model, below)
+        with pytest.raises(EvomergeError, match=reason):
+            gather_statistics("fisher", model, tmp_path / "new", [], below, 1, None, "cpu")
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    assert not list((tmp_path / "cache").rglob("adapter_model.safetensors"))
+    scored, below = locate_live_model("me/lora", "me/base")
+    assert below is not None
+    assert (scored / "adapter_model.safetensors").is_file()
+    assert (below / "model.safetensors").is_file()
 
 
 def test_headers_alone_tell_what_whole_files_tell(hub: Hub, tmp_path: Path):

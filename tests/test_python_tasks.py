@@ -49,10 +49,14 @@ def example(name: str) -> Any:
 
 def write_example(folder: Path, kind: str, items: int = 150, **changes: Any) -> Path:
     """The models and items of an example, made as its script makes them, and its configuration with changes."""
-    make = example("make")
-    make.make(make.KINDS[kind], folder, items)
+    if kind == "images":
+        example("make_images").make(folder, items)
+    else:
+        make = example("make")
+        make.make(make.KINDS[kind], folder, items)
     content = yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text().replace(f"../../runs/{kind}/", ""))
-    (folder / "scores.py").write_text((EXAMPLES / "scores.py").read_text())
+    for name in ("scores.py", "image_scores.py"):
+        (folder / name).write_text((EXAMPLES / name).read_text())
     content |= {"splits": {"search": 60, "selection": 30, "holdout": 50}, "budget": {"trials": 8}} | changes
     (folder / "search.yaml").write_text(yaml.safe_dump(content))
     return folder / "search.yaml"
@@ -336,3 +340,14 @@ def test_a_search_may_have_tasks_of_both_kinds(tiny_family: Path, tmp_path: Path
     evomerge.search(config, run=tmp_path / "run", show=False)
     assert set(verdict_of(tmp_path / "run")["tasks"]) == {"tiny_rev", "starts"}
     assert len(trials_of(tmp_path / "run")) == 7
+
+
+@pytest.mark.slow
+def test_a_vision_model_is_searched_by_images(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    evomerge.search(write_example(tmp_path, "images"), run=tmp_path / "run", show=False)
+    holdout = verdict_of(tmp_path / "run")["holdout"]
+    mean = {name: np.mean([t["value"] for t in tasks.values()]) for name, tasks in holdout.items()}
+    assert max(mean[name] for name in mean.keys() - {"base"}) > mean["base"] + 0.05
+    evomerge.Run(tmp_path / "run").export(tmp_path / "out", show=False)
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()

@@ -89,10 +89,9 @@ def evaluate(
     from evomerge.evaluate.clock import Clock
     from evomerge.evaluate.standalone import evaluate_model
     from evomerge.evaluate.tasks import open_tasks
-    from evomerge.merge.live import open_live_model
+    from evomerge.merge.live import locate_live_model, open_live_model
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
-    from evomerge.sources.locate import locate
     from evomerge.sources.tokenizer import open_processor
 
     values, computing = types_of(dtype, compute_dtype)
@@ -105,9 +104,9 @@ def evaluate(
         where = resolve_device(device)
         use(where)
         opened = open_tasks(configs)
-        folder = locate(str(base)) if base else None
-        path = locate(str(model))
-        live, tokenizer = open_live_model(path, folder, values, where, computing, any(not t.is_python for t in opened))
+        language = any(not task.is_python for task in opened)
+        path, folder = locate_live_model(str(model), str(base) if base else None, language)
+        live, tokenizer = open_live_model(path, folder, values, where, computing, language)
         weights, processor = str(values), partial(open_processor, path)
     else:
         opened, live, where = open_tasks(configs), model, model.device

@@ -31,10 +31,9 @@ def gather_statistics(
     from evomerge.config.config_file import load_config
     from evomerge.device import merging_device, resolve_device, use
     from evomerge.evaluate.tasks import open_tasks
-    from evomerge.merge.live import open_live_model
+    from evomerge.merge.live import locate_live_model, open_live_model
     from evomerge.merge.methods.method import Statistics
     from evomerge.report.progress import Bar
-    from evomerge.sources.locate import locate
     from evomerge.statistics.gather import choose_items
     from evomerge.statistics.gather import gather_statistics as gather
 
@@ -44,11 +43,11 @@ def gather_statistics(
         raise EvomergeError(f"{out}: exists already; choose another name")
     opened = open_tasks(tasks)
     chosen = choose_items(opened, items, load_config(search) if search else None)
-    folder, below = locate(model), locate(base) if base else None
-    where = resolve_device(device)
-    use(where)
     if asking := next((task for task in opened if task.is_python), None):
         raise EvomergeError(f"task {asking.name}: a Python task has no gold answers, which statistics are gathered on")
+    where = resolve_device(device)
+    use(where)
+    folder, below = locate_live_model(model, base)
     live = open_live_model(folder, below, "float32", merging_device(where))
     bar = Bar("gathering", sum(map(len, chosen.values())), "items")
     try:
