@@ -172,7 +172,7 @@ def test_a_question_without_end_is_an_error(
     where = f"{file}: the templates" if first else "task t: the texts"
     splits = SplitsConfig(search=3, selection=3, holdout=3)
     with pytest.raises(EvomergeError, match=f"{where} of an item {reason}"):
-        deal(*open_tasks([TaskConfig(task=str(file))]), splits, seed=0)
+        deal(open_tasks([TaskConfig(task=str(file))])[0], splits, seed=0)
 
 
 def test_the_limit_on_memory_is_put_back_after_the_last_of_those_who_set_it() -> None:
