@@ -137,7 +137,7 @@ async def open_and_search(
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, opened)
-        study = SearchStudy(stored, build_space(config, models), len(workers))
+        study = SearchStudy(stored, build_space(config, models), len(workers), monitor.say)
         monitor.restore(study.trials, stored.user_attrs)
         monitor.phase(f"starting {len(workers)} workers" if len(workers) > 1 else "starting")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
@@ -158,7 +158,7 @@ async def open_and_search(
                 monitor.say(choice.sentence)
                 stored.set_user_attr(METHOD, choice.to_json())
                 config = settle_method(run, config, stored, monitor)
-                driver = driver_of(SearchStudy(stored, build_space(config, models), len(workers)))
+                driver = driver_of(SearchStudy(stored, build_space(config, models), len(workers), monitor.say))
             return await stoppable(stop, driver.search(), show_life)
         finally:
             await pool.close()
