@@ -87,8 +87,20 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(name: str, run: Path) -
     done = run_cli("resume", run, "--trials", "4")
     assert done.returncode == (0 if name == "state.json" else 2), done.stderr
     if done.returncode == 2:
-        assert "cannot write there (not an ordinary file)" in done.stderr
+        assert "(not an ordinary file)" in done.stderr
     assert run_cli("status", run).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["study.db", "study.db-shm", "cache/items"])
+def test_a_pipe_among_what_a_resume_reads_is_refused(name: str, run: Path) -> None:
+    path = min(file for file in (run / name).glob("*")) if (run / name).is_dir() else run / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for command in ("resume", "status")[: 2 if name == "study.db" else 1]:
+        done = run_cli(command, run, prelude="import signal; signal.alarm(120)")
+        assert done.returncode == 2, done.stderr
+        assert f"{path}: cannot be read" in done.stderr
+        assert "(not an ordinary file)" in done.stderr
 
 
 def test_a_study_that_was_deleted_is_not_begun_anew(run: Path) -> None:
