@@ -248,6 +248,16 @@ def test_a_tokenizer_that_may_make_gigabytes_of_a_character_is_refused(
             act(tmp_path)
 
 
+def test_a_tokenizer_that_is_made_of_other_files_is_looked_at_too(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1}))
+    assert len(open_tokenizer(tmp_path)) == 2
+    (tmp_path / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b" * 10**5: 2}))
+    with pytest.raises(EvomergeError, match="has a token or a rule of 100,000 characters"):
+        open_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_has_each_rule_once(tiny_family: Path, tmp_path: Path) -> None:
     """Libraries do not agree which of two counts."""
     content = (tiny_family / "base" / "tokenizer.json").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 
 from evomerge.errors import EvomergeError, first_line, lacks_memory, without_panics
 from evomerge.files import TOKENIZER_BYTES, copy_model_file, read_json, read_text
-from evomerge.sources.tokenizer_growth import refuse_growth_in
+from evomerge.sources.tokenizer_growth import refuse_converted, refuse_growth_in
 
 VOCABULARY_CHOICES = BASE, UNION = "base", "union"
 """The words that a recipe's `vocabulary` may hold besides the name of a source."""
@@ -140,7 +140,7 @@ def open_tokenizer(folder: Path) -> Any:
     refuse_growth_in(folder)
     try:
         with without_panics():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            opened = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its converters raise any type of error
         if lacks_memory(error):
             raise
@@ -148,6 +148,8 @@ def open_tokenizer(folder: Path) -> Any:
         if "custom code" in str(error):
             reason = OWN_CODE
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
+    refuse_converted(folder, opened)
+    return opened
 
 
 def open_processor(folder: Path) -> Any:

@@ -6,6 +6,7 @@ The library that runs tokenizers ends the process when it gets no memory, so suc
 import base64
 import binascii
 import functools
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -30,10 +31,27 @@ def refuse_growth(file: Path) -> None:
     check_file(file, found.st_mtime_ns, found.st_size)
 
 
+def refuse_growth_in(folder: Path) -> None:
+    """`refuse_growth` for the tokenizer of a model's folder, if it has a `tokenizer.json`."""
+    if os.path.isfile(folder / "tokenizer.json"):
+        refuse_growth(folder / "tokenizer.json")
+
+
+def refuse_converted(folder: Path, tokenizer: Any) -> None:
+    """`refuse_growth` for a tokenizer that transformers has made of other files than a `tokenizer.json`."""
+    made = getattr(tokenizer, "backend_tokenizer", None)
+    if made is not None and not os.path.isfile(folder / "tokenizer.json"):
+        check_content(json.loads(made.to_str()), str(folder))
+
+
 @functools.lru_cache(maxsize=64)
 def check_file(file: Path, changed: int, size: int) -> None:
     """`refuse_growth`, once for each state of a file."""
-    content = read_json(file, TOKENIZER_BYTES, unique=True)
+    check_content(read_json(file, TOKENIZER_BYTES, unique=True), str(file))
+
+
+def check_content(content: dict[str, Any], where: str) -> None:
+    """`refuse_growth` for what a `tokenizer.json` holds.  where: for the error."""
     model = content.get("model")
     parts = {k: content.get(k) for k in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
     rules = dict(model) if isinstance(model, dict) else {}
@@ -41,11 +59,11 @@ def check_file(file: Path, changed: int, size: int) -> None:
     if long := next(
         longer_than_usual([*parts.values(), rules, longest(vocabulary, content.get("added_tokens"))]), None
     ):
-        raise EvomergeError(f"{file}: has {long}; no tokenizer needs as much")
+        raise EvomergeError(f"{where}: has {long}; no tokenizer needs as much")
     for name, part in parts.items():
         if (times := growth(part)) > GROWTH:
             raise EvomergeError(
-                f"{file}: its {name} may make a text {times:,.0f} times as long, which would fill the memory"
+                f"{where}: its {name} may make a text {times:,.0f} times as long, which would fill the memory"
             )
 
 
@@ -134,9 +152,3 @@ def of_template(rule: dict[str, Any], pieces: Any) -> float:
         ids = found.get("ids") if isinstance(found, dict) else None
         count += len(ids) if isinstance(ids, list) else 1
     return max(1.0, count)
-
-
-def refuse_growth_in(folder: Path) -> None:
-    """`refuse_growth` for the tokenizer of a model's folder, if it has a `tokenizer.json`."""
-    if os.path.isfile(folder / "tokenizer.json"):
-        refuse_growth(folder / "tokenizer.json")
