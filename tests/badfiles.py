@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,8 @@ from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 SECONDS = 5.0  # of the processor, so that a paused machine is no hang
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # on a terminal
+EVIL = "\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\\r\u202e[/] "
 
 CONFIG = {
     "name": "night",

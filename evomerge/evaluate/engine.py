@@ -9,6 +9,7 @@ import torch
 from evomerge.device import free_memory
 from evomerge.errors import EvomergeError, without_panics
 from evomerge.evaluate.answer_metrics import computed, shared_out, task_metrics
+from evomerge.evaluate.bounds import within_bounds
 from evomerge.evaluate.capabilities import NONE, probe
 from evomerge.evaluate.clock import Clock, forwards_of
 from evomerge.evaluate.generation import Stops, generate, plan_generation
@@ -20,7 +21,7 @@ from evomerge.evaluate.python_task import Helper
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
-from evomerge.evaluate.time_limit import ITEM_SECONDS, TimeLimit, TooLong, try_tokenizer
+from evomerge.evaluate.time_limit import try_tokenizer
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
 
@@ -111,8 +112,8 @@ class Engine:
 
         everything: all of the task's metrics and the gold answer's log-likelihood; else only the objective.
 
-        EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
-        examples do not fit its documents.
+        EvomergeError if an item has an empty answer or does not fit the model, if the task's templates, choices or
+        examples do not fit its documents, or if they take too long or too much memory.
         """
         if task.is_python:
             return Workload(task, [ItemRequests(item, [], [], [], [], None, 0) for item in items], complete=True)
@@ -124,11 +125,8 @@ class Engine:
                 asked = self.asked(task, items, only_gold, everything or only_gold)
         except EvomergeError:
             raise
-        except TooLong as error:
-            raise EvomergeError(
-                f"task {task.name}: the requests of an item take longer than {ITEM_SECONDS:.0f} s; a loop in a "
-                "template of the task, or in the chat template, has no end"
-            ) from error
+        except MemoryError:
+            raise  # of a limit from outside, which the command line names
         except Exception as error:  # a template, a choice, an index: each fails in its own way
             raise EvomergeError(
                 f"task {task.name}: no requests can be built of its items ({type(error).__name__}: {reason(error)}); "
@@ -137,11 +135,11 @@ class Engine:
         return Workload(task, asked, complete=not only_gold)
 
     def asked(self, task: Task, items: Sequence[Item], only_gold: bool, with_gold: bool) -> list[ItemRequests]:
-        """What the model is asked about each item, see `Requests.of_item`.  TooLong if one of them takes too long."""
+        """What the model is asked about each item, see `Requests.of_item`.  EvomergeError if one takes too much."""
         found = []
-        with TimeLimit(ITEM_SECONDS) as limit:
+        with within_bounds(f"task {task.name}: the requests of an item") as again:
             for item in items:
-                limit.again()
+                again()
                 found.append(self.requests.of_item(task, item, only_gold, with_gold))
         return found
 

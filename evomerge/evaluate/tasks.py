@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from evomerge.config.tasks import GuardConfig, PythonTask, Share, SplitsConfig, TaskConfig, TaskOptions
 from evomerge.errors import EvomergeError, did_you_mean
+from evomerge.evaluate.bounds import only_bounds, within_bounds
 from evomerge.evaluate.metrics import (
     AUTO,
     AUTO_MEAN,
@@ -318,11 +319,12 @@ def deal(task: Task, splits: SplitsConfig, seed: int) -> dict[Split, list[Item]]
 def questions_of(task: Task, items: Iterable[Item]) -> dict[str, str]:
     """Item id -> the text of its question, without spaces around it; empty if most items have the same text."""
     texts: dict[str, str] = {}
-    for item in items:
-        try:
-            texts[item.id] = str(task.lm.doc_to_text(item.doc)).strip()
-        except Exception:  # a template that does not fit is reported where prompts are built
+    with within_bounds(f"task {task.name}: the texts of an item") as again:
+        for item in items:
+            again()
             texts[item.id] = item.id
+            with only_bounds():  # a template that does not fit is reported where prompts are built
+                texts[item.id] = str(task.lm.doc_to_text(item.doc)).strip()
     return texts if 2 * len(set(texts.values())) > len(texts) else {}
 
 

@@ -81,7 +81,7 @@ def search(
         config = settle_compute_dtype(stored, config, models, device_kind(worker_options, config), monitor.say)
         config = settle_method(run, config, stored, monitor)
         workers = make_workers(worker_options, run, config, models, task_set, stop.check, monitor.phase, opened)
-        study = SearchStudy(stored, build_space(config, models), len(workers))
+        study = SearchStudy(stored, build_space(config, models), len(workers), monitor.say)
         monitor.restore(study.trials, stored.user_attrs)
         monitor.phase(f"starting {len(workers)} workers" if len(workers) > 1 else "starting")
         pool = Pool(workers, run.log, config.workers.stuck, config.workers.trial)
@@ -139,7 +139,7 @@ async def search_with_workers(
         if must_choose_method(config, study):
             await stoppable(stop, settle_method_by_scores(baselines, models), show_life)
             config = settle_method(run, config, study.stored, evaluations.monitor)
-            study = SearchStudy(study.stored, build_space(config, models), pool.size)
+            study = SearchStudy(study.stored, build_space(config, models), pool.size, evaluations.monitor.say)
             baselines = baselines_of(study, evaluations, models)
         driver = Driver(run, study, evaluations, baselines, export)
         return await stoppable(stop, driver.search(), show_life)

@@ -188,6 +188,6 @@ def _(search: Disturbed) -> str:
     for one in three[1:]:
         assert finished(one.run) == finished(search.run), "three searches found different trials"
         assert verdict_of(one.run)["holdout"] == verdict_of(search.run)["holdout"]
-    left = [f.name for f in (cache / "evomerge" / "kernels").iterdir() if ".part" in f.name]
+    left = [f.name for f in (cache / "evomerge" / "kernels").iterdir() if f.name.startswith("making-")]
     assert len(left) <= 1, f"unfinished files are left: {left}"
     return f"{'scan and a kernel' if kernels else 'scan'}; {what if first_alive else 'was done before'}"

@@ -33,6 +33,7 @@ class SamplerSetup:
     workers: how many trials may run at once.
     ties: axis -> the group that it belongs to, of those that belong to one: its knob, source and component.
     pairs: axis -> its knob and source, of those that belong to a group.
+    say: shows one line to the user.
     """
 
     config: SamplerConfig
@@ -42,6 +43,7 @@ class SamplerSetup:
     workers: int = 1
     ties: Mapping[str, str] = field(default_factory=dict)
     pairs: Mapping[str, str] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda line: None
 
     @property
     def seed(self) -> int:

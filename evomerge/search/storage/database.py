@@ -203,6 +203,8 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
                 if not create:
                     raise EvomergeError(f"storage {masked(url)}: there is no such file; put back a copy of it")
                 create_file(file)
+            elif not file.is_file():
+                raise EvomergeError(f"{file}: cannot be read (not an ordinary file)")
             elif file.stat().st_size == 0:
                 raise damaged(url, EvomergeError("it is empty"))
         return Storage(url, retry, create)

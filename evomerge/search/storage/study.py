@@ -7,7 +7,7 @@ functions of `sql_statements.py` write the rows.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,9 +102,15 @@ class SearchStudy:
     """
 
     @without_collector()
-    def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
+    def __init__(
+        self,
+        stored: optuna.Study,
+        space: Space,
+        workers: int = 1,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """stored: the study in its database, of `open_study`.  workers: how many trials may run at once; CMA-ES
-        sizes its population by it at its first proposal.
+        sizes its population by it at its first proposal.  say: shows one line to the user.
 
         EvomergeError if the study is damaged.
         """
@@ -124,6 +130,7 @@ class SearchStudy:
         self.interrupted: list[FrozenTrial] = []
         self.kept_sampler: BaseSampler | None = None
         self.workers = workers
+        self.say = say
         there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
         if [t.number for t in there] != list(range(len(there))):
             raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")
@@ -216,7 +223,7 @@ class SearchStudy:
         def setup(number: int) -> SamplerSetup:
             space = self.space
             seed = space.config.seed
-            return SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs)
+            return SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs, self.say)
 
         if (
             self.space.config.goals == "pareto"
