@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -112,6 +112,7 @@ class SearchStudy:
         self.stored = stored
         self.space = space
         self.axes = space.distributions
+        self.axes_of_trials: dict[str, BaseDistribution] = {**self.axes}  # one for all that end
         self.storage = storage_of(stored)
         self.memory = MemoryStorage()
         self.mirror = optuna.create_study(storage=self.memory, direction="maximize", sampler=RandomSampler(seed=0))
@@ -315,7 +316,7 @@ class SearchStudy:
         self.memory.set_trial_state_values(trial.number, state, values)
         ended = self.memory.get_trial(trial.number)
         if ended.distributions == self.axes:
-            ended.distributions = self.axes
+            ended.distributions = self.axes_of_trials
             ended.params = numbers_of(self.axes, map(ended.params.__getitem__, self.axes)) or ended.params
         self.count_in(ended)
         return state

@@ -95,6 +95,10 @@ class TrialRecord:
     elapsed: "Elapsed | None" = None
     order: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """The JSON: whoever asks Optuna for a copy of a trial gets what Optuna itself would read."""
+        return self.to_json()
+
     @property
     def in_full(self) -> bool:
         """Whether the trial, if it has a value, was evaluated on all items: not stopped by a race, not broken."""
