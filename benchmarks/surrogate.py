@@ -33,7 +33,8 @@ TASKS, SOURCES, PARTS = 4, 4, 60
 LAYERS = PARTS // 2  # of a real model
 TINY, REAL = (4, 12, 24, 48, 96, 240), (4, 8, 24, 96)  # coefficients of the spaces
 SPLITS = {False: (60, 100), True: (16, 20)}  # search and holdout items of each task; by whether the family is real
-POINTS = {False: 490, True: 300}
+POINTS = {False: 490, True: 173}
+RIDGE = {False: 3e-3, True: 3e-2}  # of the regression
 SAVED = 10  # points, after which the file is written
 PIECES = {"q_proj": 0, "k_proj": 0, "v_proj": 1, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
 HIGH = 2.0  # bound of a weight
@@ -247,7 +248,7 @@ class Surrogate:
         self.items = stored["scores"].shape[2] // TASKS  # of each task
         self.points, self.scores = stored["points"], stored["scores"]  # (N, 240), (N, 2, items)
         self.coarse, self.fine = self.points @ self.middle.T, self.points * self.sizes
-        self.widths, self.ridge = (2.0, 20.0), 3e-3
+        self.widths, self.ridge = (2.0, 20.0), RIDGE[dimensions == sorted(REAL)]
         self.fit(np.arange(len(self.points)))
 
     def kernel(self, points: Vector) -> tuple[Vector, Vector]:
