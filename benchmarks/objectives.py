@@ -265,22 +265,24 @@ def rank(one: Vector, two: Vector) -> float:
     return 0.0 if np.ptp(one) == 0 or np.ptp(two) == 0 else float(spearmanr(one, two).statistic)
 
 
-def learned(path: Path, objective: str, seed: int) -> dict[str, float]:
-    """What the learned start of a search reaches by an objective of generation tasks."""
+def learned(path: Path, objective: str, start: str, seed: int) -> dict[str, float]:
+    """What the learned start of a search reaches by an objective of generation tasks.  start: see `Family.starts`."""
     CHOSEN["auto"]["generate_until"] = objective
-    TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]  # generating takes long
     family = Family(path, seed, 0.5, fine=False, objective="auto")
     family.take_scale()
-    return by_steps(family, Climber, RATE, STEPS)[""]
+    return by_steps(family, Climber, RATE, STEPS, family.starts(start))[""]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     results = Results(arguments.out)
     if arguments.learned:
-        for path, objective in product(arguments.configs, arguments.learned):
+        if not arguments.answers:
+            TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]
+        for path, objective, start in product(arguments.configs, arguments.learned, arguments.starts):
+            way = objective if start == "0.5" else f"{objective} from {start}"
             for seed in range(arguments.first, arguments.first + arguments.seeds):
-                results.once(f"{path.stem}/learned/{objective}/{seed}", partial(learned, path, objective, seed))
+                results.once(f"{path.stem}/learned/{way}/{seed}", partial(learned, path, objective, start, seed))
         return
     names = [n for n in CANDIDATES if arguments.only is None or n in arguments.only]
     for path in arguments.configs:
@@ -339,6 +341,10 @@ def main() -> None:
     running.add_argument("--steps", type=int, default=40, help="of Adam")
     running.add_argument("--batch", type=int, default=24, help="items of each task a step")
     running.add_argument("--learned", nargs="*", help="named objectives; measure only what the learned start reaches")
+    running.add_argument(
+        "--starts", nargs="+", default=["0.5"], help="of the learned start: a number, uniform, baseline, race"
+    )
+    running.add_argument("--answers", action="store_true", help="baselines by answers too: slow in models of real size")
     running.add_argument("--only", nargs="*", help="names of candidates")
     arguments = parser.parse_args()
     arguments.function(arguments)
