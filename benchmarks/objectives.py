@@ -11,8 +11,8 @@ correlation   Spearman's, over random points, baselines and points near a good o
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
 
-learned       the metric on the holdout items after the learned start of a search (`--learned`), from 0.5 everywhere, by
-              a named objective in the place of `auto` of generation tasks; for models of every size
+learned       the metric on the holdout items after the learned start of a search (`--learned`), from `--starts`, by a
+              named objective in the place of `auto` of generation tasks; for models of every size
 
 `run` skips what the file has already, so a long run can be done in parts.
 """
@@ -317,19 +317,20 @@ def table(found: dict[str, Any]) -> None:
 
 
 def print_learned(found: Mapping[str, Any]) -> None:
-    """Print what the learned start reached, and the paired difference to the first objective of each family."""
-    rows: dict[str, dict[str, dict[str, float]]] = {}  # family -> objective -> seed -> metric
+    """Print what the learned start reached, and the paired differences to the first row of each family."""
+    rows: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # family -> way -> seed -> values
     for key, values in found.items():
-        family, _, objective, seed = key.split("/")
-        rows.setdefault(family, {}).setdefault(objective, {})[seed] = values["metric"]
+        family, _, way, seed = key.split("/")
+        rows.setdefault(family, {}).setdefault(way, {})[seed] = values
     if rows:
-        print("| family | objective | seeds | metric after the learned start | less the first |")
-        print("|---|---|---|---|---|")
+        print("| family | objective | seeds | metric after the learned start | less the first | objective less it |")
+        print("|---|---|---|---|---|---|")
     for family, each in rows.items():
         first = next(iter(each.values()))
-        for objective, by_seed in each.items():
-            less = [value - first[seed] for seed, value in by_seed.items() if seed in first and by_seed is not first]
-            cells = (family, objective, str(len(by_seed)), interval([*by_seed.values()]), interval(less))
+        for way, by_seed in each.items():
+            pairs = [(v, first[seed]) for seed, v in by_seed.items() if seed in first and by_seed is not first]
+            less = [interval([own[k] - other[k] for own, other in pairs]) for k in ("metric", "objective")]
+            cells = (family, way, str(len(by_seed)), interval([v["metric"] for v in by_seed.values()]), *less)
             print(f"| {' | '.join(cells)} |")
 
 
