@@ -26,9 +26,9 @@ from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prepared_items import read
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
 from evomerge.files import read_json, read_text, read_yaml, write_text
 from evomerge.merge.live import load_live_model
 from evomerge.merge.recipe.pinned_inputs import with_fingerprints

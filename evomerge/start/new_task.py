@@ -19,7 +19,8 @@ import yaml
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import gold_of
-from evomerge.evaluate.tasks import NAME_LENGTH, items_of, open_tasks
+from evomerge.evaluate.open_tasks import NAME_LENGTH, open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.files import read_text, write_text
 from evomerge.parse import parse_json
 from evomerge.start.columns import LETTERS, Columns, Rows, find_columns, text_of
