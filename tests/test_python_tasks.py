@@ -36,6 +36,7 @@ from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.trial_record import record_of
+from evomerge.statistics.gather import choose_items
 
 EXAMPLES = ROOT / "examples" / "other_models"
 
@@ -283,6 +284,16 @@ def test_a_function_may_ask_for_what_the_model_does_not_have(tmp_path: Path) -> 
         scored(tmp_path, "def f(model, items, tokenizer): return [0] * len(items)")
     with pytest.raises(EvomergeError, match="'perplexity' has a meaning of its own"):
         source(tmp_path, "def f(model, items): ...", metric="perplexity")
+
+
+def test_what_needs_prompts_or_gold_answers_refuses_a_python_task(tmp_path: Path) -> None:
+    given = source(tmp_path, "def f(model, items): return [0.5] * len(items)").given
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"python": given.python, "items": given.items}))
+    config = TaskConfig(task=str(tmp_path / "own.yaml"), num_fewshot=2, allow_task_code=True)
+    with pytest.raises(EvomergeError, match="num_fewshot has no meaning for a Python task"):
+        open_tasks([config])
+    with pytest.raises(EvomergeError, match="task f: statistics need gold answers"):
+        choose_items(open_tasks([config.model_copy(update={"num_fewshot": 0})]), 8, None)
 
 
 def without(key: str) -> Callable[[dict[str, Any]], object]:
