@@ -12,7 +12,7 @@ from hub import TOKEN, Hub, forget, running_hub
 from models import write_adapter, write_llama
 from safetensors.torch import load_file, save_file
 
-from evomerge.api.evaluate import gather_statistics
+from evomerge.api.statistics import gather_statistics
 from evomerge.cli import main
 from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from models import write_llama
-from searches import ROOT, trials_of, verdict_of, write_config
+from searches import KILL, ROOT, run_cli, trials_of, verdict_of, write_config
 from small_models import new_model
 from typer.testing import CliRunner
 
@@ -36,6 +37,8 @@ from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import trial_scores
+from evomerge.search.storage.trial_record import record_of
+from evomerge.statistics.gather import choose_items
 
 EXAMPLES = ROOT / "examples" / "other_models"
 
@@ -93,6 +96,29 @@ def test_a_trial_is_repeated_bit_by_bit(run: Path) -> None:
 
     number = len(open_run(run).study().trials) - 1
     assert repeat(Run(run), number).differing == 0
+
+
+IN_THE_FIRST_RACE = (
+    KILL
+    + """
+import evomerge.search.evaluation.evaluator as e
+real = e.Evaluator.score_trial
+e.Evaluator.score_trial = lambda self, recipe, normal, setup, race: die() if race else real(self, recipe, normal)
+"""
+)
+
+
+@pytest.mark.more
+def test_a_trial_that_was_killed_in_its_race_races_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreements, "agreements", lambda: tmp_path / "agreed")
+    killed = run_cli("search", run.parent / "search.yaml", "--run", tmp_path / "run", prelude=IN_THE_FIRST_RACE)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_cli("resume", tmp_path / "run").returncode == 0
+    assert trials_of(tmp_path / "run") == trials_of(run)
+    races = [[record_of(t).race for t in open_run(r).study().trials] for r in (tmp_path / "run", run)]
+    assert races[0] == races[1]
 
 
 def test_the_function_s_file_is_recorded_and_named_in_the_card(run: Path, tmp_path: Path) -> None:
@@ -260,6 +286,16 @@ def test_a_function_may_ask_for_what_the_model_does_not_have(tmp_path: Path) -> 
         scored(tmp_path, "def f(model, items, tokenizer): return [0] * len(items)")
     with pytest.raises(EvomergeError, match="'perplexity' has a meaning of its own"):
         source(tmp_path, "def f(model, items): ...", metric="perplexity")
+
+
+def test_what_needs_prompts_or_gold_answers_refuses_a_python_task(tmp_path: Path) -> None:
+    given = source(tmp_path, "def f(model, items): return [0.5] * len(items)").given
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"python": given.python, "items": given.items}))
+    config = TaskConfig(task=str(tmp_path / "own.yaml"), num_fewshot=2, allow_task_code=True)
+    with pytest.raises(EvomergeError, match="num_fewshot has no meaning for a Python task"):
+        open_tasks([config])
+    with pytest.raises(EvomergeError, match="task f: statistics need gold answers"):
+        choose_items(open_tasks([config.model_copy(update={"num_fewshot": 0})]), 8, None)
 
 
 def without(key: str) -> Callable[[dict[str, Any]], object]:

@@ -30,7 +30,7 @@ def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
         if not lm_tasks:
             raise EvomergeError(f"{config.task}: lm-eval finds no task in it")
         for lm_task in lm_tasks:
-            if config.num_fewshot is not None:
+            if config.num_fewshot is not None and not isinstance(lm_task, PythonSource):
                 lm_task.set_config("num_fewshot", config.num_fewshot)
             lm_task.set_fewshot_seed(FEWSHOT_SEED)
             opened.append(check_task(lm_task, config, config.weight / len(lm_tasks)))
@@ -44,6 +44,8 @@ def open_tasks(configs: Iterable[TaskConfig | GuardConfig]) -> list[Task]:
 def load(config: TaskOptions) -> tuple[list[Any], bool]:
     """The task objects that a configuration's task stands for, and whether they run Python code of the user's."""
     if (given := python_task(config)) is not None:
+        if config.num_fewshot:
+            raise EvomergeError(f"{config.task}: num_fewshot has no meaning for a Python task")
         return [PythonSource(given)], True
     if config.is_file:
         return load_file(Path(str(config.task)), config.allow_task_code)

@@ -77,7 +77,7 @@ class Driver:
         if learned_start:
             await self.run_slots(self.run_given_trials)
             await self.prepare_search()
-            await self.run_given_trials()  # the greedy soup
+            await self.run_slots(self.run_given_trials)  # the greedy soup, and what was interrupted
             await self.learn()
         await self.run_slots(self.run_slot)
         return await self.judge_finalists()
@@ -105,9 +105,12 @@ class Driver:
             await self.run_trial()
 
     async def run_given_trials(self) -> None:
-        """Trials that have begun before, or whose points are baselines, until none is left to begin."""
+        """Trials that have begun before, or whose points are baselines, until none is left to begin.
+
+        Before phase 3 these are the baselines alone: a trial that races must race when it is begun again, too.
+        """
         while self.study.interrupted or next_baseline(self.study, self.baselines.found):
-            if self.budget.ended() is not None:
+            if self.budget.ended() is not None or not (self.preparing or self.baselines.untried()):
                 return
             await self.run_trial()
 

@@ -85,6 +85,7 @@ class TrialRunner:
             if self.study.space.assembly and (same := self.study.at(trial.params)) is not None:
                 scores = {t: {m: x.tolist() for m, x in by.items()} for t, by in trial_scores(same).items()}
                 return Outcome(scores, {}, record_of(same).signs), None  # choices are often drawn again
+            races = races if trial.learned is None else None
             race, setup, record = races.next(trial.weights) if races else (None, None, RaceRecord(None))
             signs = parent_signs(self.study, baselines)
             return TrialJob(recipe, signs, setup if race else None, race), record

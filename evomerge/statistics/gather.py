@@ -39,9 +39,13 @@ def choose_items(tasks: Sequence[Task], count: int, search: SearchConfig | None)
 
     search: a configuration, of whose search split the items are; None takes the task's training split, or, if it has
         none, the documents that lm-eval evaluates.
+
+    EvomergeError for a Python task.
     """
     chosen = {}
     for task in tasks:
+        if task.is_python:
+            raise EvomergeError(f"task {task.name}: statistics need gold answers, which a Python task does not have")
         if search is not None:
             pool = deal(task, search.splits, search.seed)["search"]
         else:
