@@ -97,7 +97,7 @@ def longer_than_usual(parts: Any) -> Iterator[str]:
 def growth(part: Any) -> float:
     """How many characters or tokens a part of a tokenizer makes of one at most, for rules that run in turn."""
     rules = list(in_turn(part))
-    forms = FORM if any(rule.get("type") in FORMS for rule in rules) else 1.0  # a second form lengthens nothing
+    forms = FORM if any(str(rule.get("type")) in FORMS for rule in rules) else 1.0  # a second form lengthens nothing
     return forms * math.prod(map(of_rule, rules))
 
 
