@@ -1,4 +1,4 @@
-"""Smooth models of two families, on which benchmarks/samplers.py searches for nothing.
+"""Smooth models of two families: benchmarks/samplers.py searches on them, which merges and scores no model.
 
 Models at random points are scored by every item once.  Then the objective and the margin of each item (an answer is
 right if its margin is positive) are fitted by kernel ridge regression.  A point has 240 weights: 4 sources by 60 parts
@@ -8,7 +8,7 @@ tiny   held whole in float32.  Parts: the halves of each matrix, and the norms o
        together: all (4 coefficients), by kind (12), by kind and half of the depth (24), by kind and layer (48), by
        piece of attention or MLP and layer (96).
 real   a model with 30 layers, such as SmolLM2-135M; sources change its attention and MLP.  Each point is merged and
-       scored in the family's own type.  Parts: attention and MLP of each layer.  Tied together: all (4), by kind (8),
+       scored in bfloat16.  Parts: attention and MLP of each layer.  Tied together: all (4), by kind (8),
        by kind and so many parts of the depth: 3 (24), 12 (96).
 """
 

@@ -5,7 +5,7 @@
 
 The best point of each search of one worker after so many trials, the end of the learned start, and the best point found
 by the holdout items are scored on the items of the surrogate, from which each seed deals the same search and holdout
-items.  0 is the best baseline, 1 the point found by the holdout items.
+items.  Printed is what the value of a trial is on the holdout items, less that of the best baseline.
 """
 
 import argparse
@@ -79,14 +79,16 @@ def table(found: dict[str, Any]) -> None:
     shown: dict[str, dict[str, list[float]]] = {}
     for key, result in found.items():
         name, start, *rest, seed = key.split("/")
-        low, high = (found["/".join([end, end, *rest, seed])] for end in ("baseline", "optimum"))
+        low = found.get("/".join(["baseline", "baseline", *rest, seed]))
+        if low is None:  # the seed is not complete
+            continue
         row = shown.setdefault("/".join([name, start, *rest]), {"value": [], "smooth": [], "metric": []})
         for which in ("value", "smooth"):
-            row[which].append((result[which] - low[which]) / (high[which] - low[which]))
+            row[which].append(result[which] - low[which])
         row["metric"].append(result["metric"])
     pairs = np.array([(r["value"], r["smooth"]) for r in found.values()])
     print(f"\n{len(pairs)} points; correlation of value and smooth model {np.corrcoef(pairs.T)[0, 1]:.3f}\n")
-    print("| found by | start | coefficients | trials | value | by the smooth model | exact match | seeds |")
+    print("| found by | start | coefficients | trials | gain | by the smooth model | exact match | seeds |")
     print("|---|---|---|---|---|---|---|---|")
     for way, row in shown.items():
         cells = [interval(row["value"], 2), interval(row["smooth"], 2), interval(row["metric"]), str(len(row["value"]))]
