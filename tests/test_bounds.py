@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.memory_limit import ROOM, MemoryLimit
-from evomerge.evaluate.tasks import deal, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.time_limit import TimeLimit, TooLong, try_tokenizer
 from evomerge.files.read import TOKENIZER_BYTES, read_json
 from evomerge.search.evaluation.evaluator import Evaluator
