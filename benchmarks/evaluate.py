@@ -28,8 +28,9 @@ from evomerge.config.tasks import TaskConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prefix_plan import tree_tokens
-from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.evaluate.tasks import Task, items_of
 from evomerge.evaluate.workload import Workload
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource

@@ -1,14 +1,11 @@
-"""Which sampler finds most by how many trials: by dimension, start and workers, on a smooth model of the tiny family.
+"""Which sampler finds most by how many trials: by dimension, start and workers, on a smooth model of a family.
 
     python examples/tiny/make.py runs/tiny
     python benchmarks/samplers.py run
     python benchmarks/samplers.py table runs/samplers.json
 
-`run` scores models at random points by every item of the tiny family, if it has not done so before, and fits the
-objective and the margin of each item (an answer is right if its margin is positive) by kernel ridge regression.  A
-point has 240 weights: 4 sources by 60 parts of the model (the halves of each matrix, and the norms of each half of
-the depth).  Smaller spaces tie parts together: all (4 coefficients), by kind (12), by kind and half of the depth
-(24), by kind and layer (48), by piece of attention or MLP and layer (96).
+`run` first makes the smooth model (benchmarks/surrogate.py), if the file has not all its points.  It is of the tiny
+family; with `--real` of a family of adapters of a real model, for instance SmolLM2-135M.
 
 Then it proposes trials by the samplers of evomerge itself.  A seed deals the items into search and holdout items, and
 seeds the sampler.  The first trials are the base, the sources and their means; with a good start then the end of the
@@ -24,22 +21,23 @@ cma-es       in 48 coefficients and more after a learned start it moves whole gr
 cma-es free  never does so
 
 In 48 coefficients and more CMA-ES after a learned start runs without a study and with one worker.
+
+benchmarks/true_samplers.py merges and scores what these searches found.
 """
 
 import argparse
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
-from results import ROOT, Results, command_line, interval
+from results import Results, command_line, interval
+from surrogate import HIGH, PARTS, POINTS, REAL, SOURCES, TASKS, TINY, Surrogate, add_family, fit, given_points
 
-from evomerge.config.config_file import load_config
 from evomerge.config.running import COARSE, SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
@@ -52,190 +50,12 @@ from evomerge.search.storage.optuna_private import MemoryStorage
 from evomerge.search.storage.trial_record import LEARNED
 
 Vector = NDArray[np.float64]
-TASKS, SOURCES, PARTS = 4, 4, 60
-SEARCHED, JUDGED = 60, 100  # items of each task
-DIMENSIONS = (4, 12, 24, 48, 96, 240)
-PIECES = {"q_proj": 0, "k_proj": 0, "v_proj": 1, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
+DIMENSIONS = tuple(sorted({*TINY, *REAL}))
 BUDGETS = (30, 60, 100, 200, 400)
-HIGH = 2.0  # bound of a weight
-MARGIN = 8.0  # beyond it a margin says no more
 LONG = 1000  # trials whose end counts as 1
 SLOW = {"gp": 100}  # samplers of so few trials here
 STARTS = ("baseline", "learned")
 SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
-
-
-# --- The parts of the model ---
-
-
-def parts_of(names: Sequence[str], rows: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
-    """The part of each row of each tensor, by the tensor's name: 56 halves of matrices, 2 of the embedding, 2 norms."""
-    found, count = {}, 0
-    for name in names:
-        halves = (np.arange(rows[name]) >= rows[name] / 2).astype(np.int64)
-        if "norm" in name:
-            late = name == "model.norm.weight" or int(name.split(".")[2]) >= 2
-            found[name] = np.full(rows[name], PARTS - 2 + late)
-        else:
-            found[name], count = count + halves, count + 2
-    assert count == PARTS - 2
-    return found
-
-
-def groups_of(names: Sequence[str], dimensions: int) -> NDArray[np.int64]:
-    """The group of each part, (PARTS,), in a space of so many coefficients."""
-    places = []  # (kind, piece, depth) of every part
-    for name in (n for n in names if "norm" not in n):
-        if name == "model.embed_tokens.weight":
-            places += [(2, 5, 0), (2, 5, 3)]
-        else:
-            _, _, layer, block, matrix, _ = name.split(".")
-            places += [(int(block == "mlp"), PIECES[matrix], int(layer))] * 2
-    places += [(3, 6, 0), (3, 6, 3)]
-    if dimensions == SOURCES * PARTS:
-        return np.arange(PARTS)
-    keys: list[tuple[int, ...]] = {
-        4: [(0,) for _ in places],
-        12: [(min(kind, 2),) for kind, _, _ in places],
-        24: [(min(kind, 2), depth // 2) for kind, _, depth in places],
-        48: [(kind, depth) for kind, _, depth in places],
-        96: [(piece, depth) for _, piece, depth in places],
-    }[dimensions]
-    return np.unique(np.array(keys), axis=0, return_inverse=True)[1].reshape(-1)
-
-
-def axis_groups(parts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(240,) the coefficient of each weight, by the group of each part."""
-    count = int(parts.max()) + 1
-    return np.concatenate([source * count + parts for source in range(SOURCES)])
-
-
-# --- Fitting ---
-
-
-def fit(arguments: argparse.Namespace) -> None:
-    """Score models at random points, and write what the surrogate needs: some minutes."""
-    import torch
-    from objectives import CANDIDATES
-    from small_family import SmallFamily, with_changes
-
-    items = SEARCHED + JUDGED
-    config = with_changes(load_config(arguments.tiny), splits={"search": items, "selection": 20, "holdout": 20}, seed=0)
-    family = SmallFamily(config)
-    rows = {n: len(b) for n, b in zip(family.names, family.base, strict=True)}
-    parts = parts_of(family.names, rows)
-    objective = CANDIDATES["mean and weakest -6"]
-    where = {n: torch.tensor(parts[n]) for n in family.names}
-    sizes = np.zeros((SOURCES, PARTS))
-    for name, change in zip(family.names, family.changes, strict=True):
-        squares = change.reshape(SOURCES, rows[name], -1).double().pow(2).sum(2).numpy()
-        for source in range(SOURCES):
-            sizes[source] += np.bincount(parts[name], squares[source], PARTS)
-
-    def scores(weights: Vector) -> Vector:
-        """(2, items) objectives and margins of the model with these weights, (240,)."""
-        each = torch.tensor(weights.reshape(SOURCES, PARTS)).float()
-        values = {}
-        for name, base, change in zip(family.names, family.base, family.changes, strict=True):
-            rates = each[:, where[name]].view(SOURCES, rows[name], *[1] * (base.ndim - 1))
-            values[name] = base + (rates * change).sum(0)
-        answers = family.score(values, "search").values()
-        margins = [a.margins.masked_fill(~a.mask, MARGIN).amin(1).clamp(-MARGIN, MARGIN) for a in answers]
-        return np.stack([torch.cat([objective(a) for a in answers]).numpy(), torch.cat(margins).numpy()]).astype(float)
-
-    rng = np.random.default_rng(0)
-    points = list(given_points().values())
-    points += [random_point(rng, family.names, kind) for kind in range(arguments.points)]
-    found = np.array([scores(p) for p in points])
-    spaces = {f"groups{d}": groups_of(family.names, d) for d in DIMENSIONS}
-    np.savez(arguments.surrogate, points=np.array(points), scores=found, sizes=sizes.reshape(-1) ** 0.5, **spaces)
-    surrogate = Surrogate(arguments.surrogate)
-    print(f"{len(points)} points; {surrogate.quality()}")
-
-
-def given_points() -> dict[str, Vector]:
-    """Name -> (240,) weights: the base, the sources, their means."""
-    sources = {f"source {s}": np.repeat(np.eye(SOURCES)[s], PARTS) for s in range(SOURCES)}
-    means = {f"all at {w:g}": np.full(SOURCES * PARTS, w) for w in (0.0, 0.25, 0.5)}
-    return means | sources
-
-
-def random_point(rng: np.random.Generator, names: Sequence[str], number: int) -> Vector:
-    """(240,) weights: coarse or fine, anywhere or near weights that are equal within a source."""
-    groups = axis_groups(groups_of(names, DIMENSIONS[number % len(DIMENSIONS)]))
-    anywhere = rng.uniform(0, HIGH, groups.max() + 1)[groups]
-    if rng.random() < 0.3:
-        return anywhere * rng.random() ** 0.5
-    centre = rng.uniform(0.1, 1.0, SOURCES).repeat(PARTS)
-    return np.clip(centre + rng.uniform(0.1, 0.8) * (anywhere - HIGH / 2), 0, HIGH)
-
-
-def gaussian(left: Vector, right: Vector, width: float) -> Vector:
-    """(n, N) of the distances between (n, d) and (N, d)."""
-    squares: Vector = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
-    return np.exp(-squares / (2 * width**2))
-
-
-class Surrogate:
-    """A smooth model of the tiny family: objective and margin of each item at any of the points, by kernel regression.
-
-    The kernel is the sum of a Gaussian of the 24 groups' means and a Gaussian of all weights; a weight counts by the
-    size of the change that it scales.
-    """
-
-    def __init__(self, path: Path) -> None:
-        stored = np.load(path)
-        self.sizes = stored["sizes"] / np.sqrt(np.mean(stored["sizes"] ** 2))
-        self.groups = {d: axis_groups(stored[f"groups{d}"]) for d in DIMENSIONS}
-        middle = np.zeros((24, SOURCES * PARTS))
-        middle[self.groups[24], np.arange(SOURCES * PARTS)] = self.sizes**2
-        self.middle = middle / middle.sum(1, keepdims=True)
-        self.points, self.scores = stored["points"], stored["scores"]  # (N, 240), (N, 2, items)
-        self.coarse, self.fine = self.points @ self.middle.T, self.points * self.sizes
-        self.widths, self.ridge = (2.0, 20.0), 3e-3
-        self.fit(np.arange(len(self.points)))
-
-    def kernel(self, points: Vector) -> tuple[Vector, Vector]:
-        """(n, N) of the groups' means, (n, N) of all weights, by the points of the fit."""
-        near = gaussian(points @ self.middle.T, self.coarse, self.widths[0])
-        return near, gaussian(points * self.sizes, self.fine, self.widths[1])
-
-    def fit(self, rows: NDArray[np.int64]) -> None:
-        """Fit the scores at some points."""
-        kernel = sum(self.kernel(self.points[rows]))[:, rows]
-        flat = self.scores[rows].reshape(len(rows), -1)
-        self.mean = flat.mean(0)
-        solved = np.linalg.solve(kernel + self.ridge * np.eye(len(rows)), flat - self.mean)
-        self.weights = np.zeros((len(self.points), flat.shape[1]))  # (N, 2 items)
-        self.weights[rows] = solved
-
-    def at(self, point: Vector) -> tuple[Vector, Vector]:
-        """Objectives and margins of all items at a point, each (items,)."""
-        flat = self.mean + sum(self.kernel(point[None]))[0] @ self.weights
-        return tuple(flat.reshape(2, -1))
-
-    def gradient(self, point: Vector, items: Vector) -> Vector:
-        """(240,) the derivative of a weighted sum of objectives.  items: (items,) their weights."""
-        near, wide = (k[0] for k in self.kernel(point[None]))
-        pull = self.weights[:, : len(items)] @ items  # (N,)
-        coarse = ((near * pull) @ (self.coarse - point @ self.middle.T)) / self.widths[0] ** 2
-        fine = ((wide * pull) @ (self.fine - point * self.sizes)) / self.widths[1] ** 2
-        return coarse @ self.middle + fine * self.sizes
-
-    def quality(self) -> str:
-        """How well the fit of four fifths of the points foretells the rest."""
-        held = np.arange(len(self.points)) % 5 == 4
-        self.fit(np.flatnonzero(~held))
-        guessed = np.array([np.stack(self.at(p)) for p in self.points[held]])
-        real = self.scores[held]
-        self.fit(np.arange(len(self.points)))
-        parts = [1 - ((guessed - real)[:, k] ** 2).mean() / real[:, k].var(0).mean() for k in (0, 1)]
-        means = np.corrcoef(guessed[:, 0].mean(1), real[:, 0].mean(1))[0, 1]
-        right = np.corrcoef((guessed[:, 1] > 0).mean(1), (real[:, 1] > 0).mean(1))[0, 1]
-        return (
-            f"held-out points: {parts[0]:.2f} of the variance of an item's objective, {parts[1]:.2f} of its margin; "
-            f"correlation of the mean objective {means:.3f}, of the exact match {right:.3f}"
-        )
 
 
 # --- Searching ---
@@ -255,11 +75,13 @@ class Problem:
         first = [int(np.argmax(self.groups == k)) for k in range(dimensions)]  # a weight of each coefficient
         self.coarse = coarse[first]
         self.pairs = {name: f"{f // PARTS}" for name, f in zip(self.names, first, strict=True)}
-        self.ties = {name: f"{surrogate.groups[12][f]}" for name, f in zip(self.names, first, strict=True)}
+        kinds = surrogate.groups[sorted(surrogate.groups)[1]]
+        self.ties = {name: f"{kinds[f]}" for name, f in zip(self.names, first, strict=True)}
         rng = np.random.default_rng(seed)
-        dealt = [t * (SEARCHED + JUDGED) + rng.permutation(SEARCHED + JUDGED) for t in range(TASKS)]
-        self.search = np.array([d[:SEARCHED] for d in dealt])  # (tasks, items)
-        self.holdout = np.array([d[SEARCHED:] for d in dealt])
+        items, searched = surrogate.items, surrogate.searched
+        dealt = [t * items + rng.permutation(items) for t in range(TASKS)]
+        self.search = np.array([d[:searched] for d in dealt])  # (tasks, items)
+        self.holdout = np.array([d[searched:] for d in dealt])
         self.given = [np.array([p[f] for f in first]) for p in given_points().values()]
         known = [surrogate.at(p[self.groups]) for p in self.given]
         self.lines = [[self.line(known, items, which) for which in (0, 1)] for items in self.search]
@@ -292,7 +114,7 @@ class Problem:
         point = dict(zip(self.names, max(self.given, key=self.value).tolist(), strict=True))
         for _ in range(STEPS):
             seen.append(point)
-            items = np.zeros(TASKS * (SEARCHED + JUDGED))
+            items = np.zeros(TASKS * self.surrogate.items)
             for task, (line, _) in zip(self.search, self.lines, strict=True):
                 items[rng.choice(task, ITEMS // TASKS, replace=False)] = 1 / line.unit
             fine = self.surrogate.gradient(np.array([point[n] for n in self.names])[self.groups], items)
@@ -403,11 +225,11 @@ def at_random(problem: Problem, start: Vector | None, trials: int) -> Found:
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not arguments.surrogate.is_file():
-        fit(arguments)
+    fit(arguments.surrogate, arguments.family, arguments.real, arguments.points or POINTS[arguments.real])
     surrogate, results = Surrogate(arguments.surrogate), Results(arguments.out)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    for seed, dimensions, share in product(seeds, arguments.dimensions, arguments.shares):
+    spaces = [d for d in arguments.dimensions if d in surrogate.groups]
+    for seed, dimensions, share in product(seeds, spaces, arguments.shares):
         problem = Problem(surrogate, dimensions, seed, share)
         starts = dict(zip(STARTS, (None, problem.learned()), strict=True))
         results.once(f"ends/{dimensions}/{seed}", lambda p=problem, s=starts: ends(p, s["learned"]))
@@ -436,6 +258,7 @@ def measured(problem: Problem, name: str, start: Vector | None, workers: int, tr
         found = sampled(problem, name, start, workers, trials)
     points = [found.points[b - 1] for b in BUDGETS if b <= trials]
     return {
+        "points": [p.tolist() for p in points],
         "values": [problem.value(p, "holdout", METRIC_SHARE) for p in points],
         "metric": [problem.metric(p) for p in points],
         "seconds": float(np.mean(found.seconds)),
@@ -447,12 +270,13 @@ def unfit(name: str, dimensions: int, start: str) -> bool:
     return (name == "coarse" and dimensions == 4) or (name == "cma-es free" and (dimensions < 48 or start != "learned"))
 
 
-def ends(problem: Problem, learned: Vector) -> dict[str, float]:
+def ends(problem: Problem, learned: Vector) -> dict[str, Any]:
     """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
     best = max(problem.given, key=problem.value)
-    wide = len(problem.axes) > DIMENSIONS[-2]  # there LONG trials take minutes
+    wide = len(problem.axes) > TINY[-2]  # there LONG trials take minutes
     long = learned if wide else by_stages(problem, learned, [(LONG, None)], "holdout").points[-1]
     return {
+        "points": {"learned": learned.tolist(), "optimum": long.tolist()},
         "baseline": problem.value(best, "holdout"),
         "learned": problem.value(learned, "holdout"),
         "optimum": problem.value(long, "holdout"),
@@ -501,9 +325,8 @@ def table(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser, running = command_line(__doc__, "samplers", 10, run, table)
-    running.add_argument("--surrogate", type=Path, default=Path("runs/surrogate.npz"), help="made if it is not there")
-    running.add_argument("--tiny", type=Path, default=ROOT / "benchmarks" / "tiny24.yaml")
-    running.add_argument("--points", type=int, default=490, help="of the surrogate")
+    add_family(running)
+    running.add_argument("--points", type=int, help=f"of the surrogate; {POINTS[False]}, or {POINTS[True]} if real")
     running.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     running.add_argument("--dimensions", nargs="+", type=int, choices=DIMENSIONS, default=DIMENSIONS)
     running.add_argument("--workers", nargs="+", type=int, default=(1, 8))

@@ -94,12 +94,14 @@ def with_changes(config: SearchConfig, **changes: Any) -> SearchConfig:
 class SmallFamily:
     """The models, the space and the items of a configuration.
 
-    config: as it was read; a generation task's gold answer then gets the stop string at its end.
+    config: as it was read; a generation task's gold answer then gets the stop string at its end, if it has none.
     """
+
+    dtype = "float32"
 
     def __init__(self, config: SearchConfig) -> None:
         assert config.method == "task_arithmetic", "the weights must be linear in the point"
-        self.config = config.model_copy(update={"dtype": "float32", "compute_dtype": "float32"})
+        self.config = config.model_copy(update={"dtype": self.dtype, "compute_dtype": self.dtype})
         self.models = open_config_models(self.config)
         self.task_set: TaskSet = open_task_set(self.config)
         self.space: Space = build_space(self.config, self.models)
@@ -159,7 +161,8 @@ class SmallFamily:
             found = next(t for t in self.task_set.tasks if t.name == task)
             work = self.evaluator.engine.workload(found, self.task_set.items[task][split], True)
             rows, gold, choices = [], [], []
-            stop = [] if found.kind == "multiple_choice" else stop_tokens(self.evaluator.engine.tokenizer, found)
+            ended = found.kind == "multiple_choice" or ends_with_stop(found)
+            stop = [] if ended else stop_tokens(self.evaluator.engine.tokenizer, found)
             for asked in work.items:
                 assert asked.gold is not None
                 spans = [s.start for s in asked.spans] or [asked.gold]
@@ -222,6 +225,12 @@ class HiddenStates(torch.nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
+
+
+def ends_with_stop(task: Any) -> bool:
+    """Whether the template of a generation task's gold answer ends with a stop string."""
+    until = task.lm.config.generation_kwargs["until"]
+    return task.gold is not None and task.gold.endswith((until,) if isinstance(until, str) else tuple(until))
 
 
 def stop_tokens(tokenizer: Any, task: Any) -> list[int]:

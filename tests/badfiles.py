@@ -24,8 +24,8 @@ from evomerge.config.differences import config_differences
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
 from evomerge.merge.live import load_live_model
 from evomerge.merge.measure.prepare import load
 from evomerge.merge.mergekit.load_merge import load_merge

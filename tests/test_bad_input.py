@@ -27,9 +27,9 @@ from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prepared_items import read
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
 from evomerge.files.read import read_json, read_text, read_yaml
 from evomerge.files.write import write_text
 from evomerge.merge.live import load_live_model

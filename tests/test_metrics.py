@@ -22,8 +22,9 @@ from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.formulas import Answer, TensorAnswer
 from evomerge.evaluate.item_values import MetricFailed, scores_of
 from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.racing import ceiling
-from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.evaluate.tasks import Task, items_of
 from evomerge.search.verdict.intervals import score_range
 
 DOCS = [{"q": f"{a}+{b}=", "a": a + b, "c": [b, a + b, "ab"], "g": 1} for a in "abcd" for b in "ef1"]

@@ -12,7 +12,7 @@ from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.start.migrate.migrate import migrate
 
 TASKS = ROOT / "evals" / "tiny"

@@ -23,9 +23,11 @@ from evomerge.config.config_file import load_config
 from evomerge.config.tasks import PythonTask, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.python_task import PythonSource, TaskCodeFailed, read_docs
-from evomerge.evaluate.tasks import deal, items_of, open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search import agreements
 from evomerge.search.agreements import refuse_task_code

@@ -87,8 +87,8 @@ def evaluate(
     """
     from evomerge.device import resolve_device, use
     from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.open_tasks import open_tasks
     from evomerge.evaluate.standalone import evaluate_model
-    from evomerge.evaluate.tasks import open_tasks
     from evomerge.merge.live import locate_live_model, open_live_model
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
@@ -154,7 +154,7 @@ def task_configs(
     names: Sequence[str | Path], fewshot: int | None, chat: bool, multiturn: bool, code: bool
 ) -> list[TaskConfig]:
     """The tasks of the given names, as a configuration would say them.  A folder stands for the task files in it."""
-    from evomerge.evaluate.tasks import task_files
+    from evomerge.evaluate.open_tasks import task_files
 
     options = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
     files = [file for name in names for file in task_files(str(name))]

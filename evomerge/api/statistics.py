@@ -30,7 +30,7 @@ def gather_statistics(
     """
     from evomerge.config.config_file import load_config
     from evomerge.device import merging_device, resolve_device, use
-    from evomerge.evaluate.tasks import open_tasks
+    from evomerge.evaluate.open_tasks import open_tasks
     from evomerge.merge.live import locate_live_model, open_live_model
     from evomerge.merge.methods.method import Statistics
     from evomerge.report.progress import Bar

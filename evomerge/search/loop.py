@@ -57,7 +57,7 @@ class Driver:
         self.baselines = baselines
         self.pool = evaluations.pool
         self.monitor = evaluations.monitor
-        self.trials = TrialRunner(run, study, evaluations, self.pool, self.monitor)
+        self.trials = TrialRunner(run, study, evaluations)
         self.budget = RunningBudget(baselines, export)
         self.agreement = AgreementCheck(study, evaluations)
         self.sampler_name = study.space.config.sampler.name
@@ -68,7 +68,7 @@ class Driver:
         """Run all phases and return the verdict."""
         learned_start = sampler_kind(self.sampler_name).learned_start
         self.monitor.steps_to_come = learned_start
-        await settle_scale(self.study, self.evaluations, self.baselines.found, self.monitor)
+        await settle_scale(self.study, self.evaluations, self.baselines.found)
         await self.baselines.score_outside()
         self.show_incumbent()
         self.budget.say_if_too_short()

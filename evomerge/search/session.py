@@ -156,7 +156,7 @@ def baselines_of(study: SearchStudy, evaluations: Evaluations, models: Models) -
 async def settle_method_by_scores(baselines: ScoredBaselines, models: Models) -> None:
     """Score the default recipes of all methods on the scale of base and parents, and keep the choice in the study."""
     evaluations, space = baselines.evaluations, baselines.study.space
-    await settle_scale(baselines.study, evaluations, baselines.found, evaluations.monitor)
+    await settle_scale(baselines.study, evaluations, baselines.found)
     evaluations.monitor.phase("choosing the method")
     known = [base_alone(space), *baselines.parents]
 

@@ -22,14 +22,13 @@ from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
 from evomerge.search.monitor.incumbent import coefficients_of, means, task_scores
-from evomerge.search.monitor.monitor import Monitor, remark
+from evomerge.search.monitor.monitor import remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone
 from evomerge.search.space.space import Point
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
-from evomerge.search.workers.pool import Pool
 
 
 class TrialRunner:
@@ -37,17 +36,16 @@ class TrialRunner:
 
     run: the run folder, for its log.
     study: proposes points and stores results.
-    evaluations: item scores of recipes that are in the study already.
-    pool: its workers do the jobs.
-    monitor: is told of every finished trial.
+    evaluations: item scores of recipes that are in the study already; has the workers, which do the jobs, and the
+        monitor, which is told of every finished trial.
     """
 
-    def __init__(self, run: Run, study: SearchStudy, evaluations: Evaluations, pool: Pool, monitor: Monitor) -> None:
+    def __init__(self, run: Run, study: SearchStudy, evaluations: Evaluations) -> None:
         self.log = run.log
         self.study = study
         self.evaluations = evaluations
-        self.pool = pool
-        self.monitor = monitor
+        self.pool = evaluations.pool
+        self.monitor = evaluations.monitor
         self.storing = 0.0  # seconds that it took to store the last trial
 
     async def run(

@@ -6,7 +6,7 @@ from pathlib import Path
 from evomerge.config.config_file import load_config
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.files.write import write_text
 from evomerge.sources.open_models import open_named
 from evomerge.sources.tensor_names import PARTS, tensor_role

@@ -11,7 +11,8 @@ import yaml
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import gold_of
-from evomerge.evaluate.tasks import items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.files.read import read_text
 from evomerge.files.write import write_text
 from evomerge.parse import parse_json

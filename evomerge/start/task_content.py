@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import NAME_LENGTH
+from evomerge.evaluate.open_tasks import NAME_LENGTH
 from evomerge.start.columns import LETTERS, Columns, Rows, text_of
 
 Filter = Literal["strip", "first_line", "number", "none"]

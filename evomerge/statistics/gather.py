@@ -15,9 +15,10 @@ from torch import Tensor
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches
-from evomerge.evaluate.tasks import Item, Task, deal, items_of
+from evomerge.evaluate.tasks import Item, Task, items_of
 from evomerge.files.write import sync, written_aside
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import host_memory

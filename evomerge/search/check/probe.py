@@ -10,7 +10,8 @@ import numpy as np
 
 from evomerge.evaluate.answers import answers_of, gold_of
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.tasks import Split, Task, questions_of
+from evomerge.evaluate.deal import questions_of
+from evomerge.evaluate.tasks import Split, Task
 from evomerge.search.check.near_duplicates import Text
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.score_checks import finite_scores

@@ -5,7 +5,7 @@ not made the whole search clearly slower than scoring every candidate on all ite
 `evaluate/racing.py`; `TrialScorer.score_in_race` (`trial_scorer.py`) asks it after each chunk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -58,7 +58,14 @@ class Races:
             return None, setup, RaceRecord(None)
         record = RaceRecord(incumbent.number, tuple(t.number for t in others))
         race = setup.race(self.vector(incumbent), [self.vector(t) for t in others], self.penalty(incumbent))
+        if self.study.space.config.goals != "pareto":  # there every trial is weighed anew, by each turn's weights
+            self.forget_all_but([incumbent, *others])
         return race, setup, record
+
+    def forget_all_but(self, trials: Sequence[FrozenTrial]) -> None:
+        """Free the item scores of all other trials: a later candidate that races against one reads them again."""
+        kept = {trial.number for trial in trials}
+        self.vectors = {number: vector for number, vector in self.vectors.items() if number in kept}
 
     def vector(self, trial: FrozenTrial) -> Vector:
         """A trial's item scores, (N,)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -24,6 +24,7 @@ from evomerge.search.samplers.front import FrontSampler, make_front_sampler
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
+from evomerge.search.storage.compact import compact_scores, numbers_of
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
 from evomerge.search.storage.sql_statements import without_collector
@@ -117,6 +118,7 @@ class SearchStudy:
         self.stored = stored
         self.space = space
         self.axes = space.distributions
+        self.axes_of_trials: dict[str, BaseDistribution] = {**self.axes}  # one for all that end
         self.storage = storage_of(stored)
         self.memory = MemoryStorage()
         self.mirror = optuna.create_study(storage=self.memory, direction="maximize", sampler=RandomSampler(seed=0))
@@ -131,7 +133,7 @@ class SearchStudy:
         self.kept_sampler: BaseSampler | None = None
         self.workers = workers
         self.say = say
-        there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
+        there = sorted(self.storage.trials_of(key_of_study(stored)), key=lambda t: t.number)
         if [t.number for t in there] != list(range(len(there))):
             raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")
         for trial in there:
@@ -312,14 +314,18 @@ class SearchStudy:
 
         The stored record says also how many trials were finished before this one (`order`).
         """
-        record = replace(record, order=len(self.finished))
+        record = replace(record, order=len(self.finished), scores=compact_scores(record.scores))
         self.storage.finish_trial(key_of_study(self.stored), trial.trial_id, value, {RECORD: record.to_json()})
         self.memory.set_trial_user_attr(trial.number, RECORD, record)
         state = TrialState.COMPLETE if value is not None else TrialState.FAIL
         twin, values = self.memory.get_trial(trial.number), None if value is None else [value]
         self.mirror.sampler.after_trial(self.mirror, twin, state, values)  # with the next line, what `tell` does
         self.memory.set_trial_state_values(trial.number, state, values)
-        self.count_in(self.memory.get_trial(trial.number))
+        ended = self.memory.get_trial(trial.number)
+        if ended.distributions == self.axes:
+            ended.distributions = self.axes_of_trials
+            ended.params = numbers_of(self.axes, map(ended.params.__getitem__, self.axes)) or ended.params
+        self.count_in(ended)
         return state
 
 
