@@ -8,6 +8,7 @@ sql_statements.py: the statements on the rows of Optuna's tables.
 What is stored:
 trial_record.py: what a finished trial leaves behind beside its parameters and value.
 item_scores.py: item scores as text, and the ids of the items that they belong to.
+compact.py: how numbers and texts of thousands of trials are held in memory.
 answers.py: what models answered to the holdout items, in files of the run folder.
 
 Beside them:
