@@ -28,8 +28,9 @@ from evomerge.config.tasks import TaskConfig
 from evomerge.device import TORCH_DTYPES, resolve_device
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prefix_plan import tree_tokens
-from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.evaluate.tasks import Task, items_of
 from evomerge.evaluate.workload import Workload
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
@@ -39,6 +40,7 @@ from evomerge.search.models import open_config_models
 
 WORDS = "the cat saw a small red house near our old river and they were glad of it when rain came down again".split()
 LETTERS = "abcdefgh"  # for tokenizers of single characters
+LOGITS = 16 << 30  # bytes
 ROOM = 1024  # positions: the tiny family says 64, but its rotary positions do not end there
 
 
@@ -126,7 +128,8 @@ def compare(engine: Engine, task: Task, repeats: int) -> list[str]:
     longest = (
         max(len(p.context) + p.limit for p in work.prompts) if generates else max(len(r.tokens) for r in work.rows)
     )
-    engine.lm.batch_size_per_gpu = max(1, engine.batch_tokens // longest)
+    room = LOGITS // (4 * engine.vocabulary)  # HFLM has the logits of all tokens, in float32
+    engine.lm.batch_size_per_gpu = max(1, min(engine.batch_tokens, room) // longest)
     theirs = engine.lm.generate_until if generates else engine.lm.loglikelihood
     ours_s, theirs_s = [], []
     device = engine.model.device

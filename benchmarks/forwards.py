@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evomerge.config.tasks import TaskConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.live import open_live_model
 from evomerge.merge.recipe.recipe import Dtype

@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --out results --only bits bank       some of the steps
 
 Each step is a process of its own with a time limit: what fails, hangs or breaks the device's state costs only itself.
-The most valuable steps come first.  results.json and results.md in --out are written anew after every step; the exit
-code is 1 if anything was wrong.
+Whole searches come first.  results.json and results.md in --out are written anew after every step; the exit
+code is 1 if anything was wrong.  Missing packages are named at once; where one of them is needed, only the first step
+runs.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TOTAL = 530.0  # seconds for everything
+FIRST = "environment"  # the step without which no other runs
 ROOMY = 45 << 30  # bytes that the largest models take, written
 
 
@@ -43,16 +45,17 @@ class Step:
 
 
 STEPS = [
-    Step("environment", "machine.environment", 60, "Environment"),
+    Step(FIRST, "machine.environment", 60, "Environment"),
+    Step("search", "search.searched", 110, "A search, and trials repeated"),
+    Step("workers", "search.killed", 120, "Two workers on one device, one killed"),
+    Step("tests", "kernels.suite", 100, "The suite's own tests of an accelerator"),
+    Step("generating", "generating.generating", 110, "Ways to generate"),
+    Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
     Step("kernels", "kernels.compiled_kernels", 100, "One kernel of each kind"),
     Step("bits", "kernels.same_bits", 80, "Bits of the CPU"),
-    Step("tests", "kernels.suite", 60, "The suite's own tests of an accelerator"),
     Step("bank", "memory.capacities", 80, "The bank's bits and memory"),
-    Step("search", "search.searched", 110, "A search, and trials repeated"),
-    Step("large", "large.large", 130, "1.5B and 7B, four sources"),
+    Step("large", "large.large", 150, "1.5B and 7B, four sources"),
     Step("floor", "floor.floor", 100, "Candidates against a copy of their bytes"),
-    Step("scoring", "scoring.scoring", 110, "Scoring and decoding"),
-    Step("workers", "search.killed", 120, "Two workers on one device, one killed"),
 ]
 
 
@@ -139,6 +142,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
 def inside(args: argparse.Namespace) -> None:
     """The process of one step."""
     sys.path.insert(0, str(HERE))
+    (step,) = (s for s in STEPS if s.name == args.step)
     import torch
     from gpu_steps.bench import Bench
 
@@ -146,7 +150,6 @@ def inside(args: argparse.Namespace) -> None:
 
     device = resolve_device(args.device)
     use(device)
-    (step,) = (s for s in STEPS if s.name == args.step)
     module, _, name = step.function.partition(".")
     torch.manual_seed(0)
     bench = Bench(device, args.small, args.work, args.work / f"{step.name}.jsonl", args.family)
@@ -159,7 +162,6 @@ def begin_family(args: argparse.Namespace, work: Path) -> "subprocess.Popen[byte
         return None
     args.family = work / "family"
     if args.small:
-        sys.path.insert(0, str(HERE))
         from gpu_steps.models import write_family
 
         write_family(args.family)
@@ -194,21 +196,31 @@ def main() -> int:
     if args.out is None:
         parser.error("name a folder with --out")
     args.out.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(HERE))
+    from gpu_steps.packages import absent
+
+    lacking = absent(HERE.parent / "pyproject.toml")
+    if lacking:
+        print(f"missing packages: {', '.join(lacking)}", flush=True)
     started = time.monotonic()
     results = Results(args.out)
     with tempfile.TemporaryDirectory(prefix="evomerge-gpu-", dir=None if args.small else work_folder()) as name:
         work = Path(name)
-        family = begin_family(args, work)
         steps = [s for s in STEPS if not args.only or s.name in args.only]
         if args.small:  # the longest first, so that both processes end at the same time
-            steps.sort(key=lambda step: step.name not in ("workers", "search", "scoring"))
+            steps.sort(key=lambda step: step.name not in (FIRST, "workers", "search", "scoring"))
 
         def run(step: Step) -> None:
             run_step(step, args, work, lambda: TOTAL - (time.monotonic() - started), results)
 
+        family = None
         try:
-            with ThreadPoolExecutor(2 if args.small else 1) as pool:
-                list(pool.map(run, steps))
+            if steps[0].name == FIRST:
+                run(steps.pop(0))
+            if not results.wrong:
+                family = begin_family(args, work)
+                with ThreadPoolExecutor(2 if args.small else 1) as pool:
+                    list(pool.map(run, steps))
         finally:
             if family is not None:
                 stop(family)

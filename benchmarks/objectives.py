@@ -11,8 +11,8 @@ correlation   Spearman's, over random points, baselines and points near a good o
               search items and the mean metric on the holdout items; and among the better half by metric alone
 gradient      the metric on the holdout items of the mean of the last 30% of Adam's steps, from the best parent
 
-learned       the metric on the holdout items after the learned start of a search (`--learned`), from 0.5 everywhere, by
-              a named objective in the place of `auto` of generation tasks; for models of every size
+learned       the metric on the holdout items after the learned start of a search (`--learned`), from `--starts`, by a
+              named objective in the place of `auto` of generation tasks; for models of every size
 
 `run` skips what the file has already, so a long run can be done in parts.
 """
@@ -265,22 +265,24 @@ def rank(one: Vector, two: Vector) -> float:
     return 0.0 if np.ptp(one) == 0 or np.ptp(two) == 0 else float(spearmanr(one, two).statistic)
 
 
-def learned(path: Path, objective: str, seed: int) -> dict[str, float]:
-    """What the learned start of a search reaches by an objective of generation tasks."""
+def learned(path: Path, objective: str, start: str, seed: int) -> dict[str, float]:
+    """What the learned start of a search reaches by an objective of generation tasks.  start: see `Family.starts`."""
     CHOSEN["auto"]["generate_until"] = objective
-    TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]  # generating takes long
     family = Family(path, seed, 0.5, fine=False, objective="auto")
     family.take_scale()
-    return by_steps(family, Climber, RATE, STEPS)[""]
+    return by_steps(family, Climber, RATE, STEPS, family.starts(start))[""]
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the file does not have yet."""
     results = Results(arguments.out)
     if arguments.learned:
-        for path, objective in product(arguments.configs, arguments.learned):
+        if not arguments.answers:
+            TaskSet.values_metric = lambda self, task: False  # type: ignore[method-assign]
+        for path, objective, start in product(arguments.configs, arguments.learned, arguments.starts):
+            way = objective if start == "0.5" else f"{objective} from {start}"
             for seed in range(arguments.first, arguments.first + arguments.seeds):
-                results.once(f"{path.stem}/learned/{objective}/{seed}", partial(learned, path, objective, seed))
+                results.once(f"{path.stem}/learned/{way}/{seed}", partial(learned, path, objective, start, seed))
         return
     names = [n for n in CANDIDATES if arguments.only is None or n in arguments.only]
     for path in arguments.configs:
@@ -315,19 +317,20 @@ def table(found: dict[str, Any]) -> None:
 
 
 def print_learned(found: Mapping[str, Any]) -> None:
-    """Print what the learned start reached, and the paired difference to the first objective of each family."""
-    rows: dict[str, dict[str, dict[str, float]]] = {}  # family -> objective -> seed -> metric
+    """Print what the learned start reached, and the paired differences to the first row of each family."""
+    rows: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # family -> way -> seed -> values
     for key, values in found.items():
-        family, _, objective, seed = key.split("/")
-        rows.setdefault(family, {}).setdefault(objective, {})[seed] = values["metric"]
+        family, _, way, seed = key.split("/")
+        rows.setdefault(family, {}).setdefault(way, {})[seed] = values
     if rows:
-        print("| family | objective | seeds | metric after the learned start | less the first |")
-        print("|---|---|---|---|---|")
+        print("| family | objective | seeds | metric after the learned start | less the first | objective less it |")
+        print("|---|---|---|---|---|---|")
     for family, each in rows.items():
         first = next(iter(each.values()))
-        for objective, by_seed in each.items():
-            less = [value - first[seed] for seed, value in by_seed.items() if seed in first and by_seed is not first]
-            cells = (family, objective, str(len(by_seed)), interval([*by_seed.values()]), interval(less))
+        for way, by_seed in each.items():
+            pairs = [(v, first[seed]) for seed, v in by_seed.items() if seed in first and by_seed is not first]
+            less = [interval([own[k] - other[k] for own, other in pairs]) for k in ("metric", "objective")]
+            cells = (family, way, str(len(by_seed)), interval([v["metric"] for v in by_seed.values()]), *less)
             print(f"| {' | '.join(cells)} |")
 
 
@@ -339,6 +342,10 @@ def main() -> None:
     running.add_argument("--steps", type=int, default=40, help="of Adam")
     running.add_argument("--batch", type=int, default=24, help="items of each task a step")
     running.add_argument("--learned", nargs="*", help="named objectives; measure only what the learned start reaches")
+    running.add_argument(
+        "--starts", nargs="+", default=["0.5"], help="of the learned start: a number, uniform, baseline, race"
+    )
+    running.add_argument("--answers", action="store_true", help="baselines by answers too: slow in models of real size")
     running.add_argument("--only", nargs="*", help="names of candidates")
     arguments = parser.parse_args()
     arguments.function(arguments)

@@ -12,8 +12,9 @@ The result of `matrix` and `adam` is the mean point of the last 30% of the steps
 """
 
 import argparse
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,14 @@ from small_family import with_changes
 from evomerge.config.config_file import load_config
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import EvaluationJob, GradientJob, Outcome, TrialJob
-from evomerge.search.evaluation.scale import fitted
-from evomerge.search.evaluation.task_set import open_task_set
+from evomerge.search.evaluation.scale import Scale, make_scale
+from evomerge.search.evaluation.task_set import Scores, open_task_set
 from evomerge.search.learned.learn import AVERAGED, ITEMS
 from evomerge.search.learned.minibatches import minibatch
 from evomerge.search.learned.steps import Climber, average
 from evomerge.search.models import open_config_models
-from evomerge.search.space.baselines import base_alone, baselines
+from evomerge.search.space.baselines import Baseline, base_alone, baselines
+from evomerge.search.space.greedy_soup import greedy_soup
 from evomerge.search.space.space import Point, build_space
 
 Vector = NDArray[np.float64]
@@ -41,6 +43,7 @@ MATRICES = [f"attention.{x}" for x in "qkvo"] + [f"mlp.{x}" for x in ("gate", "u
 FINE = {"granularity": "layer", "components": MATRICES}
 OPTIMIZERS = ("matrix:0.05:100", "adam:0.04:100", "adam:0.04:150", "adam:0.08:100", "l-bfgs")
 LOOKS = (4, 8, 12)  # gradients of L-BFGS
+RACE = 15  # steps from each of several starts
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Family:
     objective: str = "auto_mean"
     evaluator: Evaluator = field(init=False)
     units: dict[str, float] = field(init=False)
+    scale: Scale = field(init=False)
+    known: dict[str, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = load_config(self.path)
@@ -74,12 +79,46 @@ class Family:
 
     def take_scale(self) -> None:
         """Divide each task's objective by what its best parent has more of it than the base, as a search does."""
-        models = [base_alone(self.space), *(b for b in baselines(self.space) if b.kind == "parent")]
-        base, *parents = (self.done(TrialJob(model.recipe, None)).scores for model in models)
-        for task in self.task_set.tasks:
-            name, metric = task.name, task.objective
-            each = {str(k): scores[name][metric] for k, scores in enumerate(parents)}
-            self.units[name] = fitted(metric, base[name][metric], each).unit
+        parents = {b.name: self.scores(b) for b in baselines(self.space) if b.kind == "parent"}
+        self.scale = make_scale(self.task_set, self.scores(base_alone(self.space)), parents)
+        self.units = {name: task.objective.unit for name, task in self.scale.tasks.items()}
+
+    def scores(self, baseline: Baseline) -> Scores:
+        """By what trials are scored by, on the search items."""
+        key = baseline.recipe.model_dump_json()
+        if key not in self.known:
+            found = self.done(TrialJob(baseline.recipe, None)).scores
+            for task in self.task_set.tasks:  # a metric that is no part of a trial's value has a line in the scale too
+                found[task.name].setdefault(task.metric, found[task.name][task.objective])
+            self.known[key] = found
+        return self.known[key]
+
+    def best_baseline(self) -> Baseline:
+        """Where a search would begin, by the scale that was taken."""
+
+        async def value(baseline: Baseline) -> float:
+            return self.scale.value(self.scores(baseline))
+
+        known = baselines(self.space)
+        soup = asyncio.run(greedy_soup(self.space, known, value))
+        inside = [b for b in (*known, soup.baseline) if b.point is not None]
+        best = max(inside, key=lambda b: self.scale.value(self.scores(b)))
+        print(f"seed {self.seed}: the best baseline is {best.name}. {soup.sentence}")
+        return best
+
+    def starts(self, name: str) -> list[Point]:
+        """The points at which a climb begins.
+
+        name: a number, the value of all coefficients; `uniform`, 1/n; `baseline`, the best one; `race`, 0.5 and both.
+        """
+        if name == "race":
+            return [point for each in ("baseline", "uniform", "0.5") for point in self.starts(each)]
+        if name == "baseline":
+            best = self.best_baseline()
+            assert best.point is not None
+            return [best.point]
+        value = 1 / len(self.space.config.sources) if name == "uniform" else float(name)
+        return [dict.fromkeys(self.space.axes, value)]
 
     def done(self, job: GradientJob | EvaluationJob | TrialJob) -> Outcome:
         found = self.evaluator.run(job)
@@ -92,6 +131,11 @@ class Family:
         found = self.done(GradientJob(self.space.recipe(point), items, weights))
         means = [np.mean(next(iter(scores.values()))) for scores in found.scores.values()]
         return float(np.mean(means)), self.space.gradient(found.gradient)
+
+    def objective_at(self, point: Point) -> float:
+        """The mean scaled objective of a point on the search items."""
+        scores = self.done(TrialJob(self.space.recipe(point), None)).scores
+        return float(np.mean([np.mean(scores[t.name][t.objective]) / self.units[t.name] for t in self.task_set.tasks]))
 
     def reached(self, point: Point, cost: float, seconds: float) -> dict[str, float]:
         """What a point has on the holdout items."""
@@ -122,15 +166,49 @@ class Adam:
         return dict(zip(self.axes, np.clip(moved, *bounds.T).tolist(), strict=True))
 
 
-def by_steps(family: Family, make: Callable[..., Any], rate: float, steps: int) -> dict[str, dict[str, float]]:
-    """The mean point of the last steps on mini-batches."""
-    climber, point, points, started = make(family.space.axes, rate, steps), family.first, [], time.process_time()
-    for number in range(steps):
-        items = minibatch(family.ids, family.seed, number, ITEMS)
-        points.append(point)
-        point = climber.step(point, family.gradient(point, items)[1])
-    found = average(points[-max(1, round(AVERAGED * steps)) :])
-    return {"": family.reached(found, steps, time.process_time() - started)}
+@dataclass
+class Climb:
+    """Steps on mini-batches.
+
+    points: where each step was taken, and where the next one is.
+    """
+
+    family: Family
+    climber: Climber | Adam
+    points: list[Point]
+
+    def go(self, steps: int) -> None:
+        """Go on until so many steps are taken."""
+        for number in range(len(self.points) - 1, steps):
+            point, family = self.points[-1], self.family
+            items = minibatch(family.ids, family.seed, number, ITEMS)
+            self.points.append(self.climber.step(point, family.gradient(point, items)[1]))
+
+    def mean(self) -> Point:
+        """The mean point of the last steps."""
+        taken = self.points[:-1]
+        return average(taken[-max(1, round(AVERAGED * len(taken))) :])
+
+
+def by_steps(
+    family: Family, make: Callable[..., Climber | Adam], rate: float, steps: int, starts: Sequence[Point] = ()
+) -> dict[str, dict[str, float]]:
+    """The mean point of the last steps on mini-batches.
+
+    starts: where it begins.  From each of several a climb takes RACE steps, and the one with the best objective on the
+        search items goes on with those that are left.
+    """
+    started, starts = time.process_time(), starts or [family.first]
+    left = steps - RACE * (len(starts) - 1)
+    climbs = [Climb(family, make(family.space.axes, rate, left), [start]) for start in starts]
+    best = climbs[0]
+    if len(climbs) > 1:
+        for climb in climbs:
+            climb.go(RACE)
+        best = max(climbs, key=lambda climb: family.objective_at(climb.mean()))
+        print(f"seed {family.seed}: start {climbs.index(best)} won the race")
+    best.go(left)
+    return {"": family.reached(best.mean(), steps, time.process_time() - started)}
 
 
 def by_lbfgs(family: Family) -> dict[str, dict[str, float]]:

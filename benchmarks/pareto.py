@@ -38,7 +38,7 @@ from small_family import Rows, SmallFamily
 from torch import Tensor
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
 from evomerge.search.learned.climbs import Weights, climbs, distance
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE

@@ -43,7 +43,7 @@ def replay(folder: Path, most: int) -> list[tuple[float, float, float]]:
     race_setup = build_race_setup(
         task_set, scale_of(study.stored.user_attrs, task_set), items, known, config.seed, config.racing
     )
-    work = evaluator.prepared("search", everything=False)
+    work = evaluator.workloads.whole("search")
     evaluator.materialise(study.space.recipe(study.complete[0].params), Clock())
     began = time.perf_counter()
     looks = choose_looks(race_setup, evaluator.engine, work.by_task, work)

@@ -38,7 +38,7 @@ from optuna.distributions import FloatDistribution
 from results import Results, command_line, interval
 from surrogate import HIGH, PARTS, POINTS, REAL, SOURCES, TASKS, TINY, Surrogate, add_family, fit, given_points
 
-from evomerge.config.schema import COARSE, SamplerConfig
+from evomerge.config.running import COARSE, SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.learned.steps import Climber, average

@@ -34,7 +34,7 @@ from optuna.trial import TrialState
 from storage import space_of
 
 from evomerge.config.config_file import write_config
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 from evomerge.search.run import Run, open_run
 from evomerge.search.samplers.cmaes import GENERATION, CmaEsSampler
 from evomerge.search.space.space import Point

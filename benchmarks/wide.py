@@ -2,6 +2,7 @@
 
     python benchmarks/wide.py costs       # CPU time of a proposal and of a resume, peak memory; each in its own process
     python benchmarks/wide.py quality     # three quadratics: by how much the best trial is better than the start
+    python benchmarks/wide.py mixed       # both for coefficients beside one choice of three values
 
 Quadratics on the unit cube, with the optimum at a random point and the start 0.15 beside it in every coordinate.
 `equal`: every coordinate counts alike; `unequal`: up to 100 times; `turned`: the same along random directions.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,6 +26,7 @@ from optuna.distributions import FloatDistribution
 from results import interval
 
 from evomerge.search.samplers import cmaes
+from evomerge.search.samplers.mixed_cma import MixedCMA
 from evomerge.search.storage.optuna_private import MemoryStorage
 
 Vector = NDArray[np.float64]
@@ -119,8 +122,8 @@ def found(name: str, kind: str, dimensions: int, seed: int) -> list[float]:
     return [min(values[: budget + 2]) for budget in BUDGETS]
 
 
-def quality(dimensions: list[int], seeds: int) -> None:
-    """Print the table."""
+def quality(dimensions: list[int], seeds: int, found: Callable[[str, str, int, int], list[float]]) -> None:
+    """Print the table.  found: see `found` and `mixed_found`."""
     print("| coefficients | quadratic | |" + "".join(f" {b} trials |" for b in BUDGETS))
     print("|---|---|---|" + "---|" * len(BUDGETS))
     for count in dimensions:
@@ -131,28 +134,71 @@ def quality(dimensions: list[int], seeds: int) -> None:
                 print(f"| {count} | {name} | {kind} | {cells} |", flush=True)
 
 
+def mixed_costs(dimensions: int, kind: str) -> None:
+    """`costs` beside a choice, of the distribution alone."""
+    population, before = 4 + math.floor(3 * math.log(dimensions + 1)), peak()
+    rng, start = np.random.default_rng(0), np.append(np.full(dimensions, 0.5), 0)
+    cma = MixedCMA(start, 0.2, [3], population, separable=kind == "separable")
+    points = [np.append(rng.uniform(0.3, 0.7, dimensions), k % 3) for k in range(population)]
+    began = time.process_time()
+    cma.tell([(point, float(k)) for k, point in enumerate(points)])
+    cma.should_stop()
+    replay = (time.process_time() - began) * RESUMED / population
+    cma.ask()
+    began = time.process_time()
+    cma.ask()
+    proposal = 1e3 * (time.process_time() - began)
+    print(f"| {dimensions} | {kind} | {proposal:.1f} | {replay:.2f} | {peak() - before:.0f} |", flush=True)
+
+
+def mixed_found(name: str, kind: str, dimensions: int, seed: int) -> list[float]:
+    """`found` beside a choice, of which two values cost 30% of the start's loss."""
+    rng = np.random.default_rng([seed, dimensions])
+    loss, best = quadratic(name, dimensions, rng), rng.uniform(0.25, 0.75, dimensions)
+    start = best + 0.15 * rng.choice([-1.0, 1.0], dimensions)
+    wrong = 0.3 * loss(start - best)
+    population = 4 + math.floor(3 * math.log(dimensions + 1))
+    cma = MixedCMA(np.append(start, 0), 0.2, [3], population, separable=kind == "separable")
+    values, group = [loss(start - best) + wrong], []
+    for number in range(BUDGETS[-1]):
+        cma.reseed_rng(seed * 100003 + number)
+        point = cma.ask()
+        values.append(loss(point[:-1] - best) + wrong * (point[-1] != 1))
+        group.append((point, values[-1]))
+        if len(group) == population:
+            cma.tell(group)
+            group = []
+    return [min(values[: budget + 1]) / values[0] for budget in BUDGETS]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("costs", "quality"))
+    parser.add_argument("what", choices=("costs", "quality", "mixed"))
     parser.add_argument("--dimensions", type=int, nargs="+")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS))
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if arguments.what == "quality":
-        quality(arguments.dimensions or [100, 240, 500], arguments.seeds)
+        quality(arguments.dimensions or [100, 240, 500], arguments.seeds, found)
         return
-    counts = arguments.dimensions or list(DIMENSIONS)
+    mixed = arguments.what == "mixed"
+    counts = arguments.dimensions or ([1000, 3000] if mixed else list(DIMENSIONS))
     if len(counts) == len(arguments.kinds) == 1:
+        if mixed:
+            mixed_costs(counts[0], arguments.kinds[0])
+            return
         with patch.object(cmaes, "SEPARABLE", KINDS[arguments.kinds[0]]):
             costs(counts[0], arguments.kinds[0])
         return
     print(
         f"| coefficients | | ms a proposal | s to tell {RESUMED} trials again | MB |\n|---|---|---|---|---|", flush=True
     )
-    for count in counts:
-        for kind in arguments.kinds:
-            subprocess.run([sys.executable, __file__, "costs", "--dimensions", str(count), "--kinds", kind], check=True)
+    for count, kind in product(counts, arguments.kinds):
+        command = [sys.executable, __file__, arguments.what, "--dimensions", str(count), "--kinds", kind]
+        subprocess.run(command, check=True)
+    if mixed:
+        quality(arguments.dimensions or [120, 240], arguments.seeds, mixed_found)
 
 
 if __name__ == "__main__":

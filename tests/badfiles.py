@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ from lm_eval_tasks import metrics, write_lines
 from models import write_adapter, write_family, write_llama
 from safetensors.torch import save_file
 
-from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import dump_config, load_config, parse_config
+from evomerge.config.differences import config_differences
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
 from evomerge.merge.live import load_live_model
 from evomerge.merge.measure.prepare import load
 from evomerge.merge.mergekit.load_merge import load_merge
@@ -50,6 +52,8 @@ from evomerge.sources.open_models import open_models
 from evomerge.sources.tokenizer import open_tokenizer
 
 SECONDS = 5.0  # of the processor, so that a paused machine is no hang
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # on a terminal
+EVIL = "\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\\r\u202e[/] "
 
 CONFIG = {
     "name": "night",

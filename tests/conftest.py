@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (
     "chaos", "tutorial", "kernels", "fuzz", "storage", "cma", "layer_search", "equality", "lease",
     "workers", "resume", "method_choice", "light", "search", "pareto", "learned", "scale", "guards", "face", "cli",
-    "simplify", "soup", "limits", "trust", "check", "check_faults", "play", "compare",
+    "simplify", "soup", "limits", "trust", "bounds", "check", "check_faults", "play", "compare",
 )  # fmt: skip
 """Files that take long; they begin first, so that both cores end at the same time.
 

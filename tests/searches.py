@@ -25,7 +25,7 @@ COMMANDS_NEED = (
     "evomerge.api.search",
     "evomerge.report.page",
     "evomerge.report.live_view",
-    "evomerge.search.loop",
+    "evomerge.search.session",
     "lm_eval.models.huggingface",
     "lm_eval.tasks",
     "scipy.io.matlab",

@@ -61,6 +61,10 @@ SEEING: dict[str, tuple[str, dict[str, Any]]] = {
                                           "query_pre_attn_scalar": 8},
         "vision_config": SMALL | IMAGE | {"vision_use_head": False}, "mm_tokens_per_image": 4,
         "image_token_index": 1000, "boi_token_index": 1002, "eoi_token_index": 1003}),
+    "llava": ("LlavaForConditionalGeneration", {
+        "text_config": DECODER | {"model_type": "llama", "vocab_size": 41}, "vision_feature_layer": -1,
+        "vision_config": SMALL | IMAGE | {"model_type": "clip_vision_model", "projection_dim": 8},
+        "image_token_index": 40}),
 }  # fmt: skip
 HYBRID: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextForCausalLM", DECODER | HEADS | LINEAR | {

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from evomerge.cli import app
 from evomerge.errors import EvomergeError
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.merge.live import candidate_model, destinations, open_live_model
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.open_bank import open_bank

@@ -16,11 +16,13 @@ from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate import gradient
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.formulas import FLOOR
 from evomerge.evaluate.gradient import GradientMemory, backward
+from evomerge.evaluate.item_values import scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore, Row
-from evomerge.evaluate.tasks import items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.evaluate.workload import Workload
 
 PROMPTS = [f"{a}{b}+{b}=" for a in "ab" for b in "ef12"]  # 8 of them

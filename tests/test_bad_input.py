@@ -19,17 +19,19 @@ from safetensors.torch import save_file
 from searches import import_what_commands_need, run_cli, write_config
 
 import evomerge
-from evomerge.config.config_file import config_differences, load_config, parse_config
+from evomerge.config.config_file import load_config, parse_config
 from evomerge.config.config_file import write_config as store
 from evomerge.config.database_url import expanded, has_password, masked
+from evomerge.config.differences import config_differences
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prepared_items import read
 from evomerge.evaluate.standalone import evaluate_model
-from evomerge.evaluate.tasks import open_tasks
-from evomerge.files import read_json, read_text, read_yaml, write_text
+from evomerge.files.read import read_json, read_text, read_yaml
+from evomerge.files.write import write_text
 from evomerge.merge.live import load_live_model
 from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import load_recipe

@@ -151,6 +151,15 @@ def test_a_folder_of_gguf_files_says_how_it_becomes_safetensors(tmp_path: Path) 
         open_checkpoint(folder)
 
 
+def test_a_model_that_lacks_a_tensor_is_not_scored(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "it")
+    left = load_file(folder / "model.safetensors")
+    del left["model.layers.1.mlp.down_proj.weight"]
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvomergeError, match=r"lacks 1 tensor\(s\) of .*: model.layers.1.mlp.down_proj.weight"):
+        open_live_model(folder, None, "float32", torch.device("cpu"))
+
+
 def test_the_line_that_dequantises_fp8_gives_the_weights_in_float64(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 

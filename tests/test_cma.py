@@ -10,11 +10,12 @@ import pytest
 from cmaes import CMA, SepCMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evomerge.search.samplers import cmaes as cmaes_module
 from evomerge.search.samplers.cmaes import GENERATION, START, CmaEsSampler, is_enqueued
+from evomerge.search.samplers.mixed_cma import MixedCMA
 from evomerge.search.samplers.sampler_kind import trial_seed
 from evomerge.search.samplers.stages import stages_of
 from evomerge.search.storage.optuna_private import MemoryStorage, key_of_study, key_of_trial, storage_behind
@@ -383,6 +384,68 @@ def test_a_study_from_before_the_separable_search_keeps_its_covariance() -> None
     other = bench.rebuilt(CmaEsSampler(axes_of(101), 5, 0.2, 4))
     other.ask()
     assert isinstance(other.sampler.optimizer, CMA)
+
+
+# --- Choices beside many coefficients ---
+
+
+def mixed(coefficients: int) -> CmaEsSampler:
+    return CmaEsSampler({**axes_of(coefficients), "c": CategoricalDistribution(["a", "b", "c"])}, 5, 0.2, None)
+
+
+def finish_mixed(bench: Bench) -> None:
+    trial = bench.ask()
+    value = 0.0 if trial.params["c"] == "b" else -1.0
+    bench.finish(trial.number, value + sphere({k: v for k, v in trial.params.items() if k != "c"}) / 1e5)
+
+
+def test_many_coefficients_beside_a_choice_have_no_covariance() -> None:
+    """Matrices of 3,000 would take 72 MB each, and minutes a generation.  The choice is found all the same."""
+    tracemalloc.start()
+    try:
+        cma = MixedCMA(np.append(np.full(3000, 0.5), 0), 0.05, [3], 28, anywhere=True, separable=True)
+        for generation in range(8):
+            points = []
+            for number in range(28):
+                cma.reseed_rng(28 * generation + number)
+                points.append(cma.ask())
+            cma.tell([(at, float(at[:3000].sum()) / 1e4 - float(at[3000] == 1)) for at in points])
+            assert not cma.should_stop()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 3000**2 / 2
+    assert cma.likely[0].argmax() == cma.mean[-1] == 1
+    assert cma.mean[:3000].mean() < 0.5
+
+
+def test_the_choice_of_a_covariance_beside_a_choice_is_the_studys() -> None:
+    for coefficients, from_before, apart in ((101, False, True), (101, True, False), (100, False, False)):
+        bench = Bench(mixed(coefficients))
+        for _ in range(20):
+            finish_mixed(bench)
+        if from_before:
+            del bench.trials[0].system_attrs[START]["separable_mixed"]
+        other = bench.rebuilt(mixed(coefficients))
+        asked = other.ask()
+        assert isinstance(other.sampler.optimizer, MixedCMA)
+        assert (other.sampler.optimizer.apart is not None) == apart
+        if not from_before:
+            assert asked.params == bench.ask().params
+
+
+def test_a_resume_that_takes_long_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(CmaEsSampler(axes_of(101), 5, 0.2, 4))
+    for _ in range(40):
+        bench.finish(bench.ask().number, 0.0)
+    del bench.trials[0].system_attrs[START]["separable"]
+    lines: list[str] = []
+    bench.rebuilt(CmaEsSampler(axes_of(101), 5, 0.2, 4, say=lines.append)).ask()
+    assert lines == []
+    monkeypatch.setattr(cmaes_module, "PATIENCE", 1e-6)
+    bench.rebuilt(CmaEsSampler(axes_of(101), 5, 0.2, 4, say=lines.append)).ask()
+    (line,) = lines
+    assert line == "note: CMA-ES is told the 40 results of this study again, which takes about 1 min more"
 
 
 # --- Shifts of whole groups, after a learned start in a wide space ---

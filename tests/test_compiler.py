@@ -1,14 +1,16 @@
 """Compilers end with those who asked for them, and only this user's own whole files are loaded."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from evomerge.merge.kernels.compiler import FileCache, run_compiler
 
@@ -171,6 +173,43 @@ def test_a_file_that_cannot_be_trusted_is_made_again(spoil: Callable[[Path], Non
     assert again(kept) == "second"
     assert not (kept.wanted / "x.so").is_symlink()
     assert again(kept) == "second"
+
+
+def test_what_a_killed_compilation_left_is_removed_by_the_next_and_what_others_make_is_not(kept: FileCache):
+    def fill(file: Path) -> None:
+        (file.parent / "inner").mkdir()
+        (file.parent / "inner" / "object.o").write_text("x")
+        file.write_text("third")
+
+    def fill_and_wait(file: Path) -> None:
+        fill(file)
+        ready.set()
+        time.sleep(100)
+
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=FileCache(kept.wanted, print).file, args=("y.so", fill_and_wait))
+    child.start()
+    assert ready.wait(20)
+    assert kept.file("z.so", fill).read_text() == "third"
+    (making,) = kept.wanted.glob("making-*")
+    assert (making / "inner" / "object.o").exists()
+    child.kill()
+    child.join()
+    kept.file("y.so", fill)
+    assert sorted(f.name for f in kept.wanted.iterdir() if f.suffix != ".sha256") == ["x.so", "y.so", "z.so"]
+
+
+def test_compilers_write_nothing_outside_the_folder_of_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from evomerge.merge.kernels import compiled
+    from evomerge.merge.measure import scan
+
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(compiled, "run_compiler", commands.append)
+    monkeypatch.setattr(scan, "run_compiler", commands.append)
+    compiled.compile_apart(compiled.Variant(torch.float32, None, torch.float32, 2), tmp_path / "x.pt2")
+    scan.compile_scan(tmp_path / "x.so")
+    assert [f"TMPDIR={tmp_path}" in command for command in commands] == [True, True]
 
 
 def test_a_folder_of_this_user_is_closed_to_others(kept: FileCache):

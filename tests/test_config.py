@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evomerge.config.config_file import config_differences, dump_config, load_config, parse_config
+from evomerge.config.config_file import dump_config, load_config, parse_config
+from evomerge.config.differences import config_differences
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.methods import METHODS
@@ -393,3 +394,15 @@ def test_a_source_is_not_called_as_another_model_of_the_tables(folder: Path, nam
     sources = [{"name": name, "path": str(folder / "a")}]
     with pytest.raises(EvomergeError, match=f"sources.0.name: '{name}' is the name of another model in tables"):
         parsed(folder, sources=sources)
+
+
+def test_a_search_that_starts_from_its_own_folder_is_refused(folder: Path) -> None:
+    own = folder / "config.yaml"
+    own.write_text(yaml.safe_dump(written(base=DEFAULT, start_from=".")))
+    with pytest.raises(EvomergeError, match=r"is no run folder \(its config.yaml lacks base\)"):
+        load_config(own)
+
+
+def test_links_in_a_circle_are_no_folder(folder: Path) -> None:
+    (folder / "circle").symlink_to("circle")
+    assert problems(folder, base="./circle") == ["base: no such folder: ./circle"]

@@ -25,9 +25,11 @@ from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Row
-from evomerge.evaluate.tasks import deal, items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels import derived
 from evomerge.merge.kernels.execute import execute

@@ -14,7 +14,8 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.item_values import ItemMetrics
-from evomerge.evaluate.tasks import FEWSHOT_SEED, Task, items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import FEWSHOT_SEED, Task, items_of
 from evomerge.evaluate.workload import Workload
 
 TEXT = "the cat saw a small red house near our old river and they were glad of it when rain came down again"

@@ -15,11 +15,14 @@ from models import VOCABULARY, write_llama
 from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Batches, Clock
-from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.deal import deal
+from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.item_values import scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore, score_batches
 from evomerge.evaluate.metrics import Extra
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.standalone import TaskResult, evaluate_model
-from evomerge.evaluate.tasks import Item, Split, Task, deal, items_of, open_tasks
+from evomerge.evaluate.tasks import Item, Split, Task, items_of
 from evomerge.evaluate.workload import Workload
 
 PROMPTS = [f"{a}{b}+{b}=" for a in "abcd" for b in "ef123"]  # 20 of them

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import new_folder
+from evomerge.files.new_folder import new_folder
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.live import destinations, load_live_model
 from evomerge.merge.materialise import NotFinite, materialise

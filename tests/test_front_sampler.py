@@ -15,6 +15,7 @@ from test_storage import space_of
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Order
 from evomerge.search.evaluation.guards import Guard, GuardScale
+from evomerge.search.evaluation.race_policy import Races
 from evomerge.search.evaluation.race_setup import RaceSetup
 from evomerge.search.evaluation.scale import SCALE, Line, Scale, TaskScale
 from evomerge.search.run import open_run
@@ -25,7 +26,6 @@ from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import LEARNED, WEIGHTS, RaceRecord, TrialRecord, record_of
-from evomerge.search.trial import Races
 from evomerge.search.verdict.front import hypervolume
 
 SCALES = Scale({t: TaskScale(1.0, 0.0, Line("m"), Line("m")) for t in ("a", "b")})

@@ -12,10 +12,12 @@ from hub import TOKEN, Hub, forget, running_hub
 from models import write_adapter, write_llama
 from safetensors.torch import load_file, save_file
 
+from evomerge.api.statistics import gather_statistics
 from evomerge.cli import main
 from evomerge.config.config_file import load_config
 from evomerge.config.paths import pin
 from evomerge.errors import EvomergeError
+from evomerge.merge.live import locate_live_model
 from evomerge.merge.output.compare import model_differences
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.report.inspection import inspect
@@ -184,6 +186,30 @@ def test_a_search_opens_its_models_before_it_downloads_them(hub: Hub, tmp_path: 
     assert len(list(here.rglob("model.safetensors"))) == 2
 
 
+def test_a_model_to_score_is_opened_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path):
+    one, base = write_llama(tmp_path / "one"), write_llama(tmp_path / "base")
+    hub.push("me/base", base)
+    hub.push("me/short", write_llama(tmp_path / "short", layers=1))
+    hub.push("me/lora", write_adapter(tmp_path / "lora", base))
+    (one / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    own = hub.push("me/own", one)
+    for model, below, reason in (
+        ("me/own", None, f"me/own@{own}: transformers cannot open it"),
+        ("me/lora", None, "is an adapter; name its base model with --base"),
+        ("me/lora", "me/short", "model.layers.1"),
+    ):
+        with pytest.raises(EvomergeError, match=reason):
+            locate_live_model(model, below)
+        with pytest.raises(EvomergeError, match=reason):
+            gather_statistics("fisher", model, tmp_path / "new", [], below, 1, None, "cpu")
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    assert not list((tmp_path / "cache").rglob("adapter_model.safetensors"))
+    scored, below = locate_live_model("me/lora", "me/base")
+    assert below is not None
+    assert (scored / "adapter_model.safetensors").is_file()
+    assert (below / "model.safetensors").is_file()
+
+
 def test_headers_alone_tell_what_whole_files_tell(hub: Hub, tmp_path: Path):
     """Also where values count: tensors of integers, an adapter's base, a head that equals the embedding."""
     base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
@@ -307,6 +333,17 @@ def test_a_merge_is_uploaded_and_an_upload_that_broke_is_repeated(
     (recipe.parent / "cache" / "token").unlink()
     here = locate("me/merged")
     assert (here / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_an_adapter_is_uploaded_without_the_path_of_its_base(hub: Hub, recipe: Path):
+    log_in()
+    content = yaml.safe_load(recipe.read_text())
+    content["sources"] = [{"name": "it", "path": str(write_adapter(recipe.parent / "it", recipe.parent / "base"))}]
+    recipe.write_text(yaml.safe_dump(content))
+    assert command("merge", str(recipe), "--push", "me/adapter", "--lora", "exact") == 0
+    files = hub.newest("me/adapter")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert not [name for name, data in files.items() if str(recipe.parent).encode() in data]
 
 
 def test_a_dry_run_asks_the_hub_nothing(hub: Hub, recipe: Path, capsys: pytest.CaptureFixture[str]):

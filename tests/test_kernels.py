@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evomerge.merge.kernels import compiled as compile_module
 from evomerge.merge.kernels.compiled import Compiled, Variant
+from evomerge.merge.kernels.compiler import FileCache
 from evomerge.merge.kernels.derived import threads
 from evomerge.merge.kernels.elementwise import SparseForm, signed_word
 from evomerge.merge.kernels.execute import execute
@@ -334,10 +335,11 @@ def test_each_compilation_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: p
     program.chmod(0o700)
     monkeypatch.setattr(compile_module.sys, "executable", str(program))
     variant = Variant.of(torch.zeros(1), None, [torch.zeros(1)])
-    for name in "ab":
-        compile_module.compile_apart(variant, tmp_path / name)
-    used = [Path((tmp_path / name).read_text().strip()) for name in "ab"]
+    kept = FileCache(tmp_path / "cache" / "kernels", print)
+    files = [kept.file(name, lambda file: compile_module.compile_apart(variant, file)) for name in "ab"]
+    used = [Path(file.read_text().strip()) for file in files]
     assert used[0] != used[1]
+    assert [folder.parent for folder in used] == [kept.folder] * 2
     assert not any(folder == Path() or folder.exists() for folder in used)
 
 

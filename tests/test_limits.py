@@ -15,7 +15,7 @@ from models import write_family
 from searches import Done, finished_search, run_cli, trials_of, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import BudgetConfig
+from evomerge.config.running import BudgetConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.tasks import SPLITS
 from evomerge.search.budget.limits import Deadline, Limits, Moment, SearchProgress, deadline_of, limits_of
@@ -26,7 +26,7 @@ from evomerge.search.space.space import build_space
 from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.study import LearnedPoint, SearchStudy
 from evomerge.search.storage.trial_record import TrialRecord, record_of
-from evomerge.search.verdict.finals import FINALISTS
+from evomerge.search.verdict.finalists import FINALISTS
 
 QUICK = {"search": 12, "selection": 4, "holdout": 8}  # items of a search whose verdict is not the point
 START = Moment(1_000_000.0, 500.0)

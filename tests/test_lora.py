@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_family
-from safetensors.torch import load_file
+from models import write_adapter, write_family, write_llama
+from safetensors.torch import load_file, save_file
+from small_models import model_class, new_model
 from test_adapters import load, logits, peft, trained, write_base
 
 from evomerge.api.lora import extract_lora
 from evomerge.api.merge import merge
 from evomerge.errors import EvomergeError
+from evomerge.merge.output.lora.card import base_and_revision
 from evomerge.merge.output.lora.factors import SMALL, truncated
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.sources.checkpoint import open_checkpoint
@@ -166,3 +168,54 @@ def test_a_large_matrix_keeps_the_energy_of_a_full_decomposition() -> None:
     lost = float((x - factors.left @ factors.right).double().square().sum() / x.double().square().sum())
     assert factors.energy == pytest.approx(best, rel=1e-3)
     assert 1 - lost == pytest.approx(factors.energy, rel=1e-5)
+
+
+def test_an_adapted_embedding_is_a_pair_though_peft_saves_a_copy_of_it(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    one = trained(base, tmp_path / "one", target_modules=["embed_tokens"])
+    two = trained(base, tmp_path / "two", target_modules=["lm_head"])
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(one / "adapter_model.safetensors")
+    expected, found = both(
+        recipe_of(base, "task_arithmetic", {"one": 0.6, "two": 0.9}, one=one, two=two), tmp_path, "exact"
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert {name.rpartition(".lora_")[1] for name in load_file(tmp_path / "lora" / "adapter_model.safetensors")} == {
+        ".lora_"
+    }
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), 1e38])
+def test_an_adapter_that_is_not_finite_is_refused_as_the_model_is(spoilt: float, tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    one = write_adapter(tmp_path / "one", base)
+    tensors = load_file(one / "adapter_model.safetensors")
+    save_file({k: v * spoilt for k, v in tensors.items()}, one / "adapter_model.safetensors")
+    for lora in (None, "exact", 2):
+        with pytest.raises(EvomergeError, match=r"this recipe makes no usable .*_proj.weight is not finite"):
+            merge(
+                recipe_of(base, "task_arithmetic", {"one": 1.0}, one=one), out=tmp_path / "out", lora=lora, show=False
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_whose_head_is_the_base_s_is_opened_by_peft(tmp_path: Path) -> None:
+    """PEFT demands a copy of the head of an adapter that says it is one of a classifier."""
+    base, folder = new_model("bert"), tmp_path / "base"
+    base.save_pretrained(folder)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "one")
+    one = recipe_of(folder, "task_arithmetic", {"one": 0.5}, one=tmp_path / "one")
+    merge(one, out=tmp_path / "lora", lora="exact", show=False)
+    merge(one, out=tmp_path / "model", show=False)
+    found = peft.PeftModel.from_pretrained(model_class("bert").from_pretrained(folder), tmp_path / "lora")
+    expected = model_class("bert").from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-4, atol=1e-5)
+    assert "from transformers import BertForSequenceClassification" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_an_adapter_names_the_commit_of_its_base() -> None:
+    def base(path: str) -> Recipe:
+        return Recipe(method="passthrough", base=Model(path=path), sources=[RecipeSource(name="a", path="a")])
+
+    assert base_and_revision(base("lab/small@0123abc")) == ("lab/small", "0123abc")
+    assert base_and_revision(base("/models/small")) == ("/models/small", None)

@@ -12,8 +12,10 @@ from models import write_family
 from searches import finished_search, run_cli, trials_of, verdict_of, write_config
 from test_search import LOOKS_COST_NOTHING
 
-from evomerge.config.config_file import config_differences, dump_config, load_config
-from evomerge.config.schema import RacingConfig, SearchConfig
+from evomerge.config.config_file import dump_config, load_config
+from evomerge.config.differences import config_differences
+from evomerge.config.running import RacingConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.jobs import Outcome, TrialJob

@@ -18,12 +18,13 @@ from torch import Tensor
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.engine import Engine, scores_of
+from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.formulas import Answer, TensorAnswer
-from evomerge.evaluate.item_values import MetricFailed
+from evomerge.evaluate.item_values import MetricFailed, scores_of
 from evomerge.evaluate.metrics import KINDS, METRICS, Metric, find_metric
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.racing import ceiling
-from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.evaluate.tasks import Task, items_of
 from evomerge.search.verdict.intervals import score_range
 
 DOCS = [{"q": f"{a}+{b}=", "a": a + b, "c": [b, a + b, "ab"], "g": 1} for a in "abcd" for b in "ef1"]

@@ -12,7 +12,7 @@ from evomerge.config.config_file import load_config
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.start.migrate.migrate import migrate
 
 TASKS = ROOT / "evals" / "tiny"
@@ -134,6 +134,11 @@ def test_the_layers_of_a_model_on_this_machine_make_groups_or_knots(tmp_path: Pa
     ("changes", "sources", "space"),
     [
         ({"merge_method": "slerp"}, ["coder-3b", "plain-3b"], {"t": [0, 1]}),
+        (
+            {"merge_method": "ties", "base_model": "lab/x", "models": ["lab/x", "lab/y", "lab/x"]},
+            ["y"],
+            {"weight": [0, 1]},
+        ),
         ({"merge_method": "linear"}, ["reader-3b", "coder-3b", "plain-3b"], {"weight": [0, 1]}),
         (
             {"merge_method": "task_arithmetic", "base_model": "lab/plain-3b", "allow_negative_weights": True},
@@ -198,6 +203,7 @@ def test_files_of_mergenetic(tmp_path: Path) -> None:
         ({"genome": GENOME["genome"] | {"base_model": None}}, "genome.base_model: missing; ties needs it"),
         (GENOME | {"limit": -1}, "limit: expected a whole number of 1 or more, found -1"),
         (GENOME | {"tasks": [{"name": "x", "weight": -1}]}, "every task is improved, so acc cannot be lowered"),
+        (GENOME | {"tasks": [{"name": "x", "metric": None}]}, "tasks.0.metric: expected text, found None"),
         (LANGUAGES | {"n_itr": 5}, "n_itr: unknown key; did you mean n_iter?"),
         (LANGUAGES | {"models": {}}, "models: there is none besides the base model"),
         ({"merge_method": "ties", "models": []}, "is one merge of mergekit, not a search"),
@@ -210,6 +216,12 @@ def test_what_is_wrong_is_named_and_nothing_is_written(content: dict[str, Any], 
         migrated(content, tmp_path)
     assert message in str(error.value)
     assert not (tmp_path / "new.yaml").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (old := tmp_path / "genome.yml").write_text(yaml.safe_dump(GENOME), encoding="utf-8")
+    with pytest.raises(EvomergeError, match="cannot write there"):
+        migrate(old, tmp_path / "none" / "search.yaml")
 
 
 def test_a_text_of_the_old_file_stays_within_its_comment(tmp_path: Path) -> None:

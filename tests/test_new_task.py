@@ -17,7 +17,9 @@ from searches import run_cli
 
 from evomerge.config.tasks import SplitsConfig, TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import Task, deal, open_tasks
+from evomerge.evaluate.deal import deal
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import Task
 from evomerge.start.new_task import NewTask, new_task
 
 Row = dict[str, Any]

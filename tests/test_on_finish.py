@@ -19,7 +19,7 @@ from searches import run_cli, start_cli, write_config
 
 from evomerge.api import on_finish
 from evomerge.api.on_finish import Ending, tell
-from evomerge.config.schema import OnFinishConfig
+from evomerge.config.running import OnFinishConfig
 
 ENDING = Ending("small", "/runs/small", "finished", "better", "Winner: 'quoted' $HOME; done", "winner")
 

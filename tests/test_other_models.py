@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from small_models import KINDS, model_class, write_small
 
 import evomerge
-from evomerge.api.merge import read_merge, reproduce
+from evomerge.api.merge import read_merge
+from evomerge.api.reproduce import reproduce
 from evomerge.errors import EvomergeError
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise

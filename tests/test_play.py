@@ -24,7 +24,8 @@ from evomerge.errors import EvomergeError
 from evomerge.merge.live import destinations
 from evomerge.merge.recipe.recipe import dump_recipe, load_recipe
 from evomerge.play.answer import answer, prompt_of, without_cache
-from evomerge.play.playground import Playground, open_playground, recipe_name, save_recipe
+from evomerge.play.live_model import recipe_name
+from evomerge.play.playground import Playground, open_playground, save_recipe
 from evomerge.play.sliders import GROUPS, Slider
 from evomerge.sources.tensor_names import tensor_role
 
@@ -53,7 +54,7 @@ def play(run: Path) -> Playground:
 
 def live_tensors(play: Playground) -> dict[str, torch.Tensor]:
     """A copy of the live model's tensors by their names in a checkpoint."""
-    found = destinations(play.evaluator.model, play.evaluator.bank)
+    found = destinations(play.live.evaluator.model, play.live.evaluator.bank)
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
@@ -86,7 +87,7 @@ def test_a_configuration_without_a_run_begins_with_the_uniform_blend(run: Path) 
 
 def test_sliders_that_are_not_moved_change_nothing(play: Playground) -> None:
     for recipe in play.presets.recipes.values():
-        assert play.moved(recipe, {}) is recipe
+        assert play.controls.moved(recipe, {}) is recipe
 
 
 @pytest.mark.parametrize("to", [0.0, 0.35, 1.4])
@@ -94,8 +95,8 @@ def test_a_move_scales_the_coefficients_of_all_layers(play: Playground, to: floa
     found = play.presets.recipes[play.presets.found]
     before = found.model_copy(update={"sources": [s.model_copy(deep=True) for s in found.sources]})
     before.sources[0].parameters["weight"] = [0.2, 0.4, 0.6, 0.8]
-    after = play.moved(before, {REV: to})
-    assert play.shown(after, REV) == pytest.approx(to, abs=0.005)
+    after = play.controls.moved(before, {REV: to})
+    assert play.controls.shown(after, REV) == pytest.approx(to, abs=0.005)
     weights = np.array(after.sources[0].parameters["weight"])
     assert weights == pytest.approx(np.array([0.2, 0.4, 0.6, 0.8]) * weights[0] / 0.2)
     assert after.sources[1] == before.sources[1]
@@ -104,16 +105,16 @@ def test_a_move_scales_the_coefficients_of_all_layers(play: Playground, to: floa
 def test_coefficients_around_zero_are_replaced(play: Playground) -> None:
     before = play.presets.recipes["rev"].model_copy(deep=True)
     before.sources[0].parameters["weight"] = {"attention": [1.0, -1.0, 1.0, -1.0], "default": 0.0}
-    after = play.moved(before, {REV: 0.5})
+    after = play.controls.moved(before, {REV: 0.5})
     assert after.sources[0].parameters["weight"] == {"attention": [0.5] * 4, "default": 0.5}
 
 
 def test_a_move_of_one_group_changes_its_tensors_alone(play: Playground) -> None:
     start = play.presets.recipes["uniform"]
-    play.merge(start)
+    play.live.merge(start)
     before = live_tensors(play)
     for group in GROUPS:
-        play.merge(play.moved(start, {Slider("weight", "rev", group): 1.2}))
+        play.live.merge(play.controls.moved(start, {Slider("weight", "rev", group): 1.2}))
         after = live_tensors(play)
         changed = {tensor_role(n).component for n, tensor in after.items() if not torch.equal(tensor, before[n])}
         assert changed
@@ -121,40 +122,44 @@ def test_a_move_of_one_group_changes_its_tensors_alone(play: Playground) -> None
 
 
 def test_a_source_that_took_no_part_joins_when_it_gets_a_weight(play: Playground) -> None:
-    dare = play.with_method(play.presets.recipes["rev"], "dare_ties")
+    dare = play.controls.with_method(play.presets.recipes["rev"], "dare_ties")
     alone = dare.model_copy(update={"sources": dare.sources[:1]})
-    assert [s.name for s in play.moved(alone, {Slider("density", "add"): 0.5}).sources] == ["rev"]
-    both = play.moved(alone, {Slider("density", "add"): 0.5, ADD: 0.4})
+    assert [s.name for s in play.controls.moved(alone, {Slider("density", "add"): 0.5}).sources] == ["rev"]
+    both = play.controls.moved(alone, {Slider("density", "add"): 0.5, ADD: 0.4})
     assert [s.name for s in both.sources] == ["rev", "add"]
     assert both.sources[1].parameters == {"weight": 0.4, "density": 0.5}
 
 
 def test_densities_stay_within_their_bounds(play: Playground) -> None:
-    start = play.with_method(play.presets.recipes["uniform"], "ties")
+    start = play.controls.with_method(play.presets.recipes["uniform"], "ties")
     start.sources[0].parameters["density"] = [0.2, 0.4, 0.6, 1.0]
-    after = play.moved(start, {Slider("density", "rev"): 0.9})
+    after = play.controls.moved(start, {Slider("density", "rev"): 0.9})
     assert max(after.sources[0].parameters["density"]) == 1.0  # type: ignore[arg-type, operator, type-var]
 
 
 def test_every_method_with_sliders_takes_the_recipe_of_another_one(play: Playground) -> None:
     start = play.presets.recipes[play.presets.found]
-    assert {"linear", "ties", "dare_ties", "slerp", "task_arithmetic"} <= set(play.methods)
-    assert not {"fisher", "regmean", "karcher"} & set(play.methods)
-    for method in play.methods:
-        recipe = play.with_method(start, method)
-        assert play.sliders(recipe, split=False)
-        assert ("rev 1" in play.summary(recipe)) == ("weight" in {s.knob for s in play.sliders(recipe, split=False)})
+    assert {"linear", "ties", "dare_ties", "slerp", "task_arithmetic"} <= set(play.controls.methods)
+    assert not {"fisher", "regmean", "karcher"} & set(play.controls.methods)
+    for method in play.controls.methods:
+        recipe = play.controls.with_method(start, method)
+        assert play.controls.sliders(recipe, split=False)
+        assert ("rev 1" in play.controls.summary(recipe)) == (
+            "weight" in {s.knob for s in play.controls.sliders(recipe, split=False)}
+        )
 
 
 # --- The live model ---
 
 
 def test_the_live_model_has_the_bits_of_the_saved_recipe_merged(play: Playground, tmp_path: Path) -> None:
-    start = play.with_method(play.presets.recipes[play.presets.found], "ties")
-    recipe = play.moved(start, {Slider("weight", "rev", "mlp"): 0.7, Slider("density", "add", "attention"): 0.3})
-    merged = play.merge(recipe)
+    start = play.controls.with_method(play.presets.recipes[play.presets.found], "ties")
+    recipe = play.controls.moved(
+        start, {Slider("weight", "rev", "mlp"): 0.7, Slider("density", "add", "attention"): 0.3}
+    )
+    merged = play.live.merge(recipe)
     assert merged.seconds > 0
-    assert play.merge(recipe).seconds == 0, "it is there already"
+    assert play.live.merge(recipe).seconds == 0, "it is there already"
     live = live_tensors(play)
     save_recipe(recipe, tmp_path / "mine.yaml")
     done = run_cli("merge", tmp_path / "mine.yaml", "--out", tmp_path / "merged")
@@ -169,17 +174,17 @@ def test_quick_scores_are_those_of_evaluate_on_the_first_search_items(play: Play
     from evomerge.api.evaluate import evaluate
     from evomerge.evaluate.tasks import items_of
 
-    recipe = play.moved(play.presets.recipes["uniform"], {REV: 0.8})
+    recipe = play.controls.moved(play.presets.recipes["uniform"], {REV: 0.8})
     save_recipe(recipe, tmp_path / "mine.yaml")
     assert run_cli("merge", tmp_path / "mine.yaml", "--out", tmp_path / "merged").returncode == 0
-    config = play.evaluator.config
+    config = play.live.evaluator.config
     found = evaluate(
         tmp_path / "merged", [t.task for t in config.tasks], dtype="float32", compute_dtype="float32", show=False
     )
     for score in play.score(recipe, 6):
-        task = next(t for t in play.evaluator.task_set.tasks if t.name == score.task)
+        task = next(t for t in play.task_set.tasks if t.name == score.task)
         place = {item.id: k for k, item in enumerate(items_of(task, task.docs))}
-        chosen = [place[item.id] for item in play.evaluator.task_set.items[score.task]["search"][:6]]
+        chosen = [place[item.id] for item in play.task_set.items[score.task]["search"][:6]]
         raw = found.tasks[score.task].raw
         assert score.items == 6
         assert score.by_metric == np.mean([raw[score.metric][k] for k in chosen])
@@ -190,14 +195,14 @@ def test_answers_are_those_of_the_tasks_and_need_no_cache_of_keys_and_values(pla
     recipe, example = play.presets.recipes["rev"], play.examples[0]
     reply = play.ask(recipe, example.prompt, stop=example.stop, limit=example.limit)
     work = play.workloads(8)[0]
-    with play.live(recipe):
+    with play.live.holding(recipe):
         from evomerge.evaluate.clock import Clock
 
         play.engine.score(work, Clock())
         assert reply.text == work.items[0].instances[0].resps[0]
         prompt = prompt_of(play.engine, example.prompt, False, "", 20)
-        text, cut = answer(play.engine, prompt, play.check)
-        tokens = without_cache(play.engine, prompt, play.check)
+        text, cut = answer(play.engine, prompt, play.live.check)
+        tokens = without_cache(play.engine, prompt, play.live.check)
     assert cut
     assert len(tokens) == 20
     assert play.engine.text(tokens, prompt.until) == text
@@ -232,7 +237,9 @@ def test_a_prompt_that_cannot_be_asked_is_refused(play: Playground, text: str, l
 
 
 def test_two_tabs_at_once_get_the_answers_of_their_own_recipes(play: Playground) -> None:
-    recipes = [play.moved(play.presets.recipes["base"], {REV: w / 10, ADD: 1 - w / 10}) for w in (1, 3, 5, 7, 9)]
+    recipes = [
+        play.controls.moved(play.presets.recipes["base"], {REV: w / 10, ADD: 1 - w / 10}) for w in (1, 3, 5, 7, 9)
+    ]
     prompts = [example.prompt for example in play.examples[::5]]
     alone = {(k, p): play.ask(r, p, limit=6) for k, r in enumerate(recipes) for p in prompts}
     assert len({reply.text for reply in alone.values()}) > len(prompts), "recipes differ in their answers"
@@ -261,9 +268,9 @@ def test_a_recipe_that_breaks_the_model_is_said_to_and_the_next_one_works(play: 
     start.sources[0].parameters["weight"] = 1e38
     start.parameters["lambda"] = 1e9
     with pytest.raises(EvomergeError, match="no usable model"):
-        play.merge(start)
-    play.merge(play.presets.recipes["base"])
-    base = load_file(Path(play.evaluator.config.base) / "model.safetensors")
+        play.live.merge(start)
+    play.live.merge(play.presets.recipes["base"])
+    base = load_file(Path(play.live.evaluator.config.base) / "model.safetensors")
     assert all(torch.equal(tensor, base[name]) for name, tensor in live_tensors(play).items())
 
 
@@ -398,7 +405,7 @@ def test_the_page_moves_asks_scores_and_saves(served: str, browser: Any, play: P
     tab.move("move-weight-add", "0", 0.6)
     tab.until_says("rev 1, add 0.6", "#state")
     assert "merged in" in tab.text("#state")
-    this = play.moved(play.presets.recipes["rev"], {ADD: 0.6})
+    this = play.controls.moved(play.presets.recipes["rev"], {ADD: 0.6})
     name, example = recipe_name(this), play.examples[0]
     tab.page.click("#ask")
     tab.until_says(name, "#answer-2")
@@ -434,8 +441,8 @@ def test_the_page_changes_method_and_splits_its_sliders(served: str, browser: An
     assert not tab.page.is_visible("#move-density-rev")
     tab.page.click("#follow input")
     tab.move("move-density-rev-mlp", "1", 0.5)
-    found = play.with_method(play.presets.recipes[play.presets.found], "dare_ties")
-    name = recipe_name(play.moved(found, {Slider("density", "rev", "mlp"): 0.5}))
+    found = play.controls.with_method(play.presets.recipes[play.presets.found], "dare_ties")
+    name = recipe_name(play.controls.moved(found, {Slider("density", "rev", "mlp"): 0.5}))
     tab.until_says(name, "#state")
     tab.until_says(name, "#answer-2")
     tab.page.click("#again")

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
+from evomerge.evaluate.open_tasks import open_tasks
 from evomerge.evaluate.prepared_items import prepared_workload
-from evomerge.evaluate.tasks import Task, items_of, open_tasks
+from evomerge.evaluate.tasks import Task, items_of
 
 DOCS = [{"prompt": f"{a}+{b}=", "answer": a + b, "choices": [a, b + a, "ba"], "gold": 1} for a in "abcde" for b in "ab"]
 KINDS: dict[str, dict[str, Any]] = {

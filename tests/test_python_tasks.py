@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,21 @@ import pytest
 import torch
 import yaml
 from models import write_llama
-from searches import ROOT, trials_of, verdict_of, write_config
+from searches import KILL, ROOT, run_cli, trials_of, verdict_of, write_config
 from small_models import new_model
+from typer.testing import CliRunner
 
 import evomerge
+from evomerge.cli import app
 from evomerge.config.config_file import load_config
 from evomerge.config.tasks import PythonTask, TaskConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.python_task import PythonSource
-from evomerge.evaluate.tasks import deal, items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.python_task import PythonSource, TaskCodeFailed, read_docs
+from evomerge.evaluate.tasks import items_of
 from evomerge.merge.recipe.recipe import load_recipe
 from evomerge.search import agreements
 from evomerge.search.agreements import refuse_task_code
@@ -32,6 +37,8 @@ from evomerge.search.evaluation.task_set import open_task_set
 from evomerge.search.models import open_config_models
 from evomerge.search.run import Run, open_run
 from evomerge.search.storage.item_scores import trial_scores
+from evomerge.search.storage.trial_record import record_of
+from evomerge.statistics.gather import choose_items
 
 EXAMPLES = ROOT / "examples" / "other_models"
 
@@ -47,10 +54,14 @@ def example(name: str) -> Any:
 
 def write_example(folder: Path, kind: str, items: int = 150, **changes: Any) -> Path:
     """The models and items of an example, made as its script makes them, and its configuration with changes."""
-    make = example("make")
-    make.make(make.KINDS[kind], folder, items)
+    if kind == "images":
+        example("make_images").make(folder, items)
+    else:
+        make = example("make")
+        make.make(make.KINDS[kind], folder, items)
     content = yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text().replace(f"../../runs/{kind}/", ""))
-    (folder / "scores.py").write_text((EXAMPLES / "scores.py").read_text())
+    for name in ("scores.py", "image_scores.py"):
+        (folder / name).write_text((EXAMPLES / name).read_text())
     content |= {"splits": {"search": 60, "selection": 30, "holdout": 50}, "budget": {"trials": 8}} | changes
     (folder / "search.yaml").write_text(yaml.safe_dump(content))
     return folder / "search.yaml"
@@ -87,8 +98,31 @@ def test_a_trial_is_repeated_bit_by_bit(run: Path) -> None:
     assert repeat(Run(run), number).differing == 0
 
 
+IN_THE_FIRST_RACE = (
+    KILL
+    + """
+import evomerge.search.evaluation.evaluator as e
+real = e.Evaluator.score_trial
+e.Evaluator.score_trial = lambda self, recipe, normal, setup, race: die() if race else real(self, recipe, normal)
+"""
+)
+
+
+@pytest.mark.more
+def test_a_trial_that_was_killed_in_its_race_races_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreements, "agreements", lambda: tmp_path / "agreed")
+    killed = run_cli("search", run.parent / "search.yaml", "--run", tmp_path / "run", prelude=IN_THE_FIRST_RACE)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert run_cli("resume", tmp_path / "run").returncode == 0
+    assert trials_of(tmp_path / "run") == trials_of(run)
+    races = [[record_of(t).race for t in open_run(r).study().trials] for r in (tmp_path / "run", run)]
+    assert races[0] == races[1]
+
+
 def test_the_function_s_file_is_recorded_and_named_in_the_card(run: Path, tmp_path: Path) -> None:
-    from evomerge.files import sha256
+    from evomerge.files.read import sha256
 
     digest = sha256(run.parent / "scores.py")
     assert json.loads((run / "run.json").read_text())["items"]["sea"]["code"] == digest
@@ -183,6 +217,37 @@ def f(model, items):
     assert scored(tmp_path, code) == [0.5, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("change", ["model.double()", "[p.mul_(2) for p in model.parameters()]"])
+def test_a_function_that_changes_the_model_is_refused(tmp_path: Path, change: str) -> None:
+    """All later candidates would be scored with what it left."""
+    with pytest.raises(EvomergeError, match="changed the model's weights, or their type or device") as caught:
+        scored(tmp_path, f"def f(model, items):\n    {change}\n    return [1] * len(items)\n")
+    assert not isinstance(caught.value, TaskCodeFailed), "which would fail one trial alone"
+
+
+def test_mode_and_working_folder_are_as_before_after_a_call(tmp_path: Path) -> None:
+    model, before = new_model("vit"), Path.cwd()
+    task = source(tmp_path, "import os\ndef f(model, items): model.train(), os.chdir('/'); return [1] * len(items)")
+    task.score(model, task.eval_docs, lambda kind: None, "all")
+    assert not model.training
+    assert Path.cwd() == before
+
+
+def test_items_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"x": 1}\r\n{"x": 2}\r\n', encoding="utf-8-sig", newline="")
+    assert read_docs(tmp_path / "items.jsonl") == [{"x": 1}, {"x": 2}]
+
+
+def test_what_a_function_prints_is_not_in_the_json_of_check(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def f(model, items):\n    print('here')\n    return [0.5] * len(items)\n")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["tasks"] = [{"task": {"python": str(tmp_path / "own.py:f"), "items": str(run.parent / "sea.jsonl")}}]
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(content))
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "search.yaml"), "--json", "--items", "2"])
+    assert "here" in done.stderr
+    assert json.loads(done.stdout)["tasks"][0]["name"] == "f"
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -221,6 +286,16 @@ def test_a_function_may_ask_for_what_the_model_does_not_have(tmp_path: Path) -> 
         scored(tmp_path, "def f(model, items, tokenizer): return [0] * len(items)")
     with pytest.raises(EvomergeError, match="'perplexity' has a meaning of its own"):
         source(tmp_path, "def f(model, items): ...", metric="perplexity")
+
+
+def test_what_needs_prompts_or_gold_answers_refuses_a_python_task(tmp_path: Path) -> None:
+    given = source(tmp_path, "def f(model, items): return [0.5] * len(items)").given
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"python": given.python, "items": given.items}))
+    config = TaskConfig(task=str(tmp_path / "own.yaml"), num_fewshot=2, allow_task_code=True)
+    with pytest.raises(EvomergeError, match="num_fewshot has no meaning for a Python task"):
+        open_tasks([config])
+    with pytest.raises(EvomergeError, match="task f: statistics need gold answers"):
+        choose_items(open_tasks([config.model_copy(update={"num_fewshot": 0})]), 8, None)
 
 
 def without(key: str) -> Callable[[dict[str, Any]], object]:
@@ -303,3 +378,14 @@ def test_a_search_may_have_tasks_of_both_kinds(tiny_family: Path, tmp_path: Path
     evomerge.search(config, run=tmp_path / "run", show=False)
     assert set(verdict_of(tmp_path / "run")["tasks"]) == {"tiny_rev", "starts"}
     assert len(trials_of(tmp_path / "run")) == 7
+
+
+@pytest.mark.slow
+def test_a_vision_model_is_searched_by_images(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    evomerge.search(write_example(tmp_path, "images"), run=tmp_path / "run", show=False)
+    holdout = verdict_of(tmp_path / "run")["holdout"]
+    mean = {name: np.mean([t["value"] for t in tasks.values()]) for name, tasks in holdout.items()}
+    assert max(mean[name] for name in mean.keys() - {"base"}) > mean["base"] + 0.05
+    evomerge.Run(tmp_path / "run").export(tmp_path / "out", show=False)
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()

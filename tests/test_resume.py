@@ -9,7 +9,7 @@ import pytest
 import yaml
 from searches import BETWEEN_RESULT_AND_END, KILL, ROOT, finished_search, run_cli, trials_of, verdict_of, write_config
 
-from evomerge import files
+from evomerge.files import new_folder as folders
 
 # Each prelude kills the process at one exact moment of its work.
 DURING_A_MERGE = (
@@ -28,7 +28,7 @@ m.materialise_tensor = counted
 DURING_AN_EVALUATION = (
     KILL
     + """
-import evomerge.search.evaluation.evaluator as s
+import evomerge.evaluate.engine as s
 calls, real = [0], s.Engine.score_parts
 def counted(*a):
     calls[0] += 1
@@ -132,13 +132,13 @@ def test_a_killed_export_leaves_no_folder_and_can_be_repeated(undisturbed: Path,
 def test_what_is_left_of_a_process_that_died_at_the_end_of_its_writing_is_removed(moment: str, tmp_path: Path) -> None:
     """Before, the folder was no longer marked as unfinished then, so a whole model stayed under a temporary name."""
     if (child := os.fork()) == 0:
-        with files.new_folder(tmp_path / "merged") as aside:
+        with folders.new_folder(tmp_path / "merged") as aside:
             (aside / "x").write_text("x")
-            setattr(Path if moment == "unlink" else files, moment, lambda *_: os._exit(9))
+            setattr(Path if moment == "unlink" else folders, moment, lambda *_: os._exit(9))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     shutil.rmtree(tmp_path / "merged", ignore_errors=True)
-    with files.new_folder(tmp_path / "merged") as aside:
+    with folders.new_folder(tmp_path / "merged") as aside:
         (aside / "x").write_text("x")
     assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob("*"))] == ["merged", "merged/x"]
 

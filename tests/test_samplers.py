@@ -9,7 +9,7 @@ from optuna.samplers import BaseSampler
 from searches import run_cli, write_config
 from test_storage import opened, space_of
 
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 from evomerge.errors import EvomergeError
 from evomerge.search.samplers.auto import choose
 from evomerge.search.samplers.registry import BUILT_IN, make_sampler, sampler_kind

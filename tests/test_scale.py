@@ -308,7 +308,7 @@ def test_the_best_by_metric_is_a_finalist(finished: Path) -> None:
     assert max(found[name] for name in finalists & found.keys()) == max(found.values())
 
 
-EVERY_FOURTH = "import evomerge.search.loop as l\nl.EVERY = 4\n"
+EVERY_FOURTH = "import evomerge.search.evaluation.agreement_check as l\nl.EVERY = 4\n"
 
 
 def test_the_incumbent_is_scored_by_the_metric_where_trials_are_not(tiny_family: Path, tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_trial_is_in_the_database_before_its_work_begins(family: Path, tmp_pat
 
 
 FAILING = """
-import evomerge.search.evaluation.evaluator as s
+import evomerge.evaluate.engine as s
 calls, real = [0], s.Engine.score_parts
 def sometimes(self, *arguments):
     calls[0] += 1

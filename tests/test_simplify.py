@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from searches import ROOT, SKILLS, finished_search, run_cli, verdict_of, write_config
 
-from evomerge.config.schema import Granularity, SearchConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.space import Granularity
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import is_named
 from evomerge.merge.recipe.coefficients import all_numbers

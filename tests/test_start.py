@@ -14,7 +14,8 @@ from models import write_family
 from searches import finished_search, run_cli, verdict_of, write_config
 
 from evomerge.config.config_file import load_config
-from evomerge.config.schema import Granularity, SearchConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.space import Granularity
 from evomerge.search.run import open_run
 from evomerge.search.space.nearest import nearest_point, nearest_values, per_layer
 from evomerge.search.space.space import Group, Space

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from evomerge.cli import app
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
 
 DOCS = [{"q": f"{a}+{b}=", "c": [str(a + b), "0"], "g": 0} for a in range(1, 4) for b in range(1, 4)]
 ASK = {
@@ -93,7 +93,7 @@ def test_a_misspelt_objective_has_a_hint(tmp_path: Path) -> None:
 
 
 def test_a_task_of_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomerge.evaluate.tasks.load_named", lambda name: [])
+    monkeypatch.setattr("evomerge.evaluate.open_tasks.load_named", lambda name: [])
     with pytest.raises(EvomergeError, match="empty: lm-eval finds no task in it"):
         open_tasks([TaskConfig(task="empty")])
 

@@ -1,28 +1,35 @@
 """Language models with vision towers, and hybrids with layers that keep a state: merged, scored, searched, exported."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models import write_family, write_tokenizer
+from models import write_family, write_llama, write_tokenizer
 from safetensors.torch import load_file
-from searches import write_config
+from searches import ROOT, write_config
 from small_models import HYBRID, SEEING, model_class, write_small
 
 import evomerge
-from evomerge.api.merge import read_merge, reproduce
+from evomerge.api.merge import read_merge
+from evomerge.api.reproduce import reproduce
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.capabilities import Capabilities, logprobs, probe
-from evomerge.evaluate.loglikelihood import Row
+from evomerge.evaluate.clock import Clock
+from evomerge.evaluate.generation import Prompt, Stops, generate, plan_generation
+from evomerge.evaluate.loglikelihood import Plan, Row
 from evomerge.merge.live import candidate_model, destinations
 from evomerge.merge.materialise import materialise
 from evomerge.merge.mergekit.from_recipe import dump_mergekit
 from evomerge.merge.recipe.open_bank import open_bank
-from evomerge.merge.recipe.recipe import load_recipe
+from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource, load_recipe
 from evomerge.sources.tensor_names import tensor_role, towers_beside_decoder
 
-SELDOM = ("qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
+SELDOM = ("llava", "qwen2_5_vl", "qwen3_vl", "bamba", "falcon_h1", "granitemoehybrid")
+ENDS = range(3, 16)  # tokens that end an answer in these tests
 MODELS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SELDOM)) for kind in (*SEEING, *HYBRID)]
 
 
@@ -59,6 +66,26 @@ def check_scores(model: Any, found: Capabilities) -> None:
         assert torch.allclose(scores, expected, atol=2e-5)
 
 
+@torch.inference_mode()
+def check_answers(model: Any, found: Capabilities) -> None:
+    """Answers that are written in batches, of which some rows end early, are those that the model writes alone."""
+    prompts = [Prompt(row.tokens, ("</s>",), limit) for row, limit in zip(rows(), (9, 9, 3, 9, 9, 3), strict=True)]
+
+    def alone(prompt: Prompt) -> list[int]:
+        tokens = torch.tensor([prompt.context])
+        written = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=prompt.limit, do_sample=False,
+            eos_token_id=list(ENDS),
+        )  # fmt: skip
+        return written[0, tokens.shape[1] :].tolist()
+
+    stops = Stops(SimpleNamespace(decode=lambda tokens, **options: "?"), 40, set(ENDS))
+    batches = plan_generation(prompts, 0, Plan(4096, model.device, 1, found.packs, None))
+    assert len(batches) == 2
+    answers = generate(model, batches, len(prompts), stops, Clock(), found.packs)
+    assert answers == [alone(prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) -> None:
     write_small(tmp_path, kind, beside=write_beside)
@@ -92,6 +119,8 @@ def test_it_is_merged_scored_exported_and_made_again(kind: str, tmp_path: Path) 
     found = probe(live, 40)
     assert found.packs == (kind in SEEING and kind != "qwen3_5")
     check_scores(live, found)
+    assert found.steps
+    check_answers(live, found)
 
 
 @pytest.mark.more
@@ -114,6 +143,50 @@ def test_a_search_leaves_the_tower_alone_unless_it_is_named(kind: str, component
     model_class(kind).from_pretrained(tmp_path / "out")
 
 
+def write_llava(folder: Path) -> None:
+    """A base and two sources of LLaVA, whose processor takes images and a chat template."""
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # 40, see small_models.py
+    size = {"height": 16, "width": 16}
+    each = "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size), tokenizer, patch_size=4, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", image_token="<image>",
+        chat_template="{% for m in messages %}{% for c in m.content %}" + each + "{% endfor %}{% endfor %}",
+    )  # fmt: skip
+    write_small(folder, "llava", beside=processor.save_pretrained)
+
+
+@pytest.mark.more
+def test_the_function_of_the_page_searches_the_towers(tmp_path: Path) -> None:
+    images = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    write_llava(tmp_path)
+    drawn = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    items = [{"image": str(tmp_path / f"{k}.png"), "question": "5 = ", "answer": "5"} for k in range(len(drawn))]
+    for item, pixels in zip(items, drawn, strict=True):
+        images.fromarray(pixels).save(item["image"])
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    page = (ROOT / "docs" / "how-to" / "vision-and-hybrid-models.md").read_text(encoding="utf-8")
+    (tmp_path / "looks.py").write_text(page.split("```python\n")[1].split("```")[0])
+    task = {"python": str(tmp_path / "looks.py:answer_prob"), "items": str(tmp_path / "items.jsonl")}
+    space = {"weight": [0.2, 2.0], "components": ["vision", "projector"]}
+    content = {"name": "looks", "base": str(tmp_path / "base"), "method": "task_arithmetic", "space": space}
+    content |= {"sources": [{"name": n, "path": str(tmp_path / n)} for n in ("one", "two")], "tasks": [{"task": task}]}
+    content |= {"splits": {"search": 8, "selection": 6, "holdout": 6}, "budget": {"trials": 6}, "dtype": "float32"}
+    evomerge.search(content, run=tmp_path / "run", show=False)
+    evomerge.Run(tmp_path / "run").export(tmp_path / "out", trial=5, show=False)
+    base, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "out"))
+    changed = {tensor_role(n).component for n, tensor in merged.items() if not torch.equal(tensor, base[n])}
+    assert {"vision", "projector"} <= changed
+    (tmp_path / "looks.yaml").write_text(json.dumps(task))
+    found = evomerge.evaluate(tmp_path / "out", tmp_path / "looks.yaml", allow_task_code=True, show=False)
+    values = found.tasks["answer_prob"].raw["score"]
+    assert len(set(values)) > 10, "the items differ only in their images"
+
+
 def test_only_a_model_with_a_decoder_has_towers_beside_it() -> None:
     assert towers_beside_decoder(["model.visual.blocks.0.a.weight", "model.layers.0.mlp.up_proj.weight"]) == ["vision"]
     assert towers_beside_decoder(["vision_model.encoder.layers.0.a.weight", "text_model.encoder.layers.0.b.bias"]) == []
@@ -127,3 +200,16 @@ def test_keep_has_no_meaning_beside_slices_and_in_mergekit(tmp_path: Path) -> No
     slices = [{"layers": {"one": [0, 2], "two": [0, 2]}}]
     with pytest.raises(EvomergeError, match="keep: has no meaning beside `slices`"):
         read_merge(mean_of(tmp_path, keep=["mlp"], slices=slices))
+
+
+def test_a_component_that_the_models_do_not_have_is_told(tmp_path: Path) -> None:
+    """The head of a tied model is its embedding: to keep it, that has to be named."""
+    base, one = write_llama(tmp_path / "base", tied=True), write_llama(tmp_path / "one", 1, tied=True)
+    for keep, told in (
+        (["head"], ["keep: the models have no head of their own; it is their embedding, which is not kept"]),
+        (["vision"], ["keep: the models have no vision of their own"]),
+        (["head", "embedding"], []),
+    ):
+        source = RecipeSource(name="one", path=str(one))
+        recipe = Recipe(method="linear", base=Model(path=str(base)), sources=[source], keep=keep)
+        assert open_bank(recipe).models.compatibility.notes == told

@@ -1,16 +1,21 @@
 """What a study keeps of a finished trial: written, read back, and read from studies of before."""
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.signs import Signs
 from evomerge.search.budget.usage import Elapsed, Usage
+from evomerge.search.storage.compact import compact_scores, numbers_of
+from evomerge.search.storage.database import open_study, sqlite_url
 from evomerge.search.storage.item_scores import objective_scores, pack
 from evomerge.search.storage.trial_record import (
     RECORD,
@@ -146,3 +151,54 @@ def test_a_trials_record_is_read_once() -> None:
     first = record_of(trial)
     assert first.order == 3
     assert record_of(trial) is first
+
+
+@given(work["scores"])
+def test_compact_scores_read_as_what_they_were_made_of(scores: dict[str, dict[str, str]]) -> None:
+    found = compact_scores(scores)
+    assert dict(found) == scores
+    assert found == scores
+    assert [*found] == [*scores]
+    assert all(found[task] == metrics and [*found[task]] == [*metrics] for task, metrics in scores.items())
+    assert compact_scores(found) is found
+
+
+def test_texts_that_nobody_packs_are_kept_as_they_are() -> None:
+    scores = {"a": {"x": "one two", "y": ""}}
+    assert compact_scores(scores) is scores
+
+
+@given(st.dictionaries(names, st.floats(allow_nan=False), min_size=1))
+def test_parameters_in_an_array_read_as_a_dict(point: dict[str, float]) -> None:
+    axes = {name: FloatDistribution(-1.0, 1.0) for name in point}
+    found = numbers_of(axes, point.values())
+    assert found == point
+    assert point == found
+    assert dict(found) == point
+    assert point.keys() <= found.keys()
+    assert list(found.items()) == list(point.items())
+    copied = copy.deepcopy(found)
+    assert type(copied) is dict
+    assert copied == point
+    assert numbers_of(axes | {"choice": CategoricalDistribution(["a"])}, [*point.values(), 0.0]) is None
+
+
+def test_trials_share_names_and_do_not_share_scores(tmp_path: Path) -> None:
+    """Of two trials that a study reads, everything that is the same is there once."""
+    study = open_study(sqlite_url(tmp_path / "s.db"), "s", create=True)
+    axes = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+    for k in range(2):
+        record = TrialRecord(items="0" * 16, scores={"task": {"acc": pack([k])}}, compute_dtype="float32")
+        point = {"x": 0.25 * k, "y": 0.5}
+        attributes = {RECORD: record.to_json()}
+        study.add_trial(create_trial(params=point, distributions=dict(axes), value=float(k), user_attrs=attributes))
+    first, second = study.get_trials(deepcopy=False)
+    assert first.distributions is second.distributions
+    assert first.params == {"x": 0.0, "y": 0.5}
+    assert second.params == {"x": 0.25, "y": 0.5}
+    one, other = record_of(first), record_of(second)
+    assert one.items is other.items
+    assert one.compute_dtype is other.compute_dtype
+    assert next(iter(one.scores)) is next(iter(other.scores))
+    assert one.scores != other.scores
+    assert other.scores == {"task": {"acc": pack([1.0])}}

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from searches import ROOT, finished_search, run_cli, write_config
 
-from evomerge.config.schema import PriceConfig
+from evomerge.config.running import PriceConfig
 from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock, Counts, forwards_of
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Plan, Row, plan_batches
-from evomerge.evaluate.tasks import items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.merge.live import open_live_model
 from evomerge.report.progress import seconds_text
 from evomerge.report.status import read_status

@@ -61,7 +61,7 @@ def same_bits(bench: Bench) -> None:
 def suite(bench: Bench) -> None:
     """The tests that need an accelerator; a dry run only finds them."""
     tests = Path(__file__).resolve().parents[2] / "tests" / "test_kernels.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "accelerator", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0" if bench.small else "4", "-k", "accelerator", str(tests)]
     command += ["--collect-only"] if bench.small else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parents[1])
     print(done.stdout, done.stderr)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -9,11 +10,14 @@ import torch
 from evomerge.merge.bank.memory import host_memory
 from gpu_steps.bench import Bench
 
+NEEDED = ["evomerge.cli", "evomerge.search.loop", "lm_eval.models.huggingface", "lm_eval.tasks", "cmaes", "triton"]
 PACKAGES = "torch triton transformers huggingface_hub lm_eval optuna safetensors peft numpy".split()
 
 
 def environment(bench: Bench) -> None:
-    """Versions, memory and rates."""
+    """Versions, memory and rates, and whether all that the other steps need can be imported."""
+    for module in NEEDED:
+        import_module(module)
     bench.report("machine", f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     for name in PACKAGES:
         try:

@@ -12,7 +12,8 @@ from stopwatch import timed
 from evomerge.config.tasks import TaskConfig
 from evomerge.evaluate.clock import Clock, Counts
 from evomerge.evaluate.engine import Engine
-from evomerge.evaluate.tasks import items_of, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import items_of
 from evomerge.merge.live import load_live_model
 from evomerge.sources.tokenizer import open_tokenizer
 from gpu_steps.bench import Bench

@@ -43,7 +43,7 @@ def searched(bench: Bench) -> None:
     from evomerge.search.space.space import build_space
     from evomerge.search.storage.study import SearchStudy
 
-    count = 8 if bench.small else 200
+    count = 8 if bench.small else 160
     file = write_config(bench, "search", dict.fromkeys(("search", "selection", "holdout"), count))
     folder = bench.work / "search"
     trials = 8 if bench.small else 60

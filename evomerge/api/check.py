@@ -4,15 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evomerge.api.open_inputs import LOADING, open_inputs
 from evomerge.api.read_config import read_config
-from evomerge.api.search import LOADING, open_inputs, options_of
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
+from evomerge.errors import EvomergeError
+from evomerge.printable import say
 from evomerge.report.progress import Stages, console
-from evomerge.search.budget.limits import limits_of, with_budget
+from evomerge.search.budget.limits import Limits, limits_of, with_budget
+from evomerge.search.workers.worker_options import WorkerOptions, parse_worker_options
 
 if TYPE_CHECKING:
     from evomerge.search.check.check import Check
+    from evomerge.search.opened import Opened
 
 
 def check(
@@ -36,7 +40,7 @@ def check(
     Raises EvomergeError for wrong input, or if a model cannot be scored.
     """
     loaded = with_budget(read_config(config)[0], trials, timeout)
-    limits, planned = limits_of(loaded.budget, until), options_of(workers, ray).planned
+    limits, planned = limits_of(loaded.budget, until), parse_worker_options(workers, ray).planned
     loaded = pin(loaded, {})
     with Stages(show) as stages:
         stages.stage(LOADING)
@@ -49,3 +53,18 @@ def check(
     if show:
         console.print(check_text(found))
     return found
+
+
+def look(opened: "Opened", workers: WorkerOptions, limits: Limits) -> None:
+    """Print what a check finds; a search begins in any case."""
+    from evomerge.report.check_text import check_text
+    from evomerge.search.check.check import BRIEF, check_search
+
+    keep = workers.ray is None and workers.count == 1
+    try:
+        with Stages() as stages:
+            stages.stage("preparing a look at the search")
+            found = check_search(opened, BRIEF, stages.log, workers.planned, limits, keep)
+        console.print(check_text(found, examples=False))
+    except EvomergeError as error:
+        say(f"note: no check: {error}", error=True)

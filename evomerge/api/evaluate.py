@@ -1,15 +1,17 @@
-"""Score a model on tasks, and gather what `fisher` and `regmean` need to know of one."""
+"""Score a model on tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import ValidationError
 
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
+from evomerge.merge.recipe.recipe import Dtype
 from evomerge.printable import say
 
 if TYPE_CHECKING:
@@ -83,23 +85,16 @@ def evaluate(
 
     Raises EvomergeError if the model or a task cannot be opened, or a task cannot be scored.
     """
-    from evomerge.device import TORCH_DTYPES, resolve_device, use
+    from evomerge.device import resolve_device, use
     from evomerge.evaluate.clock import Clock
+    from evomerge.evaluate.open_tasks import open_tasks
     from evomerge.evaluate.standalone import evaluate_model
-    from evomerge.evaluate.tasks import open_tasks
-    from evomerge.merge.live import open_live_model
-    from evomerge.merge.recipe.recipe import Dtype
+    from evomerge.merge.live import locate_live_model, open_live_model
     from evomerge.report.progress import Steps
     from evomerge.report.terminal import print_results
-    from evomerge.sources.locate import locate
     from evomerge.sources.tokenizer import open_processor
 
-    values = next((k for k in get_args(Dtype) if k == dtype), None)
-    if values is None:
-        raise EvomergeError(f"dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
-    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
-    if computing is None:
-        raise EvomergeError(f"compute_dtype: {compute_dtype!r} is not one of auto, float32, {values}")
+    values, computing = types_of(dtype, compute_dtype)
     for name, number, least in (("limit", limit, 1), ("batch_tokens", batch_tokens, 64)):
         if number is not None and number < least:
             raise EvomergeError(f"{name}: must be at least {least}, found {number}")
@@ -109,41 +104,57 @@ def evaluate(
         where = resolve_device(device)
         use(where)
         opened = open_tasks(configs)
-        folder = locate(str(base)) if base else None
         language = any(not task.is_python for task in opened)
-        path = locate(str(model))
+        path, folder = locate_live_model(str(model), str(base) if base else None, language)
         live, tokenizer = open_live_model(path, folder, values, where, computing, language)
-        weights = values
+        weights, processor = str(values), partial(open_processor, path)
     else:
-        opened, live, where, path = open_tasks(configs), model, model.device, None
+        opened, live, where = open_tasks(configs), model, model.device
         if tokenizer is None and any(not task.is_python for task in opened):
             raise EvomergeError("tokenizer: a model in memory needs its tokenizer beside it")
-        weights = str(live.dtype).removeprefix("torch.")
+        weights, processor = str(live.dtype).removeprefix("torch."), None
     computed = str(live.dtype).removeprefix("torch.")
     if show:
         say(f"weights in {weights}, computed in {computed}")
-    processor = None if path is None else partial(open_processor, path)
     clock, steps = Clock(device=where), Steps("scoring") if show else None
     progress = steps.step if steps else lambda done, total: None
-    modes = [(module, module.training) for module in live.modules()]
-    live.eval()
-    try:
+    with in_evaluation_mode(live), closing(steps) if steps else nullcontext():
         results = evaluate_model(live, tokenizer, opened, batch_tokens or "auto", limit, clock, progress, processor)
-    finally:
-        for module, training in modes:
-            module.training = training
-        if steps:
-            steps.close()
     if show:
         print_results(results, clock)
     return Evaluation({r.task: r for r in results}, computed, dict(clock.seconds))
+
+
+def types_of(dtype: str, compute_dtype: str) -> "tuple[Dtype, Dtype | Literal['auto']]":
+    """The types of the weights and of the forwards.  EvomergeError if there are no such types, or they do not fit."""
+    from evomerge.device import TORCH_DTYPES
+
+    values = next((k for k in get_args(Dtype) if k == dtype), None)
+    if values is None:
+        raise EvomergeError(f"dtype: {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    computing = next((k for k in ("auto", "float32", values) if k == compute_dtype), None)
+    if computing is None:
+        raise EvomergeError(f"compute_dtype: {compute_dtype!r} is not one of auto, float32, {values}")
+    return values, computing
+
+
+@contextmanager
+def in_evaluation_mode(model: "PreTrainedModel") -> Iterator[None]:
+    """Within the context, no module of a model is in training mode; afterwards each is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def task_configs(
     names: Sequence[str | Path], fewshot: int | None, chat: bool, multiturn: bool, code: bool
 ) -> list[TaskConfig]:
     """The tasks of the given names, as a configuration would say them.  A folder stands for the task files in it."""
-    from evomerge.evaluate.tasks import task_files
+    from evomerge.evaluate.open_tasks import task_files
 
     options = {"num_fewshot": fewshot, "apply_chat_template": chat, "fewshot_as_multiturn": multiturn}
     files = [file for name in names for file in task_files(str(name))]
@@ -152,53 +163,3 @@ def task_configs(
     except ValidationError as error:
         first = error.errors()[0]
         raise EvomergeError(f"{first['loc'][0]}: {first['msg']} (found {first['input']!r})") from error
-
-
-def gather_statistics(
-    kind: str,
-    model: str,
-    out: Path,
-    tasks: list[TaskConfig],
-    base: str | None,
-    items: int,
-    search: Path | None,
-    device: str,
-) -> None:
-    """Write the statistics file that the methods `fisher` and `regmean` need of a source.
-
-    kind: fisher or regmean.
-    model, base: the source, and its base if it is an adapter: folders or hub ids.
-    out: the safetensors file to write; it must be new.
-    tasks: whose gold answers the statistics are gathered on.
-    items: of each task, at most.
-    search: a search configuration; only items of its search split are taken.
-
-    Raises EvomergeError if an argument is wrong or a model or task cannot be opened.
-    """
-    from evomerge.config.config_file import load_config
-    from evomerge.device import merging_device, resolve_device, use
-    from evomerge.evaluate.tasks import open_tasks
-    from evomerge.merge.live import open_live_model
-    from evomerge.merge.methods.method import Statistics
-    from evomerge.report.progress import Bar
-    from evomerge.sources.locate import locate
-    from evomerge.statistics.gather import choose_items
-    from evomerge.statistics.gather import gather_statistics as gather
-
-    if (wanted := next((k for k in get_args(Statistics) if k == kind), None)) is None:
-        raise EvomergeError(f"kind: {kind!r} is not one of {', '.join(get_args(Statistics))}")
-    if out.exists():
-        raise EvomergeError(f"{out}: exists already; choose another name")
-    opened = open_tasks(tasks)
-    chosen = choose_items(opened, items, load_config(search) if search else None)
-    folder, below = locate(model), locate(base) if base else None
-    where = resolve_device(device)
-    use(where)
-    if asking := next((task for task in opened if task.is_python), None):
-        raise EvomergeError(f"task {asking.name}: a Python task has no gold answers, which statistics are gathered on")
-    live = open_live_model(folder, below, "float32", merging_device(where))
-    bar = Bar("gathering", sum(map(len, chosen.values())), "items")
-    try:
-        gather(wanted, folder, below, live, opened, chosen, out, bar.update)
-    finally:
-        bar.close()

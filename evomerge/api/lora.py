@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.api.merge import open_to_write
 from evomerge.errors import EvomergeError
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.merge.recipe.pinned_inputs import pin
 from evomerge.merge.recipe.recipe import Model, Recipe, RecipeSource
 from evomerge.printable import say
@@ -43,7 +43,7 @@ def write_adapter(
             bank,
             out,
             rank,
-            lambda lora: adapter_card(lora.recipe, str(rank), lora.lines()),
+            lambda lora: adapter_card(lora.recipe, str(rank), bank.models.base.config, lora.lines()),
             embed_lora,
             bar.update if bar else lambda done: None,
         )

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.api.push import push_of, pushed
 from evomerge.errors import EvomergeError
-from evomerge.merge.recipe.pinned_inputs import check_fingerprints, pin
-from evomerge.merge.recipe.recipe import Recipe, load_recipe, parse_recipe
+from evomerge.merge.recipe.pinned_inputs import pin
+from evomerge.merge.recipe.recipe import Recipe, parse_recipe
 from evomerge.printable import say
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def write_merge(
     if out is None and mergekit is None:
         raise EvomergeError("say what to write: `out`, a folder for the model, or `mergekit`, a file for mergekit")
     if mergekit is not None:
-        from evomerge.files import write_text
+        from evomerge.files.write import write_text
         from evomerge.merge.mergekit.from_recipe import dump_mergekit
 
         text, notes = dump_mergekit(recipe)
@@ -188,51 +187,3 @@ def open_to_write(
     for note in bank.models.compatibility.notes if show else ():
         say(f"note: {note}", error=True)
     return bank
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """An exported model made again.
-
-    changed: files whose SHA-256 is not the one that the recipe records.
-    recorded: whether the recipe records any.
-    differences: tensors and files that differ from a folder, as lines of text.
-    """
-
-    changed: list[str]
-    recorded: bool
-    differences: list[str]
-
-    @property
-    def is_same(self) -> bool:
-        """Whether every byte that was compared is the same."""
-        return not self.changed and not self.differences
-
-    def lines(self, out: Path, check: Path | None) -> list[str]:
-        """What was found, in words.  out, check: the folders that were compared, see `reproduce`."""
-        found = [f"{name}: not the bytes that the recipe records" for name in self.changed]
-        if check is not None:
-            found += self.differences or [f"the bytes agree: {check} and {out}"]
-        elif self.recorded and not found:
-            found.append("the bytes agree with the recipe's SHA-256 sums")
-        return found
-
-
-def reproduce(recipe: Path, out: Path, check: Path | None, device: str) -> Reproduction:
-    """Make an exported model again in the folder `out` and compare it with its recipe.
-
-    recipe: the recipe.yaml of an exported model.
-    check: a model folder to compare with as well, byte by byte.
-
-    Raises EvomergeError if the inputs are not those that the recipe records.
-    """
-    from evomerge.merge.output.compare import model_differences, only_file
-
-    loaded = load_recipe(recipe)
-    if check is not None and not (check / "config.json").is_file() and only_file(check) is None:
-        raise EvomergeError(f"{check}: not a model folder (it has no config.json)")
-    check_fingerprints(loaded)
-    made = write_model(loaded, out, device)
-    changed = [name for name, digest in loaded.outputs.items() if made.outputs.get(name) != digest]
-    found = [f"{d.name}: {d.what}" for d in model_differences(check, out)] if check is not None else []
-    return Reproduction(changed, bool(loaded.outputs), found)

@@ -18,7 +18,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from evomerge.config.database_url import expanded
-from evomerge.config.schema import OnFinishConfig
+from evomerge.config.running import OnFinishConfig
 from evomerge.errors import EvomergeError
 from evomerge.printable import say
 from evomerge.search.agreements import agreed

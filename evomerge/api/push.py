@@ -1,5 +1,6 @@
 """Upload what a merge has written to the Hugging Face hub, as one commit of a new repository."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 from evomerge import __version__
 from evomerge.errors import EvomergeError, some
-from evomerge.files import read_text, refuse_full
+from evomerge.files.new_folder import refuse_full
+from evomerge.files.read import read_json, read_text
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe, load_recipe, models_on_disk
 from evomerge.printable import say
 
@@ -130,12 +132,15 @@ def finish(push: Push, folder: Path, show: bool) -> None:
 
 
 def public_content(file: Path, repository: str) -> Path | bytes:
-    """What is uploaded for a file: itself, but the recipe without paths of this machine, and the card with the name of
-    the repository."""
-    if file.name == "recipe.yaml":
-        from evomerge.merge.output.model_card import without_paths
+    """What is uploaded for a file: no path of this machine, and in the card the name of the repository."""
+    from evomerge.merge.output.model_card import shown, without_paths
 
+    if file.name == "recipe.yaml":
         return dump_recipe(without_paths(load_recipe(file))).encode()
+    if file.name == "adapter_config.json":
+        config = read_json(file)
+        config["base_model_name_or_path"] = shown(config["base_model_name_or_path"])
+        return (json.dumps(config, indent=2) + "\n").encode()
     if file.name == "README.md":
         return read_text(file).replace(THIS_FOLDER, repository).encode()
     return file

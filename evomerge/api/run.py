@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.printable import in_markdown, say
+from evomerge.printable import say
 from evomerge.search.run import Run as RunFolder
 from evomerge.search.run import open_run as open_run_folder
 from evomerge.search.storage.database import storage_of
@@ -181,41 +181,19 @@ class Run:
         """
         from evomerge.api.merge import write_merge
         from evomerge.api.push import push_of, pushed
-        from evomerge.report.status import read_status
-        from evomerge.report.usage_text import usage_section
-        from evomerge.report.verdict_text import copied_model, results_section
-        from evomerge.search.verdict.recommended import recipe_of_trial, recommended_recipe
+        from evomerge.api.to_export import what_to_export
 
-        copy_of = None
-        if (trial is not None) + (prefer is not None) + knee > 1:
-            raise EvomergeError("give one of trial, prefer and knee")
-        if prefer is not None or knee:
-            from evomerge.search.verdict.choices import choose_knee
-            from evomerge.search.verdict.choices import prefer as choose
-
-            found = choose_knee(self.files) if prefer is None else choose(self.files, prefer)
-            recipe, results = found.recipe, f"{in_markdown(found.sentence)}\n"
-            if show:
-                say(found.sentence)
-            if found.entry.chosen and (verdict_content := self.files.verdict()) is not None:
-                results += "\n" + results_section(verdict_content, "winner")
-        elif trial is not None:
-            recipe = recipe_of_trial(self.files, trial)
-            results = f"Trial {trial} of the search; not judged on the holdout.\n"
-        else:
-            recipe, verdict = recommended_recipe(self.files)
-            if show:
-                say(verdict["sentence"])
-            results, copy_of = results_section(verdict), copied_model(verdict)
-            with suppress(EvomergeError):  # the recipe can be exported although the database of the study is not there
-                results += usage_section(read_status(self.files))
-        with pushed(push_of(push, private, dry_run), recipe, out, self.folder, show) as folder:
-            written = write_merge(recipe, folder, mergekit, self.config.device, show, results, copy_of, lora)
+        chosen = what_to_export(self.files, trial, prefer, knee)
+        if show and chosen.sentence:
+            say(chosen.sentence)
+        with pushed(push_of(push, private, dry_run), chosen.recipe, out, self.folder, show) as folder:
+            device, results, copy_of = self.config.device, chosen.results, chosen.copy_of
+            written = write_merge(chosen.recipe, folder, mergekit, device, show, results, copy_of, lora)
             if folder is not None and lora not in (None, "exact"):
                 from evomerge.api.lora import add_results
                 from evomerge.search.verdict.adapter_loss import adapter_loss
 
-                lines = adapter_loss(self.files, recipe, folder).lines()
+                lines = adapter_loss(self.files, chosen.recipe, folder).lines()
                 add_results(folder, "## Scores\n\n" + "\n".join(f"- {line}" for line in lines))
                 if show:
                     say("\n".join(lines))

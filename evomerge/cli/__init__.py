@@ -2,7 +2,8 @@
 
     options.py    the options that several commands share
     starting.py   commands before the first search
-    searching.py  commands on a search
+    searching.py  search, resume
+    runs.py       commands on a run
     playing.py    the playground
     models.py     commands on models
 
@@ -11,12 +12,12 @@ A wrong input ends with one message and exit code 2, a bug with a traceback.
 
 import sys
 
-from evomerge.cli import starting, searching, playing, models  # commands are listed in this order  # isort: skip
+from evomerge.cli import starting, searching, runs, playing, models  # commands are listed in this order  # isort: skip
 from evomerge.cli.options import app
 from evomerge.errors import EvomergeError, first_line, lacks_memory
 from evomerge.printable import say
 
-__all__ = ["app", "main", "models", "playing", "searching", "starting"]
+__all__ = ["app", "main", "models", "playing", "runs", "searching", "starting"]
 
 
 def main() -> None:

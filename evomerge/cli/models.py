@@ -19,6 +19,7 @@ from evomerge.cli.options import (
     PushTo,
     TaskCode,
     app,
+    json_alone,
     refuse_nothing,
 )
 from evomerge.printable import say
@@ -73,7 +74,7 @@ def reproduce(
     device: Device = "auto",
 ) -> None:
     """Make an exported model again from the same inputs and compare every byte."""
-    from evomerge.api.merge import reproduce as make_again
+    from evomerge.api.reproduce import reproduce as make_again
 
     found = make_again(recipe, out, check, device)
     for line in found.lines(out, check):
@@ -103,7 +104,8 @@ def inspect(
     from evomerge.report.inspection import inspect as inspect_models
     from evomerge.report.progress import console
 
-    found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
+    with json_alone(as_json):
+        found = inspect_models(base, sources or (), text=text, device=device, show=not as_json)
     if as_json:
         say(found.to_json())
     else:
@@ -143,7 +145,7 @@ def evaluate(
 ) -> None:
     """Score one model with the search's own engine; the numbers are lm-eval's."""
     from evomerge.api.evaluate import evaluate as score
-    from evomerge.files import write_text
+    from evomerge.files.write import write_text
     from evomerge.report.terminal import print_answers
 
     found = score(
@@ -185,7 +187,8 @@ def statistics(
     device: Device = "auto",
 ) -> None:
     """Gather what `fisher` and `regmean` need to know of a source, on the gold answers of its own tasks."""
-    from evomerge.api.evaluate import gather_statistics, task_configs
+    from evomerge.api.evaluate import task_configs
+    from evomerge.api.statistics import gather_statistics
 
     configs = task_configs(task, num_fewshot, apply_chat_template, fewshot_as_multiturn, allow_task_code)
     gather_statistics(kind, model, out, configs, base, items, search, device)

@@ -1,6 +1,9 @@
 """The command line's root, and the options that several commands share."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -103,3 +106,13 @@ def refuse_nothing(out: Path | None, mergekit: Path | None, push: str | None) ->
             "say what to write: --out FOLDER for the model, --mergekit FILE for a file of mergekit, --push OWNER/NAME "
             "to upload the model"
         )
+
+
+@contextmanager
+def json_alone(as_json: bool) -> Iterator[None]:
+    """Within the context, what code of tasks prints goes to standard error if JSON is to be written.
+
+    A program reads the JSON from standard output, where nothing else may stand.
+    """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import Ray, Timeout, Trials, Until, Workers, app
+from evomerge.cli.options import Ray, Timeout, Trials, Until, Workers, app, json_alone
 from evomerge.printable import say
 
 TYPED = {"n": "\n", "t": "\t", "\\": "\\"}  # what a shell passes on as two characters
@@ -105,6 +105,8 @@ def check(
     """
     from evomerge.api.check import check as look
 
-    found = look(config, items, show=not as_json, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
+    show = not as_json
+    with json_alone(as_json):
+        found = look(config, items, show, trials=trials, timeout=timeout, until=until, workers=workers, ray=ray)
     if as_json:
         say(json.dumps(found.as_dict(), indent=2))

@@ -18,52 +18,60 @@ def absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     content: parsed YAML, of any types.  folder: to which relative paths are relative.
     """
-
-    def absolute(text: str) -> str:
-        try:
-            return str((folder / os.path.expanduser(text)).resolve())
-        except ValueError:  # a zero byte: no file can have that name, which `path_problems` reports
-            return text
-
-    def model(text: object) -> object:
-        if not isinstance(text, str) or (looks_like_hub_id(text) and not os.path.exists(folder / text)):
-            return text
-        return absolute(text)
-
-    def task(given: object) -> object:
-        if isinstance(given, dict):
-            return given | {k: absolute(v) for k, v in given.items() if k in ("python", "items") and isinstance(v, str)}
-        return absolute(given) if isinstance(given, str) and given.endswith((".yaml", ".yml")) else given
-
     content = dict(content)
     if "base" in content:
-        content["base"] = model(content["base"])
+        content["base"] = model_path(content["base"], folder)
     if isinstance(content.get("sources"), list):
         content["sources"] = [
-            {**s, "path": model(s["path"])} if isinstance(s, dict) and "path" in s else s for s in content["sources"]
-        ]
-        content["sources"] = [
-            {**s, "statistics": absolute(s["statistics"])}
-            if isinstance(s, dict) and isinstance(s.get("statistics"), str)
-            else s
-            for s in content["sources"]
-        ]
-        content["sources"] = [
-            {**s, "recipe": whole_recipe(s["recipe"], folder, f"sources.{i}.recipe")}
-            if isinstance(s, dict) and s.get("recipe") is not None
-            else s
+            source_paths(s, folder, f"sources.{i}") if isinstance(s, dict) else s
             for i, s in enumerate(content["sources"])
         ]
     if isinstance(content.get("baselines"), list):
-        content["baselines"] = [absolute(p) if isinstance(p, str) else p for p in content["baselines"]]
+        content["baselines"] = [absolute(p, folder) if isinstance(p, str) else p for p in content["baselines"]]
     if isinstance(content.get("start_from"), str):
-        content["start_from"] = absolute(content["start_from"])
+        content["start_from"] = absolute(content["start_from"], folder)
     for key in ("tasks", "guards"):
         if isinstance(content.get(key), list):
             content[key] = [
-                {**t, "task": task(t["task"])} if isinstance(t, dict) and "task" in t else t for t in content[key]
+                {**t, "task": task_path(t["task"], folder)} if isinstance(t, dict) and "task" in t else t
+                for t in content[key]
             ]
     return content
+
+
+def absolute(text: str, folder: Path) -> str:
+    """The absolute path for a path that is relative to a folder."""
+    try:
+        return str((folder / os.path.expanduser(text)).resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a zero byte: `path_problems` finds no such file
+        return text
+
+
+def model_path(given: object, folder: Path) -> object:
+    """The absolute path of a model's folder; hub ids and what is no text are unchanged."""
+    if not isinstance(given, str) or (looks_like_hub_id(given) and not os.path.exists(folder / given)):
+        return given
+    return absolute(given, folder)
+
+
+def source_paths(source: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """A source with absolute paths.  where: its YAML path.  EvomergeError if its `recipe` is none."""
+    source = dict(source)
+    if "path" in source:
+        source["path"] = model_path(source["path"], folder)
+    if isinstance(source.get("statistics"), str):
+        source["statistics"] = absolute(source["statistics"], folder)
+    if source.get("recipe") is not None:
+        source["recipe"] = whole_recipe(source["recipe"], folder, f"{where}.recipe")
+    return source
+
+
+def task_path(given: object, folder: Path) -> object:
+    """A task with absolute paths of its files; names of lm-eval's tasks are unchanged."""
+    if isinstance(given, dict):
+        files = {k: v for k, v in given.items() if k in ("python", "items") and isinstance(v, str)}
+        return given | {k: absolute(v, folder) for k, v in files.items()}
+    return absolute(given, folder) if isinstance(given, str) and given.endswith((".yaml", ".yml")) else given
 
 
 def whole_recipe(given: object, folder: Path, where: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The chain: items -> requests -> token ids -> batches -> forwards -> scores.  All
 for a run; a candidate costs only its forwards and the scores.
 
     taskfile.py         read and check lm-eval's task files
-    tasks.py            open tasks, deal their documents as items to the three splits
+    open_tasks.py       open the tasks of a configuration; task_metrics.py: the metrics that it names
+    tasks.py            a task with its settings, and its documents as items; deal.py: the items of the three splits
     requests.py         lm-eval's requests of an item as token ids
     workload.py         the requests of many items with their batches
     prepared_items.py   the requests of items as files, for a resume
@@ -17,6 +18,7 @@ for a run; a candidate costs only its forwards and the scores.
     metrics.py          the table of metrics
     formulas.py         their formulas: the value of one item from what the model answered
     item_values.py      from answers to the values of metrics and to item scores
+    answer_metrics.py   from what the forwards gave to answers, and to all metrics of a task
     engine.py           `Engine`: the chain for one live model
     gradient.py         the gradient of the objective: forwards that keep their graph, and their backward passes
     standalone.py       score one model on whole tasks (`evomerge evaluate`)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.evaluate.engine import Engine, choices_of
+from evomerge.evaluate.answer_metrics import choices_of
+from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.requests import gold_choice
 from evomerge.evaluate.tasks import Item, Task
 from evomerge.evaluate.workload import ItemRequests, Workload

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import first_line
-from evomerge.evaluate.kv_cache import empty_cache
+from evomerge.evaluate.kv_cache import empty_cache_of
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches, run_trunk
 from evomerge.evaluate.prefix_plan import Tokens
 
@@ -29,7 +29,7 @@ class Capabilities:
 
     packs: several sequences in one row.
     trunks: rows behind a prefix whose keys and values were computed before.
-    steps: generation with a cache of keys and values.
+    steps: generation with a cache of keys and values, or of a hybrid's states.
     window: the tokens that a row may have for the first two, None for any number.
     """
 
@@ -132,7 +132,7 @@ def stepped_logprobs(model: Any, row: Row) -> Tensor:
     """The same for one row, (M,), padded on the left and computed token by token as in generation."""
     pad, tokens = 2, row.tokens
     first = len(tokens) - row.scored
-    cache = empty_cache()
+    cache = empty_cache_of(model)
     inputs = torch.tensor([(0,) * pad + tokens[:first]], device=model.device)
     mask = torch.tensor([[0] * pad + [1] * first], device=model.device)
     positions = (mask.cumsum(1) - 1).clamp_(min=0)

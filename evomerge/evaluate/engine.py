@@ -1,6 +1,6 @@
 """The engine: score a live model on workloads.  Everything but the model's forwards is prepared once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -8,20 +8,20 @@ import torch
 
 from evomerge.device import free_memory
 from evomerge.errors import EvomergeError, without_panics
+from evomerge.evaluate.answer_metrics import computed, shared_out, task_metrics
+from evomerge.evaluate.bounds import within_bounds
 from evomerge.evaluate.capabilities import NONE, probe
 from evomerge.evaluate.clock import Clock, forwards_of
-from evomerge.evaluate.formulas import Answer
 from evomerge.evaluate.generation import Stops, generate, plan_generation
-from evomerge.evaluate.item_values import ItemMetrics, formula_values, item_score, lm_eval_values
+from evomerge.evaluate.item_values import ItemMetrics
 from evomerge.evaluate.kv_cache import KeysValues
-from evomerge.evaluate.loglikelihood import Plan, RowScore, plan_batches, score_batches
-from evomerge.evaluate.metrics import Metric
+from evomerge.evaluate.loglikelihood import Plan, plan_batches, score_batches
 from evomerge.evaluate.prefix_plan import ALONE, Tokens, choose_trunks
 from evomerge.evaluate.python_task import Helper
 from evomerge.evaluate.requests import Requests
 from evomerge.evaluate.taskfile import reason
 from evomerge.evaluate.tasks import FEWSHOT_SEED, Item, Task
-from evomerge.evaluate.time_limit import ITEM_SECONDS, TimeLimit, TooLong, try_tokenizer
+from evomerge.evaluate.time_limit import try_tokenizer
 from evomerge.evaluate.token_budget import LEAST, token_budget
 from evomerge.evaluate.workload import ItemRequests, Workload, join_workloads
 
@@ -112,8 +112,8 @@ class Engine:
 
         everything: all of the task's metrics and the gold answer's log-likelihood; else only the objective.
 
-        EvomergeError if an item has an empty answer or does not fit the model, or if the task's templates, choices or
-        examples do not fit its documents.
+        EvomergeError if an item has an empty answer or does not fit the model, if the task's templates, choices or
+        examples do not fit its documents, or if they take too long or too much memory.
         """
         if task.is_python:
             return Workload(task, [ItemRequests(item, [], [], [], [], None, 0) for item in items], complete=True)
@@ -125,11 +125,8 @@ class Engine:
                 asked = self.asked(task, items, only_gold, everything or only_gold)
         except EvomergeError:
             raise
-        except TooLong as error:
-            raise EvomergeError(
-                f"task {task.name}: the requests of an item take longer than {ITEM_SECONDS:.0f} s; a loop in a "
-                "template of the task, or in the chat template, has no end"
-            ) from error
+        except MemoryError:
+            raise  # of a limit from outside, which the command line names
         except Exception as error:  # a template, a choice, an index: each fails in its own way
             raise EvomergeError(
                 f"task {task.name}: no requests can be built of its items ({type(error).__name__}: {reason(error)}); "
@@ -138,13 +135,19 @@ class Engine:
         return Workload(task, asked, complete=not only_gold)
 
     def asked(self, task: Task, items: Sequence[Item], only_gold: bool, with_gold: bool) -> list[ItemRequests]:
-        """What the model is asked about each item, see `Requests.of_item`.  TooLong if one of them takes too long."""
+        """What the model is asked about each item, see `Requests.of_item`.  EvomergeError if one takes too much."""
         found = []
-        with TimeLimit(ITEM_SECONDS) as limit:
+        with within_bounds(f"task {task.name}: the requests of an item") as again:
             for item in items:
-                limit.again()
+                again()
                 found.append(self.requests.of_item(task, item, only_gold, with_gold))
         return found
+
+    def join(self, works: Sequence[Workload]) -> Workload:
+        """Workloads of single tasks as one, with its batches."""
+        whole = join_workloads(works)
+        self.plan(whole)
+        return whole
 
     def in_chunks(self, works: Sequence[Workload], chunks: Sequence[Sequence[Sequence[int]]]) -> list[Workload]:
         """Workloads of tasks as one planned workload for each chunk of items; all tasks of a chunk share batches.
@@ -223,14 +226,9 @@ class Engine:
         extras = {m.extra for part in work.by_task for m in computed(part.task) if m.extra}
         lls = score_batches(self.model, work.batches, len(work.rows), clock, trunks, extras) if work.rows else []
         texts = self.texts(work, clock, trunks) if work.prompts else []
-        called = [self.called(part, clock) if part.task.is_python else None for part in work.by_task]
-        found, row, prompt = [], 0, 0
+        called = {part.task.name: self.called(part, clock) for part in work.by_task if part.task.is_python}
         with clock.time("score"):
-            for part, own in zip(work.by_task, called, strict=True):
-                last_row, last_prompt = row + len(part.rows), prompt + len(part.prompts)
-                found.append(self.metrics(part, lls[row:last_row], texts[prompt:last_prompt]) if own is None else own)
-                row, prompt = last_row, last_prompt
-        return found
+            return [called.get(own[0].task.name) or task_metrics(*own) for own in shared_out(work.by_task, lls, texts)]
 
     def called(self, work: Workload, clock: Clock) -> ItemMetrics:
         """The numbers of a Python task's function.  TaskCodeFailed if it does not give them."""
@@ -243,26 +241,6 @@ class Engine:
                 values += work.task.lm.score(self.model, docs[places.start : places.stop], self.helper, which)
             clock.batches.add()
         return {work.task.metric: values}
-
-    def metrics(self, work: Workload, lls: Sequence[RowScore], texts: Sequence[str]) -> ItemMetrics:
-        """The metrics of one task.
-
-        lls: the score of each of the task's rows.  texts: the generated text of each of its prompts.
-        """
-        task = work.task
-        found: ItemMetrics = {}
-        answers = [answer_of(task, work.complete, *each) for each in by_item(work.items, lls, texts)]
-        if work.complete:
-            for each in by_item(work.items, lls, texts):
-                respond(*each)
-            instances = [asked.instances for asked in work.items]
-            found = lm_eval_values(task, [asked.item for asked in work.items], instances)
-        answered = {
-            "gold": all(asked.gold is not None for asked in work.items),
-            "choices": work.complete,
-            "generation": work.complete,
-        }
-        return found | formula_values(task, [m for m in computed(task) if answered[m.needs]], answers)
 
     def texts(self, work: Workload, clock: Clock, trunks: Trunks | None) -> list[str]:
         """The generated text of every prompt."""
@@ -290,80 +268,3 @@ class Engine:
 
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def computed(task: Task) -> list[Metric]:
-    """The metrics of a task that evomerge computes: without those that cost more, unless the task is compared by it."""
-    compared = {name.partition(",")[0] for name in (task.objective, task.metric)}
-    return [metric for metric in task.own.values() if metric.extra is None or metric.name in compared]
-
-
-def by_item(
-    items: Sequence[ItemRequests], lls: Sequence[RowScore], texts: Sequence[str]
-) -> Iterator[tuple[ItemRequests, Sequence[RowScore], Sequence[str]]]:
-    """Each item with the log-likelihoods of its rows and the texts of its prompts.
-
-    lls, texts: of all items, one item after another.
-    """
-    row = prompt = 0
-    for asked in items:
-        last_row, last_prompt = row + len(asked.rows), prompt + len(asked.prompts)
-        yield asked, lls[row:last_row], texts[prompt:last_prompt]
-        row, prompt = last_row, last_prompt
-
-
-def respond(asked: ItemRequests, lls: Sequence[RowScore], texts: Sequence[str]) -> None:
-    """Set the answers of an item's lm-eval requests (`resps`) as lm-eval's own model would set them."""
-    left = iter(texts)
-    for k, instance in enumerate(asked.instances):
-        if instance.request_type == "generate_until":
-            instance.resps = [next(left)]
-        elif instance.request_type == "loglikelihood_rolling":
-            instance.resps = [sum(lls[r][0] for r in asked.spans[k])]
-        else:
-            instance.resps = [lls[asked.spans[k].start][:2]]
-
-
-def answer_of(task: Task, complete: bool, asked: ItemRequests, lls: Sequence[RowScore], texts: Sequence[str]) -> Answer:
-    """What the formulas of metrics read.  complete: whether all requests were answered, or only the gold answer's."""
-    logprobs: list[float] = []
-    lengths: list[int] = []
-    gold = 0
-    if complete and task.kind == "multiple_choice" and asked.gold is not None:
-        numbers, lengths = choices_of(task, asked)
-        logprobs = [lls[number].logprob for number in numbers]
-        gold = numbers.index(asked.gold)
-    if asked.gold is None:
-        return Answer(asked.item.doc, text="".join(texts))
-    row = lls[asked.gold]
-    return Answer(
-        asked.item.doc,
-        gold_logprob=row.logprob,
-        gold_bytes=asked.gold_bytes,
-        logprobs=logprobs,
-        gold=gold,
-        text="".join(texts),
-        token_logprobs=row.token_logprobs,
-        token_margins=row.token_margins,
-        token_entropies=row.token_entropies,
-        lengths=lengths,
-    )
-
-
-def choices_of(task: Task, asked: ItemRequests) -> tuple[list[int], list[int]]:
-    """For each choice of a multiple-choice item, which of its rows it is, and the number of its characters.
-
-    All requests of the item are needed, not only the gold answer's.
-    """
-    # Behind the choices, `acc_mutual_info` asks for each of them again, without the prompt.
-    count = len(asked.spans) // (2 if "acc_mutual_info" in task.metrics else 1)
-    delimiter = task.lm.config.target_delimiter
-    lengths = [len(instance.args[1].removeprefix(delimiter)) for instance in asked.instances[:count]]
-    return [span.start for span in asked.spans[:count]], lengths
-
-
-def scores_of(task: Task, metric: str, found: ItemMetrics) -> list[float]:
-    """The item scores of one metric, the higher the better.  EvomergeError if the metric was not computed."""
-    if metric not in found:
-        raise EvomergeError(f"task {task.name}: the metric {metric!r} was not computed; there are {', '.join(found)}")
-    return [item_score(task, metric, value) for value in found[metric]]

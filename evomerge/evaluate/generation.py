@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evomerge.evaluate.clock import Clock, Counts
-from evomerge.evaluate.kv_cache import KeysValues, empty_cache, generation_cache
+from evomerge.evaluate.kv_cache import KeysValues, empty_cache_of, generation_cache
 from evomerge.evaluate.loglikelihood import Plan, head_only_at, run_trunk
 from evomerge.evaluate.prefix_plan import ALONE, Leaf, Tokens, choose_trunks, group_by_trunk
 
@@ -208,7 +208,7 @@ class Decoding:
             self.cache = generation_cache(layers, len(self.real), self.real.shape[1], trunk)
             self.hidden = torch.zeros_like(self.real, dtype=model.dtype).masked_fill_(~self.real, self.low)
         else:
-            self.cache = empty_cache()
+            self.cache = empty_cache_of(model)
 
     def first(self) -> Tensor:
         """Run the forwards over the prompts; the most probable next token of each, (B,)."""
@@ -266,7 +266,7 @@ class Decoding:
         """Drop all other rows.  rows: indices among those that still run."""
         keep = torch.tensor(rows, device=self.newest.device)
         for layer in self.cache.layers:
-            layer.keep_rows(keep) if self.packs else layer.batch_select_indices(keep)
+            layer.keep_rows(keep) if self.packs else layer.reorder_cache(keep)
         self.newest, self.positions, self.real = self.newest[keep], self.positions[keep], self.real[keep]
         if self.packs:
             self.hidden = self.hidden[keep]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from evomerge.device import double, free_memory
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.engine import Engine, choices_of
+from evomerge.evaluate.answer_metrics import choices_of
+from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.formulas import TensorAnswer
 from evomerge.evaluate.item_values import item_score
 from evomerge.evaluate.loglikelihood import (

@@ -73,6 +73,13 @@ def item_score(task: Task, metric: str, value: Any) -> float:
     return score if task.higher_is_better(metric) else -score
 
 
+def scores_of(task: Task, metric: str, found: ItemMetrics) -> list[float]:
+    """The item scores of one metric, the higher the better.  EvomergeError if the metric was not computed."""
+    if metric not in found:
+        raise EvomergeError(f"task {task.name}: the metric {metric!r} was not computed; there are {', '.join(found)}")
+    return [item_score(task, metric, value) for value in found[metric]]
+
+
 def aggregate(task: Task, metric: str, values: Sequence[Any]) -> float:
     """A metric over all items: lm-eval's own aggregation, or else the mean."""
     aggregation = task.lm.aggregation().get(metric.split(",")[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Per layer, the keys and values (1, heads, T, head size) of a trunk of T tokens."""
@@ -75,6 +75,12 @@ class GenerationLayer(DynamicLayer):  # type: ignore[misc]
 def empty_cache() -> Any:
     """A cache that keeps all tokens, also where the model has sliding windows."""
     return Cache(layer_class_to_replicate=DynamicLayer)
+
+
+def empty_cache_of(model: Any) -> Any:
+    """`empty_cache`, or transformers' own cache for a hybrid, whose layers keep states instead of keys and values."""
+    own = DynamicCache(config=model.config)
+    return own if any(hasattr(layer, "has_previous_state") for layer in own.layers) else empty_cache()
 
 
 def trunk_cache(trunk: KeysValues) -> Any:

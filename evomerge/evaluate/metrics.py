@@ -1,8 +1,8 @@
 """The one table of metrics: what each needs, its direction, its bounds and its formula.
 
 A new metric is one entry of `TABLE` and its formula (`formulas.py`).  Everything that depends on the metric reads the
-table: which requests are made (`engine.py`), which task has it (`tasks.py`), the sign of item scores, the highest score
-that a race assumes (`racing.py`) and the bounds of intervals (`search/verdict/intervals.py`).
+table: which requests are made (`engine.py`), which task has it (`task_metrics.py`), the sign of item scores, the
+highest score that a race assumes (`racing.py`) and the bounds of intervals (`search/verdict/intervals.py`).
 
 Another package adds an objective by an entry point of the group `evomerge.objectives` whose object is a `Metric`:
 

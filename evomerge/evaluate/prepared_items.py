@@ -18,7 +18,7 @@ from evomerge.evaluate.generation import Prompt
 from evomerge.evaluate.loglikelihood import Row
 from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.evaluate.workload import ItemRequests, Workload
-from evomerge.files import written_aside
+from evomerge.files.write import written_aside
 
 
 def prepared_workload(

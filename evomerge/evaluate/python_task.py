@@ -16,7 +16,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +27,7 @@ import numpy as np
 from evomerge.config.tasks import PythonTask
 from evomerge.errors import EvomergeError, did_you_mean, first_line
 from evomerge.evaluate.metrics import CHOSEN, METRICS
-from evomerge.files import opened, read_text
+from evomerge.files.read import opened, read_text
 from evomerge.parse import parse_json
 
 PYTHON = "python"  # the kind of these tasks, beside lm-eval's `output_type`
@@ -126,25 +126,33 @@ class PythonSource:
         which: the items, for messages.
 
         Random numbers of Python, NumPy and PyTorch are seeded before the call, so that a model's scores do not depend
-        on what was scored before.  TaskCodeFailed if the function raises an error or its numbers are wrong.
+        on what was scored before.  TaskCodeFailed if the function raises an error or its numbers are wrong;
+        EvomergeError if it changed the model's weights.
         """
         import torch  # status and refused configurations import this file, and need no torch
 
         given = [model, copy.deepcopy(list(docs)), *([helper(self.helper)] if self.helper else [])]
-        model.eval()
-        with torch.no_grad(), seeded(model):
+        before = weights_state(model.eval())
+        with torch.no_grad(), seeded(model), chdir("."):  # the working folder is the same afterwards
             try:
                 found = self.function(*given)
+                values = found.tolist() if hasattr(found, "tolist") else found
             except (Exception, SystemExit) as error:
                 raise TaskCodeFailed(f"{self.where} failed on {which}: {told(error, self.file)}") from error
-        return self.checked(found, docs, which)
+            finally:
+                model.eval()
+        if weights_state(model) != before:  # no trial fails: all later ones would be wrong
+            raise EvomergeError(
+                f"{self.where} changed the model's weights, or their type or device, which would stay so for the "
+                "candidates after this one; let it work on a copy"
+            )
+        return self.checked(values, docs, which)
 
-    def checked(self, found: Any, docs: Sequence[dict[str, Any]], which: str) -> list[float]:
+    def checked(self, values: Any, docs: Sequence[dict[str, Any]], which: str) -> list[float]:
         """What the function returned, as one finite number for each item."""
-        values = found.tolist() if hasattr(found, "tolist") else found
         if not isinstance(values, (list, tuple)):
             raise TaskCodeFailed(
-                f"{self.where} returned {shown(found)}; it must return a list with a number for each item"
+                f"{self.where} returned {shown(values)}; it must return a list with a number for each item"
             )
         if len(values) != len(docs):
             raise TaskCodeFailed(f"{self.where} returned {len(values)} values for {len(docs)} items ({which})")
@@ -221,7 +229,8 @@ def find_function(module: ModuleType, file: str, name: str) -> tuple[Callable[..
 def read_docs(file: Path) -> list[dict[str, Any]]:
     """The items of a file of JSON lines.  EvomergeError if a line is no JSON object, or there is none."""
     docs = []
-    for number, line in enumerate(read_text(file, ITEMS_BYTES).split("\n"), 1):
+    text = read_text(file, ITEMS_BYTES).removeprefix("\ufeff")  # which editors on Windows put in front
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             doc = parse_json(line, f"{file}: line {number}")
             if not isinstance(doc, dict):
@@ -230,6 +239,11 @@ def read_docs(file: Path) -> list[dict[str, Any]]:
     if not docs:
         raise EvomergeError(f"{file}: has no items; give it one JSON object a line")
     return docs
+
+
+def weights_state(model: Any) -> list[tuple[Any, ...]]:
+    """What changes when a parameter is written in place, or replaced by one of another type or on another device."""
+    return [(p.data_ptr(), p.dtype, p._version) for p in model.parameters()]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.bounds import only_bounds
 from evomerge.evaluate.generation import Prompt
 from evomerge.evaluate.loglikelihood import Row
 from evomerge.evaluate.tasks import Item, Task
@@ -28,6 +29,8 @@ class Requests:
 
         EvomergeError if an answer is empty or does not fit the model.
         """
+        with only_bounds():  # not every request needs it, but metrics and the kept items do, without bounds
+            task.lm.doc_to_target(item.doc)
         instances = self.instances(task, item)
         rows: list[Row] = []
         spans: list[range] = []

@@ -5,12 +5,15 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, did_you_mean, first_line
-from evomerge.files import read_text
+from evomerge.evaluate.bounds import within_bounds
+from evomerge.files.read import read_text
 from evomerge.parse import Tagged, TaskLoader, parse_yaml
 
 ALLOW = "read it; if it may run, set `allow_task_code: true` beside the task (on the command line --allow-task-code)"
@@ -45,6 +48,27 @@ def prepare_libraries() -> None:
     datasets.disable_progress_bars()
     for name in ("lm_eval", "lm-eval", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def bounded_templates(task: str) -> Iterator[None]:
+    """Within the context, every template that lm-eval renders has bounds.  It renders those of the first item itself.
+
+    task: for the error.
+    """
+    from lm_eval import utils
+
+    plain = utils.apply_template
+
+    def bounded(template: str, doc: dict[str, Any]) -> str:
+        with within_bounds(f"{task}: the templates of an item"):
+            return str(plain(template, doc))
+
+    utils.apply_template = bounded
+    try:
+        yield
+    finally:
+        utils.apply_template = plain
 
 
 def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
@@ -83,10 +107,13 @@ def load_file(path: Path, allow_code: bool = False) -> tuple[list[Any], bool]:
         content["dataset_kwargs"] = {**kwargs, "data_files": local_data(kwargs["data_files"], path)}
     refuse_whole_folders(content.get("dataset_path"), kwargs, path)
     try:
-        tasks = list(TaskManager(include_defaults=False).load(content)["tasks"].values())
+        with bounded_templates(str(path)):
+            tasks = list(TaskManager(include_defaults=False).load(content)["tasks"].values())
         for make in [make for task in tasks for ensemble in task._filters for make in ensemble.filters]:
             make()  # fails here on wrong arguments; lm-eval calls it only after the first answer
         return tasks, bool(code)
+    except EvomergeError:
+        raise
     except Exception as error:  # lm-eval and datasets raise many types
         why = missing_split(content, error) or missing_column(content, error)
         why = why or f"lm-eval cannot open this task ({reason(error)})"
@@ -255,7 +282,10 @@ def load_named(name: str) -> list[Any]:
             f"task {name!r}: lm-eval has no task of that name{hint}. A task of your own is a path ending in .yaml"
         )
     try:
-        return list(manager.load(name)["tasks"].values())
+        with bounded_templates(f"task {name!r}"):
+            return list(manager.load(name)["tasks"].values())
+    except EvomergeError:
+        raise
     except Exception as error:  # lm-eval and datasets raise many types
         raise EvomergeError(f"task {name!r}: lm-eval cannot open it ({reason(error)})") from error
 

@@ -13,7 +13,6 @@ from types import TracebackType
 
 from evomerge.errors import EvomergeError, without_panics
 
-ITEM_SECONDS = 60.0  # of processor time for the requests of one item
 TRIAL_SECONDS = 2.0  # for one of the texts below; a usual tokenizer takes a millisecond
 TRIAL_LENGTHS = (8, 32, 128, 512)
 TRIAL_TEXTS = ("a", " ", "1", "aB c1. ", "\n", "\u00e9")

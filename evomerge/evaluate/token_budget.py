@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from evomerge.evaluate.loglikelihood import LOGITS, Plan, Row, kept_logits, plan_batches
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 
 ON_CPU = 4096  # larger batches are not faster on a processor
 LEAST, MOST = 64, 65536

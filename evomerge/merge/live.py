@@ -1,22 +1,24 @@
 """The live model: one model in memory whose weights every candidate overwrites in place."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from evomerge.device import TORCH_DTYPES
-from evomerge.errors import EvomergeError, first_line
-from evomerge.files import read_json
+from evomerge.errors import EvomergeError, first_line, some
+from evomerge.files.read import read_json
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.materialise import materialise
 from evomerge.merge.recipe.recipe import Dtype, Model, Recipe, RecipeSource
 from evomerge.sources.architecture import is_language_model, is_multimodal, known_config, named_architecture
 from evomerge.sources.checkpoint import open_weight_files, read_config
-from evomerge.sources.open_models import open_models
+from evomerge.sources.locate import before_download, fetch, locate
+from evomerge.sources.open_models import Models, open_models
 from evomerge.sources.tensor_names import is_computed_buffer
 from evomerge.sources.tokenizer import Vocabulary, open_tokenizer, optional_tokenizer, read_vocabulary
 
@@ -33,16 +35,34 @@ def load_live_model(
     compute: the type that holds them and computes, if it is another.
     language: load a causal language model, else the class that the model's config.json names.
 
-    EvomergeError if transformers cannot open it (unknown architecture, missing code).
+    EvomergeError if transformers cannot open it (unknown architecture, missing code), or a tensor is missing.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     config = read_config(path)
-    try:
+    with opening_errors(path, config, language):
         kind = live_class(config, language)
-        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        model, found = kind.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise EvomergeError(
+            f"{path}: lacks {len(missing)} tensor(s) of transformers' {type(model).__name__}, which would fill them "
+            f"with random numbers: {some(missing)}"
+        )
+    return ready(model, dtype, device, compute)
+
+
+@contextmanager
+def opening_errors(path: Path, config: Mapping[str, Any], language: bool) -> Iterator[None]:
+    """Within the context, whatever transformers raises becomes an EvomergeError that says why it cannot open a model.
+
+    path: of the model.  config, language: see `live_class`.
+    """
+    try:
+        yield
     except Exception as error:  # a configuration may be wrong in any way; code in the model's folder is not run
         reason = first_line(error)
         if language and config and not is_language_model(config):
@@ -50,7 +70,6 @@ def load_live_model(
         if "custom code" in str(error):
             reason = "it needs Python code of its own, `auto_map` in config.json, which evomerge never runs"
         raise EvomergeError(f"{path}: transformers cannot open it ({reason})") from error
-    return ready(model, dtype, device, compute)
 
 
 def live_class(config: Mapping[str, Any], language: bool) -> Any:
@@ -86,14 +105,18 @@ def candidate_model(bank: Bank, dtype: torch.dtype, compute: torch.dtype | None 
     if (known := known_config(bank.layout.config)) is None:
         raise EvomergeError(f"{base}: transformers does not know its architecture")
     try:
-        kind = live_class(bank.layout.config, language)
-        model = (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(known, dtype=dtype)
+        model = built(live_class(bank.layout.config, language), known, dtype)
     except Exception as error:
         reason = first_line(error)
         raise EvomergeError(f"{base}: transformers cannot build it ({reason})") from error
     if (folder := bank.models.tokenizer_folder).joinpath("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return ready(model, dtype, bank.live_device, compute)
+
+
+def built(kind: Any, known: Any, dtype: torch.dtype) -> Any:
+    """A model with random weights.  kind: its class, of `live_class`.  known: its configuration, of transformers."""
+    return (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(known, dtype=dtype)
 
 
 def ready(model: Any, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None) -> Any:
@@ -205,10 +228,7 @@ def open_live_model(
 
     EvomergeError if the folder is an adapter and no base is given, or transformers cannot open the model.
     """
-    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-    whole = folder if not is_adapter else base
-    if whole is None:
-        raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
+    whole = whole_model(folder, base)
     config, (_, tensors) = read_config(whole), open_weight_files(whole)  # they report what is wrong with the files
     if wanted == "auto" and "quantization_config" in config:
         wanted = dtype  # quantised layers choose the type of their products
@@ -216,16 +236,61 @@ def open_live_model(
         shapes = (tuple(part.get_shape()) for _, part in tensors.values())
         wanted = faster_type(dtype, measure(dtype, device.type, shapes))
     types = TORCH_DTYPES[dtype], TORCH_DTYPES[wanted]
-    if not is_adapter:
+    if whole == folder:
         return load_live_model(folder, types[0], device, types[1], language), tokenizer_in(folder, language)
-    vocabulary = "source" if read_vocabulary(folder) else None  # an adapter may have added tokens
-    bank = Bank(open_models(whole, {"source": folder}, vocabulary=vocabulary), device)
+    models = with_adapter(whole, folder)
+    bank = Bank(models, device)
     model = candidate_model(bank, *types, language)
     source = RecipeSource(name="source", path=str(folder))
     base_model = Model(path=str(whole))
+    vocabulary = models.requested_vocabulary
     recipe = Recipe(method="linear", dtype=dtype, base=base_model, sources=[source], vocabulary=vocabulary)
     materialise(recipe, bank, destinations(model, bank))
     return model, tokenizer_in(bank.models.tokenizer_folder, language)
+
+
+def whole_model(folder: Path, base: Path | None) -> Path:
+    """The folder itself, or the base if the folder has an adapter.  EvomergeError if it has and there is no base."""
+    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    if is_adapter and base is None:
+        raise EvomergeError(f"{folder}: is an adapter; name its base model with --base")
+    return base if is_adapter and base is not None else folder
+
+
+def with_adapter(base: Path, adapter: Path) -> Models:
+    """A base and an adapter on it, opened, in the vocabulary of the adapter, which may have added tokens."""
+    return open_models(base, {"source": adapter}, vocabulary="source" if read_vocabulary(adapter) else None)
+
+
+def locate_live_model(model: str, base: str | None, language: bool = True) -> tuple[Path, Path | None]:
+    """The folders of a model to score and of its base, if it has one.
+
+    model, base: folders, or hub ids; the headers of these are downloaded and checked before their weights.
+    language: see `open_live_model`.
+
+    EvomergeError if `open_live_model` could not open them.
+    """
+    names = [model, *([base] if base else [])]
+    with before_download(names) as headers:
+        if headers.folders:
+            found, below = (locate(headers.stand_in(name)) for name in (model, base or model))
+            check_headers(found, below if base else None, language)
+    fetch(names)
+    return locate(model), locate(base) if base else None
+
+
+def check_headers(folder: Path, base: Path | None, language: bool) -> None:
+    """EvomergeError if `open_live_model` could not open a model, as far as that can be told without its weights."""
+    from transformers import AutoConfig
+
+    whole = whole_model(folder, base)
+    open_weight_files(whole)
+    if whole != folder:
+        with_adapter(whole, folder)
+    config = read_config(whole)
+    with opening_errors(whole, config, language), torch.device("meta"):
+        known = AutoConfig.from_pretrained(whole, local_files_only=True, trust_remote_code=False)
+        built(live_class(config, language), known, torch.float32)
 
 
 def tokenizer_in(folder: Path, language: bool) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.bounds import within_bounds
 from evomerge.evaluate.clock import Clock
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.generation import Prompt, generate, plan_generation
@@ -18,7 +19,7 @@ def prompt_of(engine: Engine, text: str, chat: bool, stop: str, limit: int) -> P
     stop: the answer ends before this text; empty: only at the end-of-text token.
     limit: the greatest number of new tokens.
 
-    EvomergeError if there is no text, no template, or no room for the answer.
+    EvomergeError if there is no text, no template, no room for the answer, or if the template takes too much.
     """
     if not text.strip():
         raise EvomergeError("write a prompt first")
@@ -27,7 +28,8 @@ def prompt_of(engine: Engine, text: str, chat: bool, stop: str, limit: int) -> P
     longest = int(engine.lm.max_length) - limit
     if longest < 1:
         raise EvomergeError(f"{limit} new tokens leave no room for the prompt: the model takes {engine.lm.max_length}")
-    tokens = engine.lm.tok_encode(in_chat(engine, text) if chat else text)[-longest:]
+    with within_bounds("the tokens of a prompt"):
+        tokens = engine.lm.tok_encode(in_chat(engine, text) if chat else text)[-longest:]
     if not tokens:
         raise EvomergeError("this prompt has no tokens")
     end = engine.lm.tok_decode(engine.lm.eot_token_id, skip_special_tokens=False)

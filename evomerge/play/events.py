@@ -15,7 +15,8 @@ import gradio as gr
 
 from evomerge.errors import EvomergeError
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.play.playground import Playground, QuickScore, recipe_name, save_recipe
+from evomerge.play.live_model import recipe_name
+from evomerge.play.playground import Playground, QuickScore, save_recipe
 from evomerge.play.sliders import GROUPS, SHOWN, Slider
 
 THIS = "this recipe"  # what the sliders make
@@ -31,8 +32,9 @@ class Events:
 
     def __init__(self, play: Playground) -> None:
         self.play = play
+        self.controls = play.controls
         groups = (None, *GROUPS)
-        self.every = [Slider(knob, source, g) for source in play.sources for knob in BY_SOURCE for g in groups]
+        self.every = [Slider(knob, source, g) for source in self.controls.sources for knob in BY_SOURCE for g in groups]
         self.every += [Slider(knob) for knob in SHOWN if knob not in BY_SOURCE]
         """All sliders of the page, of which a recipe has some."""
 
@@ -44,9 +46,9 @@ class Events:
         values: where they stand, in the order of `every`.  One that stands where it started leaves its coefficient as
             it is.
         """
-        shown = set(self.play.sliders(start, split))
+        shown = set(self.controls.sliders(start, split))
         now = {s: v for s, v in zip(self.every, values, strict=True) if s in shown and v is not None}
-        return self.play.moved(start, {s: v for s, v in now.items() if v != self.play.shown(start, s)})
+        return self.controls.moved(start, {s: v for s, v in now.items() if v != self.controls.shown(start, s)})
 
     # --- Events that change where the sliders start: state, method, sliders, line of state ---
 
@@ -59,7 +61,7 @@ class Events:
         if method == start.method:  # Gradio sends this event twice, the second time with sliders of the old method
             return [gr.skip() for _ in range(len(self.every) + 3)]
         try:
-            return self.begin(self.play.with_method(self.present(start, split, values), method), split)
+            return self.begin(self.controls.with_method(self.present(start, split, values), method), split)
         except EvomergeError as error:
             return [start, gr.update(value=start.method), *[gr.skip() for _ in self.every], wrong(error)]
 
@@ -72,7 +74,7 @@ class Events:
 
     def begin(self, start: Recipe, split: bool) -> list[Any]:
         """Merge a recipe and set the sliders to it."""
-        method = gr.update(value=start.method, interactive=self.play.movable(start))
+        method = gr.update(value=start.method, interactive=self.controls.movable(start))
         try:
             state = self.merged(start)
         except EvomergeError as error:
@@ -81,10 +83,10 @@ class Events:
 
     def look(self, start: Recipe, split: bool, slider: Slider) -> dict[str, Any]:
         """How a slider looks for a recipe; one that the recipe does not have is hidden."""
-        if slider not in self.play.sliders(start, split):
+        if slider not in self.controls.sliders(start, split):
             return {"visible": False}
-        low, high = self.play.bounds(start, slider)
-        return {"value": self.play.shown(start, slider), "minimum": low, "maximum": high, "visible": True}
+        low, high = self.controls.bounds(start, slider)
+        return {"value": self.controls.shown(start, slider), "minimum": low, "maximum": high, "visible": True}
 
     # --- Events that leave them there ---
 
@@ -118,7 +120,7 @@ class Events:
         """A box with a recipe's answer, and with the recipe that gave it."""
         reply = self.play.ask(recipe, text, chat, unescaped(stop), limit or LIMIT)
         cut = ", cut at the limit" if reply.cut else ""
-        info = f"{reply.recipe} {self.play.summary(recipe)}: {reply.seconds:.2f} s{cut}"
+        info = f"{reply.recipe} {self.controls.summary(recipe)}: {reply.seconds:.2f} s{cut}"
         return gr.update(label=name, info=info, value=reply.text)
 
     def score(
@@ -166,9 +168,9 @@ class Events:
 
     def merged(self, recipe: Recipe) -> str:
         """Merge a recipe, and say how long that took."""
-        done = self.play.merge(recipe)
+        done = self.play.live.merge(recipe)
         how = f"merged in {done.seconds:.2f} s" if done.seconds else "merged"
-        return f"<code>{done.recipe}</code> {html.escape(self.play.summary(recipe))}: {how}"
+        return f"<code>{done.recipe}</code> {html.escape(self.controls.summary(recipe))}: {how}"
 
 
 def wrong(error: Exception) -> str:

@@ -28,7 +28,7 @@ def serve(target: Path, port: int, browser: bool) -> None:
     from evomerge.play.playground import open_playground
 
     play = open_playground(target)
-    play.merge(play.presets.recipes[play.presets.found])
+    play.live.merge(play.presets.recipes[play.presets.found])
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     for name in ("no_proxy", "NO_PROXY"):  # Gradio looks whether its page is there, and a proxy cannot know
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
@@ -64,7 +64,7 @@ def serve(target: Path, port: int, browser: bool) -> None:
     try:
         threading.Event().wait()
     finally:
-        play.close()
+        play.live.close()
         page.close(verbose=False)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.printable import printable
 from evomerge.report.inspection import PAIRS, Inspection, Table
 from evomerge.report.page.parts import capital, section, table, text, whole_page

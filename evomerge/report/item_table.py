@@ -6,7 +6,7 @@ import pyarrow as pa
 from pyarrow import compute, csv, parquet
 
 from evomerge.errors import EvomergeError
-from evomerge.files import written_aside
+from evomerge.files.write import written_aside
 from evomerge.search.run import Run
 from evomerge.search.storage.item_scores import rows
 

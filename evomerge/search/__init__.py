@@ -1,6 +1,8 @@
 """A search: an Optuna study over merge coefficients, from the first baseline to the verdict.
 
+session.py: opens models, study and workers, and drives the search.
 loop.py: the search, phase by phase.
+scored_baselines.py: the baselines of a running search and their values.
 trial.py: one trial, from its proposal to its record.
 run.py: the run folder.
 inputs.py: what a run was made of, recorded and compared.

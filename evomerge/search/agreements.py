@@ -14,7 +14,7 @@ from pathlib import Path
 from evomerge.config.schema import SearchConfig
 from evomerge.config.tasks import PythonTask
 from evomerge.errors import EvomergeError
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.search.run import Run
 
 

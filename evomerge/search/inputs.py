@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import __version__
-from evomerge.config.config_file import config_differences, load_config, write_config
+from evomerge.config.config_file import load_config, write_config
+from evomerge.config.differences import config_differences
 from evomerge.config.paths import pin
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import disk_errors, sha256, write_text
+from evomerge.files.read import sha256
+from evomerge.files.write import disk_errors, write_text
 from evomerge.merge.recipe.recipe import Recipe, models_on_disk
 from evomerge.search.agreements import refuse_task_code
 from evomerge.search.evaluation.task_set import TaskSet, open_task_set

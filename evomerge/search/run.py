@@ -37,7 +37,8 @@ from evomerge.config.config_file import load_config
 from evomerge.config.database_url import expanded
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import appending, disk_errors, opened, read_json
+from evomerge.files.read import opened, read_json
+from evomerge.files.write import appending, disk_errors
 from evomerge.printable import printable
 from evomerge.search.monitor.snapshot import read_snapshot
 from evomerge.search.storage.database import open_study, sqlite_url
@@ -178,23 +179,28 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise EvomergeError if evomerge would write through a symbolic link in a run folder, to any file whatever."""
+def refuse_links_and_pipes(folder: Path) -> None:
+    """Raise EvomergeError if evomerge would write through a symbolic link in a run folder, to any file whatever.
+
+    And if there is a pipe or a device among what it reads, where it would wait.
+    """
     own = [
         folder / name for name in ("lock", "log.txt", "study.db", "study.db-wal", "study.db-shm", "cache", "workers")
     ]
     for path in (*own, *(folder / "cache").rglob("*"), *(folder / "workers").rglob("*")):
         if path.is_symlink():
             raise EvomergeError(f"{path}: is a symbolic link; put the file or folder itself there, or delete the link")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise EvomergeError(f"{path}: cannot be read or written (not an ordinary file)")
 
 
 @contextmanager
 def only_driver(run: Run) -> Iterator[None]:
     """Hold the run's lock, which ends with the process.
 
-    Raises EvomergeError if another process holds it, or if evomerge would write through a link.
+    Raises EvomergeError if another process holds it, or if evomerge would write through a link or wait at a pipe.
     """
-    refuse_links(run.folder)
+    refuse_links_and_pipes(run.folder)
     with disk_errors(run.folder), appending(run.folder / "lock") as file:
         try:
             lock(file, wait=False)

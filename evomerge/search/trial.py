@@ -8,77 +8,27 @@ store               the trial's value and record, in the database and in the sam
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-
-from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.canary import normal_signs
-from evomerge.evaluate.racing import Race, Vector
 from evomerge.evaluate.signs import Signs
 from evomerge.search.evaluation.evaluator import reason
 from evomerge.search.evaluation.jobs import Failure, Outcome, Result, TrialJob
-from evomerge.search.evaluation.race_policy import may_race, rivals
-from evomerge.search.evaluation.race_setup import RaceSetup
+from evomerge.search.evaluation.race_policy import Races
 from evomerge.search.evaluation.scale import Scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.failures import stop_after_failures
 from evomerge.search.monitor.incumbent import coefficients_of, means, task_scores
-from evomerge.search.monitor.monitor import Monitor, remark
+from evomerge.search.monitor.monitor import remark
 from evomerge.search.run import Run
 from evomerge.search.space.baselines import Baseline, base_alone
 from evomerge.search.space.space import Point
 from evomerge.search.storage.item_scores import pack, trial_scores
 from evomerge.search.storage.study import Begun, LearnedPoint, SearchStudy, in_full
 from evomerge.search.storage.trial_record import RaceRecord, Seconds, TrialRecord, record_of
-from evomerge.search.workers.pool import Pool
-
-
-class Races:
-    """The races of a search: a candidate runs against the incumbent of the moment at which it begins.
-
-    study: its trials evaluated in full are the incumbent and the candidates that predict differences.
-    setup: the order of the items and where a race looks.
-    """
-
-    def __init__(self, study: SearchStudy, setup: RaceSetup) -> None:
-        self.study = study
-        self.setup = setup
-        self.vectors: dict[int, Vector] = {}  # trial number -> the values of its items (N,)
-        self.penalties: dict[int, float] = {}  # trial number -> its penalty
-
-    def next(self, weights: Mapping[str, float] | None) -> tuple[Race | None, RaceSetup, RaceRecord]:
-        """The race of the next candidate, its setup, and what its record says of it; no race if it does not race.
-
-        weights: of the tasks, by which the candidate is compared; None: the search's; empty: it is not compared.
-        """
-        setup = self.setup.weighted(weights) if weights else self.setup
-        if weights == {} or not may_race(self.study, setup):
-            return None, setup, RaceRecord(None)
-
-        def value(trial: FrozenTrial) -> float:
-            return float(setup.order.weights @ self.vector(trial)) - self.penalty(trial)
-
-        incumbent, others = rivals(self.study, setup.items, None if weights is None else value)
-        if incumbent is None:
-            return None, setup, RaceRecord(None)
-        record = RaceRecord(incumbent.number, tuple(t.number for t in others))
-        race = setup.race(self.vector(incumbent), [self.vector(t) for t in others], self.penalty(incumbent))
-        return race, setup, record
-
-    def vector(self, trial: FrozenTrial) -> Vector:
-        """A trial's item scores, (N,)."""
-        if trial.number not in self.vectors:
-            self.vectors[trial.number] = self.setup.vector(trial)
-        return self.vectors[trial.number]
-
-    def penalty(self, trial: FrozenTrial) -> float:
-        """The penalties of a trial's guards."""
-        if trial.number not in self.penalties:
-            self.penalties[trial.number] = self.setup.scale.penalty(trial_scores(trial))
-        return self.penalties[trial.number]
 
 
 class TrialRunner:
@@ -86,17 +36,16 @@ class TrialRunner:
 
     run: the run folder, for its log.
     study: proposes points and stores results.
-    evaluations: item scores of recipes that are in the study already.
-    pool: its workers do the jobs.
-    monitor: is told of every finished trial.
+    evaluations: item scores of recipes that are in the study already; has the workers, which do the jobs, and the
+        monitor, which is told of every finished trial.
     """
 
-    def __init__(self, run: Run, study: SearchStudy, evaluations: Evaluations, pool: Pool, monitor: Monitor) -> None:
+    def __init__(self, run: Run, study: SearchStudy, evaluations: Evaluations) -> None:
         self.log = run.log
         self.study = study
         self.evaluations = evaluations
-        self.pool = pool
-        self.monitor = monitor
+        self.pool = evaluations.pool
+        self.monitor = evaluations.monitor
         self.storing = 0.0  # seconds that it took to store the last trial
 
     async def run(
@@ -136,6 +85,7 @@ class TrialRunner:
             if self.study.space.assembly and (same := self.study.at(trial.params)) is not None:
                 scores = {t: {m: x.tolist() for m, x in by.items()} for t, by in trial_scores(same).items()}
                 return Outcome(scores, {}, record_of(same).signs), None  # choices are often drawn again
+            races = races if trial.learned is None else None
             race, setup, record = races.next(trial.weights) if races else (None, None, RaceRecord(None))
             signs = parent_signs(self.study, baselines)
             return TrialJob(recipe, signs, setup if race else None, race), record

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, refuse_stray_link
+from evomerge.files.read import read_json, refuse_stray_link
 from evomerge.sources.architecture import known_config
 from evomerge.sources.config_differences import LAYER_COUNTS
 from evomerge.sources.quantised import quantisation_problem

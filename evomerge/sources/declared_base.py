@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, read_text
+from evomerge.files.read import read_json, read_text
 from evomerge.parse import parse_yaml
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, open_checkpoint

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from evomerge.files import sha256
+from evomerge.files.read import sha256
 
 TOKENS = ("merges.txt", "vocab.txt")
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evomerge.errors import EvomergeError, first_line
-from evomerge.files import disk_errors
+from evomerge.files.write import disk_errors
 from evomerge.parse import parse_json
 from evomerge.sources.quantised import INTEGERS
 from evomerge.sources.safetensors_files import HEADER_BYTES, weight_files

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evomerge.errors import EvomergeError
-from evomerge.files import absolute_path
+from evomerge.files.read import absolute_path
 from evomerge.sources.hub import (
     Headers,
     HubModel,

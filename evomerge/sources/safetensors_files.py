@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import EvomergeError
-from evomerge.files import opened, read_json, refuse_stray_link
+from evomerge.files.read import opened, read_json, refuse_stray_link
 from evomerge.parse import parse_json
 
 WEIGHTS = ("model", "diffusion_pytorch_model")

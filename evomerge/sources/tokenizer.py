@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evomerge.errors import EvomergeError, first_line, lacks_memory, without_panics
-from evomerge.files import TOKENIZER_BYTES, copy_model_file, read_json, read_text
+from evomerge.files.read import TOKENIZER_BYTES, copy_model_file, read_json, read_text
+from evomerge.sources.tokenizer_growth import refuse_converted, refuse_growth_in
 
 VOCABULARY_CHOICES = BASE, UNION = "base", "union"
 """The words that a recipe's `vocabulary` may hold besides the name of a source."""
@@ -99,12 +100,14 @@ def vocabulary_file(folder: Path) -> Path | None:
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of the tokenizer in a model's folder; None if there is none that can be read.
 
-    EvomergeError if the id of a token is not a number from 0 to `MAX_TOKEN_ID`.
+    EvomergeError if the id of a token is not a number from 0 to `MAX_TOKEN_ID`, or if the tokenizer may lengthen a text
+    too much.
     """
     from tokenizers import Tokenizer
 
     if (file := vocabulary_file(folder)) is None:
         return None
+    refuse_growth_in(folder)
     tokens: Mapping[str, Any]
     if file.name == "vocab.json":
         tokens = read_json(file, TOKENIZER_BYTES)
@@ -134,9 +137,10 @@ def open_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    refuse_growth_in(folder)
     try:
         with without_panics():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            opened = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its converters raise any type of error
         if lacks_memory(error):
             raise
@@ -144,6 +148,8 @@ def open_tokenizer(folder: Path) -> Any:
         if "custom code" in str(error):
             reason = OWN_CODE
         raise EvomergeError(f"{folder}: its tokenizer cannot be opened ({reason})") from error
+    refuse_converted(folder, opened)
+    return opened
 
 
 def open_processor(folder: Path) -> Any:
@@ -153,6 +159,7 @@ def open_processor(folder: Path) -> Any:
     """
     from transformers import AutoProcessor
 
+    refuse_growth_in(folder)
     try:
         with without_panics():
             return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

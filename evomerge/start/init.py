@@ -6,8 +6,8 @@ from pathlib import Path
 from evomerge.config.config_file import load_config
 from evomerge.config.tasks import TaskConfig
 from evomerge.errors import EvomergeError
-from evomerge.evaluate.tasks import open_tasks
-from evomerge.files import write_text
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.files.write import write_text
 from evomerge.sources.open_models import open_named
 from evomerge.sources.tensor_names import PARTS, tensor_role
 from evomerge.start.yaml_text import named_source, plain, relative

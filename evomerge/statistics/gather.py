@@ -15,10 +15,11 @@ from torch import Tensor
 
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.loglikelihood import Plan, Row, kept_logits, plan_batches
-from evomerge.evaluate.tasks import Item, Task, deal, items_of
-from evomerge.files import sync, written_aside
+from evomerge.evaluate.tasks import Item, Task, items_of
+from evomerge.files.write import sync, written_aside
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.bank.memory import host_memory
 from evomerge.merge.live import destinations, live_tensor
@@ -38,9 +39,13 @@ def choose_items(tasks: Sequence[Task], count: int, search: SearchConfig | None)
 
     search: a configuration, of whose search split the items are; None takes the task's training split, or, if it has
         none, the documents that lm-eval evaluates.
+
+    EvomergeError for a Python task.
     """
     chosen = {}
     for task in tasks:
+        if task.is_python:
+            raise EvomergeError(f"task {task.name}: statistics need gold answers, which a Python task does not have")
         if search is not None:
             pool = deal(task, search.splits, search.seed)["search"]
         else:

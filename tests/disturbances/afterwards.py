@@ -8,7 +8,7 @@ from pathlib import Path
 from searches import Started, run_cli, start_cli
 
 from disturbances.disturbed import Disturbed, injection, kill, plain, wait
-from evomerge.files import sha256
+from evomerge.files.read import sha256
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -116,9 +116,10 @@ def _(search: Disturbed) -> str:
     gone = threading.Event()
 
     def read() -> None:
-        while not gone.is_set():
-            if select.select([ours], [], [], 0.05)[0]:
-                os.read(ours, 1 << 16)
+        with contextlib.suppress(OSError):  # the search ended before
+            while not gone.is_set():
+                if select.select([ours], [], [], 0.05)[0]:
+                    os.read(ours, 1 << 16)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -187,6 +188,6 @@ def _(search: Disturbed) -> str:
     for one in three[1:]:
         assert finished(one.run) == finished(search.run), "three searches found different trials"
         assert verdict_of(one.run)["holdout"] == verdict_of(search.run)["holdout"]
-    left = [f.name for f in (cache / "evomerge" / "kernels").iterdir() if ".part" in f.name]
+    left = [f.name for f in (cache / "evomerge" / "kernels").iterdir() if f.name.startswith("making-")]
     assert len(left) <= 1, f"unfinished files are left: {left}"
     return f"{'scan and a kernel' if kernels else 'scan'}; {what if first_alive else 'was done before'}"

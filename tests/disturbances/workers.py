@@ -27,8 +27,12 @@ from disturbances.processes import suspend
 
 def workers_of(pid: int) -> list[psutil.Process]:
     """The worker processes of a driver."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [p for p in children if "evomerge.search.workers.process_main" in " ".join(p.cmdline())]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "evomerge.search.workers.process_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def with_two(search: Disturbed) -> None:

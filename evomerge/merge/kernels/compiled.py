@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -237,12 +236,12 @@ def compiled_for(
 def compile_apart(variant: Variant, file: Path) -> None:
     """Compile a variant in another process.  RuntimeError with the compiler's last line.
 
-    The compiler keeps what it generates under names that depend on the code alone.  Two compilations of one variant at
-    the same time would write the same files, and each could pack half of the other's, so each has a folder of its own.
+    file: in a folder of its own.  The compiler keeps what it generates under names that depend on the code alone, and
+    two compilations of one variant in one folder could each pack half of the other's files.
     """
-    with TemporaryDirectory(prefix="evomerge-compile-", ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)]
-        run_compiler(["env", f"TORCHINDUCTOR_CACHE_DIR={folder}", *command])
+    folder = file.parent
+    command = [sys.executable, "-W", "ignore", "-m", __name__, variant.to_json(), str(file)]
+    run_compiler(["env", f"TORCHINDUCTOR_CACHE_DIR={folder}", f"TMPDIR={folder}", *command])
 
 
 def compile_to(variant: Variant, file: Path) -> None:

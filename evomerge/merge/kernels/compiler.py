@@ -1,15 +1,19 @@
 """Run a compiler as a child that ends with this process, and keep compiled files that only this user can write."""
 
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from evomerge.files import appending, sha256, written_aside
-from evomerge.system import POSIX, kill_process_group, user_id
+from evomerge.files.new_folder import UNFINISHED, remove_unfinished
+from evomerge.files.read import sha256
+from evomerge.files.write import appending, disk_errors
+from evomerge.system import POSIX, kill_process_group, lock, user_id
 
 # The compiler's process group is killed when the pipe from its parent closes, however the parent ends: a parent that is
 # killed can run no code of its own, and only the group reaches the children of the compiler.
@@ -83,16 +87,33 @@ class FileCache:
     def file(self, name: str, make: Callable[[Path], None]) -> Path:
         """The file of this name; `make` writes it to the path that it is given if there is none that can be used.
 
-        Several processes may make it at the same time; the last one's stays, and the SHA-256 of each is known.
+        The path lies in a folder of its own, which `make` may fill with other files; they are deleted.  Several
+        processes may make the file at the same time; the last one's stays, and the SHA-256 of each is known.
         """
         file = self.folder / name
         if not self.is_sound(file):
-            with written_aside(file) as aside:
-                make(aside)
-                aside.chmod(0o700)
+            with disk_errors(file), self.scratch() as folder:
+                make(folder / name)
+                (folder / name).chmod(0o700)
                 with appending(digest_of(file)) as digests:
-                    digests.write(sha256(aside).encode() + b"\n")
+                    digests.write(sha256(folder / name).encode() + b"\n")
+                (folder / name).replace(file)
         return file
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Within the context, a new folder beside the files.  Those that killed processes left are removed."""
+        for left in self.folder.glob("making-*"):
+            remove_unfinished(left)
+        folder = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder))
+        try:
+            with appending(mark := folder / "mark") as held:
+                lock(held)
+                if POSIX:
+                    mark.rename(folder / UNFINISHED)  # not before it is locked: another process would remove it
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def is_sound(self, file: Path) -> bool:
         """Whether a file is there, belongs to this user, and has a SHA-256 that is known."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evomerge.files import written_aside
+from evomerge.files.write import written_aside
 from evomerge.merge.kernels import regression, spectral
 from evomerge.merge.kernels.compiled import machine_features
 from evomerge.merge.measure.statistics_file import StatisticsFile

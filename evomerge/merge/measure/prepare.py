@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from evomerge.device import use
-from evomerge.files import written_aside
+from evomerge.files.write import written_aside
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.kernels.derived import threads
 from evomerge.merge.measure import gram, magnitudes, ranks, sums

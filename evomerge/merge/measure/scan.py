@@ -39,13 +39,13 @@ ARGUMENTS = {
 
 
 def compile_scan(file: Path) -> None:
-    """Compile `scan.cpp` into a library.  RuntimeError with the compiler's last line."""
+    """Compile `scan.cpp` into a library.  file: in a folder of its own.  RuntimeError with the compiler's last line."""
     compiler = os.environ.get("CXX") or (
         "clang++" if sys.platform == "darwin" else "g++"
     )  # as torch's own compiler does
     vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
     flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", *vectors]
-    run_compiler([compiler, *flags, str(SOURCE), "-o", str(file)])
+    run_compiler(["env", f"TMPDIR={file.parent}", compiler, *flags, str(SOURCE), "-o", str(file)])
 
 
 class Scan:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
-from evomerge.files import sha256
+from evomerge.files.read import sha256
 from evomerge.merge.methods.method import Statistics
 from evomerge.sources.adapter import Adapter
 from evomerge.sources.checkpoint import Checkpoint, is_head

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, read_text, refuse_stray_link
+from evomerge.files.read import read_json, read_text, refuse_stray_link
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml_documents
+from evomerge.files.read import read_yaml_documents
 from evomerge.merge.mergekit.mergekit_file import MergekitFile, ModelReference
 from evomerge.merge.mergekit.parse_mergekit import parse_mergekit
 from evomerge.merge.mergekit.to_recipe import to_recipe

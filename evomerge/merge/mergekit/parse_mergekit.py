@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import absolute_path
+from evomerge.files.read import absolute_path
 from evomerge.merge.mergekit.mergekit_file import (
     ConditionalParameter,
     InputModel,

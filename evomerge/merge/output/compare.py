@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from evomerge.files import sha256
+from evomerge.files.read import sha256
 from evomerge.sources.checkpoint import open_checkpoint
 from evomerge.sources.tokenizer import TOKENIZER_FILES
 

@@ -10,7 +10,9 @@ import torch
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError
-from evomerge.files import copy_model_file, new_folder, read_json, write_text
+from evomerge.files.new_folder import new_folder
+from evomerge.files.read import copy_model_file, read_json
+from evomerge.files.write import write_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.materialise import NotFinite, check_finite, check_fits, materialise_tensor
 from evomerge.merge.output.load_check import check_loads

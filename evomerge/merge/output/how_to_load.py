@@ -41,10 +41,18 @@ def how_to_load(config: Mapping[str, Any], weights: str) -> tuple[dict[str, str]
         return {}, TENSORS.format(weights=weights)
     if is_language_model(config):
         return {"library_name": "transformers", "pipeline_tag": "text-generation"}, GENERATE
-    named = config.get("architectures", [config.get("_class_name", "AutoModel")])
-    name = str(named[0]) if isinstance(named, list) and named else ""
+    name = class_name(config)
     library = "diffusers" if "_class_name" in config else "transformers"
-    if not name.isidentifier():  # the file may be a stranger's
+    if not name:
         return {}, TENSORS.format(weights=weights)
     lines = SEE if is_multimodal(config, name) else LOAD
     return {"library_name": library}, lines.format(library=library, name=name)
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class that loads a model with this config.json; empty if it cannot be told."""
+    if is_language_model(config):
+        return "AutoModelForCausalLM"
+    named = config.get("architectures", [config.get("_class_name", "AutoModel")])
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    return name if name.isidentifier() else ""  # the file may be a stranger's

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, some
-from evomerge.files import read_json, sha256
+from evomerge.files.read import read_json, sha256
 from evomerge.merge.kernels.compiler import FileCache, user_cache
 from evomerge.merge.recipe.layout import Layout
 from evomerge.sources.architecture import empty_model, named_architecture

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.files import copy_model_file, read_text
+from evomerge.files.read import copy_model_file, read_text
 from evomerge.parse import parse_json
 from evomerge.sources.tokenizer import drop_code
 

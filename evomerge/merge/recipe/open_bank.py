@@ -13,6 +13,7 @@ from evomerge.merge.recipe.recipe import Recipe, models_on_disk
 from evomerge.sources.hub import Headers, Progress
 from evomerge.sources.locate import before_download, fetch, locate
 from evomerge.sources.open_models import open_models
+from evomerge.sources.tensor_names import tensor_role
 
 Log = Callable[[str], None]
 
@@ -59,7 +60,19 @@ def open_bank(
     compiled = compiled_for(models.base.tensors, device, log) if log else None
     bank = Bank(models, device, capacity, compiled, recipe.slices)
     check_fits(recipe, bank)
+    models.compatibility.notes += [f"keep: {text}" for text in kept_in_vain(recipe, bank)]
     return bank
+
+
+def kept_in_vain(recipe: Recipe, bank: Bank) -> list[str]:
+    """The components under `keep` that no tensor belongs to, a line each."""
+    found = {tensor_role(name).component for name in bank.names} if recipe.keep else set()
+    lines = {c: f"the models have no {c} of their own" for c in recipe.keep if c not in found}
+    if "head" in lines and bank.models.base.ties_head:
+        lines["head"] += "; it is their embedding, which is not kept"
+        if "embedding" in recipe.keep:
+            del lines["head"]
+    return list(lines.values())
 
 
 def with_stand_ins(recipe: Recipe, headers: Headers) -> Recipe:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.files import sha256
+from evomerge.files.read import sha256
 from evomerge.merge.recipe.recipe import Recipe, RecipeSource, models_on_disk
 from evomerge.sources.fingerprint import model_fingerprint
 from evomerge.sources.locate import locate, pinned

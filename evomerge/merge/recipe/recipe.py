@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import EvomergeError
-from evomerge.files import absolute_path, read_yaml
+from evomerge.files.read import absolute_path, read_yaml
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knobs
 from evomerge.merge.methods.method import Method

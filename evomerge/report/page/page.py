@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from evomerge.files import write_text
+from evomerge.files.write import write_text
 from evomerge.printable import printable
 from evomerge.report.page.answers import answers_section
 from evomerge.report.page.closing import cost_section, use_section

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
-from evomerge.config.schema import BudgetConfig, SearchConfig
+from evomerge.config.running import BudgetConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 
 

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from evomerge.config.schema import SearchConfig
 from evomerge.device import TORCH_DTYPES
 from evomerge.evaluate.tasks import SPLITS, Split
-from evomerge.files import disk_errors
+from evomerge.files.write import disk_errors
 from evomerge.search.evaluation.scale import SCALE, Scale
 from evomerge.search.evaluation.stored_evaluations import digest
 from evomerge.search.models import model_folders
@@ -27,7 +27,7 @@ from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import evaluation_key, evaluation_records, item_ids
 from evomerge.search.storage.study import SearchStudy, in_full, rank
 from evomerge.search.storage.trial_record import EvaluationRecord, Seconds, TrialRecord, record_of
-from evomerge.search.verdict.finals import ALONG_FRONT, FINALISTS, learned_points
+from evomerge.search.verdict.finalists import ALONG_FRONT, FINALISTS, learned_points
 from evomerge.search.verdict.intervals import drawn_means
 from evomerge.search.verdict.simplify import most_steps
 from evomerge.sources.open_models import Models

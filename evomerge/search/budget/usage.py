@@ -12,7 +12,7 @@ from evomerge.search.storage.step_record import StepRecord, step_records
 from evomerge.search.storage.trial_record import EvaluationRecord, TrialRecord, record_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What some work has used.
 
@@ -61,7 +61,7 @@ class Usage:
         return cls(**{k: v for k, v in content.items() if k in known})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Elapsed:
     """How long a run has taken over all its sessions.  seconds: wall time.  device_seconds: see `Usage`."""
 

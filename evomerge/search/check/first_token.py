@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.evaluate.clock import Clock
-from evomerge.files import read_json
+from evomerge.files.read import read_json
 from evomerge.search.check.concerns import Concern
 from evomerge.search.check.paths import mean_loss
 from evomerge.search.evaluation.evaluator import Evaluator

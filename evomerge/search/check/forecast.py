@@ -14,7 +14,7 @@ from evomerge.search.check.probe import Probe
 from evomerge.search.evaluation.task_set import TaskSet
 from evomerge.search.learned.learn import ITEMS, STEPS
 from evomerge.search.samplers.registry import sampler_kind
-from evomerge.search.verdict.finals import FINALISTS
+from evomerge.search.verdict.finalists import FINALISTS
 
 BACKWARD = 3.0  # how many times as long an item takes in a gradient step as in a forward
 

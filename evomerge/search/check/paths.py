@@ -15,8 +15,9 @@ import torch
 from evomerge.device import resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import gold_of
+from evomerge.evaluate.bounds import within_bounds
 from evomerge.evaluate.tasks import Task
-from evomerge.files import read_text
+from evomerge.files.read import read_text
 from evomerge.merge.bank.bank import Bank
 from evomerge.merge.compute_dtype import faster_type
 from evomerge.merge.compute_dtype import measure as measure_products
@@ -122,7 +123,8 @@ def measure_paths(
     bank = Bank(models, where, live=types[1])
     model = candidate_model(bank, *types)
     targets = destinations(model, bank)
-    asked = token_ids(vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path)), lines)
+    with within_bounds("the tokens of the text"):
+        asked = token_ids(vocabulary_tokenizer(models.vocabulary or Vocabulary({}, models.base.path)), lines)
     if not asked:
         raise EvomergeError("the text has no token whose loss could be measured; give longer lines")
     moved = {n: t for n, t in targets.items() if any(bank.moves(source, n) for source in models.sources)}

@@ -10,7 +10,8 @@ import numpy as np
 
 from evomerge.evaluate.answers import answers_of, gold_of
 from evomerge.evaluate.clock import Clock
-from evomerge.evaluate.tasks import Split, Task, questions_of
+from evomerge.evaluate.deal import questions_of
+from evomerge.evaluate.tasks import Split, Task
 from evomerge.search.check.near_duplicates import Text
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.score_checks import finite_scores
@@ -150,7 +151,7 @@ def item_seconds(evaluator: Evaluator, task: Task, count: int, taken: float, lim
     count, taken: how many items were scored by all metrics, and the seconds of that.  Few items make small batches,
     which are slow, so more and more are scored until it takes `limit` seconds.
     """
-    whole, items = evaluator.complete(task, everything=False), evaluator.task_set.items[task.name]["search"]
+    whole, items = evaluator.task_set.scores_metric(task), evaluator.task_set.items[task.name]["search"]
     done = 0
     while True:
         wanted = min(len(items), int((count if done == 0 else done) * max(1.0, limit / max(taken, 1e-6))))

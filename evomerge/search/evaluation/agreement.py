@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
 from evomerge.search.evaluation.scale import SCALE, Line, Scale
+from evomerge.search.storage.compact import Numbers, Packed, PackedScores, places_of
 from evomerge.search.storage.item_scores import evaluation_records, unpack
 from evomerge.search.storage.study import in_full
-from evomerge.search.storage.trial_record import Packed, record_of
+from evomerge.search.storage.trial_record import record_of
 
 FEWEST = 4  # models; the order of fewer says nothing
 WEAK = 0.5  # a lower rank correlation is a disagreement
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScoredModel:
     """A model with its mean scores on the search split, for each task that has both.
 
@@ -35,8 +36,8 @@ class ScoredModel:
 
     name: str
     trial: int | None
-    objective: dict[str, float]
-    metric: dict[str, float]
+    objective: Mapping[str, float]
+    metric: Mapping[str, float]
 
     def means(self, scale: Scale, tasks: Sequence[str]) -> tuple[float, float] | None:
         """The means over tasks, by their weights, of objective and metric; None if a task lacks scores."""
@@ -46,6 +47,10 @@ class ScoredModel:
         each = ([self.objective[task] for task in tasks], [self.metric[task] for task in tasks])
         objective, metric = (sum(map(mul, weights, means)) / sum(weights) for means in each)
         return objective, metric
+
+
+Lines = tuple[tuple[str, Line, Line], ...]
+"""Of every task: its name, the line of its objective, that of its metric."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,8 @@ def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) 
         name = model_name(trial)
         numbers[name] = trial.number
         tables.setdefault(name, []).append(record_of(trial).scores)
-    models = [scored_model(scale, name, numbers.get(name), found) for name, found in tables.items()]
+    lines = same(tuple((name, task.objective, task.metric) for name, task in scale.tasks.items()))
+    models = [scored_model(lines, name, numbers.get(name), found) for name, found in tables.items()]
     return [model for model in models if model.metric]
 
 
@@ -116,24 +122,44 @@ def model_name(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("baseline", f"trial {trial.number}"))
 
 
-def scored_model(scale: Scale, name: str, trial: int | None, found: Sequence[Packed]) -> ScoredModel:
-    """A model from all its records.  found: the scores of each."""
+def scored_model(lines: Lines, name: str, trial: int | None, found: Sequence[Packed]) -> ScoredModel:
+    """A model from all its records.  lines: of every task.  found: the scores of each."""
+    if len(found) == 1:
+        return ScoredModel(name, trial, *means_of(lines, found[0]))
     objective: dict[str, float] = {}
     metric: dict[str, float] = {}
-    for scores in found:
-        for task, metrics in scores.items():
-            known = scale.tasks.get(task)
-            if known is not None and known.objective.name in metrics and known.metric.name in metrics:
-                objective[task] = scaled_mean(known.objective, metrics[known.objective.name])
-                metric[task] = scaled_mean(None, metrics[known.metric.name])
+    for by_objective, by_metric in (means_of(lines, scores) for scores in found):
+        objective |= by_objective
+        metric |= by_metric
     return ScoredModel(name, trial, objective, metric)
 
 
-@lru_cache(maxsize=200_000)
-def scaled_mean(line: Line | None, packed: str) -> float:
-    """The mean of packed scores, scaled by `line` if it is given; a search asks for all trials' again and again."""
-    scores = unpack(packed)
-    return float((scores if line is None else line.of(scores)).mean())
+@lru_cache(maxsize=16)
+def same(lines: Lines) -> Lines:
+    """One object for equal lines, so that comparing them costs nothing."""
+    return lines
+
+
+def means_of(lines: Lines, scores: Packed) -> tuple[Numbers, Numbers]:
+    """The mean scaled objective and the mean metric of each task that has both.
+
+    They are kept with the scores: a search asks for those of all trials again and again.
+    """
+    if isinstance(scores, PackedScores) and scores.means is not None and scores.means[0] == lines:
+        return scores.means[1:]
+    texts = {
+        task: (objective, by[objective.name], by[metric.name])
+        for task, objective, metric in lines
+        if objective.name in (by := scores.get(task, {})) and metric.name in by
+    }
+    places = places_of(tuple(texts))
+    found = (
+        Numbers(places, [float(line.of(unpack(text)).mean()) for line, text, _ in texts.values()]),
+        Numbers(places, [float(unpack(text).mean()) for _, _, text in texts.values()]),
+    )
+    if isinstance(scores, PackedScores):
+        scores.means = lines, *found
+    return found
 
 
 def agreements(models: Sequence[ScoredModel], attributes: Mapping[str, Any]) -> list[Agreement]:

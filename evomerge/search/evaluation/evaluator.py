@@ -13,35 +13,27 @@ Whatever goes wrong with the candidate on the way becomes the job's `Failure`.
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from evomerge.config.schema import SearchConfig
-from evomerge.device import TORCH_DTYPES, free_memory, resolve_device, use
+from evomerge.device import free_memory, resolve_device, use
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.answers import Answer, answers_of
 from evomerge.evaluate.canary import Broken, canary_prompts, check_signs, measure_signs
 from evomerge.evaluate.clock import Batches, Clock, Counts, forwards_of
-from evomerge.evaluate.engine import Engine, Trunks
 from evomerge.evaluate.gradient import GradientMemory, backward
 from evomerge.evaluate.loglikelihood import NotFiniteScore
-from evomerge.evaluate.prepared_items import prepared_workload
 from evomerge.evaluate.python_task import TaskCodeFailed
 from evomerge.evaluate.racing import Race
 from evomerge.evaluate.signs import Signs
-from evomerge.evaluate.tasks import Item, Split, Task
-from evomerge.evaluate.token_budget import LEAST, token_budget
-from evomerge.evaluate.workload import Workload, join_workloads
-from evomerge.merge.bank.bank import Bank
+from evomerge.evaluate.tasks import Split
+from evomerge.evaluate.workload import Workload
 from evomerge.merge.bank.memory import Share
-from evomerge.merge.compute_dtype import faster_type, measure
 from evomerge.merge.gradient import KnobTaps
-from evomerge.merge.kernels.compiled import compiled_for
 from evomerge.merge.live import candidate_model
 from evomerge.merge.live_layers import LiveLayers
 from evomerge.merge.materialise import NotFinite, materialise
@@ -49,13 +41,14 @@ from evomerge.merge.measure.prepare import Fingerprints, measure_sources
 from evomerge.merge.recipe.recipe import Recipe
 from evomerge.search.budget.meter import Meter
 from evomerge.search.evaluation.jobs import Failure, GradientJob, Job, Outcome, RaceLooksJob, Result, TrialJob
-from evomerge.search.evaluation.race_setup import RaceChunk, RaceSetup, build_race_chunks, choose_looks
-from evomerge.search.evaluation.score_checks import checked, finite_scores, needed_scores
-from evomerge.search.evaluation.task_set import Scores, TaskSet
-from evomerge.search.models import model_folders, model_stamps, refuse_changed, shapes_of
-from evomerge.search.space.layer_assembly import build_assembly
+from evomerge.search.evaluation.open_device import open_bank, open_engine, types_of
+from evomerge.search.evaluation.race_setup import RaceSetup, choose_looks
+from evomerge.search.evaluation.score_checks import checked, needed_scores
+from evomerge.search.evaluation.split_workloads import SplitWorkloads
+from evomerge.search.evaluation.task_set import TaskSet
+from evomerge.search.evaluation.trial_scorer import TrialScorer
+from evomerge.search.models import model_folders, model_stamps, refuse_changed
 from evomerge.sources.open_models import Models
-from evomerge.sources.tokenizer import Vocabulary, open_processor, optional_tokenizer, vocabulary_tokenizer
 
 
 class Evaluator:
@@ -94,29 +87,17 @@ class Evaluator:
         self.stamps = model_stamps(self.folders)
         device = resolve_device(config.device)
         use(device)
-        computing = config.compute_dtype
-        if computing == "auto":  # a search settles it beforehand; an evaluator without a study decides here
-            computing = faster_type(config.dtype, measure(config.dtype, device.type, shapes_of(models)))
-        dtype, held = TORCH_DTYPES[config.dtype], TORCH_DTYPES[computing]
-        compiled = compiled_for(models.base.tensors, device, log)
-        assembly = build_assembly(config, models)
-        slices = assembly.deepest if assembly else ()
-        if live is not None and (live.dtype != held or live.device.type != device.type):
-            live = None
-        coming = held if live is None else None
-        self.bank = Bank(models, device, compiled=compiled, slices=slices, cache=cache, live=coming, share=share)
         self.language = any(not task.is_python for task in task_set.tasks)
-        self.model = candidate_model(self.bank, dtype, held, self.language) if live is None else live
+        types = types_of(config, models)
+        if live is not None and (live.dtype != types.held or live.device.type != device.type):
+            live = None
+        self.bank = open_bank(config, models, log, cache, share, types.held if live is None else None)
+        self.model = candidate_model(self.bank, *types, self.language) if live is None else live
         self.live = LiveLayers(self.model, self.bank)
         self.taps = KnobTaps(self.model, *self.live.fitted)
-        words = models.vocabulary or Vocabulary({}, models.base.path)
-        tokenizer, budget = vocabulary_tokenizer(words) if self.language else optional_tokenizer(words), LEAST
-        if self.language:
-            budget = token_budget(config.batch_tokens, self.model, self.bank.room.left, cache)
-        self.engine = Engine(self.model, tokenizer, budget, log, self.language, partial(open_processor, words.folder))
-        self.workloads: dict[tuple[Split, bool], Workload] = {}
-        self.race_chunks: dict[str, list[RaceChunk]] = {}
-        self.guard_work: Workload | None = None
+        self.engine = open_engine(config, self.bank, self.model, self.language, log, cache)
+        self.workloads = SplitWorkloads(self.engine, task_set, cache)
+        self.trial_scorer = TrialScorer(self.engine, self.workloads)
         self.prompts: torch.Tensor | None = None
         self.gradient_memory: GradientMemory | None = None
         self.counts = Counts()
@@ -126,7 +107,7 @@ class Evaluator:
 
         inputs: SHA-256 of the models' files, by model.  EvomergeError if an item does not fit the model.
         """
-        self.prepared("search", everything=False)
+        self.workloads.whole("search")
         if self.config.vocabulary is not None:
             inputs = {name: {**files, "vocabulary": self.config.vocabulary} for name, files in inputs.items()}
         if self.cache is not None:
@@ -159,8 +140,7 @@ class Evaluator:
             if isinstance(job, GradientJob):
                 return self.gradient(job)
             everything = job.everything or job.split != "search"  # generating answers takes long
-            only = self.items_with_ids(job.split, job.only)
-            return self.evaluate(job.recipe, job.split, everything, only, job.canary)
+            return self.evaluate(job.recipe, job.split, everything, job.only, job.canary)
         except TaskCodeFailed as error:
             if not isinstance(job, TrialJob):
                 raise
@@ -182,13 +162,13 @@ class Evaluator:
 
         NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
-        work = self.prepared("search", everything=False)
+        work = self.workloads.whole("search")
         clock = Clock(self.check, counts=self.counts, device=self.bank.live_device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(normal, clock)
         if race_setup is None or race is None:
-            return Outcome(self.trial_scores(work, clock, None), clock.seconds, seen)
-        scores = self.trial_scores_in_race(race_setup, race, work, clock)
+            return Outcome(self.trial_scorer.score(work, clock), clock.seconds, seen)
+        scores = self.trial_scorer.score_in_race(race_setup, race, clock)
         return Outcome(scores, clock.seconds, seen, race.estimate() if race.stopped else None)
 
     def evaluate(
@@ -196,19 +176,15 @@ class Evaluator:
         recipe: Recipe,
         split: Split,
         everything: bool,
-        only: Mapping[str, Sequence[Item]] | None = None,
+        only: Mapping[str, Sequence[str]] | None = None,
         canary: bool = False,
     ) -> Outcome:
         """Score a recipe on a split, see `EvaluationJob`.
 
-        everything: by every metric; else by what trials are scored by.  only: the items by task, None for all.
+        everything: by every metric; else by what trials are scored by.
         NotFinite, NotFiniteScore or Broken if the candidate is broken.
         """
-        if only is None or only == self.task_set.split(split):
-            work = self.prepared(split, everything)
-        else:
-            tasks = [t for t in self.task_set.tasks if t.name in only]
-            work = self.join([self.engine.workload(t, only[t.name], self.complete(t, everything)) for t in tasks])
+        work = self.workloads.chosen(split, everything, only)
         clock = Clock(self.check, Batches(work.steps, self.progress), self.counts, self.bank.live_device)
         self.materialise(recipe, clock)
         seen = self.seen_by_canary(None, clock) if canary else None
@@ -220,9 +196,8 @@ class Evaluator:
 
     def choose_looks(self, race_setup: RaceSetup) -> Outcome:
         """Find out after which items races should look at a candidate, see `RaceLooksJob`."""
-        work = self.prepared("search", everything=False)
-        goals = [part for part in work.by_task if part.task.weight > 0]
-        whole = work if len(goals) == len(work.by_task) else self.join(goals)
+        work, goals = self.workloads.whole("search"), self.workloads.goals()
+        whole = work if len(goals) == len(work.by_task) else self.engine.join(goals)
         return Outcome({}, {}, looks=choose_looks(race_setup, self.engine, goals, whole))
 
     def gradient(self, job: GradientJob) -> Outcome:
@@ -233,7 +208,7 @@ class Evaluator:
         wanted = {task: set(ids) for task, ids in job.items.items()}
         works = [
             part.pick([k for k, asked in enumerate(part.items) if asked.item.id in wanted[part.task.name]])
-            for part in self.prepared("search", everything=False).by_task
+            for part in self.workloads.whole("search").by_task
             if part.task.name in wanted
         ]
         clock = Clock(self.check, counts=self.counts, device=self.bank.live_device)
@@ -273,90 +248,11 @@ class Evaluator:
         if not self.language:
             return None
         if self.prompts is None:
-            self.prompts = canary_prompts(contexts(self.prepared("search", False).by_task), self.bank.live_device)
+            self.prompts = canary_prompts(contexts(self.workloads.whole("search").by_task), self.bank.live_device)
         with clock.time("canary"), forwards_of(self.model, self.counts):
             seen = measure_signs(self.model, self.prompts, normal)
             check_signs(seen, normal)
         return seen
-
-    def trial_scores(self, work: Workload, clock: Clock, trunks: Trunks | None) -> Scores:
-        """Score a workload of the search split by what trials are scored by."""
-        found = zip(work.by_task, self.engine.score_parts(work, clock, trunks), strict=True)
-        with clock.time("score"):
-            tasks = [(part.task, metrics) for part, metrics in found]
-            return {
-                t.name: {m: finite_scores(t, m, metrics) for m in self.task_set.wanted(t, "search")}
-                for t, metrics in tasks
-            }
-
-    def trial_scores_in_race(self, race_setup: RaceSetup, race: Race, work: Workload, clock: Clock) -> Scores:
-        """Score chunk by chunk until the race stops the candidate; items that were not scored are NaN.
-
-        The race is run on the values of the goals' items (`scale.py`).  The items of tasks that are only guards are
-        scored when the candidate has not been stopped.
-
-        work: all items of the search split.
-        """
-        if race_setup.name not in self.race_chunks:
-            goals = [part for part in work.by_task if part.task.weight > 0]
-            self.race_chunks = {race_setup.name: build_race_chunks(race_setup, self.engine, goals)}
-        trunks: Trunks = {}
-        items = self.task_set.split("search")
-        every = {
-            t.name: {m: np.full(len(items[t.name]), np.nan) for m in self.task_set.wanted(t, "search")}
-            for t in self.task_set.tasks
-        }
-        for race_chunk in self.race_chunks[race_setup.name]:
-            found = self.trial_scores(race_chunk.work, clock, trunks)
-            with clock.time("race"):
-                for (task, metrics), where in zip(found.items(), race_chunk.where, strict=True):
-                    for metric, scores in metrics.items():
-                        every[task][metric][where - race_setup.starts[task]] = scores
-                if race.observe(race_setup.values(every)[race_chunk.items]):
-                    break
-        guards = [part for part in work.by_task if part.task.weight == 0]
-        if guards and not race.stopped:
-            if self.guard_work is None:
-                self.guard_work = self.join(guards)
-            for task, metrics in self.trial_scores(self.guard_work, clock, None).items():
-                every[task] = {metric: np.array(scores) for metric, scores in metrics.items()}
-        return {task: {m: scores.tolist() for m, scores in metrics.items()} for task, metrics in every.items()}
-
-    # --- Prepared items ---
-
-    def prepared(self, split: Split, everything: bool) -> Workload:
-        """All items of a split as one workload, built once.  everything: for all metrics, not only those of trials."""
-        key = (split, everything)
-        if key not in self.workloads:
-            self.workloads[key] = self.join(self.task_workloads(split, everything))
-        return self.workloads[key]
-
-    def task_workloads(self, split: Split, everything: bool) -> list[Workload]:
-        """One workload per task with all its items of a split, read from the cache where it has them."""
-        items = self.task_set.split(split)
-        asked = [(t, items[t.name], self.complete(t, everything)) for t in self.task_set.tasks]
-        if self.cache is None:
-            return [self.engine.workload(*each) for each in asked]
-        folder = self.cache / "items"
-        return [prepared_workload(self.engine, t, split, found, whole, folder) for t, found, whole in asked]
-
-    def complete(self, task: Task, everything: bool) -> bool:
-        """Whether a task's workload has to be for all its metrics."""
-        return everything or self.task_set.scores_metric(task)
-
-    def join(self, works: Sequence[Workload]) -> Workload:
-        """Join workloads of single tasks into one and plan its batches."""
-        whole = join_workloads(works)
-        self.engine.plan(whole)
-        return whole
-
-    def items_with_ids(self, split: Split, ids: Mapping[str, Sequence[str]] | None) -> dict[str, list[Item]] | None:
-        """The items of a split that have these ids, by task; None, which is all of them, for None."""
-        if ids is None:
-            return None
-        wanted = {task: set(names) for task, names in ids.items()}
-        found = {t: [i for i in items if i.id in wanted.get(t, ())] for t, items in self.task_set.split(split).items()}
-        return {task: items for task, items in found.items() if items}
 
 
 def contexts(work: Sequence[Workload]) -> list[tuple[int, ...]]:

@@ -18,7 +18,8 @@ from evomerge.config.schema import SearchConfig
 from evomerge.evaluate.looks import Looks
 from evomerge.evaluate.racing import Estimate, Race, Vector
 from evomerge.merge.recipe.recipe import Recipe
-from evomerge.search.evaluation.jobs import EvaluationJob, Failure, RaceLooksJob
+from evomerge.search.evaluation.jobs import EvaluationJob, Failure
+from evomerge.search.evaluation.race_policy import chosen_looks
 from evomerge.search.evaluation.race_setup import RaceSetup, build_race_setup
 from evomerge.search.evaluation.stored_evaluations import Evaluations, StoredEvaluations, digest
 from evomerge.search.space.baselines import Baseline
@@ -134,18 +135,14 @@ async def settle_leader(
         return
     names = [digest(b.recipe) for b in known if evaluations.stored("search", b.recipe) is not None]
     setup = setup_of(names, evaluations, config)
-    result = await evaluations.pool.run(RaceLooksJob(setup), "choosing where races look")
-    if isinstance(result, Failure):
-        evaluations.pool.log(f"default recipes do not race: {result.reason}")
+    looks = await chosen_looks(setup, evaluations.pool, "default recipes do not race")
+    if looks is None or len(looks.ends) == 1:
         return
-    assert result.looks is not None, "a RaceLooksJob gives looks"
-    if len(result.looks.ends) == 1:
-        return
-    setup = replace(setup, looks=result.looks)
+    setup = replace(setup, looks=looks)
     means = await run_all(*(first_look(baseline, evaluations, setup) for baseline in recipes))
     if np.isfinite(max(means)):
         leader = digest(recipes[int(np.argmax(means))].recipe)
-        new = {"items": items, "known": names, "leader": leader, **asdict(result.looks)}
+        new = {"items": items, "known": names, "leader": leader, **asdict(looks)}
         evaluations.study.set_user_attr(RACE, new)
 
 

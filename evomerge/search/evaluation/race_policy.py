@@ -2,10 +2,11 @@
 
 `race_setup.py` has what all races of a search share.  A candidate races against the incumbent, as long as races have
 not made the whole search clearly slower than scoring every candidate on all items.  The test itself is
-`evaluate/racing.py`; `Evaluator.trial_scores_in_race` (`evaluator.py`) asks it after each chunk.
+`evaluate/racing.py`; `TrialScorer.score_in_race` (`trial_scorer.py`) asks it after each chunk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -13,16 +14,70 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from evomerge.evaluate.looks import Looks
-from evomerge.evaluate.racing import PREDICTORS
+from evomerge.evaluate.racing import PREDICTORS, Race, Vector
+from evomerge.search.evaluation.jobs import Failure, RaceLooksJob
 from evomerge.search.evaluation.race_setup import RaceSetup, build_race_setup
-from evomerge.search.evaluation.stored_evaluations import StoredEvaluations
+from evomerge.search.evaluation.stored_evaluations import Evaluations, StoredEvaluations
 from evomerge.search.space.baselines import Baseline
 from evomerge.search.storage.item_scores import trial_scores
 from evomerge.search.storage.study import SearchStudy, rank
-from evomerge.search.storage.trial_record import TrialRecord, record_of
+from evomerge.search.storage.trial_record import RaceRecord, TrialRecord, record_of
+from evomerge.search.workers.pool import Pool
 
 LOOKS = "evomerge:looks"  # study attribute: after how many items its races look, and the cost of each look
 WORST = 1.05  # the time of the search with races may be at most this many times the time without
+
+
+class Races:
+    """The races of a search: a candidate runs against the incumbent of the moment at which it begins.
+
+    study: its trials evaluated in full are the incumbent and the candidates that predict differences.
+    setup: the order of the items and where a race looks.
+    """
+
+    def __init__(self, study: SearchStudy, setup: RaceSetup) -> None:
+        self.study = study
+        self.setup = setup
+        self.vectors: dict[int, Vector] = {}  # trial number -> the values of its items (N,)
+        self.penalties: dict[int, float] = {}  # trial number -> its penalty
+
+    def next(self, weights: Mapping[str, float] | None) -> tuple[Race | None, RaceSetup, RaceRecord]:
+        """The race of the next candidate, its setup, and what its record says of it; no race if it does not race.
+
+        weights: of the tasks, by which the candidate is compared; None: the search's; empty: it is not compared.
+        """
+        setup = self.setup.weighted(weights) if weights else self.setup
+        if weights == {} or not may_race(self.study, setup):
+            return None, setup, RaceRecord(None)
+
+        def value(trial: FrozenTrial) -> float:
+            return float(setup.order.weights @ self.vector(trial)) - self.penalty(trial)
+
+        incumbent, others = rivals(self.study, setup.items, None if weights is None else value)
+        if incumbent is None:
+            return None, setup, RaceRecord(None)
+        record = RaceRecord(incumbent.number, tuple(t.number for t in others))
+        race = setup.race(self.vector(incumbent), [self.vector(t) for t in others], self.penalty(incumbent))
+        if self.study.space.config.goals != "pareto":  # there every trial is weighed anew, by each turn's weights
+            self.forget_all_but([incumbent, *others])
+        return race, setup, record
+
+    def forget_all_but(self, trials: Sequence[FrozenTrial]) -> None:
+        """Free the item scores of all other trials: a later candidate that races against one reads them again."""
+        kept = {trial.number for trial in trials}
+        self.vectors = {number: vector for number, vector in self.vectors.items() if number in kept}
+
+    def vector(self, trial: FrozenTrial) -> Vector:
+        """A trial's item scores, (N,)."""
+        if trial.number not in self.vectors:
+            self.vectors[trial.number] = self.setup.vector(trial)
+        return self.vectors[trial.number]
+
+    def penalty(self, trial: FrozenTrial) -> float:
+        """The penalties of a trial's guards."""
+        if trial.number not in self.penalties:
+            self.penalties[trial.number] = self.setup.scale.penalty(trial_scores(trial))
+        return self.penalties[trial.number]
 
 
 def rivals(
@@ -41,6 +96,34 @@ def rivals(
         best = max(here, key=rank, default=None)
     latest = (t for t in reversed(study.complete) if t is not best and record_of(t).items == items)
     return best, list(islice(latest, PREDICTORS))[::-1]
+
+
+async def settle_races(study: SearchStudy, known: list[Baseline], evaluations: Evaluations) -> Races | None:
+    """How a search's candidates race; None if looking at their scores early does not pay.
+
+    known: the baselines, which have all been scored.
+
+    Where races look is chosen once and kept with the study: it decides on batches, and so on the scores' last bits.
+    """
+    setup = make_race_setup(study, known, evaluations)
+    if setup is not None and must_choose_looks(study, setup.items):
+        looks = await chosen_looks(setup, evaluations.pool, "candidates do not race in this session")
+        if looks is None:
+            return None
+        study.stored.set_user_attr(LOOKS, {"items": setup.items, **asdict(looks)})
+        evaluations.pool.log(f"races look after {', '.join(map(str, looks.ends))} items")
+        setup = make_race_setup(study, known, evaluations)
+    return None if setup is None else Races(study, setup)
+
+
+async def chosen_looks(setup: RaceSetup, pool: Pool, else_say: str) -> Looks | None:
+    """After how many items races should look, as a worker finds out; None, and `else_say` in the log, if it cannot."""
+    result = await pool.run(RaceLooksJob(setup), "choosing where races look")
+    if isinstance(result, Failure):
+        pool.log(f"{else_say}: {result.reason}")
+        return None
+    assert result.looks is not None, "a RaceLooksJob gives looks"
+    return result.looks
 
 
 def make_race_setup(study: SearchStudy, known: list[Baseline], evaluations: StoredEvaluations) -> RaceSetup | None:

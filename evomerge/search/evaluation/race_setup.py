@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
-from evomerge.config.schema import RacingConfig
+from evomerge.config.running import RacingConfig
 from evomerge.evaluate.engine import Engine
 from evomerge.evaluate.looks import Cost, Looks, place_looks
 from evomerge.evaluate.racing import (

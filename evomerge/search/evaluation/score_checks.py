@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evomerge.evaluate.engine import scores_of
-from evomerge.evaluate.item_values import ItemMetrics
+from evomerge.evaluate.item_values import ItemMetrics, scores_of
 from evomerge.evaluate.loglikelihood import NotFiniteScore
 from evomerge.evaluate.tasks import Task
 from evomerge.search.storage.item_scores import rounded

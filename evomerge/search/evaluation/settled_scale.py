@@ -8,7 +8,6 @@ from evomerge.search.evaluation.guards import Guard, GuardScale, guard_scale
 from evomerge.search.evaluation.scale import SCALE, Scale, make_scale, plain_scale
 from evomerge.search.evaluation.stored_evaluations import Evaluations, digest
 from evomerge.search.evaluation.task_set import Scores, TaskSet
-from evomerge.search.monitor.monitor import Monitor
 from evomerge.search.space.baselines import Baseline, base_alone, reference
 from evomerge.search.space.space import Space
 from evomerge.search.storage.study import SearchStudy
@@ -18,9 +17,7 @@ UNWRITTEN = -1.0  # nats a token: in a right answer of a greedy model every toke
 FEW = 5  # right answers that say enough
 
 
-async def settle_scale(
-    study: SearchStudy, evaluations: Evaluations, baselines: Sequence[Baseline], monitor: Monitor
-) -> None:
+async def settle_scale(study: SearchStudy, evaluations: Evaluations, baselines: Sequence[Baseline]) -> None:
     """Score base and parents on the search split by every metric, and keep the scale that they give.
 
     A study whose trials began before there were scales goes on without one, so that its values stay comparable.
@@ -28,7 +25,7 @@ async def settle_scale(
 
     EvomergeError if the reference of a guard cannot be scored.
     """
-    space, guards = study.space, evaluations.task_set.guards
+    space, guards, monitor = study.space, evaluations.task_set.guards, evaluations.monitor
     plain, kept = plain_scale(evaluations.task_set), study.stored.user_attrs.get(SCALE)
     earlier = None if kept is None else Scale.from_json(kept)
     if (study.trials and earlier is None) or (earlier is not None and covers(earlier, plain, guards)):

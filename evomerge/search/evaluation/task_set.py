@@ -10,8 +10,10 @@ from typing import Literal, get_args
 from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.chat_template import problem_of
+from evomerge.evaluate.deal import deal
 from evomerge.evaluate.metrics import find_metric
-from evomerge.evaluate.tasks import Item, Split, Task, deal, open_tasks
+from evomerge.evaluate.open_tasks import open_tasks
+from evomerge.evaluate.tasks import Item, Split, Task
 from evomerge.merge.measure.statistics_file import open_statistics_file
 from evomerge.merge.methods import METHODS
 from evomerge.search.evaluation.guards import Guard

@@ -10,8 +10,9 @@ from optuna.trial import FrozenTrial
 from evomerge.search.evaluation.scale import Scale
 from evomerge.search.monitor.snapshot import Coefficients, TaskScore
 from evomerge.search.space.space import Space
+from evomerge.search.storage.compact import Packed
 from evomerge.search.storage.item_scores import evaluation_records, unpack
-from evomerge.search.storage.trial_record import Packed, record_of
+from evomerge.search.storage.trial_record import record_of
 
 Means = dict[tuple[str, str], float]
 """(Task, metric) -> the mean over the items of the search split."""

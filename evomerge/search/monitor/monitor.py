@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial
 
-from evomerge.config.schema import PriceConfig, SearchConfig
+from evomerge.config.running import PriceConfig
+from evomerge.config.schema import SearchConfig
 from evomerge.search.budget.limits import Limits, SearchProgress, now
 from evomerge.search.budget.usage import Elapsed, Stopwatch, Usage, used_by
 from evomerge.search.monitor.snapshot import (

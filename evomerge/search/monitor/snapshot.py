@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from evomerge.errors import EvomergeError
-from evomerge.files import new_file, read_json, validated
+from evomerge.files.read import read_json, validated
+from evomerge.files.write import new_file
 from evomerge.system import process_exists
 
 STATE = "state.json"

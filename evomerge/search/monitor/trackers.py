@@ -21,9 +21,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from evomerge.config.database_url import masked
-from evomerge.config.schema import SearchConfig, Tracker
+from evomerge.config.running import Tracker
+from evomerge.config.schema import SearchConfig
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, write_text
+from evomerge.files.read import read_json
+from evomerge.files.write import write_text
 from evomerge.search.monitor.snapshot import Coefficients
 from evomerge.search.run import Run
 

@@ -1,6 +1,7 @@
 """The samplers, which propose the parameters of a trial; each is an Optuna sampler.
 
 sampler_kind.py: what a sampler is made from, how it is seeded, and what a new one has to say about itself.
+settle.py: which sampler follows the learned start of `auto`, kept in the study.
 registry.py: the samplers by name, with those that other packages bring.
 front.py: with `goals: pareto`, a sampler for several goals, then one by several task weights in turn.
 cmaes.py: CMA-ES, the default.

@@ -9,7 +9,7 @@ those of the tables in docs/explanation/search.md.
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 from evomerge.search.samplers.cmaes import make_cma_es
 from evomerge.search.samplers.sampler_kind import SamplerKind
 

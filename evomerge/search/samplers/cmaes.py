@@ -15,7 +15,8 @@ results are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,7 @@ GENERATION = "cma:generation"  # on every sampled trial: the generation of the d
 START = "cma:start"  # on the first sampled trial: where the search starts, and how (`choose_start`)
 SHIFT = "cma:shift"  # on trials drawn by `ties`: the coordinates that were drawn, from which the parameters follow
 WIDE = 40  # axes; above it a learned start is followed by shifts of whole groups of axes
+PATIENCE = 5.0  # seconds of a resume without a line that says how long it takes
 SEPARABLE = 100  # coordinates; above it the distribution has a variance for each, and no covariance
 
 
@@ -57,6 +59,7 @@ class CmaEsSampler(WholePointSampler):
 
     ties: axis -> the name of its group; None searches every axis by itself.
     stages: searches of fewer coordinates that come first (stages.py).
+    say: shows one line, if telling the results of a resumed study again takes long.
 
     After a learned start in more than WIDE axes, the search shifts whole groups: the d coordinates, each from 0 to 1,
     say by how much of the bounds every axis of a group moves away from the start (0.5: not at all).  A trial could not
@@ -83,11 +86,13 @@ class CmaEsSampler(WholePointSampler):
         workers: int = 1,
         ties: Mapping[str, str] | None = None,
         stages: Sequence[Stage] = (),
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         bounds = {name: axis for name, axis in axes.items() if isinstance(axis, FloatDistribution)}
         self.choices = {n: list(a.choices) for n, a in axes.items() if isinstance(a, CategoricalDistribution)}
         self.axes = {name: axes[name] for name in [*bounds, *self.choices]}
         """In the order of the coordinates: first what has bounds."""
+        self.say = say
         self.seed = seed
         self.sigma0 = sigma0
         self.given_population = population
@@ -99,6 +104,7 @@ class CmaEsSampler(WholePointSampler):
         self.stages = [] if self.choices else list(stages)
         self.populations: list[int] = []  # of the stages, then of the search of all axes
         self.separable = math.inf  # more coordinates have no covariance
+        self.separable_mixed = math.inf  # the same of coefficients beside choices
         self.left: list[Stage] = []  # the stages that are not over; the first is searched now
         self.best: tuple[float, NDArray[np.float64]] | None = None  # value and point (D,) of the best trial so far
         self.low = np.array([d.low for d in bounds.values()])
@@ -155,6 +161,7 @@ class CmaEsSampler(WholePointSampler):
                 self.start, at = at, np.full(start["shifts"], 0.5)
             self.populations = [*start.get("stages", []), start["population"]]
             self.separable = start.get("separable", math.inf)
+            self.separable_mixed = start.get("separable_mixed", math.inf)
             self.left = self.stages[: len(self.populations) - 1]
             coordinates = self.left[0].coordinates(at) if self.left else at
             self.begin(coordinates, self.populations[-1 - len(self.left)], anywhere=not known)
@@ -162,8 +169,16 @@ class CmaEsSampler(WholePointSampler):
         self.seen = len(trials)
         came = [trials[n] for n in self.open if trials[n].state.is_finished()]
         self.open = [n for n in self.open if not trials[n].state.is_finished()]
-        for trial in sorted(came, key=place_in_order):
+        began, said = time.monotonic(), False
+        for count, trial in enumerate(sorted(came, key=place_in_order)):
             self.take(trial)
+            spent, left = time.monotonic() - began, len(came) - count - 1
+            if not said and spent > PATIENCE and (seconds := spent / (count + 1) * left) > PATIENCE:
+                said = True
+                self.say(
+                    f"note: CMA-ES is told the {len(came)} results of this study again, which takes about "
+                    f"{math.ceil(seconds / 60)} min more"
+                )
         return self.optimizer
 
     def choose_start(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
@@ -172,7 +187,8 @@ class CmaEsSampler(WholePointSampler):
         trial: the best enqueued trial that has a result now; None: the middle of the cube.
         population: samples per generation.  stages: the same of each stage, if there are any.
         shifts: the number of groups, if whole groups are shifted.
-        separable: SEPARABLE; a study from before it keeps its covariance.
+        separable: SEPARABLE; a study from before it keeps its covariance.  separable_mixed: the same in a space with
+            choices, which came later.
         """
         given = [t for t in trials if is_enqueued(t) and t.state == TrialState.COMPLETE and self.has_all_parameters(t)]
         best = max(given, key=lambda t: (t.value, -t.number), default=None)
@@ -181,6 +197,8 @@ class CmaEsSampler(WholePointSampler):
             shifts = 0
         start: dict[str, Any] = {"trial": best.number if best else None}
         start |= {"population": self.population(shifts or len(self.axes)), "separable": SEPARABLE}
+        if self.choices:
+            start["separable_mixed"] = SEPARABLE
         if shifts:
             return start | {"shifts": shifts}
         if self.stages and (best is None or self.stages[0].holds(self.unit(best))):
@@ -257,7 +275,8 @@ class CmaEsSampler(WholePointSampler):
         """
         if self.choices:
             counts = [len(values) for values in self.choices.values()]
-            self.optimizer = MixedCMA(mean, self.sigma0, counts, population, anywhere)
+            separable = len(self.low) > self.separable_mixed
+            self.optimizer = MixedCMA(mean, self.sigma0, counts, population, anywhere, separable)
             self.began = len(self.means)
             self.means.append(self.optimizer.mean)
             return
@@ -298,7 +317,7 @@ def make_cma_es(setup: SamplerSetup) -> CmaEsSampler:
     config = setup.config
     stages = stages_of([*setup.axes], [setup.pairs, setup.ties], config.coarse)
     return CmaEsSampler(
-        setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers, setup.ties, stages
+        setup.axes, setup.study_seed, config.sigma0, config.population, setup.workers, setup.ties, stages, setup.say
     )
 
 

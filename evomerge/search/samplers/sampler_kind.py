@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from evomerge.config.schema import SamplerConfig
+from evomerge.config.running import SamplerConfig
 
 
 def trial_seed(seed: int, number: int) -> int:
@@ -33,6 +33,7 @@ class SamplerSetup:
     workers: how many trials may run at once.
     ties: axis -> the group that it belongs to, of those that belong to one: its knob, source and component.
     pairs: axis -> its knob and source, of those that belong to a group.
+    say: shows one line to the user.
     """
 
     config: SamplerConfig
@@ -42,6 +43,7 @@ class SamplerSetup:
     workers: int = 1
     ties: Mapping[str, str] = field(default_factory=dict)
     pairs: Mapping[str, str] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda line: None
 
     @property
     def seed(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.config.schema import Granularity
+from evomerge.config.space import Granularity
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import is_named
 from evomerge.merge.recipe.recipe import Recipe

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.distributions import FloatDistribution
 
-from evomerge.config.schema import Axis, Granularity, SearchConfig, SpaceConfig
+from evomerge.config.schema import SearchConfig
+from evomerge.config.space import Axis, Granularity, SpaceConfig
 from evomerge.merge.methods import METHODS
 from evomerge.merge.recipe.coefficients import Coefficient, PerLayer
 from evomerge.merge.recipe.recipe import Recipe

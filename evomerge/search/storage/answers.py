@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_model, write_text
+from evomerge.files.read import read_model
+from evomerge.files.write import write_text
 
 if TYPE_CHECKING:  # evaluating needs libraries whose import takes seconds
     from evomerge.evaluate.answers import Answer

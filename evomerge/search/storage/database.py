@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlch
 from evomerge.config.database_url import masked, passwords
 from evomerge.errors import EvomergeError, first_line
 from evomerge.search.storage import sql_statements
-from evomerge.search.storage.optuna_private import DatabaseStorage, storage_behind
+from evomerge.search.storage.optuna_private import TRIALS, DatabaseStorage, storage_behind
 from evomerge.search.storage.sqlite import create_file, disk_failed, file_of, is_damage, what_is_damaged, write_ahead
 from evomerge.system import limit_of_a_file
 
@@ -174,6 +174,10 @@ class Storage(DatabaseStorage):
         """Set a user attribute of a study."""
         self.writing(study_id, lambda c, again: sql_statements.set_study_attribute(c, study_id, key, value))
 
+    def trials_of(self, study_id: int) -> list[FrozenTrial]:
+        """All trials of a study, by their keys; `optuna.Study` would keep them too, as long as it lives."""
+        return self.read_trials(TRIALS.c.study_id == study_id)
+
     def read_trials(self, chosen: sqlalchemy.ColumnElement[bool]) -> list[FrozenTrial]:
         """The trials of which `chosen` is true, by their keys.  EvomergeError if their rows are damaged."""
 
@@ -203,6 +207,8 @@ def open_storage(url: str, retry: Retry | None = None, create: bool = True) -> S
                 if not create:
                     raise EvomergeError(f"storage {masked(url)}: there is no such file; put back a copy of it")
                 create_file(file)
+            elif not file.is_file():
+                raise EvomergeError(f"{file}: cannot be read (not an ordinary file)")
             elif file.stat().st_size == 0:
                 raise damaged(url, EvomergeError("it is empty"))
         return Storage(url, retry, create)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import chain, groupby
 from operator import itemgetter
+from sys import intern
 from typing import Any
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
@@ -20,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, insert, select, update
 
 from evomerge.errors import EvomergeError
+from evomerge.search.storage.compact import numbers_of
 from evomerge.search.storage.optuna_private import (
     PARAMETERS,
     STUDIES,
@@ -31,6 +33,7 @@ from evomerge.search.storage.optuna_private import (
     columns_to_value,
     value_to_columns,
 )
+from evomerge.search.storage.trial_record import RECORD, read_record
 
 PART = 2000  # rows that are held at a time
 
@@ -162,9 +165,15 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
             if axes is None:
                 axes = spaces[names, texts] = dict(zip(names, map(axis_of, texts), strict=True))
             trial.distributions = axes
-            trial.params = {
-                name: axis.to_external_repr(number) for (name, axis), number in zip(axes.items(), numbers, strict=True)
-            }
+            read = numbers_of(axes, numbers)
+            trial.params = (
+                read
+                if read is not None
+                else {
+                    name: axis.to_external_repr(number)
+                    for (name, axis), number in zip(axes.items(), numbers, strict=True)
+                }
+            )
     query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
     for told in connection.execute(query.order_by(v.objective)):
         if (trial := found.get(told[0])) is not None:
@@ -173,7 +182,9 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
         query = select(table.c.trial_id, table.c.key, table.c.value_json).where(table.c.trial_id.in_(ids))
         for row in connection.execute(query):
             if (trial := found.get(row[0])) is not None:
-                (trial.user_attrs if table is USER_ATTRIBUTES else trial.system_attrs)[row[1]] = json.loads(row[2])
+                attributes = trial.user_attrs if table is USER_ATTRIBUTES else trial.system_attrs
+                value = json.loads(row[2])
+                attributes[intern(row[1])] = read_record(value) if row[1] == RECORD else value
     return list(found.values())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from evomerge.files import FAILED_DISK, sync
+from evomerge.files.write import FAILED_DISK, sync
 
 
 def file_of(url: str) -> Path | None:

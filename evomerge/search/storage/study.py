@@ -7,12 +7,12 @@ functions of `sql_statements.py` write the rows.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -24,6 +24,7 @@ from evomerge.search.samplers.front import FrontSampler, make_front_sampler
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup, SamplerWithMean
 from evomerge.search.space.space import Point, Space
+from evomerge.search.storage.compact import compact_scores, numbers_of
 from evomerge.search.storage.database import storage_of
 from evomerge.search.storage.optuna_private import FIXED_PARAMETERS, MemoryStorage, key_of_study, key_of_trial
 from evomerge.search.storage.sql_statements import without_collector
@@ -102,15 +103,22 @@ class SearchStudy:
     """
 
     @without_collector()
-    def __init__(self, stored: optuna.Study, space: Space, workers: int = 1) -> None:
+    def __init__(
+        self,
+        stored: optuna.Study,
+        space: Space,
+        workers: int = 1,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """stored: the study in its database, of `open_study`.  workers: how many trials may run at once; CMA-ES
-        sizes its population by it at its first proposal.
+        sizes its population by it at its first proposal.  say: shows one line to the user.
 
         EvomergeError if the study is damaged.
         """
         self.stored = stored
         self.space = space
         self.axes = space.distributions
+        self.axes_of_trials: dict[str, BaseDistribution] = {**self.axes}  # one for all that end
         self.storage = storage_of(stored)
         self.memory = MemoryStorage()
         self.mirror = optuna.create_study(storage=self.memory, direction="maximize", sampler=RandomSampler(seed=0))
@@ -124,7 +132,8 @@ class SearchStudy:
         self.interrupted: list[FrozenTrial] = []
         self.kept_sampler: BaseSampler | None = None
         self.workers = workers
-        there = sorted(stored.get_trials(deepcopy=False), key=lambda t: t.number)
+        self.say = say
+        there = sorted(self.storage.trials_of(key_of_study(stored)), key=lambda t: t.number)
         if [t.number for t in there] != list(range(len(there))):
             raise EvomergeError(f"study {stored.study_name!r}: its trial numbers have gaps; was it edited by hand?")
         for trial in there:
@@ -216,7 +225,7 @@ class SearchStudy:
         def setup(number: int) -> SamplerSetup:
             space = self.space
             seed = space.config.seed
-            return SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs)
+            return SamplerSetup(chosen, self.axes, seed, number, self.workers, space.ties, space.pairs, self.say)
 
         if (
             self.space.config.goals == "pareto"
@@ -305,14 +314,18 @@ class SearchStudy:
 
         The stored record says also how many trials were finished before this one (`order`).
         """
-        record = replace(record, order=len(self.finished))
+        record = replace(record, order=len(self.finished), scores=compact_scores(record.scores))
         self.storage.finish_trial(key_of_study(self.stored), trial.trial_id, value, {RECORD: record.to_json()})
         self.memory.set_trial_user_attr(trial.number, RECORD, record)
         state = TrialState.COMPLETE if value is not None else TrialState.FAIL
         twin, values = self.memory.get_trial(trial.number), None if value is None else [value]
         self.mirror.sampler.after_trial(self.mirror, twin, state, values)  # with the next line, what `tell` does
         self.memory.set_trial_state_values(trial.number, state, values)
-        self.count_in(self.memory.get_trial(trial.number))
+        ended = self.memory.get_trial(trial.number)
+        if ended.distributions == self.axes:
+            ended.distributions = self.axes_of_trials
+            ended.params = numbers_of(self.axes, map(ended.params.__getitem__, self.axes)) or ended.params
+        self.count_in(ended)
         return state
 
 

@@ -7,12 +7,14 @@ JSON object under the trial's user attribute `record`.  A record is written once
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.signs import Signs
+from evomerge.search.storage.compact import Packed, compact_scores
 
 if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
@@ -24,11 +26,8 @@ NUMBER = (int, float)
 NUMBERS, TEXTS = frozenset(NUMBER), frozenset([str])
 VERSION = 1  # written as `version`; a record without that key is of version 0, which had the same keys
 
-Packed = Mapping[str, Mapping[str, str]]
-"""Task -> metric -> the items' scores as text, see `item_scores.pack`."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RaceRecord:
     """Which trials a candidate was compared with while it was scored.
 
@@ -41,7 +40,7 @@ class RaceRecord:
     others: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """Wall-clock seconds of a trial by part of its work; None: that part did not happen.
 
@@ -65,7 +64,7 @@ class Seconds:
     total: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     """What a study keeps of a finished trial beside Optuna's parameters and value.
 
@@ -95,6 +94,10 @@ class TrialRecord:
     used: "Usage | None" = None
     elapsed: "Elapsed | None" = None
     order: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """The JSON: whoever asks Optuna for a copy of a trial gets what Optuna itself would read."""
+        return self.to_json()
 
     @property
     def in_full(self) -> bool:
@@ -214,6 +217,14 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
     return record
 
 
+def read_record(content: Any) -> Any:
+    """The record of a trial that is read from the database; if it is damaged, its JSON, for `record_of` to say so."""
+    try:
+        return TrialRecord.from_json(content)
+    except EvomergeError:
+        return content
+
+
 def place_in_order(trial: FrozenTrial) -> int:
     """How many results came before a finished trial's; where its record does not say, trials ended by number."""
     order = record_of(trial).order
@@ -231,7 +242,8 @@ def written(record: TrialRecord | EvaluationRecord) -> dict[str, Any]:
         content["signs"] = [record.signs.entropy, record.signs.sameness]
     if record.scores:
         content["scores"] = {task: dict(metrics) for task, metrics in record.scores.items()}
-    if seconds := {name: value for name, value in vars(record.seconds).items() if value is not None}:
+    parts = ((name, getattr(record.seconds, name)) for name in names_of(Seconds))
+    if seconds := {name: value for name, value in parts if value is not None}:
         content["seconds"] = seconds
     if record.used is not None:
         content["used"] = record.used.as_dict()
@@ -261,7 +273,7 @@ class Reader:
 
     def text(self, key: str) -> str | None:
         found: str | None = self.take(key, (str,), "a text")
-        return found
+        return None if found is None else intern(found)  # most trials have the same
 
     def number(self, key: str) -> float | None:
         found: float | None = self.take(key, NUMBER, "a number")
@@ -294,7 +306,7 @@ class Reader:
         for metrics in found.values():
             if type(metrics) is not dict or not TEXTS.issuperset(map(type, metrics.values())):
                 raise damaged("scores", "an object of texts by task and metric")
-        return found
+        return compact_scores(found)
 
     def race(self) -> RaceRecord | None:
         found = self.take("race", (dict,), "an object")
@@ -303,7 +315,7 @@ class Reader:
         incumbent, others = found.get("incumbent"), found.get("others", [])
         if type(others) is not list or not all(type(number) is int for number in (incumbent, *others)):
             raise damaged("race", "an object of trial numbers")
-        return RaceRecord(incumbent, tuple(others))
+        return RaceRecord(incumbent, shared(tuple(others)))
 
     def seconds(self) -> Seconds:
         return Seconds(**self.quantities("seconds", Seconds) or {})
@@ -319,6 +331,12 @@ class Reader:
 
         found = self.quantities("elapsed", Elapsed)
         return None if found is None else Elapsed(**found)
+
+
+@lru_cache(maxsize=1024)
+def shared(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The same numbers; trials in a row that raced against the same others have one tuple of them."""
+    return numbers
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """The end of a search: which model is the best, and is its lead more than luck?
 
-finals.py: which models are scored on the selection and the holdout split, and who is compared with whom.
+finals.py: what a search has found is chosen, judged and written down.
+finalists.py: which models are scored on the selection split; selection.py: which of them becomes the candidate.
 verdict.py: the statistical test and its outcome in words.
 intervals.py: the confidence intervals that the test uses.
 guards.py: whether a model keeps the guards.

@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.files import first_problem, read_json, write_text
+from evomerge.files.read import first_problem, read_json
+from evomerge.files.write import write_text
 from evomerge.merge.recipe.recipe import Recipe, parse_recipe
 from evomerge.search.run import Run
 from evomerge.search.verdict.front import knee

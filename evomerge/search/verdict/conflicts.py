@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from evomerge.files import read_model, write_text
+from evomerge.files.read import read_model
+from evomerge.files.write import write_text
 from evomerge.search.run import Run
 from evomerge.sources.tensor_names import layer_count
 

@@ -9,7 +9,8 @@ trial.  A point is written when it is known; what was broken off goes on where i
 from pydantic import BaseModel, ConfigDict
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_model, write_text
+from evomerge.files.read import read_model
+from evomerge.files.write import write_text
 from evomerge.search.run import Run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -73,7 +74,7 @@ def measure_landscape(run: Run) -> Landscape:
     evaluator = Evaluator(config, models, task_set, log=run.log, cache=run.folder / "cache")
     chosen = {t.name: task_set.items[t.name]["search"][:ITEMS] for t in task_set.goals}
     works = [evaluator.engine.workload(task, chosen[task.name], True) for task in task_set.goals]
-    work, clock = evaluator.join(works), Clock(evaluator.check)
+    work, clock = evaluator.engine.join(works), Clock(evaluator.check)
     live = evaluator.live.fitted[1]
 
     def weights_of(recipe: Recipe) -> dict[str, torch.Tensor]:

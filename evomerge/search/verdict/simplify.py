@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evomerge.config.schema import Granularity
+from evomerge.config.space import Granularity
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.knobs import Knob, is_named
 from evomerge.merge.recipe.coefficients import filtered_values

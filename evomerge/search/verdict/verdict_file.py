@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
-from evomerge.files import first_problem
+from evomerge.files.read import first_problem
 from evomerge.search.verdict.guards import GuardResult
 from evomerge.search.verdict.intervals import Interval, intervals, mean_score, score_range
 from evomerge.search.verdict.verdict import Comparison, Outcome, Verdict

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError
-from evomerge.files import appending
+from evomerge.files.write import appending
 from evomerge.search.evaluation.jobs import Job, Result
 from evomerge.search.workers.worker import BatchProgress, WorkerDied, WorkerSetup
 from evomerge.system import kill_process_group

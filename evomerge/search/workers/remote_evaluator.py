@@ -4,7 +4,7 @@ import platform
 from collections.abc import Callable, Mapping
 
 from evomerge.errors import EvomergeError
-from evomerge.files import locked
+from evomerge.files.write import locked
 from evomerge.merge.kernels.compiler import user_cache
 from evomerge.search.evaluation.evaluator import Evaluator
 from evomerge.search.evaluation.task_set import open_task_set

@@ -23,8 +23,9 @@ class WorkerOptions:
         return self.count if self.ray is None and isinstance(self.count, int) else 1
 
 
-def parse_worker_options(workers: str | None, ray: str | None) -> WorkerOptions:
+def parse_worker_options(workers: int | str | None, ray: str | None) -> WorkerOptions:
     """Read the options `--workers` and `--ray`.  EvomergeError if `workers` is neither `auto` nor a count."""
+    workers = None if workers is None else str(workers)
     if workers is None or workers == "auto":
         return WorkerOptions("auto" if workers or ray else 1, ray)
     if not workers.isascii() or not workers.isdecimal() or not 1 <= int(workers) <= 1024:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from evomerge.errors import EvomergeError
-from evomerge.files import read_json, refuse_stray_link
+from evomerge.files.read import read_json, refuse_stray_link
 from evomerge.sources.adapter.adapter_file import read_adapter_file
 from evomerge.sources.adapter.lora_factors import AdapterError
 from evomerge.sources.adapter.lora_to_changes import read_changes, stays_tied

@@ -9,7 +9,7 @@ from typing import Any
 
 from evomerge.config.schema import RESERVED
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.files import read_text
+from evomerge.files.read import read_text
 from evomerge.merge.mergekit.parse_mergekit import YamlReader, read_scalar, short_repr
 from evomerge.parse import TaskLoader, parse_yaml
 from evomerge.start.yaml_text import plain, relative

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvomergeError, did_you_mean
-from evomerge.files import read_json
+from evomerge.files.read import read_json
 from evomerge.merge.mergekit.mergekit_file import ModelReference
 from evomerge.merge.mergekit.parse_mergekit import read_scalar, short_repr
 from evomerge.sources.locate import looks_like_hub_id
@@ -92,7 +92,7 @@ def write_models(given: dict[str, Any], draft: Draft) -> Genome | None:
         if base.lora is not None:
             draft.add_problem("genome.models.0", "the base of the merge cannot be an adapter; name another model first")
     if base in others and method != "linear":
-        others.remove(base)
+        others = [model for model in others if model != base]
         if method != "slerp":
             about_sources.append(
                 "without the base model, whose difference from itself is zero: its weight had no effect"
@@ -290,11 +290,12 @@ def write_task(where: str, given: Any, options: dict[str, Any], seen: set[str], 
     parts = draft.mapping(where, given, ["name", "weight", "metric"])
     name = draft.text(f"{where}.name", parts.get("name"))
     weight = read_scalar(parts.get("weight", 1.0), "number")
-    metric, _, taken = str(parts.get("metric", "acc,none")).partition(",")
+    named = draft.text(f"{where}.metric", parts.get("metric", "acc,none"))
     if weight is None:
         draft.add_problem(f"{where}.weight", f"expected a number, found {short_repr(parts['weight'])}")
-    if name is None or weight is None:
+    if name is None or weight is None or named is None:
         return
+    metric, _, taken = named.partition(",")
     if weight == 0:
         draft.leave_out(f"{where}, {name}", "its weight is 0; a task that must not get worse can be listed in `guards`")
     elif name in seen:

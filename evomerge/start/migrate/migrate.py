@@ -6,7 +6,8 @@ from typing import Any
 
 from evomerge.config.config_file import load_config
 from evomerge.errors import EvomergeError
-from evomerge.files import read_yaml, write_text
+from evomerge.files.read import read_yaml
+from evomerge.files.write import write_text
 from evomerge.start.migrate import mergekit_evolve, mergenetic
 from evomerge.start.migrate.draft import Draft
 

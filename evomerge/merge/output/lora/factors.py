@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evomerge.merge.bank.bank import Bank
+from evomerge.merge.materialise import NotFinite
 from evomerge.merge.methods import METHODS
 from evomerge.merge.methods.plan import Blend
 from evomerge.merge.recipe.recipe import Recipe
@@ -49,11 +50,17 @@ class Factors:
     def rank(self) -> int:
         return self.right.shape[0]
 
+    @property
+    def bound(self) -> float:
+        """No element of the product is larger in magnitude; NaN if a factor has one."""
+        sides = self.left.abs().amax(0).double(), self.right.abs().amax(1).double()  # (R,) each
+        return float((sides[0] * sides[1]).sum())
+
 
 def exact_change(recipe: Recipe, bank: Bank, inputs: RecipeInputs, name: str) -> Factors | bool:
     """The change of the tensor `name`: its factors, False if there is none, True if it is not low-rank alone.
 
-    NotLinear if the merge is not linear in adapters there.
+    NotLinear if the merge is not linear in adapters there; NotFinite if the change has NaN or infinity.
     """
     found = inputs.get(name)
     if not found.base.is_floating_point() or not found.names:
@@ -80,8 +87,11 @@ def exact_change(recipe: Recipe, bank: Bank, inputs: RecipeInputs, name: str) ->
         if change is None:
             continue
         product = change.low_rank
-        if product is None or change.whole is not None or change.added is not None or change.rows is not None:
+        copied = change.whole is None or equal(change.whole, found.base)  # PEFT saves an adapted embedding as it was
+        if not copied or change.added is not None or change.rows is not None:
             whole = True
+        elif product is None:
+            continue
         elif product.left.ndim != 2:
             raise NotLinear(f"{name} stacks experts, for which PEFT has no plain pair of factors")
         else:
@@ -89,7 +99,17 @@ def exact_change(recipe: Recipe, bank: Bank, inputs: RecipeInputs, name: str) ->
             rights.append(product.right.float())
     if whole:
         return True
-    return Factors(torch.cat(lefts, 1), torch.cat(rights, 0)) if lefts else False
+    if not lefts:
+        return False
+    factors = Factors(torch.cat(lefts, 1), torch.cat(rights, 0))
+    if not factors.bound < torch.finfo(torch.float32).max:  # so is NaN
+        raise NotFinite(f"{name} is not finite after merging")
+    return factors
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, whatever their types."""
+    return one.shape == other.shape and torch.equal(one.float(), other.float().to(one.device))
 
 
 def truncated(change: Tensor, rank: int, floor: float) -> Factors | None:

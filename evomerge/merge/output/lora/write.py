@@ -13,11 +13,12 @@ from torch import Tensor
 
 from evomerge.device import TORCH_DTYPES
 from evomerge.errors import EvomergeError, some
-from evomerge.files import new_folder, write_text
+from evomerge.files.new_folder import new_folder
+from evomerge.files.write import write_text
 from evomerge.merge.bank.bank import Bank
-from evomerge.merge.materialise import check_fits
+from evomerge.merge.materialise import NotFinite, check_fits
 from evomerge.merge.output.export import merge_to_host
-from evomerge.merge.output.lora.card import base_name
+from evomerge.merge.output.lora.card import base_and_revision
 from evomerge.merge.output.lora.factors import Factors, NotLinear, exact_change, truncated
 from evomerge.merge.output.lora.places import PREFIX, Place, find_places, shortest_names
 from evomerge.merge.output.shards import open_writer
@@ -25,6 +26,7 @@ from evomerge.merge.recipe.pinned_inputs import with_fingerprints
 from evomerge.merge.recipe.recipe import Recipe, dump_recipe
 from evomerge.merge.tensor_plan import RecipeInputs
 from evomerge.sources.adapter import open_adapter
+from evomerge.sources.architecture import is_language_model
 from evomerge.sources.checkpoint import is_embedding, is_head
 
 Rank = int | Literal["exact"]
@@ -32,7 +34,6 @@ Rank = int | Literal["exact"]
 UNCHANGED = 1e-6  # a change that is this small beside the base, in the Frobenius norm, is rounding
 WORST = 3  # matrices that the summary names
 NEARLY_ALL = 0.9995  # energy above which it does not name one
-TASK_TYPES = {"CausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
 
 
 @dataclass
@@ -109,12 +110,14 @@ def write_lora(
                     change = exact_change(recipe, bank, inputs, name)
                 except NotLinear as error:
                     raise EvomergeError(f"no exact adapter: {error}; give a rank instead of `exact`") from error
+                except NotFinite as error:
+                    raise EvomergeError(f"this recipe makes no usable adapter: {error}") from error
             if change is not False:
                 add(lora, bank, name, places.get(name, []), change)
             bank.end()
             progress(done)
         if not lora.pairs:
-            raise EvomergeError("an adapter would be empty: no matrix differs from the base by a low-rank change")
+            raise EvomergeError(nothing_to_factor(lora))
         complete_modules(lora, bank, places)
         write_files(lora, bank, aside, places)
         open_adapter(aside, bank.models.base)  # raises if it does not fit
@@ -122,6 +125,13 @@ def write_lora(
         write_text(aside / "README.md", card(lora))
         write_text(aside / "recipe.yaml", dump_recipe(lora.recipe))
     return lora
+
+
+def nothing_to_factor(lora: Lora) -> str:
+    """Why there is no adapter without factors, which PEFT would not open."""
+    if kept := [*lora.whole, *lora.biases]:
+        return f"no adapter: all that changes would be stored whole ({some(kept)}); write the model instead"
+    return "an adapter would be empty: no matrix differs from the base by a low-rank change"
 
 
 def check_shapes(recipe: Recipe, bank: Bank) -> None:
@@ -237,11 +247,13 @@ def peft_config(lora: Lora, bank: Bank, modules: set[str]) -> dict[str, Any]:
     ranks = {module: factors.rank for module, factors in lora.pairs.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in sorted(ranks.items()) if rank != most}
-    architecture = str(next(iter(bank.models.base.config.get("architectures") or ()), ""))
+    base, revision = base_and_revision(lora.recipe)
     return {
         "peft_type": "LORA",
-        "task_type": next((kind for end, kind in TASK_TYPES.items() if architecture.endswith(end)), None),
-        "base_model_name_or_path": base_name(lora.recipe),
+        # for other types, PEFT expects a copy of the head in the file, even of one that is the base's
+        "task_type": "CAUSAL_LM" if is_language_model(bank.models.base.config) else None,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "r": most,
         "lora_alpha": most,
         "rank_pattern": others,
