@@ -42,7 +42,6 @@ from evomerge.config.running import COARSE, SamplerConfig
 from evomerge.search.evaluation.scale import LEAST, METRIC_SHARE, Line, fitted
 from evomerge.search.learned.learn import AVERAGED, ITEMS, RATE, STEPS
 from evomerge.search.learned.steps import Climber, average
-from evomerge.search.samplers.auto import SIGMA0
 from evomerge.search.samplers.cmaes import WIDE
 from evomerge.search.samplers.registry import make_sampler, sampler_kind
 from evomerge.search.samplers.sampler_kind import SamplerSetup
@@ -52,7 +51,7 @@ from evomerge.search.storage.trial_record import LEARNED
 Vector = NDArray[np.float64]
 DIMENSIONS = tuple(sorted({*TINY, *REAL}))
 BUDGETS = (30, 60, 100, 200, 400)
-LONG = 1000  # trials whose end counts as 1
+LONG, LONG_STEP = 1000, 0.1  # trials whose end counts as 1, and the first step of CMA-ES there
 SLOW = {"gp": 100}  # samplers of so few trials here
 STARTS = ("baseline", "learned")
 SAMPLERS = ("cma-es", "cma-es free", "coarse", "random", "tpe", "gp")
@@ -138,9 +137,7 @@ class Found(NamedTuple):
 def sampled(problem: Problem, name: str, start: Vector | None, workers: int, trials: int) -> Found:
     """A search by a sampler of evomerge.  start: tried after the baselines, and taken as learned."""
     coarse = name == "coarse"
-    config = SamplerConfig(
-        name="cma-es" if coarse else name, sigma0=0.2 if start is None else SIGMA0, coarse=COARSE * coarse
-    )
+    config = SamplerConfig(name="cma-es" if coarse else name, coarse=COARSE * coarse)
     tied = (problem.ties, problem.pairs) if coarse else ({}, {})
     study = optuna.create_study(storage=MemoryStorage(), direction="maximize")
     values: list[tuple[float, Vector]] = []
@@ -174,41 +171,35 @@ def sampled(problem: Problem, name: str, start: Vector | None, workers: int, tri
     return Found([point for _, point in values[first:]], seconds)
 
 
-def by_stages(
-    problem: Problem,
-    start: Vector | None,
-    stages: Sequence[tuple[int, NDArray[np.int64] | None]],
-    split: str = "search",
+def from_learned(
+    problem: Problem, start: Vector, trials: int, groups: NDArray[np.int64] | None, split: str, step: float
 ) -> Found:
-    """CMA-ES in one stage after the other, each from the best point of those before, with one worker.
+    """CMA-ES from the end of the learned start, with one worker.
 
-    stages: of each the number of trials, and (D,) the group of each coefficient if whole groups are moved up or down.
+    groups: (D,) the group of each coefficient if whole groups are moved up or down.
     split: whose items give the values.
+    step: the first, as a share of the bounds.
     """
     from cmaes import CMA
 
-    given = problem.given if start is None else [start]
-    best = max(((problem.value(point, split), point) for point in given), key=lambda v: v[0])
-    found, seconds = [best], []
-    for number, (trials, groups) in enumerate(stages):
-        centre = found[-1][1] / HIGH
-        mean = centre if groups is None else np.full(groups.max() + 1, 0.5)
-        sigma = SIGMA0 if number or start is not None else 0.2
-        bounds = np.tile([0.0, 1.0], (len(mean), 1))
-        tries = min(10 * len(mean), 500)  # to draw a point within the bounds; ten times the dimension takes seconds
-        optimizer = CMA(mean=mean, sigma=sigma, bounds=bounds, seed=problem.seed, n_max_resampling=tries)
-        group: list[tuple[Vector, float]] = []
-        for _ in range(trials):
-            began = time.process_time()
-            place = optimizer.ask()
-            seconds.append(time.process_time() - began)
-            point = HIGH * (place if groups is None else np.clip(centre + place[groups] - 0.5, 0, 1))
-            value = problem.value(point, split)
-            group.append((place, -value))
-            found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
-            if len(group) == optimizer.population_size:
-                optimizer.tell(group)
-                group = []
+    found, seconds = [(problem.value(start, split), start)], []
+    centre = start / HIGH
+    mean = centre if groups is None else np.full(groups.max() + 1, 0.5)
+    bounds = np.tile([0.0, 1.0], (len(mean), 1))
+    tries = min(10 * len(mean), 500)  # to draw a point within the bounds; ten times the dimension takes seconds
+    optimizer = CMA(mean=mean, sigma=step, bounds=bounds, seed=problem.seed, n_max_resampling=tries)
+    group: list[tuple[Vector, float]] = []
+    for _ in range(trials):
+        began = time.process_time()
+        place = optimizer.ask()
+        seconds.append(time.process_time() - began)
+        point = HIGH * (place if groups is None else np.clip(centre + place[groups] - 0.5, 0, 1))
+        value = problem.value(point, split)
+        group.append((place, -value))
+        found.append(max([(value, point), found[-1]], key=lambda v: v[0]))
+        if len(group) == optimizer.population_size:
+            optimizer.tell(group)
+            group = []
     return Found([point for _, point in found[1:]], seconds)
 
 
@@ -252,8 +243,8 @@ def measured(problem: Problem, name: str, start: Vector | None, workers: int, tr
     elif name == "coarse":
         found = sampled(problem, name, start, workers, trials)
     elif name.startswith("cma-es") and len(problem.axes) > WIDE and start is not None:
-        shifts = None if start is None or name == "cma-es free" else problem.coarse
-        found = by_stages(problem, start, [(trials, shifts)])
+        groups = None if name == "cma-es free" else problem.coarse
+        found = from_learned(problem, start, trials, groups, "search", SamplerConfig().sigma0)
     else:
         found = sampled(problem, name, start, workers, trials)
     points = [found.points[b - 1] for b in BUDGETS if b <= trials]
@@ -274,7 +265,7 @@ def ends(problem: Problem, learned: Vector) -> dict[str, Any]:
     """Holdout values of the best baseline, the learned start, and CMA-ES after LONG trials from there."""
     best = max(problem.given, key=problem.value)
     wide = len(problem.axes) > TINY[-2]  # there LONG trials take minutes
-    long = learned if wide else by_stages(problem, learned, [(LONG, None)], "holdout").points[-1]
+    long = learned if wide else from_learned(problem, learned, LONG, None, "holdout", LONG_STEP).points[-1]
     return {
         "points": {"learned": learned.tolist(), "optimum": long.tolist()},
         "baseline": problem.value(best, "holdout"),

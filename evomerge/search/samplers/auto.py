@@ -15,7 +15,6 @@ from evomerge.search.samplers.sampler_kind import SamplerKind
 
 CHOSEN = "evomerge:sampler"  # study attribute: what `auto` chose
 UNTIL = "evomerge:front"  # study attribute: with `goals: pareto`, the number of the first trial that goes by turns
-SIGMA0 = 0.1  # the first step of CMA-ES after a learned start, whose point is better than any baseline's
 GP_TRIALS = 60  # 30 trials of a Gaussian process have reached what CMA-ES in all axes reaches with 100
 GP_AXES = 100  # not measured in more than 96; a proposal takes an eighth of a second there
 GP_FRONT = 30  # trials of a Gaussian process for several goals: they find what 60 trials of CMA-ES by turns find
@@ -51,13 +50,7 @@ def front_trials(goals: int, seconds: float, workers: int) -> int:
     return GP_FRONT if goals <= MOST_GOALS and workers * GP_SECONDS[goals] <= GP_SHARE * seconds else 0
 
 
-def settled(attributes: Mapping[str, Any], config: SamplerConfig, learned: bool) -> SamplerConfig:
-    """The configuration with the sampler that `auto` chose, if it has chosen.
-
-    attributes: the study's.  learned: whether there was a learned start.
-    """
+def settled(attributes: Mapping[str, Any], config: SamplerConfig) -> SamplerConfig:
+    """The configuration with the sampler that `auto` chose, if it has chosen.  attributes: the study's."""
     chosen = attributes.get(CHOSEN)
-    if config.name != "auto" or chosen is None:
-        return config
-    sigma0 = SIGMA0 if learned and "sigma0" not in config.model_fields_set else config.sigma0
-    return config.model_copy(update={"name": chosen, "sigma0": sigma0})
+    return config if config.name != "auto" or chosen is None else config.model_copy(update={"name": chosen})

@@ -218,8 +218,7 @@ class SearchStudy:
         """The sampler for one trial."""
         if self.kept_sampler is not None:
             return self.kept_sampler
-        learned = any(LEARNED in trial.user_attrs for trial in self.finished)
-        chosen = settled(self.stored.user_attrs, self.space.config.sampler, learned)
+        chosen = settled(self.stored.user_attrs, self.space.config.sampler)
         kind = sampler_kind(chosen.name)
 
         def setup(number: int) -> SamplerSetup:
