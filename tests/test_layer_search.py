@@ -404,7 +404,7 @@ def test_a_point_that_is_drawn_again_is_not_evaluated_again(tiny_family: Path, t
     study = open_run(run).study()
     seen: dict[str, float | None] = {}
     drawn_again = 0
-    for trial in study.get_trials(deepcopy=False):
+    for trial in study.get_trials():
         value = trial.user_attrs["record"]
         key = str(sorted(trial.params.items()))
         if key in seen and value.get("partial") is None:

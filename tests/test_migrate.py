@@ -220,7 +220,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(content: dict[str, Any], 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     (old := tmp_path / "genome.yml").write_text(yaml.safe_dump(GENOME), encoding="utf-8")
-    with pytest.raises(EvomergeError, match="cannot write there"):
+    with pytest.raises(EvomergeError, match="there is no folder"):
         migrate(old, tmp_path / "none" / "search.yaml")
 
 

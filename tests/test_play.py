@@ -277,7 +277,7 @@ def test_a_recipe_that_breaks_the_model_is_said_to_and_the_next_one_works(play: 
 def test_a_recipe_is_saved_under_a_new_name_only(play: Playground, tmp_path: Path) -> None:
     recipe = play.presets.recipes["uniform"]
     (tmp_path / "old.yaml").write_text("mine", encoding="utf-8")
-    for name, words in (("old.yaml", "exists already"), ("no/such.yaml", "folder that exists")):
+    for name, words in (("old.yaml", "exists already"), ("no/such.yaml", "there is no folder")):
         with pytest.raises(EvomergeError, match=words):
             save_recipe(recipe, tmp_path / name)
     assert (tmp_path / "old.yaml").read_text(encoding="utf-8") == "mine"

@@ -58,7 +58,7 @@ class MemoryLimit:
         if resource is None or self.statm is None:
             return
         pages = os.pread(self.statm, 200, 0).split()
-        size, held = (int(pages[n]) * os.sysconf("SC_PAGE_SIZE") for n in (SIZE, DATA))
+        size, held = (int(pages[n]) * resource.getpagesize() for n in (SIZE, DATA))
         with self.lock:
             soft, hard = self.before
             new = held + ROOM if soft == resource.RLIM_INFINITY else min(soft, held + ROOM)

@@ -69,7 +69,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: would be larger than this shell's limit for a file (ulimit -f); nothing that was finished is "
                 "lost. Raise the limit and try again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        if error.errno == errno.ENOENT:
+            raise EvomergeError(f"{path}: there is no folder {path.parent}; name one that exists") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             raise EvomergeError(f"{path}: cannot write there ({error.strerror})") from error
         if error.errno in FAILED_DISK:
             raise EvomergeError(

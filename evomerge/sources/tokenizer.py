@@ -107,7 +107,12 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
 
     if (file := vocabulary_file(folder)) is None:
         return None
-    refuse_growth_in(folder)
+    try:
+        refuse_growth_in(folder)
+    except EvomergeError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return None
+        raise
     tokens: Mapping[str, Any]
     if file.name == "vocab.json":
         tokens = read_json(file, TOKENIZER_BYTES)
