@@ -56,22 +56,12 @@ def ways(
     stops = Stops(tokenizer, len(tokenizer), set())  # type: ignore[arg-type]
     stops.tables[UNTIL] = [False] * vocabulary  # a table of token texts, which random weights have not
 
-    def ours(budget: int = 1 << 16) -> Answers:
-        plan = Plan(budget, model.device, vocabulary)
-        return generate(model, plan_generation(asked, 0, plan), len(asked), stops, Clock(device=model.device), True)
+    def ours(packs: bool) -> Answers:
+        batches = plan_generation(asked, 0, Plan(1 << 16, model.device, vocabulary, packs))
+        return generate(model, batches, len(asked), stops, Clock(device=model.device), packs)
 
-    yield "evomerge", ours
-    yield (
-        "evomerge without packing",
-        lambda: generate(
-            model,
-            plan_generation(asked, 0, Plan(1 << 16, model.device, vocabulary, False)),
-            len(asked),
-            stops,
-            Clock(device=model.device),
-            False,
-        ),
-    )
+    yield "evomerge", lambda: ours(True)
+    yield "evomerge without packing", lambda: ours(False)
     width = max(map(len, prompts))
     inputs = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)

@@ -6,7 +6,6 @@ the wrong hill, and its user has to know.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import mul
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 
 from evomerge.search.evaluation.scale import SCALE, Line, Scale
-from evomerge.search.storage.compact import Numbers, Packed, PackedScores, places_of
+from evomerge.search.storage.compact import Numbers, Packed, PackedScores, interned, places_of
 from evomerge.search.storage.item_scores import evaluation_records, unpack
 from evomerge.search.storage.study import in_full
 from evomerge.search.storage.trial_record import record_of
@@ -112,7 +111,8 @@ def scored_models(trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) 
         name = model_name(trial)
         numbers[name] = trial.number
         tables.setdefault(name, []).append(record_of(trial).scores)
-    lines = same(tuple((name, task.objective, task.metric) for name, task in scale.tasks.items()))
+    # One object for equal lines: comparing them with those of the means that are kept costs nothing.
+    lines: Lines = interned(tuple((name, task.objective, task.metric) for name, task in scale.tasks.items()))
     models = [scored_model(lines, name, numbers.get(name), found) for name, found in tables.items()]
     return [model for model in models if model.metric]
 
@@ -132,12 +132,6 @@ def scored_model(lines: Lines, name: str, trial: int | None, found: Sequence[Pac
         objective |= by_objective
         metric |= by_metric
     return ScoredModel(name, trial, objective, metric)
-
-
-@lru_cache(maxsize=16)
-def same(lines: Lines) -> Lines:
-    """One object for equal lines, so that comparing them costs nothing."""
-    return lines
 
 
 def means_of(lines: Lines, scores: Packed) -> tuple[Numbers, Numbers]:

@@ -7,53 +7,64 @@ are there once for all trials, the numbers of a trial lie in one array, and its 
 from array import array
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from optuna.distributions import BaseDistribution, FloatDistribution
 
 Packed = Mapping[str, Mapping[str, str]]
 """Task -> metric -> the items' scores as text, see `item_scores.pack`."""
 
+Value = TypeVar("Value", covariant=True)
 BETWEEN = " "  # the texts of one trial; a packed text is base64, which has none
 
 
-class Numbers(Mapping[str, float]):
-    """Numbers by name, all of them float64.
+class ByName(Mapping[str, Value]):
+    """Values by name; the names are the keys of one dict that serves many objects."""
 
-    places: name -> its place in the array; one dict serves many objects.
-    numbers: in the order of the places.
-    """
+    __slots__ = ("names",)
 
-    __slots__ = ("numbers", "places")
-
-    def __init__(self, places: dict[str, int], numbers: Iterable[float]) -> None:
-        self.places = places
-        self.numbers = array("d", numbers)
-
-    def __getitem__(self, name: str) -> float:
-        return self.numbers[self.places[name]]
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self.names = names
 
     def __contains__(self, name: object) -> bool:
-        return name in self.places
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.names)
 
     def __repr__(self) -> str:
         return repr(dict(self.items()))
+
+
+class Numbers(ByName[float]):
+    """Numbers by name, all of them float64.
+
+    places: name -> its place in the array.
+    numbers: in the order of the places.
+    """
+
+    __slots__ = ("numbers",)
+
+    def __init__(self, places: dict[str, int], numbers: Iterable[float]) -> None:
+        super().__init__(places)
+        self.numbers = array("d", numbers)
+
+    def __getitem__(self, name: str) -> float:
+        place: int = self.names[name]
+        return self.numbers[place]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, float]:
         """A dict of its own for whoever wants a copy."""
         return dict(self.items())
 
     def keys(self) -> KeysView[str]:
-        return self.places.keys()
+        return self.names.keys()
 
     def items(self) -> ItemsView[str, float]:
-        return dict(zip(self.places, self.numbers, strict=True)).items()
+        return dict(zip(self.names, self.numbers, strict=True)).items()
 
 
 def numbers_of(axes: Mapping[str, BaseDistribution], values: Iterable[float]) -> dict[str, Any] | None:
@@ -66,46 +77,34 @@ def numbers_of(axes: Mapping[str, BaseDistribution], values: Iterable[float]) ->
     return None
 
 
-class PackedScores(Mapping[str, Mapping[str, str]]):
+class PackedScores(ByName[Mapping[str, str]]):
     """The packed item scores of one trial.
 
-    layout: task -> its metrics; one dict serves many trials.
+    layout: task -> its metrics.
     content: the texts in the order of the layout, BETWEEN them one character.
     means: what `agreement.means_of` computed of them last, after that by which it computed.
     """
 
-    __slots__ = ("content", "layout", "means")
+    __slots__ = ("content", "means")
 
     def __init__(self, layout: dict[str, tuple[str, ...]], content: str) -> None:
-        self.layout = layout
+        super().__init__(layout)
         self.content = content
         self.means: tuple[object, Numbers, Numbers] | None = None
 
     def __getitem__(self, task: str) -> dict[str, str]:
-        metrics = self.layout[task]
+        metrics = self.names[task]
         first = 0
-        for other, passed in self.layout.items():
+        for other, passed in self.names.items():
             if other == task:
                 break
             first += len(passed)
         texts = self.content.split(BETWEEN)
         return dict(zip(metrics, texts[first : first + len(metrics)], strict=True))
 
-    def __contains__(self, task: object) -> bool:
-        return task in self.layout
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout)
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def __repr__(self) -> str:
-        return repr(dict(self.items()))
-
     def items(self) -> ItemsView[str, Mapping[str, str]]:
         texts = iter(self.content.split(BETWEEN))
-        return {task: {m: next(texts) for m in metrics} for task, metrics in self.layout.items()}.items()
+        return {task: {m: next(texts) for m in metrics} for task, metrics in self.names.items()}.items()
 
 
 def compact_scores(scores: Packed) -> Packed:
@@ -128,3 +127,9 @@ def layout_of(names: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, tuple
 def places_of(names: tuple[str, ...]) -> dict[str, int]:
     """One dict of names and their places for all objects with the same names."""
     return {name: place for place, name in enumerate(names)}
+
+
+@lru_cache(maxsize=1024)
+def interned(value: Any) -> Any:
+    """One object for all equal values, which can be hashed."""
+    return value

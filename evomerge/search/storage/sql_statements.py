@@ -165,15 +165,9 @@ def read_trials(connection: Connection, chosen: ColumnElement[bool]) -> list[Fro
             if axes is None:
                 axes = spaces[names, texts] = dict(zip(names, map(axis_of, texts), strict=True))
             trial.distributions = axes
-            read = numbers_of(axes, numbers)
-            trial.params = (
-                read
-                if read is not None
-                else {
-                    name: axis.to_external_repr(number)
-                    for (name, axis), number in zip(axes.items(), numbers, strict=True)
-                }
-            )
+            trial.params = numbers_of(axes, numbers) or {
+                name: axis.to_external_repr(number) for (name, axis), number in zip(axes.items(), numbers, strict=True)
+            }
     query = select(v.trial_id, v.value, v.value_type).where(v.trial_id.in_(ids))
     for told in connection.execute(query.order_by(v.objective)):
         if (trial := found.get(told[0])) is not None:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from evomerge.errors import EvomergeError
 from evomerge.evaluate.signs import Signs
-from evomerge.search.storage.compact import Packed, compact_scores
+from evomerge.search.storage.compact import Packed, compact_scores, interned
 
 if TYPE_CHECKING:  # usage.py imports this file
     from evomerge.search.budget.usage import Elapsed, Usage
@@ -315,7 +315,7 @@ class Reader:
         incumbent, others = found.get("incumbent"), found.get("others", [])
         if type(others) is not list or not all(type(number) is int for number in (incumbent, *others)):
             raise damaged("race", "an object of trial numbers")
-        return RaceRecord(incumbent, shared(tuple(others)))
+        return RaceRecord(incumbent, interned(tuple(others)))  # trials in a row have the same
 
     def seconds(self) -> Seconds:
         return Seconds(**self.quantities("seconds", Seconds) or {})
@@ -331,12 +331,6 @@ class Reader:
 
         found = self.quantities("elapsed", Elapsed)
         return None if found is None else Elapsed(**found)
-
-
-@lru_cache(maxsize=1024)
-def shared(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """The same numbers; trials in a row that raced against the same others have one tuple of them."""
-    return numbers
 
 
 @lru_cache
